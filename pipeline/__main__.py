@@ -1,0 +1,63 @@
+"""The front door: one verb, one function. No logic lives here, and nothing heavy is imported before its verb."""
+
+import importlib
+import sys
+
+from pipeline.errors import EXIT_BROKEN, EXIT_OK, EXIT_USER, BrokenError, UserError
+
+#: verb -> (module, function taking the arguments after the verb and returning an exit code, one line of help)
+VERBS = {
+    "train": (
+        "pipeline.training.cli",
+        "train",
+        "train a recipe; the same command again goes on where it stopped",
+    ),
+    "evaluate": ("pipeline.training.cli", "evaluate", "score a run's checkpoint on the whole validation set"),
+    "recipes": ("pipeline.recipes", "main", "list the recipes that come with the package"),
+    "fetch": (
+        "pipeline.dataset.fetch",
+        "main",
+        "download ImageNet from Kaggle, verified, with no second copy",
+    ),
+    "valprep": ("pipeline.dataset.valprep", "main", "sort the validation images into class folders"),
+    "index": ("pipeline.dataset.scan", "main", "scan a tree of images once, so that training never walks it"),
+    "verify": ("pipeline.dataset.verify", "main", "is this the real and whole data set?"),
+    "pack": ("pipeline.dataset.pack", "main", "write WebDataset tar shards and their index"),
+    "synth": (
+        "pipeline.dataset.synthetic",
+        "main",
+        "generate a small ImageNet-shaped data set to try things on",
+    ),
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = ["usage: pipeline VERB [options]        (pipeline VERB --help for its options)", ""]
+    lines += [f"  {verb:<{width}}  {about}" for verb, (_, _, about) in VERBS.items()]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return its exit code (see `pipeline.errors`)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_OK
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f"pipeline: unknown verb '{verb}'; one of: {', '.join(VERBS)}", file=sys.stderr)
+        return EXIT_USER
+    module, function, _ = VERBS[verb]
+    try:
+        return getattr(importlib.import_module(module), function)(rest)
+    except UserError as error:
+        print(f"pipeline {verb}: {error}", file=sys.stderr)
+        return EXIT_USER
+    except BrokenError as error:
+        print(f"pipeline {verb}: {error}", file=sys.stderr)
+        return EXIT_BROKEN
+
+
+if __name__ == "__main__":
+    sys.exit(main())

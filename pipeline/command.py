@@ -1,0 +1,42 @@
+"""From a function's signature to a command line: typed options, help from its docstring, one-line errors."""
+
+import sys
+from collections.abc import Callable
+
+from pipeline.errors import EXIT_OK, EXIT_USER
+
+
+def make_parser(prog: str, description: str | None = None):
+    """A jsonargparse parser whose every complaint is one line on stderr and exit code 2."""
+    from jsonargparse import ArgumentParser
+
+    class OneLineParser(ArgumentParser):
+        def error(self, message, ex=None):
+            lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+            print(f"{self.prog}: {' '.join(lines)} (see {self.prog} --help)", file=sys.stderr)
+            sys.exit(EXIT_USER)
+
+    return OneLineParser(prog=prog, description=description, exit_on_error=True)
+
+
+def spell_out_flags(argv: list[str], flags: set[str]) -> list[str]:
+    """`--flag` alone means `--flag true` for the boolean options named in `flags`."""
+    out = []
+    for here, following in zip(argv, [*argv[1:], ""], strict=True):
+        out.append(here)
+        if here in flags and following.lower() not in ("true", "false", "yes", "no"):
+            out.append("true")
+    return out
+
+
+def run_command(function: Callable[..., int | None], verb: str, argv: list[str]) -> int:
+    """Parse `argv` by the signature of `function` (no default: positional) and call it.
+
+    Returns the function's exit code, 0 where it returns None.
+    """
+    parser = make_parser(f"pipeline {verb}", (function.__doc__ or "").strip().split("\n\n")[0])
+    parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
+    flags = {f"--{name}" for name, kind in function.__annotations__.items() if kind is bool}
+    arguments = parser.instantiate_classes(parser.parse_args(spell_out_flags(argv, flags)))
+    code = function(**arguments.as_dict())
+    return EXIT_OK if code is None else code

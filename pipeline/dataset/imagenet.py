@@ -1,0 +1,70 @@
+"""What is particular to ImageNet (ILSVRC 2012 classification): its layout, its lists, its class order.
+
+The archive's own text files are the source: `LOC_synset_mapping.txt` (words), `LOC_val_solution.csv`
+(validation labels). The class order is that of the sorted synsets, as torchvision's and timm's weights use it.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1_000
+CLS_LOC = Path("ILSVRC/Data/CLS-LOC")
+SYNSET_MAPPING = "LOC_synset_mapping.txt"
+VAL_SOLUTION = "LOC_val_solution.csv"
+SYNSET = re.compile(r"n\d{8}")
+
+
+def read_synset_words(root: Path) -> dict[str, str]:
+    """Synset -> words from `LOC_synset_mapping.txt` in `root`; empty where there is none."""
+    path = root / SYNSET_MAPPING
+    if not path.is_file():
+        return {}
+    words = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        synset, _, text = line.strip().partition(" ")
+        if synset:
+            words[synset] = text
+    return words
+
+
+def read_val_solution(path: Path) -> dict[str, str]:
+    """Image id (no suffix) -> synset from `LOC_val_solution.csv`: the first synset of each row.
+
+    Raises UserError that names file and line where a row is not `ImageId,synset ...`.
+    """
+    labels: dict[str, str] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            for number, row in enumerate(csv.reader(file), 1):
+                if not row or (number == 1 and row[0] == "ImageId"):
+                    continue
+                synset = row[1].split(maxsplit=1)[0] if len(row) == 2 and row[1].strip() else ""
+                if not SYNSET.fullmatch(synset) or not row[0] or "/" in row[0]:
+                    raise UserError(
+                        f"{path}, line {number}: expected 'ImageId,synset x1 y1 x2 y2 ...', "
+                        f"got {','.join(row)[:80]!r}; fetch the file again"
+                    )
+                labels[row[0]] = synset
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path}: not a CSV text file ({error}); fetch the file again") from error
+    return labels
+
+
+def find_splits(root: Path) -> dict[str, Path]:
+    """Where the training and validation images of `root` lie: {"train": folder, "val": folder}.
+
+    `root` may be a Kaggle root (`ILSVRC/Data/CLS-LOC/...`), or hold `train/` and `val/`, or `train/` and `test/`.
+    Raises UserError where there is no such thing.
+    """
+    if not root.is_dir():
+        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds train/ and val/")
+    base = root / CLS_LOC if (root / CLS_LOC).is_dir() else root
+    if not (base / "train").is_dir():
+        raise UserError(f"data root {root} holds no train/ folder; expected train/CLASS/IMAGE and val/CLASS/IMAGE")
+    for name in ("val", "validation") + (("test",) if base == root else ()):
+        if (base / name).is_dir():
+            return {"train": base / "train", "val": base / name}
+    raise UserError(f"data root {root} holds train/ but neither val/ nor test/; put the validation images into val/")

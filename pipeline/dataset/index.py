@@ -1,0 +1,241 @@
+"""The index: one memory-mapped record a sample, so that training never walks a directory.
+
+A folder of an index holds `index.json` (classes, counts, fingerprint; the commit point, written last) and for each
+split `SPLIT-<fingerprint>.npy` (records, dtype `RECORD`) and `SPLIT-<fingerprint>.names` (UTF-8 names, end to end).
+Samples are ordered by class (sorted synsets), then by name, as torchvision's ImageFolder orders them.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import xxhash
+
+from pipeline.errors import UserError
+
+RECORD = np.dtype(
+    [
+        ("digest", "<u8"),  # xxh3_64 of the sample's bytes
+        ("offset", "<u8"),  # of the bytes in the shard; 0 in a tree
+        ("name_offset", "<u8"),  # into the .names file
+        ("mtime_ns", "<i8"),  # of the file in a tree; 0 in a shard
+        ("size", "<u4"),  # bytes
+        ("width", "<u4"),  # pixels, as stored (EXIF orientation is ignored, as ImageFolder does)
+        ("height", "<u4"),
+        ("shard", "<i4"),  # number in `Split.shards`; -1: a file of its own, its path is the name
+        ("label", "<i4"),
+        ("name_length", "<u4"),
+    ]
+)
+FORMAT = 1
+FOLDER = "index"  #: name of the index folder inside a data root
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one split. `records`: [n] of RECORD; `shards`: file names relative to `root`."""
+
+    root: Path
+    records: np.ndarray
+    names: np.ndarray
+    shards: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, sample: int) -> str:
+        """Path relative to `root` (tree) or member name (shard), with '/' between parts."""
+        start = int(self.records["name_offset"][sample])
+        return bytes(self.names[start : start + int(self.records["name_length"][sample])]).decode()
+
+    def path(self, sample: int) -> Path:
+        """The file that holds the sample's bytes: its own, or its shard. ValueError if it would leave `root`."""
+        shard = int(self.records["shard"][sample])
+        return safe_join(self.root, self.name(sample) if shard < 0 else self.shards[shard])
+
+
+@dataclass(frozen=True)
+class Index:
+    """An opened index. `synsets` and `words` are in label order; `fingerprint` covers content and order, not places."""
+
+    folder: Path
+    root: Path
+    synsets: tuple[str, ...]
+    words: tuple[str, ...]
+    splits: dict[str, Split]
+    fingerprint: str
+    folders: dict[str, int]  # scanned folder, relative to root -> mtime_ns; empty for shards
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.synsets)
+
+
+def safe_join(root: Path, name: str) -> Path:
+    """`root / name`, or ValueError if `name` is absolute or climbs out of `root`."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\0" in name or not name:
+        raise ValueError(f"name {name!r} would leave the folder {root}")
+    return root / pure
+
+
+def pack_names(names: Sequence[str], records: np.ndarray) -> np.ndarray:
+    """Write `name_offset` and `name_length` into `records` [n]; returns the names end to end as uint8."""
+    encoded = [name.encode() for name in names]
+    lengths = np.fromiter(map(len, encoded), np.uint64, len(encoded))
+    records["name_length"] = lengths
+    records["name_offset"] = np.cumsum(lengths) - lengths
+    return np.frombuffer(b"".join(encoded), np.uint8)
+
+
+def compute_fingerprint(synsets: Sequence[str], splits: dict[str, np.ndarray]) -> str:
+    """xxh3_128 (hex) over classes and, split by split in name order, each record's digest, size and label.
+
+    Where the bytes lie is left out: a tree and the shards packed from it unchanged have the same fingerprint.
+    """
+    state = xxhash.xxh3_128(json.dumps(list(synsets)).encode())
+    for name in sorted(splits):
+        records = splits[name]
+        state.update(f"{name}:{len(records)}".encode())
+        for field in ("digest", "size", "width", "height", "label"):
+            state.update(np.ascontiguousarray(records[field]).data)
+    return state.hexdigest()
+
+
+def write_index(
+    folder: Path,
+    root: Path,
+    classes: Sequence[tuple[str, str]],
+    splits: dict[str, tuple[np.ndarray, Sequence[str]]],
+    shards: dict[str, Sequence[str]] | None = None,
+    folders: dict[str, int] | None = None,
+) -> Index:
+    """Write an index atomically and open it.
+
+    Args:
+        folder: the index's own folder, made if missing.
+        root: the folder that names and shards are relative to.
+        classes: (synset, words) in label order.
+        splits: name -> (records [n] of RECORD, n names); the name fields of the records are filled in here.
+        shards: split -> shard file names, for packed data.
+        folders: scanned folder -> mtime_ns, by which `is_current` sees changes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = compute_fingerprint([s for s, _ in classes], {k: r for k, (r, _) in splits.items()})
+    meta = {"format": FORMAT, "fingerprint": fingerprint, "classes": [list(c) for c in classes]}
+    try:
+        meta["root"] = (
+            os.path.relpath(root.resolve(), folder.resolve()) if folder.parent == root else str(root.resolve())
+        )
+        meta["splits"] = {}
+        for name, (records, names) in splits.items():
+            blob = pack_names(names, records)
+            tag = xxhash.xxh3_64_hexdigest(records.tobytes())  # of places too: a new file for every new content
+            files = {"records": f"{name}-{tag}.npy", "names": f"{name}-{tag}.names"}
+            with _replacing(folder / files["records"]) as file:
+                np.save(file, records)
+            with _replacing(folder / files["names"]) as file:
+                file.write(blob.data)
+            meta["splits"][name] = {
+                **files,
+                "count": len(records),
+                "shards": list((shards or {}).get(name, ())),
+            }
+        meta["folders"] = folders or {}
+        with _replacing(folder / "index.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
+    except OSError as error:
+        raise UserError(
+            f"can't write the index into {folder} ({error.strerror}); choose another place for it"
+        ) from error
+    _remove_stale(folder, meta)
+    return open_index(folder)
+
+
+class _replacing:
+    """A binary file written under a temporary name, fsynced, then renamed to `path`."""
+
+    def __init__(self, path: Path):
+        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self):
+        self.file = self.temporary.open("wb")
+        return self.file
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path, meta: dict) -> None:
+    wanted = {split[key] for split in meta["splits"].values() for key in ("records", "names")}
+    for path in folder.iterdir():
+        if path.suffix in (".npy", ".names") and path.name not in wanted:
+            path.unlink(missing_ok=True)
+
+
+def index_folder(root: Path) -> Path:
+    """Where the index of a data root lies by default."""
+    return root / FOLDER
+
+
+def open_index(folder: Path) -> Index:
+    """Open an index in milliseconds, whatever its size. Raises UserError if it is missing or damaged."""
+    path = folder / "index.json"
+    again = "build it again with: pipeline index ROOT"
+    try:
+        meta = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"no index at {path}; {again}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"index {path} can't be read ({error}); {again}") from error
+    try:
+        if meta["format"] != FORMAT:
+            raise UserError(f"index {path} has format {meta['format']}, this version reads {FORMAT}; {again}")
+        root = (folder / meta["root"]).resolve()
+        splits = {}
+        for name, entry in meta["splits"].items():
+            records = np.load(safe_join(folder, entry["records"]), mmap_mode="r", allow_pickle=False)
+            if records.dtype != RECORD or records.shape != (entry["count"],):
+                raise ValueError(f"{entry['records']} holds other records than the index says")
+            names_path = safe_join(folder, entry["names"])
+            size = names_path.stat().st_size
+            expected = int(records["name_offset"][-1] + records["name_length"][-1]) if len(records) else 0
+            if size != expected:
+                raise ValueError(f"{entry['names']} has {size} bytes instead of {expected}")
+            names = np.memmap(names_path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+            splits[name] = Split(root, records, names, tuple(map(str, entry["shards"])))
+        synsets, words = zip(*((str(s), str(w)) for s, w in meta["classes"]), strict=True)
+        folders = {str(k): int(v) for k, v in meta["folders"].items()}
+        return Index(folder, root, synsets, words, splits, str(meta["fingerprint"]), folders)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"index {path} is damaged ({error}); {again}") from error
+
+
+def is_current(index: Index) -> bool:
+    """Has no folder of the tree gained, lost or renamed an entry since the scan? (Always so for shards.)
+
+    A file rewritten in place does not touch its folder: `verify` finds it, and so does the loader's digest check.
+    """
+    try:
+        return all((index.root / name).stat().st_mtime_ns == mtime for name, mtime in index.folders.items())
+    except OSError:
+        return False
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes, lower case, that count as images: those of torchvision's ImageFolder."""
+    return frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))

@@ -1,0 +1,18 @@
+"""The two ways a command can fail, and the exit codes by which a scheduler tells them apart.
+
+`UserError` is something that the user can mend: one line that names the thing, the value and the remedy.
+`BrokenError` is something that broke underneath (a node, a disk, a server): trying again may help.
+"""
+
+EXIT_OK = 0  #: finished; or nothing was left to do
+EXIT_BROKEN = 1  #: a node, a disk, a server or a program failed: trying again may help
+EXIT_USER = 2  #: an option, a path or a data set must be mended first: trying again does not help
+EXIT_INTERRUPTED = 75  #: stopped by a signal after saving; the same command goes on (EX_TEMPFAIL)
+
+
+class UserError(ValueError):
+    """What the user asked for can't be done; the message is one line with thing, value and remedy."""
+
+
+class BrokenError(RuntimeError):
+    """Something underneath failed; the message is one line that names it. Trying again may help."""
