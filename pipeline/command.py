@@ -20,13 +20,19 @@ def make_parser(prog: str, description: str | None = None):
 
 
 def spell_out_flags(argv: list[str], flags: set[str]) -> list[str]:
-    """`--flag` alone means `--flag true` for the boolean options named in `flags`."""
+    """`--flag` alone is `--flag true` for the boolean options in `flags`; `--some-name` is `--some_name`."""
+    argv = [_underscored(word) if word.startswith("--") else word for word in argv]
     out = []
     for here, following in zip(argv, [*argv[1:], ""], strict=True):
         out.append(here)
         if here in flags and following.lower() not in ("true", "false", "yes", "no"):
             out.append("true")
     return out
+
+
+def _underscored(option: str) -> str:
+    name, equals, value = option.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def run_command(function: Callable[..., int | None], verb: str, argv: list[str]) -> int:

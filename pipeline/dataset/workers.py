@@ -1,0 +1,45 @@
+"""All cores on a list of tasks: results in order, few tasks in flight, one clear error if a process dies."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import TypeVar
+
+from pipeline.errors import BrokenError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def map_in_order(
+    function: Callable[[Task], Result], tasks: Iterable[Task], processes: int | None = None
+) -> Iterator[Result]:
+    """`function` (importable by name) of each task, in the tasks' order; at most 4 tasks a process are held at a time.
+
+    With one process the work is done here, without starting any. Raises BrokenError if a process is killed.
+    """
+    processes = processes or available_cores()
+    if processes == 1:
+        yield from map(function, tasks)
+        return
+    pending: deque = deque()
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    try:
+        for task in tasks:
+            pending.append(pool.submit(function, task))
+            if len(pending) >= 4 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise BrokenError("a worker process was killed (out of memory?); run the same command again") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
