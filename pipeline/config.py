@@ -191,7 +191,12 @@ def _constraints(c: Config):
     yield positive("data.val_size", c.data.val_size)
     yield "data.val_resize", c.data.val_resize, c.data.val_resize >= c.data.val_size, "give at least data.val_size"
     low, high = c.data.crop_area
-    yield "data.crop_area", [low, high], 0 < low <= high <= 1, "give two shares of the area, 0 < smallest <= largest <= 1"
+    yield (
+        "data.crop_area",
+        [low, high],
+        0 < low <= high <= 1,
+        "give two shares of the area, 0 < smallest <= largest <= 1",
+    )
     low, high = c.data.crop_ratio
     yield "data.crop_ratio", [low, high], 0 < low <= high < math.inf, "give two ratios, 0 < smallest <= largest"
     yield share("data.flip", c.data.flip)
@@ -205,7 +210,12 @@ def _constraints(c: Config):
     yield "optim.momentum", c.optim.momentum, 0 <= c.optim.momentum < 1, "give a number from 0 to below 1"
     nesterov = not c.optim.nesterov or c.optim.momentum > 0
     yield "optim.nesterov", c.optim.nesterov, nesterov, "give optim.momentum above 0, or leave nesterov off"
-    yield "optim.betas", list(c.optim.betas), all(0 <= b < 1 for b in c.optim.betas), "give two numbers from 0 to below 1"
+    yield (
+        "optim.betas",
+        list(c.optim.betas),
+        all(0 <= b < 1 for b in c.optim.betas),
+        "give two numbers from 0 to below 1",
+    )
     yield positive("optim.eps", c.optim.eps)
     yield at_least_zero("optim.weight_decay", c.optim.weight_decay)
     yield at_least_zero("optim.norm_weight_decay", c.optim.norm_weight_decay)

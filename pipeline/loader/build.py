@@ -1,0 +1,92 @@
+"""From a configuration to the two streams of a run: training and validation."""
+
+import os
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.config import DataConfig, TrainConfig
+from pipeline.dataset.index import Index
+from pipeline.errors import UserError
+from pipeline.loader.plan import EvalPlan, TrainPlan
+from pipeline.loader.source import Source
+from pipeline.loader.stream import Stream
+
+
+class Place(Protocol):
+    """Where a rank stands among all, and where it wants its batches."""
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+
+def dali_problem() -> str | None:
+    """Why DALI can't be used here, or None."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except (ImportError, OSError) as error:
+        return str(error)
+    return None
+
+
+def choose_loader(name: str) -> tuple[str, str | None]:
+    """("dali" or "reference", what it fell back from). Raises UserError where DALI is asked for and is not there."""
+    if name == "reference":
+        return name, None
+    problem = dali_problem()
+    if problem is None:
+        return "dali", None
+    if name == "dali":
+        raise UserError(f"--data.loader dali: DALI can't be imported ({problem}); install it or give 'reference'")
+    return "reference", f"DALI can't be imported ({problem}): decoding with PIL, which is slower"
+
+
+def cores_per_rank(local_world_size: int) -> int:
+    """This rank's share of the cores that this process may use, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def make_train_plan(index: Index, data: DataConfig, train: TrainConfig) -> TrainPlan:
+    """The plan of a run: a function of the index, the recipe and the seed alone."""
+    records = index.splits["train"].records
+    widths, heights = (np.ascontiguousarray(records[key], np.int64) for key in ("width", "height"))
+    return TrainPlan(widths, heights, train.global_batch_size, train.seed, data.crop_area, data.crop_ratio, data.flip)
+
+
+def _make_decoder(name: str, size: int, batch_size: int, threads: int, device: torch.device, prefetch: int):
+    if name == "dali":
+        from pipeline.loader.dali import DaliDecoder
+
+        return DaliDecoder(size, batch_size, threads, device, prefetch)
+    from pipeline.loader.reference import ReferenceDecoder
+
+    return ReferenceDecoder(size, threads, prefetch)
+
+
+def make_train_stream(index: Index, plan: TrainPlan, data: DataConfig, place: Place) -> Stream:
+    """The training batches of a rank."""
+    return _make_stream(index, "train", plan, data, data.image_size, plan.global_batch_size // place.size, place)
+
+
+def make_eval_stream(index: Index, data: DataConfig, batch_size: int, place: Place) -> Stream:
+    """The validation batches of a rank, at most `batch_size` images each."""
+    records = index.splits["val"].records
+    widths, heights = (np.ascontiguousarray(records[key], np.int64) for key in ("width", "height"))
+    plan = EvalPlan(widths, heights, batch_size, data.val_resize, data.val_size)
+    return _make_stream(index, "val", plan, data, data.val_size, batch_size, place)
+
+
+def _make_stream(
+    index: Index, name: str, plan: TrainPlan | EvalPlan, data: DataConfig, size: int, batch_size: int, place: Place
+) -> Stream:
+    split = index.splits[name]
+    threads = data.threads or cores_per_rank(place.local_size)
+    decoder = _make_decoder(choose_loader(data.loader)[0], size, batch_size, threads, place.device, data.prefetch)
+    labels = split.records["label"]
+    source = Source(split)
+    return Stream(
+        plan, source, decoder, labels, place.rank, place.size, place.device, data.prefetch, data.max_unreadable
+    )

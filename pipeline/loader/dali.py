@@ -1,0 +1,117 @@
+"""Decoding with NVIDIA DALI: only the planned window is decoded, then resized and flipped.
+
+DALI holds no state of ours: bytes, windows and flips come in through external_source, so any step can be first. On a
+GPU the window is decoded on the CPU and resized on the GPU: hardware decoders give other pixels than the CPU's, and a
+run must not depend on which it met.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from pipeline.loader.stream import Samples, UndecodableSample, sample_number
+
+
+class DaliDecoder:
+    """A DALI pipeline fed from outside.
+
+    Args:
+        size: side of the output in pixels.
+        max_batch_size: largest batch that will come.
+        threads: CPU threads of the pipeline.
+        device: "cpu", or a CUDA device (resize there; batches are delivered there).
+        prefetch: batches decoded ahead.
+    """
+
+    def __init__(self, size: int, max_batch_size: int, threads: int, device: torch.device, prefetch: int = 2):
+        self.size, self.device = size, device
+        self.settings = {"batch_size": max_batch_size, "num_threads": threads, "prefetch_queue_depth": prefetch}
+        self.pipeline = None
+        self._feed: Iterator[Samples] = iter(())
+        self._handed: deque[int] = deque()  # steps that DALI holds
+
+    def _next(self):
+        """DALI's callback: the next batch as lists and arrays of one row a sample."""
+        samples = next(self._feed)
+        p = samples.planned
+        self._handed.append(samples.step)
+        return (
+            samples.data,
+            np.ascontiguousarray(p.windows[:, [1, 0]]),  # DALI's order is that of the image's axes: y, x
+            np.ascontiguousarray(p.windows[:, [3, 2]]),
+            np.ascontiguousarray(p.rois[:, [1, 0]]),
+            np.ascontiguousarray(p.rois[:, [3, 2]]),
+            p.flips.astype(np.int32),
+        )
+
+    def _build(self):
+        from nvidia.dali import fn, pipeline_def, types
+
+        on_gpu = self.device.type == "cuda"
+
+        @pipeline_def(device_id=self.device.index or 0 if on_gpu else None, exec_dynamic=True, **self.settings)
+        def graph():
+            data, anchor, shape, roi_start, roi_end, flip = fn.external_source(
+                source=self._next,
+                num_outputs=6,
+                batch=True,
+                no_copy=False,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT, types.INT32],
+                ndim=[1, 1, 1, 1, 1, 0],
+            )
+            images = fn.decoders.image_slice(
+                data, anchor, shape, axes=[0, 1], output_type=types.RGB, adjust_orientation=False, device="cpu"
+            )
+            if on_gpu:
+                images = images.gpu()
+            images = fn.resize(
+                images,
+                size=[self.size, self.size],
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
+                roi_start=roi_start,
+                roi_end=roi_end,
+            )
+            return fn.flip(images, horizontal=flip)
+
+        pipe = graph()
+        pipe.build()
+        return pipe
+
+    def decode(self, batches: Iterable[Samples]) -> Iterator[torch.Tensor]:
+        """Images uint8 [B, H, W, 3] of each batch, in order. Raises UndecodableSample, after which it starts anew."""
+        self._feed, self._handed = iter(batches), deque()
+        pipeline, self.pipeline = self.pipeline or self._build(), None
+        while True:
+            try:
+                (images,) = pipeline.run()
+            except StopIteration:
+                pipeline.reset()
+                self.pipeline = pipeline  # drained to the end: good for the next stream
+                return
+            except RuntimeError as error:  # a failed pipeline is dead for good
+                position = sample_number(str(error))
+                if position is None:
+                    raise
+                raise UndecodableSample(self._handed[0], position, _last_line(str(error))) from error
+            self._handed.popleft()
+            yield self._to_torch(images)
+
+    def _to_torch(self, images) -> torch.Tensor:
+        """A copy of DALI's output in memory of torch, ordered on torch's current stream."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        batch = torch.empty((len(images), self.size, self.size, 3), dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        feed_ndarray(images.as_tensor(), batch, cuda_stream=stream)
+        return batch
+
+    def close(self) -> None:
+        self.pipeline = None
+
+
+def _last_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return next((line for line in lines if "sample #" in line), lines[-1] if lines else "")

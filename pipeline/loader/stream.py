@@ -1,0 +1,195 @@
+"""A rank's batches of steps start..stop-1: plan and source joined, decoded, and whole in the face of bad samples.
+
+In training an unreadable sample is replaced by a substitute that follows from (seed, sample) alone, so every rank and
+every restart takes the same one. In validation it is left out and the batch is shorter: a substitute would falsify the
+score.
+"""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.errors import BrokenError
+from pipeline.loader.plan import EvalPlan, Planned, TrainPlan
+from pipeline.loader.source import Source, UnreadableSample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's local batch, on the step's device.
+
+    images: uint8 [B, H, W, 3]. targets: int64 [B]. ids: int64 [B]. In validation B may be short, or 0.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    ids: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a decoder gets: the plan of a batch and, in the same order, each sample's bytes (uint8)."""
+
+    step: int
+    planned: Planned
+    data: list[np.ndarray]
+
+
+class UndecodableSample(Exception):
+    """Raised by a decoder: position `position` of the batch of `step` can't be decoded."""
+
+    def __init__(self, step: int, position: int, reason: str):
+        super().__init__(f"step {step}, position {position}: {reason}")
+        self.step, self.position, self.reason = step, position, reason
+
+
+class Stream:
+    """A rank's batches of one split.
+
+    Args:
+        plan: `TrainPlan` (substitutes) or `EvalPlan` (leaves out).
+        source: bytes of the split's samples.
+        decoder: `DaliDecoder` or `ReferenceDecoder`.
+        labels: int [n].
+        rank, world_size: this rank's slice of every batch.
+        device: where batches are delivered.
+        prefetch: batches read ahead.
+        max_unreadable: distinct bad samples that are borne before BrokenError.
+    """
+
+    def __init__(
+        self,
+        plan: TrainPlan | EvalPlan,
+        source: Source,
+        decoder,
+        labels: np.ndarray,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        prefetch: int = 2,
+        max_unreadable: int = 100,
+    ):
+        self.plan, self.source, self.decoder, self.device = plan, source, decoder, device
+        self.labels = np.ascontiguousarray(labels, np.int64)
+        self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
+        self.max_unreadable = max_unreadable
+        self.unreadable: dict[int, str] = {}  # id -> reason: everything this rank has met
+        self._pool = ThreadPoolExecutor(prefetch, thread_name_prefix="prepare")
+        self._skip: frozenset[int] = frozenset()
+
+    def _note(self, sample: int, reason: str) -> None:
+        if sample not in self.unreadable:
+            self.unreadable[sample] = reason
+        if len(self.unreadable) > self.max_unreadable:
+            raise BrokenError(
+                f"more than {self.max_unreadable} unreadable samples, the last one {self.source.describe(sample)} "
+                f"({reason}); check the data with: pipeline verify ROOT"
+            )
+
+    def _stand_in(self, sample: int) -> tuple[int, np.ndarray]:
+        """The first readable substitute of a bad sample, and its bytes."""
+        for attempt in range(1000):
+            candidate = self.plan.substitute(sample, attempt)
+            if candidate in self._skip or candidate in self.unreadable:
+                continue
+            try:
+                return candidate, self.source.read(candidate)
+            except UnreadableSample as error:
+                self._note(error.sample, error.reason)
+        raise BrokenError(
+            f"no readable substitute for {self.source.describe(sample)}; check the data: pipeline verify ROOT"
+        )
+
+    def _mend(self, step: int, planned: Planned, data: list) -> Samples:
+        """Replace (training) or leave out (validation) the samples whose place in `data` holds an exception."""
+        bad = [i for i, item in enumerate(data) if isinstance(item, UnreadableSample)]
+        if not bad:
+            return Samples(step, planned, data)
+        ids = planned.ids.copy()
+        if isinstance(self.plan, EvalPlan):
+            keep = np.setdiff1d(np.arange(len(ids)), bad)
+            return Samples(step, self.plan.cut(ids[keep], planned.epochs[keep]), [data[i] for i in keep])
+        for i in bad:
+            ids[i], data[i] = self._stand_in(int(ids[i]))
+        return Samples(step, self.plan.cut(ids, planned.epochs), data)
+
+    def _prepare(self, step: int) -> Samples:
+        planned = self.plan.local(step, self.rank, self.world_size)
+        data = self.source.read_batch(planned.ids)
+        for i, sample in enumerate(planned.ids):
+            if int(sample) in self._skip:
+                data[i] = UnreadableSample(int(sample), "on the blacklist")
+            elif isinstance(data[i], UnreadableSample):
+                self._note(int(sample), data[i].reason)
+        return self._mend(step, planned, data)
+
+    def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Iterator[Batch]:
+        """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`."""
+        self._skip = skip
+        ahead: dict[int, Future] = {}  # being read
+        handed: dict[int, Samples] = {}  # with the decoder, not yet delivered; in order
+        mended: dict[int, Samples] = {}  # to be handed again after a decoder gave up
+
+        def feed(first: int) -> Iterator[Samples]:
+            for step in range(first, stop):
+                for coming in range(step, min(step + self.prefetch, stop)):
+                    if coming not in ahead and coming not in mended:
+                        ahead[coming] = self._pool.submit(self._prepare, coming)
+                samples = mended.pop(step) if step in mended else ahead.pop(step).result()
+                if samples.data:
+                    handed[step] = samples
+                    yield samples
+
+        position = start
+        try:
+            while position < stop:
+                try:
+                    for images in self.decoder.decode(feed(position)):
+                        step = next(iter(handed))
+                        position = step + 1
+                        yield self._batch(images, handed.pop(step))
+                    return
+                except UndecodableSample as error:
+                    handed[error.step] = self._without(handed[error.step], error)
+                    mended.update(handed)
+                    handed.clear()
+                    position = error.step
+        finally:
+            for future in ahead.values():
+                future.cancel()
+
+    def _without(self, samples: Samples, error: UndecodableSample) -> Samples:
+        """A batch whose bytes are those indexed, but which a decoder refuses: mended."""
+        sample = int(samples.planned.ids[error.position])
+        self._note(sample, error.reason)
+        data = list(samples.data)
+        data[error.position] = UnreadableSample(sample, error.reason)
+        return self._mend(samples.step, samples.planned, data)
+
+    def _batch(self, images: torch.Tensor, samples: Samples) -> Batch:
+        ids = torch.from_numpy(samples.planned.ids)
+        targets = torch.from_numpy(self.labels[samples.planned.ids])
+        if self.device.type == "cuda":
+            ids, targets = (t.pin_memory().to(self.device, non_blocking=True) for t in (ids, targets))
+        return Batch(images.to(self.device, non_blocking=True), targets, ids)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self.decoder.close()
+        self.source.close()
+
+
+_SAMPLE_NUMBER = re.compile(r"sample #(\d+)")
+
+
+def sample_number(message: str) -> int | None:
+    """The position in the batch that DALI's message blames, if it names one."""
+    found = _SAMPLE_NUMBER.search(message)
+    return int(found.group(1)) if found else None

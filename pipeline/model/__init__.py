@@ -1,0 +1,1 @@
+"""Architectures by name. Knows nothing of data or training."""

@@ -1,0 +1,71 @@
+"""Any torchvision classification model by name, with a head for the data set's classes."""
+
+import difflib
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from pipeline.config import ModelConfig
+from pipeline.errors import UserError
+
+_WITH_AUXILIARY_HEAD = ("googlenet", "inception_v3")
+
+
+def model_names() -> list[str]:
+    """The classification models of the installed torchvision."""
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The model with fresh weights, drawn from torch's global generator.
+
+    num_classes: outputs of the head. Takes float [B, 3, H, W], gives logits [B, num_classes].
+    Raises UserError for a name that torchvision does not know, or an option that the model has no use for.
+    """
+    names = model_names()
+    if config.name not in names:
+        close = difflib.get_close_matches(config.name, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "torchvision.models.list_models() lists them"
+        raise UserError(f"--model.name {config.name} is no torchvision classification model; {hint}")
+    extra = {"aux_logits": False, "init_weights": True} if config.name in _WITH_AUXILIARY_HEAD else {}
+    model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
+    if config.zero_init_residual:
+        zero_init_residual(model)
+    return model
+
+
+def zero_init_residual(model: nn.Module) -> None:
+    """Set gamma of the last BatchNorm of each residual block to 0 (Goyal et al. 2017, section 5.1)."""
+    blocks = [module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)]
+    if not blocks:
+        raise UserError("--model.zero_init_residual is for ResNets: this model has no residual block; leave it off")
+    for block in blocks:
+        nn.init.zeros_(block.bn3.weight if isinstance(block, Bottleneck) else block.bn2.weight)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of trainable values."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+class Normalised(nn.Module):
+    """uint8 [B, H, W, 3] in, logits out: casts and normalises on the device, then calls `model`.
+
+    mean, std: of each channel, 0 to 1. The permuted image is channels_last as it is, without a copy.
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], channels_last: bool):
+        super().__init__()
+        self.model = model
+        self.channels_last = channels_last
+        self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(1, 3, 1, 1)), persistent=False)
+        shift = -torch.tensor(mean) / torch.tensor(std)
+        self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.permute(0, 3, 1, 2)
+        if not self.channels_last:
+            pixels = pixels.contiguous()
+        return self.model(torch.addcmul(self.shift, pixels.float(), self.scale))

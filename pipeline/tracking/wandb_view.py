@@ -1,0 +1,130 @@
+"""W&B as a view of the ledger: one run over all restarts, each step once, and never an obstacle to training.
+
+A restart repeats steps that W&B has already got. The highest steps that the ledger ever held are kept in
+`wandb/sent.json`, and rows up to them are not sent again.
+"""
+
+import json
+import os
+import uuid
+from pathlib import Path
+
+from pipeline.config import TrackingConfig
+
+_INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 30, 60
+
+
+class WandbView:
+    """Sends rows to W&B, or does nothing where it is disabled, missing or failing.
+
+    Args:
+        config: mode, project, entity, name.
+        run_dir: the run folder; W&B's own files go to its `wandb/`.
+        settings: the resolved configuration, shown with the run.
+        last_steps: kind of row -> its last step in the ledger before this start.
+        say: prints one line to the user.
+    """
+
+    def __init__(self, config: TrackingConfig, run_dir: Path, settings: dict, last_steps: dict[str, int], say):
+        self.run, self.say = None, say
+        self.folder = run_dir / "wandb"
+        if config.wandb == "disabled":
+            return
+        self.folder.mkdir(exist_ok=True)
+        self.sent = self._high_water(self.folder / "sent.json", last_steps)
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        try:
+            import wandb
+        except ImportError as error:
+            say(f"W&B: can't be imported ({error}); metrics.jsonl has everything")
+            return
+        if not hasattr(wandb, "init"):
+            say("W&B: not installed; metrics.jsonl has everything")
+            return
+        self._start(wandb, config, run_dir, settings)
+
+    @staticmethod
+    def _high_water(path: Path, last_steps: dict[str, int]) -> dict[str, int]:
+        """Kind of row -> the highest step ever sent; kept on disk, as the ledger forgets steps that are done again."""
+        try:
+            before = {str(kind): int(step) for kind, step in json.loads(path.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            before = {}
+        sent = {kind: max(before.get(kind, 0), last_steps.get(kind, 0)) for kind in ("train", "eval")}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(sent))
+        temporary.replace(path)
+        return sent
+
+    def _start(self, wandb, config: TrackingConfig, run_dir: Path, settings: dict) -> None:
+        mode = config.wandb
+        if mode == "auto":
+            mode = "online" if _has_key(wandb) else "offline"
+            if mode == "offline":
+                self.say("W&B: no key, so offline; upload later with: wandb sync " + str(self.folder / "offline-*"))
+        identifier = self.folder / "run-id"
+        if not identifier.exists():
+            identifier.write_text(uuid.uuid4().hex[:8])
+        quiet = wandb.Settings(
+            init_timeout=_INIT_TIMEOUT_S,
+            finish_timeout=_FINISH_TIMEOUT_S,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_transaction_log_flush_interval=1,
+        )
+        arguments = {
+            "project": config.project,
+            "entity": config.entity,
+            "name": config.name or run_dir.name,
+            "id": identifier.read_text().strip(),
+            "resume": "allow",
+            "dir": str(run_dir),
+            "config": settings,
+            "settings": quiet,
+        }
+        try:
+            self.run = wandb.init(mode=mode, **arguments)
+        except Exception as error:  # whatever W&B raises, training goes on
+            self.say(f"W&B: {type(error).__name__}: {_first_line(error)}; going on offline")
+            try:
+                self.run = wandb.init(mode="offline", **arguments)
+            except Exception as second:
+                self.say(f"W&B: {type(second).__name__}: {_first_line(second)}; metrics.jsonl has everything")
+        if self.run is not None:
+            self._try(self.run.define_metric, "val_top1", summary="max")
+
+    def _try(self, function, *arguments, **options) -> None:
+        try:
+            function(*arguments, **options)
+        except Exception as error:
+            self.run = None
+            self.say(
+                f"W&B: {type(error).__name__}: {_first_line(error)}; not used any more, metrics.jsonl has everything"
+            )
+
+    def log(self, row: dict) -> None:
+        """Send the numbers of a ledger row, unless a run before this start has sent its step."""
+        if self.run is None or row["step"] <= self.sent[row["kind"]]:
+            return
+        self._try(self.run.log, {k: v for k, v in row.items() if k not in ("kind", "step")}, step=row["step"])
+
+    def close(self, exit_code: int = 0) -> None:
+        if self.run is not None:
+            self._try(self.run.finish, exit_code=exit_code)
+
+
+def _has_key(wandb) -> bool:
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    except Exception:
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -1,0 +1,1 @@
+"""The training loop and what it owns: steps, optimizer, schedule, checkpoints, ranks, signals, evaluation."""

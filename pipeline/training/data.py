@@ -1,0 +1,25 @@
+"""The data set of a run: its index opened on every rank, built first by rank 0 where it is missing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.config import DataConfig
+from pipeline.dataset.index import Index, index_folder, open_index
+from pipeline.dataset.scan import build_index
+from pipeline.errors import UserError
+from pipeline.training.distributed import World
+
+
+def open_data(data: DataConfig, world: World, say: Callable[[str], None]) -> Index:
+    """The index of data.root. Collective. Raises UserError where there is no data set."""
+
+    def build() -> Path:
+        if not data.root:
+            raise UserError("--data.root is missing: give the folder that holds train/ and val/")
+        root = Path(data.root).expanduser()
+        folder = Path(data.index).expanduser() if data.index else index_folder(root)
+        if not (folder / "index.json").exists() and root.is_dir():
+            say(f"no index at {folder}: building it (once)")
+        return build_index(root, folder).folder
+
+    return open_index(world.on_main(build))

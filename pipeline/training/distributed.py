@@ -1,0 +1,118 @@
+"""Ranks: the process group, this process's place in it, and what all ranks must know alike."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import TrainConfig
+from pipeline.errors import BrokenError, UserError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. `device`: where it computes."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Is the flag up on any rank? Collective, on the host."""
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over all ranks, in float64. Collective, on the host."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Call `function` on rank 0 alone; all ranks get its result, or raise its UserError or BrokenError."""
+        answer: list[Any] = [None]
+        if self.is_main:
+            try:
+                answer = [("result", function())]
+            except (UserError, BrokenError) as error:
+                answer = [("user" if isinstance(error, UserError) else "broken", str(error))]
+        dist.broadcast_object_list(answer, src=0)
+        kind, value = answer[0]
+        if kind != "result":
+            raise (UserError if kind == "user" else BrokenError)(value)
+        return value
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--train.device cuda: no CUDA device is visible here; give 'cpu' or see nvidia-smi")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; "
+            "start as many processes a node as it has GPUs"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def start_world(train: TrainConfig) -> World:
+    """Join the process group that torchrun describes, or one of this process alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = _device(train.device, local_rank)
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    dist.init_process_group(backend, timeout=TIMEOUT, **place)
+    if device.type == "cuda" and train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return World(rank, size, local_rank, local_size, device)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one step: drop-out and the like follow from (seed, step, rank), not from history."""
+    from pipeline.loader.plan import hash_counter
+
+    torch.manual_seed(int(hash_counter(seed, 0x5EED, step, rank)) >> 1)
+
+
+class Clock:
+    """Seconds since the last lap; `lap` begins a new one."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def peek(self) -> float:
+        return time.perf_counter() - self.last
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self.last = now - self.last, now
+        return elapsed

@@ -1,0 +1,355 @@
+"""The training loop: a run is a pure function of (recipe, index, seed, step), so it can begin at any step.
+
+Read `Trainer.run` from top to bottom; everything it calls is named for what it does.
+"""
+
+import dataclasses
+import math
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.config import Config, identity
+from pipeline.dataset.index import Index
+from pipeline.errors import EXIT_OK, BrokenError, UserError
+from pipeline.loader.build import choose_loader, make_eval_stream, make_train_plan, make_train_stream
+from pipeline.model.build import build_model, count_parameters
+from pipeline.tracking.console import Console
+from pipeline.tracking.ledger import Ledger, read_rows
+from pipeline.tracking.wandb_view import WandbView
+from pipeline.training.checkpoint import (
+    CheckpointWriter,
+    DamagedCheckpoint,
+    Snapshot,
+    check_fingerprints,
+    find_newest_good,
+    load_state,
+    to_cpu,
+    verify_checkpoint,
+)
+from pipeline.training.data import open_data
+from pipeline.training.distributed import Clock, World, seed_step
+from pipeline.training.evaluate import evaluate
+from pipeline.training.guard import check_finite
+from pipeline.training.preemption import StopRequest, interrupted_exit_code
+from pipeline.training.report import Reports, StepReport, Wish
+from pipeline.training.run import RunFolder, open_run_folder, slurm_facts
+from pipeline.training.schedule import Schedule, peak_lr
+from pipeline.training.step import TrainStep
+
+
+class Trainer:
+    """One rank's part in a run.
+
+    Args:
+        config: the whole configuration.
+        world: this process among all.
+        stop: set when somebody asks the run to save and go.
+    """
+
+    def __init__(self, config: Config, world: World, stop: StopRequest):
+        self.config, self.world, self.stop = config, world, stop
+        self.console = Console(config.tracking.print_every_s, quiet=not world.is_main)
+        check_batch(config, world.size)
+        self.folder: RunFolder = world.on_main(lambda: open_run_folder(config))
+        if world.is_main:
+            stop.watch(self.folder.stop)
+        self.index: Index = open_data(config.data, world, self.console.say)
+        self.plan = make_train_plan(self.index, config.data, config.train)
+        self.schedule = Schedule(
+            config.schedule,
+            peak_lr(config.optim, config.train.global_batch_size),
+            self.plan.samples / config.train.global_batch_size,
+        )
+        self.last_step = min(self.schedule.total_steps, config.train.max_steps or self.schedule.total_steps)
+        torch.manual_seed(config.train.seed)
+        classes = config.model.num_classes or self.index.num_classes
+        if classes < self.index.num_classes:
+            raise UserError(
+                f"--model.num_classes {classes}: the data set has {self.index.num_classes} classes; give at least that"
+            )
+        self.model = build_model(config.model, classes)
+        self.train_step = TrainStep(self.model, config, world)
+        self.reports = Reports(world)
+        self.blacklist: dict[int, int] = {}  # unreadable sample -> the step that met it
+        self.step = 0  # steps done
+        self.asked_to_stop = self.asked_to_save = False  # agreed among all ranks
+
+    def run(self) -> int:
+        """Train to the end, or until somebody asks to stop. Returns the exit code."""
+        self.restore()
+        if self.world.on_main(self.was_finished):
+            return EXIT_OK
+        self.open_tracking()
+        try:
+            while not self.asked_to_stop:
+                if self.evaluates_at(self.step) and not self.is_evaluated():
+                    self.evaluate()
+                elif self.step == self.last_step:
+                    return self.finished()
+                else:
+                    self.train_until(self.next_pause())
+            return self.interrupted()
+        finally:
+            self.close()
+
+    def next_pause(self) -> int:
+        """The step at which the loader starts anew (an epoch's end) or an evaluation is due."""
+        epoch_end = self.plan.epoch_end(self.plan.epochs_done(self.step) + 1)
+        pause = min(epoch_end, self.last_step)
+        return next((step for step in range(self.step + 1, pause) if self.evaluates_at(step)), pause)
+
+    def train_until(self, pause: int) -> None:
+        """Train the steps up to `pause`, or until all ranks agree to stop.
+
+        Samples found unreadable are avoided from the next epoch on, by all ranks alike; until then each is met at most
+        once.
+        """
+        epoch_start = self.plan.epoch_end(self.plan.epochs_done(self.step))
+        skip = frozenset(sample for sample, step in self.blacklist.items() if step < epoch_start)
+        batches = self.train_stream.batches(self.step, pause, skip)
+        clock = Clock()
+        while self.step < pause and not self.asked_to_stop:
+            batch = next(batches)
+            waited = clock.peek()
+            seed_step(self.config.train.seed, self.step, self.world.rank)
+            loss, norm = self.train_step(batch, self.schedule.lr(self.step))
+            self.reports.push(self.step, loss, norm, batch.ids, self.wish(), waited, clock.lap())
+            self.step += 1
+            self.take_in(self.reports.due())
+            if self.saves_at(self.step):
+                self.save()
+                clock.lap()
+        batches.close()
+        self.take_in(self.reports.due(everything=True))
+
+    def wish(self) -> Wish:
+        """What this rank asks of all, with its report of this step."""
+        if self.stop:
+            return Wish.STOP
+        every = self.config.checkpoint.every_minutes
+        if self.world.is_main and every and time.monotonic() - self.saved_at > 60 * every:
+            return Wish.SAVE
+        return Wish.NONE
+
+    def take_in(self, reports: list[StepReport]) -> None:
+        """Take in what all ranks said of these steps: wishes, unreadable samples, the ledger's rows."""
+        for report in reports:
+            check_finite(report.step, report.loss, report.grad_norm, self.config.train.precision)
+            planned, _ = self.plan.positions(report.step, 0, self.plan.global_batch_size)
+            ids = report.ids.numpy()
+            for sample in planned[planned != ids].tolist():
+                self.blacklist.setdefault(sample, report.step)
+                self.console.say(f"unreadable from now on: {self.train_stream.source.describe(sample)}; substituted")
+            self.asked_to_stop |= report.wish == Wish.STOP
+            self.asked_to_save |= report.wish == Wish.SAVE
+            if self.world.is_main:
+                self.record(report, ids)
+
+    def record(self, report: StepReport, ids: np.ndarray) -> None:
+        """The ledger's row of a step: row s says that s steps are done."""
+        done = report.step + 1
+        row = {
+            "kind": "train",
+            "step": done,
+            "epoch": done * self.plan.global_batch_size / self.plan.samples,
+            "loss": report.loss,
+            "lr": self.schedule.lr(report.step),
+            "images_per_s": self.plan.global_batch_size / report.step_s,
+            "data_wait": min(1.0, report.wait_s / report.step_s),
+            "grad_norm": report.grad_norm,
+            "batch_digest": self.plan.digest(report.step, ids),
+        }
+        self.log(row)
+        self.console.step(row)
+
+    def log(self, row: dict) -> None:
+        """A row to the ledger, and to W&B, which is a view of it. Rank 0 only."""
+        self.ledger.append(row)
+        self.wandb.log(row)
+
+    # --- evaluation
+
+    def evaluates_at(self, step: int) -> bool:
+        """Is an evaluation due after `step` steps?"""
+        every = self.config.train.eval_every_epochs * self.plan.samples / self.plan.global_batch_size  # steps
+        return step > 0 and (step == self.last_step or math.ceil(step // every * every) == step)
+
+    def is_evaluated(self) -> bool:
+        """Does the ledger hold an evaluation of this step? (A kill in its midst: it is done again.)"""
+        rows = self.ledger.evaluations if self.world.is_main else []
+        return self.world.any(any(row["step"] == self.step for row in rows))
+
+    def evaluate(self) -> None:
+        """Score the model on the validation set; nothing is recorded if somebody asks to stop meanwhile."""
+        if self.saved_step != self.step:
+            self.save()  # the best checkpoint must be one that was scored
+        stream = self.eval_stream
+        scores = evaluate(self.train_step.network, stream, self.world, self.config.train.precision, self.stop)
+        if scores is None:
+            self.asked_to_stop = True
+        elif self.world.is_main:
+            self.log({"kind": "eval", "step": self.step, "epoch": self.epoch, **dataclasses.asdict(scores)})
+            self.console.say(
+                f"epoch {self.epoch:.2f}, step {self.step}: validation loss {scores.val_loss:.4f}, "
+                f"top-1 {scores.val_top1:.2f} %, top-5 {scores.val_top5:.2f} % of {scores.images:,} images"
+            )
+
+    @property
+    def epoch(self) -> float:
+        return self.step * self.plan.global_batch_size / self.plan.samples
+
+    # --- saving and restoring
+
+    def saves_at(self, step: int) -> bool:
+        """Is a checkpoint due after `step` steps? The same answer on all ranks."""
+        settings = self.config.checkpoint
+        at_epoch_end = settings.every_epoch and step == self.plan.epoch_end(self.plan.epochs_done(step))
+        at_multiple = settings.every_steps is not None and step % settings.every_steps == 0
+        return step != self.saved_step and (at_epoch_end or at_multiple or self.asked_to_save or step == self.last_step)
+
+    def save(self) -> None:
+        """Snapshot this step; rank 0 writes it behind the training. The ledger reaches the disk before it does."""
+        self.take_in(self.reports.due(everything=True))
+        self.saved_step, self.saved_at, self.asked_to_save = self.step, time.monotonic(), False
+        if not self.world.is_main:
+            return
+        self.ledger.sync()
+        meta = {
+            "identity": identity(self.config),
+            "index_fingerprint": self.index.fingerprint,
+            "blacklist": [list(item) for item in sorted(self.blacklist.items())],
+            "world_size": self.world.size,
+            "torch": torch.__version__,
+        }
+        self.writer.save(Snapshot(self.step, to_cpu(self.train_step.state_dict()), meta))
+
+    def restore(self) -> None:
+        """Go to the newest good checkpoint, or the one that --resume names, or the beginning."""
+        self.resumed_from = None
+        found = self.world.on_main(self.find_checkpoint)
+        if found is not None:
+            self.resumed_from, meta = found
+            self.train_step.load_state_dict(load_state(self.resumed_from))
+            self.blacklist = dict(map(tuple, meta["blacklist"]))
+            self.step = meta["step"]
+        if self.step > self.last_step:
+            raise UserError(
+                f"{self.resumed_from} is at step {self.step}, past the end at {self.last_step}; "
+                "raise --train.max_steps, or give another --run_dir"
+            )
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def find_checkpoint(self) -> tuple[Path, dict] | None:
+        """The verified checkpoint to start from, with its meta; None: the beginning. Rank 0 only."""
+        if self.config.resume in ("auto", "never"):
+            found = find_newest_good(self.folder.checkpoints, lambda text: self.console.say(f"warning: {text}"))
+        else:
+            path = Path(self.config.resume).expanduser()
+            try:
+                found = path, verify_checkpoint(path)
+            except DamagedCheckpoint as error:
+                raise UserError(f"--resume {path}: {error}; give another checkpoint folder, or 'auto'") from error
+        if found is not None:
+            check_fingerprints(*found, identity(self.config), self.index.fingerprint)
+        return found
+
+    # --- beginning and end
+
+    def open_tracking(self) -> None:
+        """Ledger, W&B, checkpoint writer and console of rank 0; the loaders of every rank."""
+        data, world = self.config.data, self.world
+        local = self.config.train.global_batch_size // world.size
+        eval_batch = self.config.train.eval_batch_size or min(local, self.config.train.micro_batch_size or local)
+        self.train_stream = make_train_stream(self.index, self.plan, data, world)
+        self.eval_stream = make_eval_stream(self.index, data, eval_batch, world)
+        if not world.is_main:
+            return
+        say = self.console.say
+        self.ledger = Ledger(self.folder.ledger, self.step)
+        self.writer = CheckpointWriter(
+            self.folder.checkpoints,
+            self.config.checkpoint.keep,
+            protected=lambda: {self.ledger.best_step()},
+            warn=lambda text: say(f"warning: {text}"),
+        )
+        settings = identity(self.config) | {"world_size": world.size}
+        self.wandb = WandbView(self.config.tracking, self.folder.path, settings, self.ledger.last_steps, say)
+        self.event("started" if self.resumed_from is None else "resumed", world_size=world.size)
+        loader, fallen_back_from = choose_loader(data.loader)
+        if fallen_back_from:
+            say(f"warning: {fallen_back_from}")
+        say(f"run folder {self.folder.path}")
+        say(
+            f"{self.config.model.name}: {count_parameters(self.model):,} parameters, {self.config.train.precision}; "
+            f"{world.size} x {world.device.type}, global batch {self.config.train.global_batch_size}; "
+            f"{self.plan.samples:,} training images of {self.index.num_classes} classes by {loader}"
+        )
+        say(f"going on from {self.resumed_from}" if self.resumed_from else "starting at step 0")
+        self.console.start(self.step, self.last_step)
+
+    def event(self, name: str, **facts) -> None:
+        """A row of the ledger that tells what happened to the run. Rank 0 only."""
+        here = {"time": time.time(), "host": socket.gethostname(), **slurm_facts()}
+        self.ledger.append({"kind": "event", "event": name, "step": self.step, **here, **facts})
+
+    def was_finished(self) -> bool:
+        """Was there nothing left to do? Then say so. Rank 0 only."""
+        scored = {row["step"]: row for row in read_rows(self.folder.ledger) if row.get("kind") == "eval"}
+        if self.step < self.last_step or self.step not in scored:
+            return False
+        self.say_finished(scored[self.step], "had finished before")
+        return True
+
+    def say_finished(self, scores: dict, verb: str) -> None:
+        self.folder.mark("finished", **{key: scores[key] for key in ("step", "val_top1", "val_top5")})
+        self.console.say(f"{verb}: {scores['step']} steps, top-1 {scores['val_top1']:.2f} %; {self.folder.path}")
+
+    def finished(self) -> int:
+        """The last step is done, scored and on the disk."""
+        if self.world.is_main:
+            if not self.writer.wait():
+                raise BrokenError(f"the last checkpoint could not be written to {self.folder.checkpoints}; start again")
+            self.event("finished")
+            self.say_finished(self.ledger.evaluations[-1], "finished")
+        return EXIT_OK
+
+    def interrupted(self) -> int:
+        """Somebody asked to stop: save what there is, say so, and go."""
+        if self.saved_step != self.step:
+            self.save()
+        if self.world.is_main:
+            if not self.writer.wait():
+                raise BrokenError(f"the checkpoint could not be written to {self.folder.checkpoints} before stopping")
+            reason, seconds = self.stop.reason or "another rank was asked", self.stop.seconds()
+            self.event("interrupted", reason=reason, seconds=seconds)
+            self.ledger.sync()
+            self.folder.mark("interrupted", step=self.step, reason=reason, seconds=round(seconds, 2))
+            self.console.say(
+                f"interrupted ({reason}): step {self.step} is saved, {seconds:.1f} s after the signal; "
+                "the same command goes on from there"
+            )
+        return interrupted_exit_code()
+
+    def close(self) -> None:
+        """Let go of loaders, files and W&B; a checkpoint that is being written is finished first."""
+        self.train_stream.close()
+        self.eval_stream.close()
+        if self.world.is_main:
+            self.writer.close()
+            self.ledger.close()
+            self.wandb.close()
+        self.console.close()
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Raises UserError if the global batch can't be shared equally among the ranks."""
+    size = config.train.global_batch_size
+    if size % world_size:
+        raise UserError(
+            f"--train.global_batch_size {size} is not divisible by the {world_size} ranks; "
+            f"give a multiple, e.g. {-(-size // world_size) * world_size}"
+        )

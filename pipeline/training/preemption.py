@@ -1,0 +1,58 @@
+"""Signals and the stop file: how a run is asked to save and go. Installed before torch is imported; knows no torch.
+
+A request is only noted here. It rides on the next step's report to all ranks, so that all stop at the same step,
+whichever rank or node was told first.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Has somebody asked this process to stop? `reason` and `since` (time.monotonic) say who and when."""
+
+    def __init__(self, install: bool = True):
+        self.reason: str | None = None
+        self.since = 0.0
+        self._file: Path | None = None
+        if install:
+            for number in _SIGNALS:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame) -> None:
+        if self.reason is not None and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C twice, then a third: the user won't wait
+        self.ask(signal.Signals(number).name)
+
+    def ask(self, reason: str) -> None:
+        """Note a request; the first one counts."""
+        if self.reason is None:
+            self.since = time.monotonic()
+            self.reason = reason
+
+    def watch(self, file: Path) -> None:
+        """Take the file's appearance as a request too; its text is the reason."""
+        self._file = file
+
+    def __bool__(self) -> bool:
+        if self.reason is None and self._file is not None and self._file.exists():
+            try:
+                self.ask(self._file.read_text().strip()[:200] or "stop file")
+            except OSError:
+                self.ask("stop file")
+        return self.reason is not None
+
+    def seconds(self) -> float:
+        """Seconds since the request."""
+        return time.monotonic() - self.since if self.reason is not None else 0.0
+
+
+def interrupted_exit_code() -> int:
+    """What an interrupted process exits with: under torchrun 0, since it takes anything else for a crash."""
+    from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK
+
+    return EXIT_OK if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_INTERRUPTED

@@ -1,0 +1,97 @@
+"""What every step tells all ranks: losses, waiting times, wishes to stop, and the ids that were really used.
+
+One small all-gather a step carries it. It is read `lag` steps later, when the device has long finished it, so nobody
+waits; and since every rank reads the same reports at the same distance, all decide alike without a further message.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+
+from pipeline.training.distributed import World
+
+_LOSS, _NORM, _WISH, _WAIT, _TIME, _HEAD = range(6)
+
+
+class Wish(IntEnum):
+    """What a rank asks of all; the greatest wish counts."""
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step over all ranks. loss: mean over the global batch. grad_norm: of the averaged gradient. wish: the
+    greatest of all ranks. wait_s, step_s: seconds, of the rank that waited longest and of rank 0.
+    ids: int64 [global_batch_size]."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    wish: Wish
+    wait_s: float
+    step_s: float
+    ids: torch.Tensor
+
+
+class Reports:
+    """Gathers a report a step and gives each back `lag` steps later (0 on the CPU, where there is nothing to hide)."""
+
+    def __init__(self, world: World, lag: int | None = None):
+        self.world = world
+        self.lag = (2 if world.device.type == "cuda" else 0) if lag is None else lag
+        self.pending: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(
+        self,
+        step: int,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        ids: torch.Tensor,
+        wish: Wish,
+        wait_s: float,
+        step_s: float,
+    ) -> None:
+        """Send this rank's report. loss, norm: scalars on the device; ids: int64 [local batch] on the device."""
+        host = torch.tensor([0.0, 0.0, float(wish), wait_s, step_s], dtype=torch.float64)
+        if self.world.device.type == "cuda":
+            host = host.pin_memory()
+        mine = torch.empty(_HEAD + len(ids), dtype=torch.float64, device=self.world.device)
+        mine[:_HEAD].copy_(host, non_blocking=True)
+        mine[_LOSS], mine[_NORM] = loss, norm
+        mine[_HEAD:] = ids  # exact: ids are far below 2^53
+        everyone = torch.empty(self.world.size * len(mine), dtype=torch.float64, device=self.world.device)
+        dist.all_gather_into_tensor(everyone, mine)
+        event = None
+        if self.world.device.type == "cuda":
+            landing = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
+            everyone = landing.copy_(everyone, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append((step, everyone, event))
+
+    def due(self, everything: bool = False) -> list[StepReport]:
+        """The reports that are at least `lag` steps old, or all of them; oldest first."""
+        ready = []
+        while self.pending and (everything or len(self.pending) > self.lag):
+            ready.append(self._read(*self.pending.popleft()))
+        return ready
+
+    def _read(self, step: int, everyone: torch.Tensor, event: torch.cuda.Event | None) -> StepReport:
+        if event is not None:
+            event.synchronize()
+        table = everyone.view(self.world.size, -1)
+        return StepReport(
+            step=step,
+            loss=table[:, _LOSS].mean().item(),
+            grad_norm=table[0, _NORM].item(),
+            wish=Wish(int(table[:, _WISH].max())),
+            wait_s=table[:, _WAIT].max().item(),
+            step_s=table[0, _TIME].item(),
+            ids=table[:, _HEAD:].reshape(-1).to(torch.int64),
+        )

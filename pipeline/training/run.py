@@ -1,0 +1,90 @@
+"""The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, and the markers by which others see how it stands.
+
+`stop` asks a run to save and go. `interrupted`, `finished` and `failed` say how the last start ended (JSON).
+"""
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Config, identity, load_config, to_yaml
+from pipeline.errors import UserError
+from pipeline.training.checkpoint import compare_identity, list_checkpoints
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder and the places in it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
+
+    def mark(self, name: str, **facts) -> None:
+        """Write the marker `name` atomically; of interrupted, finished and failed only one stands."""
+        for other in ("interrupted", "finished", "failed"):
+            if other != name:
+                (self.path / other).unlink(missing_ok=True)
+        facts = {"state": name, **facts, "time": time.time(), "host": socket.gethostname()}
+        temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(facts) + "\n")
+        temporary.replace(self.path / name)
+
+    def clear_marks(self) -> None:
+        for name in ("stop", "interrupted", "finished", "failed"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def open_run_folder(config: Config) -> RunFolder:
+    """Make the run folder, or open it if it is of the same recipe. Rank 0 only.
+
+    Raises UserError where there is no name for it, it can't be written, is of another recipe, or has checkpoints though
+    `--resume never` is given.
+    """
+    if not config.run_dir:
+        raise UserError("--run_dir is missing: give the folder where the run is to live, e.g. --run_dir runs/first")
+    folder = RunFolder(Path(config.run_dir).expanduser().resolve())
+    try:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        probe = folder.path / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"run folder {folder.path} can't be written ({error.strerror}); give another --run_dir"
+        ) from error
+    if folder.config.exists():
+        saved = load_config(folder.config)
+        compare_identity(identity(saved), identity(config), f"run folder {folder.path}")
+    if config.resume == "never" and list_checkpoints(folder.checkpoints):
+        raise UserError(
+            f"--resume never: run folder {folder.path} has checkpoints; remove them or give another --run_dir"
+        )
+    temporary = folder.config.with_suffix(".tmp")
+    temporary.write_text(to_yaml(config))
+    temporary.replace(folder.config)
+    folder.clear_marks()
+    return folder
+
+
+def slurm_facts() -> dict:
+    """The Slurm job's id and restart count, where there is one."""
+    names = {"slurm_job_id": "SLURM_JOB_ID", "slurm_restart_count": "SLURM_RESTART_COUNT"}
+    return {key: os.environ[name] for key, name in names.items() if name in os.environ}

@@ -1,0 +1,90 @@
+"""One optimizer step: forward and backward over the local batch, gradients averaged over ranks, update."""
+
+import contextlib
+import inspect
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import Config
+from pipeline.loader.stream import Batch
+from pipeline.model.build import Normalised
+from pipeline.training.distributed import World
+from pipeline.training.loss import make_loss
+from pipeline.training.optimizer import make_optimizer
+
+#: torch 2.13 renamed DistributedDataParallel's switch for sending rank 0's buffers around at every step
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str):
+    """The autocast context of a precision; fp32 has none."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, _DTYPES[precision])
+
+
+class TrainStep:
+    """Model, optimizer and scaler of one rank, and the step that changes them.
+
+    `model` is the bare torchvision module, whose state_dict is what checkpoints hold; BatchNorm's running statistics
+    are rank 0's (Goyal et al. 2017: statistics per worker), sent to the others when somebody needs them.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, world: World):
+        self.config, self.device = config, world.device
+        local = config.train.global_batch_size // world.size
+        self.micro = config.train.micro_batch_size or local
+        if config.model.sync_batchnorm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=memory_format)
+        whole = Normalised(self.model, config.data.mean, config.data.std, config.train.channels_last).to(self.device)
+        self.network = whole  # for evaluation: no gradients to exchange
+        self.ddp = DistributedDataParallel(
+            whole,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            **{_SYNC_BUFFERS: False},
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
+        self.forward = torch.compile(self.ddp) if config.train.compile else self.ddp
+        self.loss = make_loss(config.optim).to(self.device)
+        self.optimizer = make_optimizer(self.model, config.optim, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
+
+    def __call__(self, batch: Batch, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train on a local batch. Returns the mean loss over it and the norm of the averaged gradient, both on the
+        device and not yet read: nothing here waits for it."""
+        self.ddp.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        pieces = list(zip(batch.images.split(self.micro), batch.targets.split(self.micro), strict=True))
+        for number, (images, targets) in enumerate(pieces, 1):
+            last = number == len(pieces)
+            with contextlib.nullcontext() if last else self.ddp.no_sync():
+                with autocast(self.device, self.config.train.precision):
+                    loss = self.loss(self.forward(images), targets) * (len(images) / len(batch))
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total, norm
+
+    def state_dict(self) -> dict[str, dict]:
+        """{"model": ..., "optimizer": ...}: plain state_dicts of tensors and numbers; the scaler is in the second."""
+        optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {"model": self.model.state_dict(), "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
+        self.scaler.load_state_dict(state["optimizer"]["scaler"])
