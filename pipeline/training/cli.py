@@ -4,7 +4,7 @@ import os
 import sys
 
 from pipeline.errors import BrokenError, UserError
-from pipeline.training.preemption import StopRequest
+from pipeline.training.preemption import StopRequest, die_with_torchrun
 
 
 def _on_main() -> bool:
@@ -13,6 +13,7 @@ def _on_main() -> bool:
 
 def train(argv: list[str]) -> int:
     """`pipeline train`: one rank of a run; see `pipeline.training.loop`."""
+    die_with_torchrun()
     stop = StopRequest()
     from pipeline.config import parse_config
 

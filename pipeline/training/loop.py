@@ -84,6 +84,7 @@ class Trainer:
         if self.world.on_main(self.was_finished):
             return EXIT_OK
         self.open_tracking()
+        self.train_step.warm_up()
         try:
             while not self.asked_to_stop:
                 if self.evaluates_at(self.step) and not self.is_evaluated():

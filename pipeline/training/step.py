@@ -79,6 +79,26 @@ class TrainStep:
         self.scaler.update()
         return total, norm
 
+    def warm_up(self) -> None:
+        """One forward and backward on a blank batch that leaves no trace.
+
+        DistributedDataParallel lays its gradient buckets out anew after its first backward, and with more than two
+        ranks the order of a sum follows from the layout. Done before the first step of every start, this makes a step's
+        bits independent of where the run was resumed.
+        """
+        size = self.config.data.image_size
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        images = torch.zeros(min(self.micro, 2), size, size, 3, dtype=torch.uint8, device=self.device)
+        self.ddp.train()
+        for _ in range(2):
+            with autocast(self.device, self.config.train.precision):
+                loss = self.loss(self.forward(images), torch.zeros(len(images), dtype=torch.int64, device=self.device))
+            self.scaler.scale(loss).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), kept, strict=True):
+                buffer.copy_(before)
+
     def state_dict(self) -> dict[str, dict]:
         """{"model": ..., "optimizer": ...}: plain state_dicts of tensors and numbers; the scaler is in the second."""
         optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
