@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from pipeline.errors import EXIT_BROKEN, EXIT_OK, EXIT_USER, BrokenError, UserError
+from pipeline.errors import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, BrokenError, UserError
 
 #: verb -> (module, function taking the arguments after the verb and returning an exit code, one line of help)
 VERBS = {
@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenError as error:
         print(f"pipeline {verb}: {error}", file=sys.stderr)
         return EXIT_BROKEN
+    except KeyboardInterrupt:
+        print(f"pipeline {verb}: interrupted; the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

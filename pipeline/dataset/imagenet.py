@@ -17,10 +17,18 @@ VAL_SOLUTION = "LOC_val_solution.csv"
 SYNSET = re.compile(r"n\d{8}")
 
 
+def find_list(root: Path, name: str) -> Path | None:
+    """One of the archive's lists: in `root`, or above it where `root` is the archive's inner `.../CLS-LOC` folder."""
+    homes = [root]
+    if root.parts[-len(CLS_LOC.parts) :] == CLS_LOC.parts:
+        homes.append(root.parents[len(CLS_LOC.parts) - 1])
+    return next((home / name for home in homes if (home / name).is_file()), None)
+
+
 def read_synset_words(root: Path) -> dict[str, str]:
-    """Synset -> words from `LOC_synset_mapping.txt` in `root`; empty where there is none."""
-    path = root / SYNSET_MAPPING
-    if not path.is_file():
+    """Synset -> words from `LOC_synset_mapping.txt`; empty where there is none."""
+    path = find_list(root, SYNSET_MAPPING)
+    if path is None:
         return {}
     words = {}
     for line in path.read_text(encoding="utf-8").splitlines():

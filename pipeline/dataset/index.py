@@ -5,10 +5,10 @@ split `SPLIT-<fingerprint>.npy` (records, dtype `RECORD`) and `SPLIT-<fingerprin
 Samples are ordered by class (sorted synsets), then by name, as torchvision's ImageFolder orders them.
 """
 
-import functools
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -51,6 +51,23 @@ class Split:
         """Path relative to `root` (tree) or member name (shard), with '/' between parts."""
         start = int(self.records["name_offset"][sample])
         return bytes(self.names[start : start + int(self.records["name_length"][sample])]).decode()
+
+    def iter_names(self) -> Iterator[str]:
+        """All names in order, without holding them all."""
+        for first in range(0, len(self), 1 << 14):
+            part = self.records[first : first + (1 << 14)]
+            ends = (part["name_offset"] + part["name_length"]).tolist()
+            start = int(part["name_offset"][0])
+            blob = self.names[start : ends[-1]].tobytes()
+            for end, length in zip(ends, part["name_length"].tolist(), strict=True):
+                yield blob[end - start - length : end - start].decode()
+
+    def read(self, sample: int) -> bytes:
+        """The sample's bytes, unchecked. OSError where they can't be read."""
+        record = self.records[sample]
+        with self.path(sample).open("rb") as file:
+            file.seek(int(record["offset"]))
+            return file.read(int(record["size"]) if record["shard"] >= 0 else -1)
 
     def path(self, sample: int) -> Path:
         """The file that holds the sample's bytes: its own, or its shard. ValueError if it would leave `root`."""
@@ -128,17 +145,16 @@ def write_index(
     fingerprint = compute_fingerprint([s for s, _ in classes], {k: r for k, (r, _) in splits.items()})
     meta = {"format": FORMAT, "fingerprint": fingerprint, "classes": [list(c) for c in classes]}
     try:
-        meta["root"] = (
-            os.path.relpath(root.resolve(), folder.resolve()) if folder.parent == root else str(root.resolve())
-        )
+        home, place = root.resolve(), folder.resolve()
+        meta["root"] = os.path.relpath(home, place) if place.is_relative_to(home) else str(home)
         meta["splits"] = {}
         for name, (records, names) in splits.items():
             blob = pack_names(names, records)
             tag = xxhash.xxh3_64_hexdigest(records.tobytes())  # of places too: a new file for every new content
             files = {"records": f"{name}-{tag}.npy", "names": f"{name}-{tag}.names"}
-            with _replacing(folder / files["records"]) as file:
+            with replacing(folder / files["records"]) as file:
                 np.save(file, records)
-            with _replacing(folder / files["names"]) as file:
+            with replacing(folder / files["names"]) as file:
                 file.write(blob.data)
             meta["splits"][name] = {
                 **files,
@@ -146,7 +162,7 @@ def write_index(
                 "shards": list((shards or {}).get(name, ())),
             }
         meta["folders"] = folders or {}
-        with _replacing(folder / "index.json") as file:
+        with replacing(folder / "index.json") as file:
             file.write(json.dumps(meta, indent=1).encode())
     except OSError as error:
         raise UserError(
@@ -156,7 +172,7 @@ def write_index(
     return open_index(folder)
 
 
-class _replacing:
+class replacing:
     """A binary file written under a temporary name, fsynced, then renamed to `path`."""
 
     def __init__(self, path: Path):
@@ -178,9 +194,11 @@ class _replacing:
 
 
 def _remove_stale(folder: Path, meta: dict) -> None:
+    """Remove what earlier indexes left, and what killed writers left an hour ago or more."""
     wanted = {split[key] for split in meta["splits"].values() for key in ("records", "names")}
     for path in folder.iterdir():
-        if path.suffix in (".npy", ".names") and path.name not in wanted:
+        stale = path.suffix in (".npy", ".names") and path.name not in wanted
+        if stale or (path.suffix == ".tmp" and time.time() - path.stat().st_mtime > 3600):
             path.unlink(missing_ok=True)
 
 
@@ -224,18 +242,15 @@ def open_index(folder: Path) -> Index:
         raise UserError(f"index {path} is damaged ({error}); {again}") from error
 
 
-def is_current(index: Index) -> bool:
-    """Has no folder of the tree gained, lost or renamed an entry since the scan? (Always so for shards.)
+def is_current(index: Index, places: Iterable[Path] = ()) -> bool:
+    """Has no scanned folder gained, lost or renamed an entry, and were the folders `places` scanned, too?
 
     A file rewritten in place does not touch its folder: `verify` finds it, and so does the loader's digest check.
+    Shards are always current.
     """
     try:
-        return all((index.root / name).stat().st_mtime_ns == mtime for name, mtime in index.folders.items())
+        return all(os.path.relpath(place, index.root) in index.folders for place in places) and all(
+            (index.root / name).stat().st_mtime_ns == mtime for name, mtime in index.folders.items()
+        )
     except OSError:
         return False
-
-
-@functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Suffixes, lower case, that count as images: those of torchvision's ImageFolder."""
-    return frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))

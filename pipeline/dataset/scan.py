@@ -1,17 +1,18 @@
 """Scan a tree in class folders into an index: every image decoded once in full, with all cores.
 
-Only a full decode finds every truncated or corrupt image; what can't be decoded is listed and left out.
+Only a full decode finds every truncated or corrupt image; what can't be decoded is listed and left out. A scan that
+is killed goes on where it was; a later one reads only what has changed.
 """
 
+import errno
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from io import BytesIO
-from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -21,38 +22,38 @@ from pipeline.dataset import imagenet
 from pipeline.dataset.index import (
     RECORD,
     Index,
-    image_suffixes,
     index_folder,
     is_current,
     open_index,
+    replacing,
     write_index,
 )
-from pipeline.errors import UserError
+from pipeline.dataset.listing import Listing, list_split
+from pipeline.dataset.workers import available_cores, map_in_order
+from pipeline.errors import BrokenError, UserError
 from pipeline.progress import Progress
 
 UNREADABLE = "unreadable.json"
+JOURNAL = "scan.journal"  #: what a scan has found so far, one JSON array a line
 CHUNK = 64  # files a task
+SMALL = 2 * CHUNK  # files, below which starting processes costs more than it saves
+_GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A file that the listing found: path relative to the root, and its class."""
+class Seen(NamedTuple):
+    """What one look at a file found; `reason` is empty for a readable image."""
 
-    name: str
-    synset: str
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a walk over one split found. `folders`: relative to the root -> mtime_ns."""
-
-    files: list[Found]
-    folders: dict[str, int]
+    size: int
+    mtime_ns: int
+    digest: int = 0
+    width: int = 0
+    height: int = 0
+    reason: str = ""
 
 
 def decode_fully(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels of an image whose every byte decodes; raises OSError or ValueError otherwise."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -61,104 +62,141 @@ def decode_fully(data: bytes) -> tuple[int, int]:
             with Image.open(BytesIO(data)) as image:
                 image.load()
                 return image.size
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning, SyntaxError, EOFError) as error:
-            raise ValueError(str(error)) from error
+        except UnidentifiedImageError:
+            raise ValueError("no image, or of an unknown format" if data else "empty file") from None
+        except (OSError, ValueError, MemoryError):
+            raise
+        except Exception as error:  # a decoder may raise anything on hostile bytes
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def inspect(path: str) -> tuple:
-    """(size, mtime_ns, digest, width, height, None) of a readable image, or (0, 0, 0, 0, 0, reason)."""
+def inspect(path: str) -> Seen:
+    """Read and decode one file. Raises BrokenError where the disk fails, which says nothing about the image."""
+    stat = None
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - one call a file, 1.28 M times
             stat = os.fstat(file.fileno())
             data = file.read()
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise BrokenError(f"can't read {path} ({error.strerror}); run the same command again") from error
+        return Seen(stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0, reason=str(error.strerror))
+    try:
         width, height = decode_fully(data)
-    except Exception as error:  # a decoder may raise anything on hostile bytes
-        return 0, 0, 0, 0, 0, f"{type(error).__name__}: {error}"
-    return len(data), stat.st_mtime_ns, xxhash.xxh3_64_intdigest(data), width, height, None
+    except (OSError, ValueError) as error:
+        return Seen(len(data), stat.st_mtime_ns, reason=str(error)[:200] or type(error).__name__)
+    return Seen(len(data), stat.st_mtime_ns, xxhash.xxh3_64_intdigest(data), width, height)
 
 
-def _inspect_all(paths: list[str]) -> list[tuple]:
+def inspect_all(paths: list[str]) -> list[Seen]:
     return [inspect(path) for path in paths]
 
 
-def _walk(folder: Path, root: Path, folders: dict[str, int]) -> Iterator[str]:
-    """Names, relative to `root`, of the images under `folder`; notes each folder's mtime."""
-    for current, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders.sort()
-        folders[os.path.relpath(current, root)] = os.stat(current).st_mtime_ns
-        for file in sorted(files):
-            if Path(file).suffix.lower() in image_suffixes():
-                yield os.path.relpath(os.path.join(current, file), root)
+class Journal:
+    """Appends what was seen of each file, so that a killed scan goes on; a half-written last line is dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seen: dict[str, Seen] = {}
+        whole = 0
+        if path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    try:
+                        name, *fields = json.loads(line)
+                        self.seen[name] = Seen(*fields)
+                    except (ValueError, TypeError):
+                        break
+                    whole += len(line)
+        self.file = path.open("ab")
+        self.file.truncate(whole)
+
+    def add(self, names: list[str], found: list[Seen]) -> None:
+        lines = (json.dumps([name, *seen]) + "\n" for name, seen in zip(names, found, strict=True))
+        self.file.write("".join(lines).encode())
+        self.file.flush()
+
+    def close(self, remove: bool) -> None:
+        self.file.close()
+        if remove:
+            self.path.unlink(missing_ok=True)
 
 
-def list_split(folder: Path, root: Path) -> Listing:
-    """The images of one split, in class folders, or flat with a `LOC_val_solution.csv` in `root`.
+class Known:
+    """What an earlier index and a killed scan's journal tell of files, if these still have their size and time."""
 
-    Raises UserError where there are no class folders, an empty one, or a flat image without a label.
-    """
-    folders = {os.path.relpath(folder, root): folder.stat().st_mtime_ns}
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    files: list[Found] = []
-    for synset in classes:
-        before = len(files)
-        files += (Found(name, synset) for name in _walk(folder / synset, root, folders))
-        if len(files) == before:
-            raise UserError(f"class folder {folder / synset} holds no image; fill it or remove it")
-    if not classes:
-        names = list(_walk(folder, root, folders))
-        solution = root / imagenet.VAL_SOLUTION
-        if not names or not solution.is_file():
-            raise UserError(f"{folder} holds no class folders; expected {folder}/CLASS/IMAGE")
-        labels = imagenet.read_val_solution(solution)
-        for name in names:
-            synset = labels.get(Path(name).stem)
-            if synset is None:
-                raise UserError(f"image {root / name} has no row in {solution}; remove it or fetch the CSV again")
-            files.append(Found(name, synset))
-        files.sort(key=lambda found: (found.synset, found.name))
-    return Listing(files, folders)
+    def __init__(self, index: Index | None, split: str, journal: Journal):
+        self.journal = journal.seen
+        self.split = index.splits.get(split) if index else None
+        self.numbers = {name: i for i, name in enumerate(self.split.iter_names())} if self.split else {}
+
+    def find(self, root: Path, name: str) -> Seen | None:
+        number, seen = self.numbers.get(name), self.journal.get(name)
+        if number is not None:
+            record = self.split.records[number]
+            seen = Seen(*(int(record[key]) for key in ("size", "mtime_ns", "digest", "width", "height")))
+        if seen is None:
+            return None
+        try:
+            stat = os.stat(f"{root}/{name}")
+        except OSError:
+            return None
+        return seen if (stat.st_size, stat.st_mtime_ns) == (seen.size, seen.mtime_ns) else None
 
 
-def _known_records(index: Index | None, split: str) -> dict[str, np.void]:
-    if index is None or split not in index.splits:
-        return {}
-    known = index.splits[split]
-    return {known.name(i): known.records[i] for i in range(len(known))}
+def _chunks(items: list) -> Iterator[list]:
+    for i in range(0, len(items), CHUNK):
+        yield items[i : i + CHUNK]
 
 
 def scan_split(
-    root: Path, split: str, listing: Listing, labels: dict[str, int], previous: Index | None, processes: int
+    root: Path, split: str, listing: Listing, known: Known, journal: Journal, processes: int
 ) -> tuple[np.ndarray, list[str], list[dict]]:
-    """Records [n], names and the unreadable files of one split; what `previous` knows unchanged is not read again."""
-    known = _known_records(previous, split)
-    records = np.zeros(len(listing.files), RECORD)
+    """Records [n], names and the unreadable files of one split; what is known unchanged is not read again.
+
+    The label of a record is its number in `listing.classes`.
+    """
+    records = np.zeros(len(listing.names), RECORD)
+    records["label"], records["shard"] = listing.labels, -1
+    keep, unreadable = np.ones(len(records), bool), []
+
+    def take(i: int, seen: Seen) -> None:
+        record = records[i]
+        record["size"], record["mtime_ns"], record["digest"] = seen.size, seen.mtime_ns, seen.digest
+        record["width"], record["height"] = seen.width, seen.height
+        if seen.reason:
+            keep[i] = False
+            entry = {"file": listing.names[i], "class": listing.classes[listing.labels[i]], "reason": seen.reason}
+            unreadable.append(entry)
+
     todo = []
-    for i, found in enumerate(listing.files):
-        old = known.get(found.name)
-        if old is not None:
-            stat = (root / found.name).stat()
-            if (stat.st_size, stat.st_mtime_ns) == (old["size"], old["mtime_ns"]):
-                records[i] = old
-                continue
-        todo.append(i)
-    unreadable = {}
-    chunks = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
-    with (
-        Progress(f"Indexing {split}", len(todo), "images", quiet=not todo) as progress,
-        ProcessPoolExecutor(max(1, min(processes, len(chunks))), mp_context=get_context("spawn")) as pool,
-    ):
-        paths = ([str(root / listing.files[i].name) for i in chunk] for chunk in chunks)
-        for chunk, results in zip(chunks, pool.map(_inspect_all, paths), strict=True):
-            for i, (size, mtime_ns, digest, width, height, reason) in zip(chunk, results, strict=True):
-                if reason is not None:
-                    unreadable[i] = {"file": listing.files[i].name, "reason": reason}
-                record = records[i]
-                record["size"], record["mtime_ns"], record["digest"] = size, mtime_ns, digest
-                record["width"], record["height"], record["shard"] = width, height, -1
+    for i, name in enumerate(listing.names):
+        seen = known.find(root, name)
+        if seen is None:
+            todo.append(i)
+        else:
+            take(i, seen)
+    paths = ([f"{root}/{listing.names[i]}" for i in chunk] for chunk in _chunks(todo))
+    with Progress(f"Indexing {split}", len(todo), "images", quiet=not todo) as progress:
+        results = map_in_order(inspect_all, paths, 1 if len(todo) <= SMALL else processes)
+        for chunk, found in zip(_chunks(todo), results, strict=True):
+            for i, seen in zip(chunk, found, strict=True):
+                take(i, seen)
+            journal.add([listing.names[i] for i in chunk], found)
             progress.advance(len(chunk))
-    records["label"] = [labels[found.synset] for found in listing.files]
-    keep = [i for i in range(len(records)) if i not in unreadable]
-    return records[keep], [listing.files[i].name for i in keep], list(unreadable.values())
+    unreadable.sort(key=lambda entry: entry["file"])
+    return records[keep], [listing.names[i] for i in np.flatnonzero(keep)], unreadable
+
+
+def _open_previous(folder: Path) -> Index | None:
+    """The index as it is; None where there is none, or a damaged one (which is said)."""
+    if not (folder / "index.json").exists():
+        return None
+    try:
+        return open_index(folder)
+    except UserError as error:
+        print(f"{str(error).split('; build')[0]}; building it anew", file=sys.stderr)
+        return None
 
 
 def build_index(root: Path, folder: Path | None = None, processes: int | None = None) -> Index:
@@ -172,44 +210,60 @@ def build_index(root: Path, folder: Path | None = None, processes: int | None = 
     Raises UserError for a tree that is not in class folders, an empty class, or a folder that can't be written.
     """
     folder = folder or index_folder(root)
-    previous = None
-    if (folder / "index.json").exists():
-        try:
-            previous = open_index(folder)
-        except UserError:
-            previous = None  # damaged: build anew
-        if previous is not None and (not previous.folders or is_current(previous)):
-            return previous
+    previous = _open_previous(folder)
+    if previous is not None and not previous.folders:  # packed shards: there is no tree to scan
+        return previous
+    places = imagenet.find_splits(root.resolve())
     root = root.resolve()
-    places = imagenet.find_splits(root)
+    if previous is not None and previous.root == root and is_current(previous, places.values()):
+        return previous
     listings = {split: list_split(place, root) for split, place in places.items()}
-    synsets = sorted({found.synset for found in listings["train"].files})
-    if not synsets:
-        raise UserError(f"{places['train']} holds no image; expected {places['train']}/CLASS/IMAGE")
-    unknown = sorted({found.synset for found in listings["val"].files} - set(synsets))
+    classes = listings["train"].classes
+    unknown = sorted(set(listings["val"].classes) - set(classes))
     if unknown:
         raise UserError(f"{places['val']} has the class '{unknown[0]}' that {places['train']} has not; make them agree")
-    labels = {synset: label for label, synset in enumerate(synsets)}
-    processes = processes or len(os.sched_getaffinity(0))
-    splits, bad = {}, {}
-    for split, listing in listings.items():
-        records, names, bad[split] = scan_split(root, split, listing, labels, previous, processes)
-        missing = np.setdiff1d(np.arange(len(synsets)), records["label"])
-        if split == "train" and len(missing):
-            raise UserError(f"class '{synsets[missing[0]]}' has no readable image in {places[split]}; fetch it again")
-        if not len(records):
-            raise UserError(f"{places[split]} has no readable image; fetch it again")
-        splits[split] = records, names
-    words = imagenet.read_synset_words(root)
-    folders = {name: mtime for listing in listings.values() for name, mtime in listing.folders.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / UNREADABLE).write_text(json.dumps(bad, indent=1))
+        journal = Journal(folder / JOURNAL)
     except OSError as error:
         raise UserError(
-            f"can't write the index into {folder} ({error.strerror}); choose another folder with --data.index DIR"
+            f"can't write the index into {folder} ({error.strerror}); choose another folder with "
+            "--data.index DIR (train) or --out DIR (index)"
         ) from error
-    return write_index(folder, root, [(s, words.get(s, s)) for s in synsets], splits, folders=folders)
+    splits, bad, done = {}, {}, False
+    try:
+        for split, listing in listings.items():
+            known = Known(previous, split, journal)
+            records, names, bad[split] = scan_split(
+                root, split, listing, known, journal, processes or available_cores()
+            )
+            if not len(records):
+                raise UserError(f"{places[split]} has no readable image; fetch it again")
+            records["label"] = np.searchsorted(classes, listing.classes)[records["label"]]
+            missing = np.setdiff1d(np.arange(len(classes)), records["label"])
+            if split == "train" and len(missing):
+                raise UserError(f"class '{classes[missing[0]]}' has no readable image in {places[split]}; see {folder}")
+            splits[split] = records, names
+        words = imagenet.read_synset_words(root)
+        noted = {name: mtime for listing in listings.values() for name, mtime in listing.places.items()}
+        with replacing(folder / UNREADABLE) as file:
+            file.write(json.dumps(bad, indent=1).encode())
+        made = write_index(folder, root, [(name, words.get(name, name)) for name in classes], splits, folders=noted)
+        done = True
+        return made
+    finally:
+        journal.close(remove=done)
+
+
+def read_unreadable(folder: Path) -> dict[str, list[dict]]:
+    """Split -> files that the scan left out: {"file", "class", "reason"}."""
+    path = folder / UNREADABLE
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}); remove {folder} and index again") from error
 
 
 def index(root: str, out: str | None = None, processes: int | None = None) -> int:
@@ -221,13 +275,11 @@ def index(root: str, out: str | None = None, processes: int | None = None) -> in
         processes: number of processes; default: all cores.
     """
     made = build_index(Path(root), Path(out) if out else None, processes)
-    report = made.folder / UNREADABLE
-    bad = json.loads(report.read_text()) if report.exists() else {}
     counts = ", ".join(f"{len(split):,} {name}" for name, split in made.splits.items())
     print(f"{made.folder}: {counts} images of {made.num_classes} classes, fingerprint {made.fingerprint}")
-    number = sum(map(len, bad.values()))
+    number = sum(map(len, read_unreadable(made.folder).values()))
     if number:
-        print(f"{number} unreadable files are left out: see {report}")
+        print(f"{number} unreadable files are left out: see {made.folder / UNREADABLE}")
     return 0
 
 

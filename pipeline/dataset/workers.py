@@ -1,11 +1,13 @@
 """All cores on a list of tasks: results in order, few tasks in flight, one clear error if a process dies."""
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 from pipeline.errors import BrokenError
@@ -17,6 +19,18 @@ Result = TypeVar("Result")
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it: a worker must not outlive a parent that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def map_in_order(
@@ -31,7 +45,7 @@ def map_in_order(
         yield from map(function, tasks)
         return
     pending: deque = deque()
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
         for task in tasks:
             pending.append(pool.submit(function, task))
@@ -39,7 +53,7 @@ def map_in_order(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise BrokenError("a worker process was killed (out of memory?); run the same command again") from error
+    except (BrokenProcessPool, MemoryError) as error:
+        raise BrokenError("a worker process ran out of memory or was killed; run the same command again") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
