@@ -1,0 +1,122 @@
+"""Sort the validation images into class folders, offline, from the archive's own lists.
+
+The result is the layout of the well-known valprep.sh: a folder for each of the 1,000 synsets with its 50 images. Each
+image is moved by one rename, so a kill at any moment leaves every image whole, and the same command goes on.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.command import run_command
+from pipeline.dataset import imagenet
+from pipeline.dataset.listing import IMAGE_SUFFIXES
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+
+ANNOTATIONS = Path("ILSVRC/Annotations/CLS-LOC/val")
+_OBJECT = re.compile(r"<object>\s*<name>\s*(n\d{8})\s*</name>")
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """What a run did: images moved now, those that lay right already, the class folders, and the list that told."""
+
+    moved: int
+    already: int
+    folders: int
+    source: Path
+
+
+def find_val_folder(root: Path) -> Path:
+    """The folder with the validation images of `root`. UserError where there is none."""
+    if not root.is_dir():
+        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds ILSVRC/ or val/")
+    for folder in (root / imagenet.CLS_LOC / "val", root / "val"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"data root {root} holds no validation images; expected {root / imagenet.CLS_LOC / 'val'}")
+
+
+def read_val_annotations(folder: Path) -> dict[str, str]:
+    """Image id -> synset of the first object, from the validation images' XML files. UserError where one has none."""
+    labels = {}
+    for path in folder.glob("*.xml"):
+        match = _OBJECT.search(path.read_text(encoding="utf-8", errors="replace"))
+        if match is None:
+            raise UserError(f"{path} names no object's synset; fetch it again, or {imagenet.VAL_SOLUTION}")
+        labels[path.stem] = match[1]
+    return labels
+
+
+def read_val_labels(root: Path) -> tuple[dict[str, str], Path]:
+    """(image id -> synset, where that was read): from the CSV, or from the annotations where it is missing."""
+    solution = imagenet.find_list(root.resolve(), imagenet.VAL_SOLUTION)
+    if solution is not None:
+        return imagenet.read_val_solution(solution), solution
+    labels = read_val_annotations(root / ANNOTATIONS)
+    if not labels:
+        raise UserError(f"{root} holds neither {imagenet.VAL_SOLUTION} nor {ANNOTATIONS}; fetch one of them")
+    return labels, root / ANNOTATIONS
+
+
+def sort_val(root: Path, quiet: bool = True) -> Sorted:
+    """Move each validation image into its class's folder; what lies right stays.
+
+    An image in the wrong folder is moved as well, and one that lies flat replaces its namesake in the folder: it was
+    fetched later. Raises UserError for an image without a label, before anything is moved.
+    """
+    folder = find_val_folder(root)
+    labels, source = read_val_labels(root)
+    moves, already = [], 0
+    try:
+        homes = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        for home in homes:
+            for path in home.iterdir():
+                if path.suffix.lower() not in IMAGE_SUFFIXES:
+                    continue
+                if path.stem not in labels:
+                    raise UserError(f"image {path} has no label in {source}; remove it or fetch the list again")
+                synset = labels[path.stem]
+                if home.name == synset:
+                    already += 1
+                else:
+                    moves.append((path, folder / synset / path.name))
+        if not moves and not already:
+            raise UserError(f"{folder} holds no image; fetch the validation images first")
+        targets = sorted({target.parent for _, target in moves})
+        for target in targets:
+            target.mkdir(exist_ok=True)
+        with Progress("Sorting", len(moves), "images", quiet=quiet or not moves) as progress:
+            for path, target in sorted(moves):
+                if path.parent == folder or not target.exists():
+                    path.replace(target)
+                else:
+                    path.unlink()  # a misplaced copy of what lies right
+                progress.advance()
+        for home in homes[1:]:
+            if imagenet.SYNSET.fullmatch(home.name) and not any(home.iterdir()):
+                home.rmdir()  # emptied by a move
+    except OSError as error:
+        raise UserError(f"can't move {error.filename} ({error.strerror}); mend that and run it again") from error
+    folders = sum(path.is_dir() for path in folder.iterdir())
+    return Sorted(len(moves), already, folders, source)
+
+
+def valprep(root: str) -> int:
+    """Sort ImageNet's validation images into class folders, from the archive's own lists.
+
+    Args:
+        root: data root, which holds ILSVRC/ and LOC_val_solution.csv.
+    """
+    done = sort_val(Path(root), quiet=False)
+    total = done.moved + done.already
+    print(
+        f"{find_val_folder(Path(root))}: {total:,} images in {done.folders:,} class folders "
+        f"({done.moved:,} moved now, labels from {done.source.name})"
+    )
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    return run_command(valprep, "valprep", argv)
