@@ -13,6 +13,8 @@ VERBS = {
         "train a recipe; the same command again goes on where it stopped",
     ),
     "evaluate": ("pipeline.training.cli", "evaluate", "score a run's checkpoint on the whole validation set"),
+    "preflight": ("pipeline.insight.preflight", "main", "would this job run? Asked before it is queued; needs no GPU"),
+    "status": ("pipeline.insight.status", "main", "how a run stands, also while it runs"),
     "recipes": ("pipeline.recipes", "main", "list the recipes that come with the package"),
     "fetch": (
         "pipeline.dataset.fetch",
@@ -23,6 +25,7 @@ VERBS = {
     "index": ("pipeline.dataset.scan", "main", "scan a tree of images once, so that training never walks it"),
     "verify": ("pipeline.dataset.verify", "main", "is this the real and whole data set?"),
     "pack": ("pipeline.dataset.pack", "main", "write WebDataset tar shards and their index"),
+    "stage": ("pipeline.dataset.stage", "main", "copy shards to a node's own disk, reusing what is there"),
     "synth": (
         "pipeline.dataset.synthetic",
         "main",

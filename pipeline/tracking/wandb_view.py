@@ -5,9 +5,11 @@ A restart repeats steps that W&B has already got. The highest steps that the led
 """
 
 import json
+import netrc
 import os
 import uuid
 from pathlib import Path
+from urllib.parse import urlparse
 
 from pipeline.config import TrackingConfig
 
@@ -60,7 +62,7 @@ class WandbView:
     def _start(self, wandb, config: TrackingConfig, run_dir: Path, settings: dict) -> None:
         mode = config.wandb
         if mode == "auto":
-            mode = "online" if _has_key(wandb) else "offline"
+            mode = "online" if has_key() else "offline"
             if mode == "offline":
                 self.say("W&B: no key, so offline; upload later with: wandb sync " + str(self.folder / "offline-*"))
         identifier = self.folder / "run-id"
@@ -119,10 +121,15 @@ class WandbView:
             self._try(self.run.finish, exit_code=exit_code)
 
 
-def _has_key(wandb) -> bool:
+def has_key() -> bool:
+    """Is there a key for W&B's server, in the environment or from `wandb login`?"""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
-        return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    except Exception:
+        return netrc.netrc(path).authenticators(server or "") is not None
+    except (OSError, netrc.NetrcParseError):
         return False
 
 

@@ -1,0 +1,216 @@
+"""How a run stands, read from its folder alone: the ledger, the markers, the checkpoints. Knows no torch; takes
+milliseconds, from any machine that sees the folder, also while the run goes on.
+"""
+
+import json
+import math
+import mmap
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+TAIL_ROWS = 100  # training rows that rates are taken over
+TAIL_BYTES = 1 << 17  # holds them
+QUIET_S = {"starting": 1800.0, "training": 120.0, "evaluating": 1800.0}  # silence after which a run counts as stalled
+QUIET_STEPS = 20.0  # or this many times a step
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Facts about a run; None: not known (yet).
+
+    state: starting, training, evaluating, preempted, stopped, failed, finished or stalled. Percent: top1, best_top1.
+    Shares: data_wait. Seconds: step_s, left_s (training alone), checkpoint_age_s, silent_s (since the last row).
+    """
+
+    run: str
+    state: str
+    detail: str
+    step: int
+    last_step: int | None
+    epoch: float
+    loss: float | None
+    top1: float | None
+    top1_step: int | None
+    best_top1: float | None
+    best_step: int | None
+    images_per_s: float | None
+    step_s: float | None
+    data_wait: float | None
+    left_s: float | None
+    checkpoint_step: int | None
+    checkpoint_age_s: float | None
+    silent_s: float
+    world_size: int | None
+    host: str | None
+    slurm_job_id: str | None
+    restarts: int
+
+
+def read_tail(path: Path) -> list[dict]:
+    """The last training rows of a ledger, oldest first; at most `TAIL_ROWS`."""
+    with path.open("rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
+        file.seek(start)
+        lines = file.read().split(b"\n")[1 if start else 0 : -1]  # whole lines only
+    return [row for row in map(_row, lines) if row.get("kind") == "train"][-TAIL_ROWS:]
+
+
+def read_rare(path: Path) -> Iterator[dict]:
+    """The rows of a ledger that are no training rows; of 100 MB in a tenth of a second."""
+    if not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        place = 0
+        while (place := text.find(b'{"kind": "ev', place)) >= 0:  # eval, event
+            end = text.find(b"\n", place)
+            if end < 0:
+                return
+            if place == 0 or text[place - 1] == ord("\n"):
+                yield _row(text[place:end])
+            place = end
+
+
+def _row(line: bytes) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def read_marker(folder: Path, name: str) -> dict | None:
+    """A marker's facts, or None where it is not there."""
+    try:
+        return _row((folder / name).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
+    """(step, time it was written, seconds since the epoch) of the newest checkpoint folder of a run."""
+    found = []
+    for meta in folder.glob("checkpoints/step-*/meta.json"):
+        number = meta.parent.name.removeprefix("step-")
+        if number.isdigit():
+            found.append((int(number), meta.stat().st_mtime))
+    return max(found, default=None)
+
+
+def median_step_s(rows: list[dict], global_batch_size: int | None) -> float | None:
+    """Seconds a step, from the images/s of training rows."""
+    rates = [row["images_per_s"] for row in rows if isinstance(row.get("images_per_s"), float | int)]
+    if not rates or not global_batch_size or statistics.median(rates) <= 0:
+        return None
+    return global_batch_size / statistics.median(rates)
+
+
+def read_state(folder: Path, now: float | None = None) -> RunState:
+    """Read how a run stands. Raises UserError if `folder` is no run folder."""
+    now = time.time() if now is None else now
+    ledger, config = folder / "metrics.jsonl", _read_config(folder)
+    if not ledger.exists() and config is None:
+        raise UserError(f"{folder} is no run folder (no config.yaml, no metrics.jsonl); give the --run_dir of a run")
+    tail = read_tail(ledger) if ledger.exists() else []
+    rare = list(read_rare(ledger)) if ledger.exists() else []
+    evals = [row for row in rare if row.get("kind") == "eval"]
+    events = [row for row in rare if row.get("kind") == "event"]
+    starts = [row for row in events if row.get("event") in ("started", "resumed")]
+    start = starts[-1] if starts else {}
+    checkpoint = newest_checkpoint(folder)
+    step = max((row["step"] for row in [*tail[-1:], *evals[-1:], *starts[-1:]] if "step" in row), default=0)
+    settings = config or {}
+    batch = settings.get("train", {}).get("global_batch_size")
+    epoch = _epoch(step, tail, evals)
+    per_epoch = step / epoch if epoch else None
+    last_step = start.get("last_step") or _last_step(settings, per_epoch)
+    step_s = median_step_s(tail, batch)
+    silent = max(0.0, now - max(_mtime(ledger), _mtime(folder / "config.yaml")))
+    activity = _activity(start, tail, evals, step, last_step, per_epoch, settings)
+    state, detail = _judge(folder, activity, silent, step_s)
+    best = max(evals, key=lambda row: row.get("val_top1", -math.inf), default={})
+    latest = evals[-1] if evals else {}
+    return RunState(
+        run=str(folder),
+        state=state,
+        detail=detail,
+        step=step,
+        last_step=last_step,
+        epoch=epoch,
+        loss=tail[-1].get("loss") if tail else None,
+        top1=latest.get("val_top1"),
+        top1_step=latest.get("step"),
+        best_top1=best.get("val_top1"),
+        best_step=best.get("step"),
+        images_per_s=batch / step_s if step_s else None,
+        step_s=step_s,
+        data_wait=statistics.fmean(row["data_wait"] for row in tail) if tail and "data_wait" in tail[-1] else None,
+        left_s=(last_step - step) * step_s if step_s and last_step is not None else None,
+        checkpoint_step=checkpoint[0] if checkpoint else None,
+        checkpoint_age_s=max(0.0, now - checkpoint[1]) if checkpoint else None,
+        silent_s=silent,
+        world_size=start.get("world_size"),
+        host=start.get("host"),
+        slurm_job_id=start.get("slurm_job_id"),
+        restarts=max(0, len(starts) - 1),
+    )
+
+
+def _read_config(folder: Path) -> dict | None:
+    import yaml
+
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{folder / 'config.yaml'} can't be read ({error}); is it a run folder?") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _mtime(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def _epoch(step: int, tail: list[dict], evals: list[dict]) -> float:
+    """Epochs done after `step` steps, in the proportion of the last row that says both."""
+    known = [row for row in [*tail[-1:], *evals[-1:]] if row.get("epoch") and row.get("step")]
+    return step * known[0]["epoch"] / known[0]["step"] if known else 0.0
+
+
+def _last_step(settings: dict, per_epoch: float | None) -> int | None:
+    epochs, limit = settings.get("schedule", {}).get("epochs"), settings.get("train", {}).get("max_steps")
+    whole = round(epochs * per_epoch) if epochs and per_epoch else None
+    known = [value for value in (whole, limit) if value is not None]
+    return min(known, default=None)
+
+
+def _activity(start, tail, evals, step, last_step, per_epoch, settings) -> str:
+    """What a living run is at: starting, training or evaluating."""
+    if not tail or (start and tail[-1]["step"] <= start["step"] and not (evals and evals[-1]["step"] > start["step"])):
+        return "starting"
+    every = settings.get("train", {}).get("eval_every_epochs", 1.0) * (per_epoch or math.inf)
+    due = step == last_step or step // every > (step - 1) // every
+    return "evaluating" if due and not (evals and evals[-1]["step"] == step) else "training"
+
+
+def _judge(folder: Path, activity: str, silent_s: float, step_s: float | None) -> tuple[str, str]:
+    """The state and a sentence on it."""
+    for name in ("finished", "failed"):
+        marker = read_marker(folder, name)
+        if marker is not None:
+            return name, str(marker.get("message", ""))
+    marker = read_marker(folder, "interrupted")
+    if marker is not None:
+        reason = str(marker.get("reason", "unknown"))
+        by_slurm = "Slurm" in reason or "SIGTERM" in reason or "SIGUSR1" in reason
+        return "preempted" if by_slurm else "stopped", f"{reason}; saved at step {marker.get('step')}"
+    if silent_s > max(QUIET_S[activity], QUIET_STEPS * (step_s or 0.0)):
+        return "stalled", f"nothing was written since it was {activity}, {silent_s / 60:.0f} min ago"
+    asked = folder / "stop"
+    return activity, f"asked to stop: {asked.read_text().strip()}" if asked.exists() else ""

@@ -1,0 +1,267 @@
+"""What `preflight` finds out before a job is queued: each fault in one row, with the remedy, and exit code 2."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.config import parse_config, to_yaml
+from pipeline.dataset.index import index_folder
+from pipeline.dataset.scan import build_index
+from pipeline.errors import UserError
+from pipeline.insight.checks import check_nodes, count_fruitless
+from pipeline.insight.memory import estimate_step
+from pipeline.insight.node_facts import gather_facts
+from pipeline.insight.preflight import parse_time_limit
+
+GIB = 1 << 10  # in MiB
+
+
+@pytest.fixture(scope="module")
+def data(synthetic_root, tmp_path_factory) -> Path:
+    """A copy of the synthetic tree, with an index."""
+    root = tmp_path_factory.mktemp("preflight") / "data"
+    shutil.copytree(synthetic_root, root)
+    build_index(root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_RESTART_COUNT", "SLURM_GPUS_ON_NODE", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def preflight(data, tmp_path, capsys):
+    """Run it on the smoke recipe; returns (exit code, {about: (level, text)})."""
+    names = ("recipe", "versions", "GPUs", "nodes", "data", "run folder", "room", "W&B", "memory", "time", "requeues")
+
+    def call(*options: str, run_dir: Path = tmp_path / "run", root: Path = data):
+        base = ["--config", "smoke", "--model.name", "resnet18", "--tracking.wandb", "disabled"]
+        code = main(["preflight", *base, "--data.root", str(root), "--run_dir", str(run_dir), *options])
+        rows = {}
+        for line in capsys.readouterr().out.splitlines():
+            about = next((name for name in names if line[6:].startswith(name)), None)
+            if about is not None:
+                rows[about] = (line[:5].strip(), line[6 + len(about) :].strip())
+        return code, rows
+
+    return call
+
+
+def start_run(run_dir: Path, root: Path, *options: str) -> None:
+    """What a run leaves in its folder: 20 steps of 0.5 s, by 2 processes."""
+    run_dir.mkdir(parents=True)
+    base = ["--config", "smoke", "--model.name", "resnet18", "--tracking.wandb", "disabled", "--run_dir", str(run_dir)]
+    config = parse_config([*base, "--data.root", str(root), *options])
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    rows = [{"kind": "event", "event": "started", "step": 0, "world_size": 2}]
+    for step in range(1, 21):
+        rows.append({"kind": "train", "step": step, "epoch": step / 3, "images_per_s": 64.0, "data_wait": 0.0})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_all_is_well(preflight):
+    code, rows = preflight("--world_size", "4")
+    assert code == 0
+    assert {level for about, (level, _) in rows.items() if about != "GPUs"} == {"pass"}
+    assert "96 train + 24 val images, 4 classes" in rows["data"][1]
+    assert "8 each" in rows["recipe"][1]
+    assert "starts at step 0" in rows["run folder"][1]
+
+
+def test_it_leaves_nothing_behind(preflight, tmp_path):
+    preflight()
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_not_divisible(preflight):
+    code, rows = preflight("--world_size", "5")
+    assert code == 2
+    assert rows["recipe"] == ("FAIL", "resnet18, global batch 32 over 5 processes: not divisible; give "
+                              "--train.global_batch_size 35")  # fmt: skip
+
+
+def test_typo_in_the_recipe(capsys, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("train:\n  global_bach_size: 32\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["preflight", "--config", str(recipe)])
+    assert stop.value.code == 2
+    assert "global_bach_size" in capsys.readouterr().err
+
+
+def test_no_data(preflight, tmp_path):
+    code, rows = preflight(root=tmp_path / "nowhere")
+    assert code == 2 and rows["data"][0] == "FAIL" and "nowhere" in rows["data"][1]
+
+
+def test_no_index_is_a_warning(preflight, synthetic_root, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(synthetic_root, bare, ignore=shutil.ignore_patterns("index"))
+    code, rows = preflight(root=bare)
+    assert code == 0 and rows["data"][0] == "WARN" and "pipeline index" in rows["data"][1]
+
+
+def test_data_that_changed_since_the_index(preflight, data, tmp_path):
+    other = tmp_path / "changed"
+    shutil.copytree(data, other)
+    for image in (other / "ILSVRC/Data/CLS-LOC/train").rglob("*.JPEG"):
+        image.write_bytes(b"x")
+    code, rows = preflight(root=other)
+    assert code == 2 and rows["data"][0] == "FAIL" and "other bytes" in rows["data"][1]
+
+
+def test_another_recipe_in_the_run_folder(preflight, data, tmp_path):
+    start_run(tmp_path / "run", data)
+    code, rows = preflight("--optim.lr", "0.7")
+    assert code == 2
+    assert "optim.lr is 0.05 there and 0.7 here" in rows["run folder"][1]
+
+
+def test_run_folder_that_cannot_be_written(preflight, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, rows = preflight(run_dir=tmp_path / "file/run")
+    assert code == 2 and rows["run folder"][0] == "FAIL"
+
+
+def test_time_from_the_ledger_against_the_limit(preflight, data, tmp_path):
+    start_run(tmp_path / "run", data, "--schedule.epochs", "2400")
+    _, rows = preflight("--schedule.epochs", "2400", "--world_size", "2", "--time_limit", "30:00")
+    assert rows["time"] == (
+        "pass",
+        "7,200 steps of 0.5 s: 1 h 00 min, a time limit of 30 min 00 s: 2 starts, requeued in between",
+    )
+    _, rows = preflight("--schedule.epochs", "2400", "--world_size", "4", "--time_limit", "2:00:00")
+    assert rows["time"][1].startswith("7,200 steps of 0.25 s: 30 min 00 s (at the speed of 2 processes)")
+
+
+def test_memory_against_the_card(preflight):
+    big = ["--model.name", "resnet152", "--data.image_size", "224", "--train.global_batch_size", "512"]
+    code, rows = preflight(*big, "--gpu_memory", "24", "--world_size", "1")
+    assert code == 2 and rows["memory"][0] == "FAIL"
+    micro = rows["memory"][1].split("--train.micro_batch_size ")[1]
+    code, rows = preflight(*big, "--gpu_memory", "24", "--world_size", "1", "--train.micro_batch_size", micro)
+    assert code == 0 and rows["memory"][0] == "pass"
+
+
+def test_memory_of_resnet152_as_published():
+    """Measured on an RTX A6000, fp32, batch 128: 25,118 MiB; predicted: 689.71 MiB fixed, 173.47 MiB an image."""
+    config = parse_config(["--config", "resnet152", "--train.precision", "fp32"])
+    step = estimate_step(config, 1000, 128)
+    assert step.fixed_mib == pytest.approx(689.71, rel=0.01)
+    assert step.image_mib == pytest.approx(173.47, rel=0.05)
+    assert step.total_mib == pytest.approx(25118, rel=0.05)
+
+
+def test_wandb_online_without_a_key(preflight, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    code, rows = preflight("--tracking.wandb", "online")
+    assert code == 2 and rows["W&B"][0] == "FAIL"
+    _, rows = preflight("--tracking.wandb", "auto")
+    assert rows["W&B"][0] == "pass" and rows["W&B"][1].startswith("offline")
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'x' * 40}\n")
+    _, rows = preflight("--tracking.wandb", "auto")
+    assert rows["W&B"][1].startswith("online")
+
+
+def test_fewer_gpus_than_granted(preflight, monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "99")
+    code, rows = preflight()
+    assert code == 2 and "Slurm granted 99" in rows["GPUs"][1]
+    code, rows = preflight("--train.device", "cpu")
+    assert rows["GPUs"][0] == "pass"
+
+
+def test_what_one_node_sees_otherwise(data, tmp_path):
+    config = parse_config(["--config", "smoke", "--data.root", str(data), "--run_dir", str(tmp_path)])
+    first = gather_facts(config) | {"node": "n1"}
+    assert check_nodes([first, first | {"node": "n2"}], 2).level == "pass"
+    assert "1 of 2 nodes answered" in check_nodes([first], 2).text
+    for change, text in [
+        ({"data": first["data"] | {"problem": "shard /x: No such file or directory"}}, "n2: shard /x"),
+        ({"data": first["data"] | {"fingerprint": "f00"}}, "n2 sees another data set"),
+        ({"versions": first["versions"] | {"torch": "1.0"}}, "n2 has torch 1.0"),
+        ({"run_folder": "/runs can't be written (Read-only file system)"}, "n2: /runs can't be written"),
+    ]:
+        finding = check_nodes([first, first | {"node": "n2"} | change], 2)
+        assert finding.level == "FAIL" and text in finding.text
+
+
+def test_facts_travel_as_a_line(preflight, data, tmp_path, capsys):
+    main(["preflight", "--config", "smoke", "--data.root", str(data), "--node_facts"])
+    line = capsys.readouterr().out
+    facts = tmp_path / "facts"
+    facts.write_text(f"a banner\n{line}{line}")
+    code, rows = preflight("--nodes_file", str(facts))
+    assert code == 0 and "2 answered alike" in rows["nodes"][1]
+
+
+@pytest.mark.parametrize(
+    "begun, checkpoint, attempt, fruitless",
+    [
+        ([], None, 0, 0),
+        ([], None, 3, 3),  # never came to train
+        ([0], 20, 1, 0),
+        ([0, 20], 20, 2, 1),
+        ([0, 20, 20, 20], 20, 4, 3),
+        ([0, 20, 20], 30, 3, 0),  # the last attempt got on
+        ([0, 20], 20, 4, 3),  # two more died before they came to train
+    ],
+)
+def test_requeues_without_a_new_step(tmp_path, begun, checkpoint, attempt, fruitless):
+    rows = [
+        {"kind": "event", "event": "resumed", "step": step, "slurm_job_id": "7", "slurm_restart_count": str(number)}
+        for number, step in enumerate(begun)
+    ]
+    rows.insert(0, {"kind": "event", "event": "started", "step": 0, "slurm_job_id": "6"})  # an earlier job
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if checkpoint is not None:
+        folder = tmp_path / f"checkpoints/step-{checkpoint:09d}"
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text("{}")
+    assert count_fruitless(tmp_path, "7", attempt) == fruitless
+
+
+def test_three_requeues_without_a_new_step_stop(preflight, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    code, rows = preflight("--train.device", "cpu")
+    assert (code, rows["requeues"][0]) == (0, "WARN")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    code, rows = preflight("--train.device", "cpu")
+    assert (code, rows["requeues"][0]) == (2, "FAIL")
+    assert "3 times without a new step" in rows["requeues"][1]
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("30", 1800), ("30:00", 1800), ("2:00:00", 7200), ("1-00:00:00", 86400), ("1-12", 129600), ("UNLIMITED", None)],
+)
+def test_time_limits_as_slurm_writes_them(text, seconds):
+    assert parse_time_limit(text) == seconds
+
+
+def test_no_time_limit():
+    with pytest.raises(UserError, match="soon"):
+        parse_time_limit("soon")
+
+
+def test_help_names_both_kinds_of_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["preflight", "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "--time_limit" in shown and "--train.global_batch_size" in shown
+
+
+def test_index_elsewhere(preflight, data, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(data, tmp_path / "tree")
+    shutil.move(index_folder(tmp_path / "tree"), moved)
+    build_index(tmp_path / "tree", moved)
+    code, rows = preflight("--data.index", str(moved), root=tmp_path / "tree")
+    assert code == 0 and "96 train" in rows["data"][1]

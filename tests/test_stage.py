@@ -1,0 +1,124 @@
+"""Copying shards to a node's own disk: whole, once, and reused."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from pipeline.__main__ import main
+from pipeline.dataset.index import RECORD, open_index, write_index
+from pipeline.dataset.stage import only_one, stage_shards
+from pipeline.errors import UserError
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    """A packed data set: 2 train shards and 1 val shard of 3 samples of 1000 bytes each."""
+    root = tmp_path / "packed"
+    splits, shards = {}, {"train": ["train-0.tar", "train-1.tar"], "val": ["sub/val-0.tar"]}
+    random = np.random.default_rng(0)
+    for split, names in shards.items():
+        records = np.zeros(3 * len(names), RECORD)
+        for number, name in enumerate(names):
+            content = random.bytes(3000)
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+            for i in range(3):
+                record = records[3 * number + i]
+                record["shard"], record["offset"], record["size"], record["label"] = number, 1000 * i, 1000, i % 2
+                record["digest"] = xxhash.xxh3_64_intdigest(content[1000 * i : 1000 * (i + 1)])
+        splits[split] = records, [f"{split}-{i}.jpg" for i in range(len(records))]
+    write_index(root / "index", root, [("a", "a"), ("b", "b")], splits, shards)
+    return root
+
+
+def content(root: Path) -> dict[str, bytes]:
+    index = open_index(root / "index")
+    return {f"{n}/{s}": (index.root / s).read_bytes() for n, split in index.splits.items() for s in split.shards}
+
+
+def test_copies_everything(packed, tmp_path):
+    index, copied = stage_shards(packed, tmp_path / "local", quiet=True)
+    assert copied == 3
+    assert index.root == (tmp_path / "local").resolve()
+    assert index.fingerprint == open_index(packed / "index").fingerprint
+    assert content(tmp_path / "local") == content(packed)
+
+
+def test_reuses_what_is_there(packed, tmp_path):
+    local = tmp_path / "local"
+    stage_shards(packed, local, quiet=True)
+    before = (local / "train-0.tar").stat().st_ino
+    assert stage_shards(packed, local, quiet=True)[1] == 0
+    assert (local / "train-0.tar").stat().st_ino == before
+
+
+def test_mends_what_was_cut_or_changed(packed, tmp_path):
+    local = tmp_path / "local"
+    stage_shards(packed, local, quiet=True)
+    (local / "train-1.tar").write_bytes(b"cut")
+    os.utime(local / "sub/val-0.tar", (1, 1))
+    assert stage_shards(packed, local, quiet=True)[1] == 2
+    assert content(local) == content(packed)
+
+
+def test_killed_midway_leaves_no_half_shard(packed, tmp_path):
+    """A copy that was killed left its temporary file: no shard is half there, and the next copy is whole."""
+    local = tmp_path / "local"
+    local.mkdir()
+    (local / ".train-0.tar.stage.tmp").write_bytes(b"half")
+    stage_shards(packed, local, quiet=True)
+    assert content(local) == content(packed)
+    assert not list(local.rglob("*.tmp"))
+
+
+def test_index_elsewhere(packed, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    index = open_index(packed / "index")
+    splits = {k: (np.array(s.records), [s.name(i) for i in range(len(s))]) for k, s in index.splits.items()}
+    shards = {name: split.shards for name, split in index.splits.items()}
+    write_index(elsewhere, packed, list(zip(index.synsets, index.words, strict=True)), splits, shards)
+    shutil.rmtree(packed / "index")
+    staged, _ = stage_shards(packed, tmp_path / "local", index=elsewhere, quiet=True)
+    assert staged.root == (tmp_path / "local").resolve()
+
+
+def test_a_tree_is_refused(synthetic_root, tmp_path):
+    from pipeline.dataset.scan import build_index
+
+    tree = tmp_path / "tree"
+    shutil.copytree(synthetic_root, tree)
+    build_index(tree)
+    with pytest.raises(UserError, match="pack"):
+        stage_shards(tree, tmp_path / "local", quiet=True)
+
+
+def test_a_missing_shard_is_named(packed, tmp_path, capsys):
+    (packed / "train-1.tar").unlink()
+    assert main(["stage", str(packed), str(tmp_path / "local")]) == 2
+    assert "train-1.tar" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_seen_before(packed, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="free"):
+        stage_shards(packed, tmp_path / "local", quiet=True)
+    assert not list((tmp_path / "local").glob("*.tar"))
+
+
+def test_a_second_job_on_the_node_waits(packed, tmp_path):
+    local = tmp_path / "local"
+    local.mkdir()
+    command = [sys.executable, "-m", "pipeline", "stage", str(packed), str(local)]
+    with only_one(local):
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        assert "waiting" in other.stdout.readline()
+        assert not list(local.glob("*.tar"))
+    out, _ = other.communicate(timeout=60)
+    assert other.returncode == 0 and "3 of 3 shards copied" in out

@@ -1,0 +1,184 @@
+"""How a run stands, read from its folder: every state that an operator meets."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.config import Config, TrainConfig, to_yaml
+from pipeline.insight.run_state import read_rare, read_state, read_tail
+from pipeline.insight.status import duration
+
+NOW = time.time()
+BATCH, PER_EPOCH, LAST = 32, 10, 40
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run folder, 40 steps long, an epoch of 10, that has just started."""
+    (tmp_path / "config.yaml").write_text(to_yaml(Config(train=TrainConfig(global_batch_size=BATCH, max_steps=LAST))))
+    append(tmp_path, {"kind": "event", "event": "started", "step": 0, "world_size": 4, "host": "n1"})
+    return tmp_path
+
+
+def append(run: Path, *rows: dict) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def train(run: Path, first: int, last: int, images_per_s: float = 64.0) -> None:
+    for step in range(first, last + 1):
+        row = {"kind": "train", "step": step, "epoch": step / PER_EPOCH, "loss": 3.0 - step / 100}
+        append(run, row | {"lr": 0.1, "images_per_s": images_per_s, "data_wait": 0.25, "grad_norm": 1.0})
+
+
+def evaluate(run: Path, step: int, top1: float) -> None:
+    row = {"kind": "eval", "step": step, "epoch": step / PER_EPOCH, "val_loss": 1.0, "val_top1": top1, "val_top5": 90.0}
+    append(run, row)
+
+
+def checkpoint(run: Path, step: int, age_s: float = 0.0) -> None:
+    folder = run / f"checkpoints/step-{step:09d}"
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text("{}")
+    os.utime(folder / "meta.json", (NOW - age_s, NOW - age_s))
+
+
+def test_training(run):
+    train(run, 1, 25)
+    evaluate(run, 10, 40.0)
+    evaluate(run, 20, 30.0)
+    checkpoint(run, 10, 500)
+    checkpoint(run, 20, 100)
+    state = read_state(run, NOW)
+    assert (state.state, state.step, state.last_step, state.epoch) == ("training", 25, LAST, 2.5)
+    assert (state.top1, state.best_top1, state.best_step) == (30.0, 40.0, 10)
+    assert (state.checkpoint_step, state.world_size, state.restarts) == (20, 4, 0)
+    assert state.checkpoint_age_s == pytest.approx(100, abs=1)
+    assert state.images_per_s == pytest.approx(64)
+    assert state.left_s == pytest.approx(15 * BATCH / 64)
+    assert state.data_wait == pytest.approx(0.25)
+
+
+def test_starting_until_the_first_step(run):
+    assert read_state(run, NOW).state == "starting"
+    train(run, 1, 1)
+    assert read_state(run, NOW).state == "training"
+
+
+def test_starting_again_after_a_restart(run):
+    train(run, 1, 15)
+    append(run, {"kind": "event", "event": "resumed", "step": 15, "world_size": 2, "slurm_job_id": "7"})
+    state = read_state(run, NOW)
+    assert (state.state, state.restarts, state.world_size) == ("starting", 1, 2)
+
+
+def test_evaluating_until_the_scores_are_there(run):
+    train(run, 1, 10)
+    assert read_state(run, NOW).state == "evaluating"
+    evaluate(run, 10, 50.0)
+    assert read_state(run, NOW).state == "training"
+
+
+def test_evaluating_at_the_very_end(run):
+    train(run, 1, LAST)
+    assert read_state(run, NOW).state == "evaluating"
+
+
+@pytest.mark.parametrize(
+    "marker, content, state",
+    [
+        ("finished", {"step": 40}, "finished"),
+        ("failed", {"exit_code": 2, "message": "the disk is full"}, "failed"),
+        (
+            "interrupted",
+            {"step": 15, "reason": "3.0 USR1 from Slurm: a preemption"},
+            "preempted",
+        ),
+        ("interrupted", {"step": 15, "reason": "SIGTERM"}, "preempted"),
+        ("interrupted", {"step": 15, "reason": "SIGINT"}, "stopped"),
+    ],
+)
+def test_markers(run, marker, content, state):
+    train(run, 1, 15)
+    (run / marker).write_text(json.dumps(content) + "\n")
+    seen = read_state(run, NOW + 10_000)  # a run that ended does not stall
+    assert seen.state == state
+    assert content.get("message", content.get("reason", "")) in seen.detail
+
+
+def test_stalled_after_a_silence_that_no_step_explains(run):
+    train(run, 1, 15)
+    os.utime(run / "metrics.jsonl", (NOW, NOW))
+    os.utime(run / "config.yaml", (NOW, NOW))
+    assert read_state(run, NOW + 100).state == "training"
+    seen = read_state(run, NOW + 600)
+    assert seen.state == "stalled" and "10 min" in seen.detail
+
+
+def test_slow_steps_are_no_stall(run):
+    train(run, 1, 15, images_per_s=0.5)  # 64 s a step
+    os.utime(run / "metrics.jsonl", (NOW, NOW))
+    os.utime(run / "config.yaml", (NOW, NOW))
+    assert read_state(run, NOW + 600).state == "training"
+
+
+def test_a_line_that_is_being_written_is_left_out(run):
+    train(run, 1, 15)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 16, "epo')
+    assert read_state(run, NOW).step == 15
+
+
+def test_rare_rows_are_found_among_many(run):
+    train(run, 1, 3000)
+    evaluate(run, 3000, 50.0)
+    train(run, 3001, 3010)
+    ledger = run / "metrics.jsonl"
+    assert [row["kind"] for row in read_rare(ledger)] == ["event", "eval"]
+    assert [row["step"] for row in read_tail(ledger)][-1] == 3010
+
+
+def test_json_and_table(run, capsys):
+    train(run, 1, 25)
+    evaluate(run, 20, 30.0)
+    checkpoint(run, 20)
+    assert main(["status", str(run), "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert (seen["state"], seen["step"], seen["top1"], seen["slurm"]) == ("training", 25, 30.0, None)
+    assert main(["status", str(run)]) == 0
+    table = capsys.readouterr().out
+    for text in ("training", "25 of 40 (62 %)", "30.00 %", "64 images/s", "data wait 25 %", "step 20,", "4 processes"):
+        assert text in table, table
+
+
+def test_no_run_folder_is_the_users_fault(tmp_path, capsys):
+    assert main(["status", str(tmp_path / "nowhere")]) == 2
+    assert "no run folder" in capsys.readouterr().err
+
+
+def test_takes_no_torch_and_little_time(run):
+    """An operator calls it in a loop over a hundred runs, on a login node."""
+    train(run, 1, 25)
+    script = (
+        f"import sys; from pipeline.__main__ import main; main(['status', {str(run)!r}]); print(sorted(sys.modules))"
+    )
+    times, modules = [], ""
+    for _ in range(3):
+        start = time.perf_counter()
+        modules = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+        times.append(time.perf_counter() - start)
+    assert "'torch'" not in modules and "'numpy'" not in modules
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(None, "?"), (9.4, "9 s"), (72, "1 min 12 s"), (7500, "2 h 05 min"), (200_000, "2 d 7 h")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
