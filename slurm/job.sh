@@ -1,0 +1,129 @@
+# shellcheck shell=bash
+# What the batch scripts of this folder share; they source it. It runs in the batch shell, on the job's first node.
+#
+# A signal ahead of the time limit, or a preemption, reaches this shell alone (--signal=B:USR1). It leaves the file
+# RUN_DIR/stop, which the training polls; the ranks agree on a step, save and exit; then `leave` requeues the job.
+# A TERM to the steps takes the same way, through node.sh. The workers themselves are never signalled from here: under
+# proctrack/cgroup a signal to a step reaches torchrun alone, and takes the workers down before they have saved.
+
+set -u
+
+SITE_ENV=${SITE_ENV:-$PIPELINE_HOME/slurm/site.env}
+if [[ -e $SITE_ENV ]]; then
+    # shellcheck source=slurm/site.env.example
+    . "$SITE_ENV"
+fi
+: "${DATA_ROOT:=data/imagenet}" "${PYTHON:=python}" "${GRACE_S:=120}"
+RUN_DIR=$(realpath -m "${RUN_DIR:-runs/$SLURM_JOB_NAME}")
+mkdir -p "$RUN_DIR" || exit 2
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID} # of an array's task, since its plain id may be the whole array's
+ATTEMPT=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+export RUN_DIR PYTHON NPROC_PER_NODE PYTHONPATH=$PIPELINE_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+# NCCL chooses its network well; where it does not, set in site.env:
+#   export NCCL_SOCKET_IFNAME=ib0        the interface of the first contact (not docker0, not a management network)
+#   export NCCL_IB_HCA=mlx5_0,mlx5_1     the InfiniBand adapters to use
+#   export NCCL_IB_DISABLE=1             Ethernet only
+#   export NCCL_DEBUG=INFO               say what was chosen
+
+log() { printf '[%(%F %T)T job %s] %s\n' -1 "$ATTEMPT" "$*" >&2; }
+
+# --- signals
+
+phase=preparing stop_reason='' stop_second=0
+
+request_stop() { # $1: why
+    local first=$stop_reason
+    stop_reason=$1
+    log "$1"
+    [[ -z $first ]] || return
+    stop_second=$SECONDS
+    echo "$ATTEMPT $1" >"$RUN_DIR/.stop.$JOB" && mv "$RUN_DIR/.stop.$JOB" "$RUN_DIR/stop"
+    if [[ $phase == preparing ]]; then
+        end_background # nothing to save yet
+    else
+        { sleep "$GRACE_S" && log "not saved within $GRACE_S s" && scancel --signal=KILL "$JOB"; } & # the steps only
+    fi
+}
+trap 'request_stop "USR1 from Slurm: a preemption, or the time limit is near"' USR1
+trap 'request_stop "TERM from Slurm: cancelled, or the time is over"' TERM
+
+end_background() {
+    local pids
+    mapfile -t pids < <(jobs -p)
+    ((${#pids[@]} == 0)) || kill "${pids[@]}" 2>/dev/null
+}
+
+await() { # $1: pid; returns its exit code. A signal ends `wait`, not what it waits for.
+    while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+    wait "$1"
+}
+
+# --- steps
+
+unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_GPUS_PER_NODE SLURM_TRES_PER_TASK # a step gets what the job has
+
+run_step() { # COUNT COMMAND ...: on so many nodes, once on each, at the same time
+    local nodes=$1
+    shift
+    [[ -z $stop_reason ]] || return 1
+    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=0 \
+        "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$@" &
+    await $!
+}
+
+on_every_node() { # VERB ...: `pipeline VERB ...`
+    log "$1 on $SLURM_JOB_NODELIST"
+    run_step "$SLURM_NNODES" "$PYTHON" -m pipeline "$@"
+}
+
+preflight() { # OPTION ...: every node says what it sees, then one of them judges
+    local nodes=$RUN_DIR/.nodes.$JOB limit
+    limit=$(squeue --noheader --job "$JOB" --format=%l)
+    on_every_node preflight "$@" --node_facts >"$nodes" &&
+        run_step 1 "$PYTHON" -m pipeline preflight "$@" --nodes_file "$nodes" --time_limit "$limit" \
+            --world_size $((SLURM_NNODES * NPROC_PER_NODE))
+}
+
+torchrun_on_every_node() { # VERB ...: `pipeline VERB ...` as a process a GPU
+    local head port=$((10000 + SLURM_JOB_ID % 20000))
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    while (: >"/dev/tcp/$head/$port") 2>/dev/null; do port=$((port + 1)); done # somebody else's
+    export RENDEZVOUS=$head:$port RENDEZVOUS_ID=$ATTEMPT
+    rm -f "$RUN_DIR"/{stop,interrupted,failed,finished} # of an earlier start
+    phase=training
+    log "$* on $SLURM_JOB_NODELIST"
+    run_step "$SLURM_NNODES" bash "$PIPELINE_HOME/slurm/node.sh" "$@"
+}
+
+# --- the end
+
+leave() { # $1: exit code of the last step. Requeues the job if it deserves it. Never returns.
+    local code=$1
+    trap '' USR1 TERM
+    end_background
+    [[ -z $stop_reason ]] || log "$((SECONDS - stop_second)) s from the signal to the end of the step"
+    if [[ -e $RUN_DIR/finished && $phase == training ]]; then
+        exit 0
+    elif [[ $phase == training ]] && grep -qs "\"exit_code\": 2" "$RUN_DIR/failed"; then
+        code=2 # the user's to mend: torchrun itself says 1 for whatever its workers say
+    elif [[ -n $stop_reason || (-e $RUN_DIR/interrupted && $phase == training) ]]; then
+        requeue
+    fi
+    log "failed with exit code $code; not requeued"
+    exit "$code"
+}
+
+requeue() {
+    local now
+    now=$(scontrol show job --oneliner "$JOB")
+    # To requeue a job that somebody cancelled would revive it; one that Slurm has requeued itself is past this attempt.
+    if [[ $now =~ \ JobState=(RUNNING|TIMEOUT)\  && $now == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
+        log "requeued: ${stop_reason:-$(<"$RUN_DIR/interrupted")}"
+        scontrol requeue "$JOB" && exit 0
+    fi
+    log "not requeued; it is$(grep -o ' JobState=[A-Z_]*' <<<"$now"). Submit it again to go on."
+    exit 75
+}

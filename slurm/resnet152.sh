@@ -1,0 +1,49 @@
+#!/bin/bash
+# Train ResNet-152 on every GPU of the nodes asked for. On a preemption, the time limit or a node's failure the job
+# saves, goes back to the queue, and goes on at the step where it was. Submit from the project's folder:
+#
+#   sbatch slurm/resnet152.sh                                1 node x 8 GPUs
+#   sbatch --nodes=4 slurm/resnet152.sh                      4 nodes x 8 GPUs
+#   sbatch --gpus-per-node=1 --time=4:00:00 slurm/resnet152.sh
+#   RUN_DIR=runs/lr-0.2 sbatch slurm/resnet152.sh --optim.lr 0.2
+#   NPROC_PER_NODE=4 sbatch --gpus-per-node=0 --mincpus=16 slurm/resnet152.sh --train.device cpu     a rehearsal
+#
+# What stands after the script's name goes to `pipeline train`. From the environment, or from slurm/site.env
+# (see site.env.example, also for modules, containers and accounts):
+#
+#   CONFIG          recipe, a name or a file [resnet152]
+#   DATA_ROOT       data set, seen from every node [data/imagenet]
+#   RUN_DIR         run folder, seen from every node [runs/JOB_NAME]; the same folder again continues the run
+#   STAGE_DIR       folder on every node's own disk that the shards are copied to first [none: read DATA_ROOT]
+#   NPROC_PER_NODE  processes a node [its GPUs]
+#   GRACE_S         seconds from a signal until the job goes without a new checkpoint [120]
+#   MAX_RESTARTS    times that crashed workers are started again in place [3]
+#   PIPELINE_HOME   the project's folder [where sbatch was called]
+#   PYTHON          interpreter [python]
+#
+# Logs: everything in JOB_NAME-JOB_ID.log, each node's part in RUN_DIR/logs. How it stands: pipeline status RUN_DIR
+
+#SBATCH --job-name=resnet152
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-gpu=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+: "${PIPELINE_HOME:=$SLURM_SUBMIT_DIR}"
+# shellcheck source=slurm/job.sh
+. "$PIPELINE_HOME/slurm/job.sh" || exit 2
+
+train=(--config "${CONFIG:=resnet152}" --run_dir "$RUN_DIR" "$@")
+
+preflight "${train[@]}" --data.root "$DATA_ROOT" || leave $?
+if [[ -n ${STAGE_DIR:-} ]]; then
+    on_every_node stage "$DATA_ROOT" "$STAGE_DIR" || leave $?
+    DATA_ROOT=$STAGE_DIR
+fi
+torchrun_on_every_node train "${train[@]}" --data.root "$DATA_ROOT"
+leave $?
