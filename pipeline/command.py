@@ -1,5 +1,6 @@
 """From a function's signature to a command line: typed options, help from its docstring, one-line errors."""
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -19,20 +20,18 @@ def make_parser(prog: str, description: str | None = None):
     return OneLineParser(prog=prog, description=description, exit_on_error=True)
 
 
-def spell_out_flags(argv: list[str], flags: set[str]) -> list[str]:
-    """`--flag` alone is `--flag true` for the boolean options in `flags`; `--some-name` is `--some_name`."""
-    argv = [_underscored(word) if word.startswith("--") else word for word in argv]
+def normalise(argv: list[str], flags: set[str]) -> list[str]:
+    """What users write in more than one way: `--run-dir` is `--run_dir`, and `--flag` alone means `--flag true` for
+    the boolean options named in `flags`."""
     out = []
-    for here, following in zip(argv, [*argv[1:], ""], strict=True):
+    for here, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        if here.startswith("--"):
+            name, equals, value = here.partition("=")
+            here = "--" + name[2:].replace("-", "_") + equals + value
         out.append(here)
         if here in flags and following.lower() not in ("true", "false", "yes", "no"):
             out.append("true")
     return out
-
-
-def _underscored(option: str) -> str:
-    name, equals, value = option.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def run_command(function: Callable[..., int | None], verb: str, argv: list[str]) -> int:
@@ -43,6 +42,6 @@ def run_command(function: Callable[..., int | None], verb: str, argv: list[str])
     parser = make_parser(f"pipeline {verb}", (function.__doc__ or "").strip().split("\n\n")[0])
     parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
     flags = {f"--{name}" for name, kind in function.__annotations__.items() if kind is bool}
-    arguments = parser.instantiate_classes(parser.parse_args(spell_out_flags(argv, flags)))
+    arguments = parser.instantiate_classes(parser.parse_args(normalise(argv, flags)))
     code = function(**arguments.as_dict())
     return EXIT_OK if code is None else code

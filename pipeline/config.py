@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pipeline.command import make_parser, spell_out_flags
+from pipeline.command import make_parser, normalise
 from pipeline.errors import UserError
 
 
@@ -306,7 +306,7 @@ def _flags(item: Any, prefix: str = "--") -> set[str]:
 
 def parse_config(argv: list[str], verb: str = "train") -> Config:
     """The configuration that a command line asks for. Exits with code 2 and one line on an impossible one."""
-    argv = spell_out_flags(list(argv), _flags(Config))
+    argv = normalise(list(argv), _flags(Config))
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
             argv[i + 1] = resolve_recipe(argv[i + 1])

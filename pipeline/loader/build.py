@@ -56,14 +56,17 @@ def make_train_plan(index: Index, data: DataConfig, train: TrainConfig) -> Train
     return TrainPlan(widths, heights, train.global_batch_size, train.seed, data.crop_area, data.crop_ratio, data.flip)
 
 
-def _make_decoder(name: str, size: int, batch_size: int, threads: int, device: torch.device, prefetch: int):
+def make_decoder(
+    name: str, size: int, batch_size: int, threads: int, device: torch.device, prefetch: int, resize: int | None = None
+):
+    """A decoder by name, "dali" or "reference". resize: of the shorter side in validation, None in training."""
     if name == "dali":
         from pipeline.loader.dali import DaliDecoder
 
         return DaliDecoder(size, batch_size, threads, device, prefetch)
     from pipeline.loader.reference import ReferenceDecoder
 
-    return ReferenceDecoder(size, threads, prefetch)
+    return ReferenceDecoder(size, threads, prefetch, resize)
 
 
 def make_train_stream(index: Index, plan: TrainPlan, data: DataConfig, place: Place) -> Stream:
@@ -84,7 +87,9 @@ def _make_stream(
 ) -> Stream:
     split = index.splits[name]
     threads = data.threads or cores_per_rank(place.local_size)
-    decoder = _make_decoder(choose_loader(data.loader)[0], size, batch_size, threads, place.device, data.prefetch)
+    name_of_loader, _ = choose_loader(data.loader)
+    resize = data.val_resize if name == "val" else None
+    decoder = make_decoder(name_of_loader, size, batch_size, threads, place.device, data.prefetch, resize)
     labels = split.records["label"]
     source = Source(split)
     return Stream(

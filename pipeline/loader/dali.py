@@ -5,13 +5,14 @@ GPU the window is decoded on the CPU and resized on the GPU: hardware decoders g
 run must not depend on which it met.
 """
 
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 
-from pipeline.loader.stream import Samples, UndecodableSample, sample_number
+from pipeline.loader.stream import Samples, UndecodableSample
 
 
 class DaliDecoder:
@@ -30,21 +31,13 @@ class DaliDecoder:
         self.settings = {"batch_size": max_batch_size, "num_threads": threads, "prefetch_queue_depth": prefetch}
         self.pipeline = None
         self._feed: Iterator[Samples] = iter(())
-        self._handed: deque[int] = deque()  # steps that DALI holds
+        self._handed: deque[Samples] = deque()  # what DALI holds, oldest first
 
     def _next(self):
         """DALI's callback: the next batch as lists and arrays of one row a sample."""
         samples = next(self._feed)
-        p = samples.planned
-        self._handed.append(samples.step)
-        return (
-            samples.data,
-            np.ascontiguousarray(p.windows[:, [1, 0]]),  # DALI's order is that of the image's axes: y, x
-            np.ascontiguousarray(p.windows[:, [3, 2]]),
-            np.ascontiguousarray(p.rois[:, [1, 0]]),
-            np.ascontiguousarray(p.rois[:, [3, 2]]),
-            p.flips.astype(np.int32),
-        )
+        self._handed.append(samples)
+        return _rows(samples)
 
     def _build(self):
         from nvidia.dali import fn, pipeline_def, types
@@ -92,12 +85,25 @@ class DaliDecoder:
                 self.pipeline = pipeline  # drained to the end: good for the next stream
                 return
             except RuntimeError as error:  # a failed pipeline is dead for good
-                position = sample_number(str(error))
+                samples = self._handed[0]
+                position = _sample_number(str(error))
+                if position is None:
+                    position = self._find_undecodable(samples)
                 if position is None:
                     raise
-                raise UndecodableSample(self._handed[0], position, _last_line(str(error))) from error
+                raise UndecodableSample(samples.step, position, _reason(str(error))) from error
             self._handed.popleft()
             yield self._to_torch(images)
+
+    def _find_undecodable(self, samples: Samples) -> int | None:
+        """The first position of a batch that fails when it is decoded alone: DALI's message does not always say."""
+        alone = DaliDecoder(self.size, 1, 1, self.device, 1)
+        for position in range(len(samples.data)):
+            try:
+                list(alone.decode([samples.only(position)]))
+            except (RuntimeError, UndecodableSample):
+                return position
+        return None
 
     def _to_torch(self, images) -> torch.Tensor:
         """A copy of DALI's output in memory of torch, ordered on torch's current stream."""
@@ -112,6 +118,22 @@ class DaliDecoder:
         self.pipeline = None
 
 
-def _last_line(message: str) -> str:
+def _rows(samples: Samples) -> tuple:
+    """What external_source takes: bytes as a list, the rest as arrays of one row a sample, axes in the order y, x."""
+    p = samples.planned
+    rois = p.rois.astype(np.float32)
+    boxes = (p.windows[:, [1, 0]], p.windows[:, [3, 2]], rois[:, [1, 0]], rois[:, [3, 2]])
+    return samples.data, *map(np.ascontiguousarray, boxes), p.flips.astype(np.int32)
+
+
+def _sample_number(message: str) -> int | None:
+    """The position in the batch that DALI's message blames, if it names one."""
+    found = re.search(r"sample #(\d+)", message)
+    return int(found.group(1)) if found else None
+
+
+def _reason(message: str) -> str:
+    """The line of DALI's long message that says what was wrong."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return next((line for line in lines if "sample #" in line), lines[-1] if lines else "")
+    telling = (line for line in lines if "sample #" in line or "failure" in line)
+    return next(telling, lines[-1] if lines else "")

@@ -49,7 +49,7 @@ class Planned:
     """What is to be cut from B samples.
 
     ids, epochs: int64 [B]. windows: int32 [B, 4], the part of the stored image to decode (left, top, width, height).
-    rois: float32 [B, 4], the part of that window (left, top, right, bottom) which is resized to the output.
+    rois: float64 [B, 4], the part of that window (left, top, right, bottom) which is resized to the output.
     flips: bool [B].
     """
 
@@ -61,6 +61,11 @@ class Planned:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def only(self, position: int) -> "Planned":
+        """The plan of one sample of the batch, as a batch."""
+        here = slice(position, position + 1)
+        return Planned(self.ids[here], self.epochs[here], self.windows[here], self.rois[here], self.flips[here])
 
 
 def batch_digest(ids: np.ndarray, windows: np.ndarray, flips: np.ndarray) -> str:
@@ -161,7 +166,7 @@ class TrainPlan:
             hash_counter(self.seed, _CROP, epochs, ids), self.widths[ids], self.heights[ids], self.area, self.ratio
         )
         flips = uniform(hash_counter(self.seed, _FLIP, epochs, ids)) < self.flip
-        rois = np.zeros((len(ids), 4), np.float32)
+        rois = np.zeros((len(ids), 4))
         rois[:, 2:] = windows[:, 2:]
         return Planned(ids, epochs, windows, rois, flips)
 
@@ -212,7 +217,7 @@ class EvalPlan:
         wx0, wy0 = np.maximum(np.floor(x0 - reach_x), 0), np.maximum(np.floor(y0 - reach_y), 0)
         wx1, wy1 = np.minimum(np.ceil(x1 + reach_x), w), np.minimum(np.ceil(y1 + reach_y), h)
         windows = np.stack([wx0, wy0, wx1 - wx0, wy1 - wy0], 1).astype(np.int32)
-        rois = np.stack([x0 - wx0, y0 - wy0, x1 - wx0, y1 - wy0], 1).astype(np.float32)
+        rois = np.stack([x0 - wx0, y0 - wy0, x1 - wx0, y1 - wy0], 1)
         return Planned(ids, epochs, windows, rois, np.zeros(len(ids), bool))
 
     def local(self, step: int, rank: int = 0, world_size: int = 1) -> Planned:

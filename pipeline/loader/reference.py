@@ -1,4 +1,4 @@
-"""Decoding with PIL: no DALI needed. The pixels that DALI's are held to, and the loader for machines without it."""
+"""Decoding with PIL and torchvision's transforms: what DALI's pixels are held to, and the loader without DALI."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -7,20 +7,30 @@ from io import BytesIO
 
 import numpy as np
 import torch
+from PIL import Image
+from torchvision.transforms.functional import center_crop, hflip, resized_crop
+from torchvision.transforms.functional import resize as resize_image
 
 from pipeline.loader.stream import Samples, UndecodableSample
 
 
-def decode_sample(data: np.ndarray, window: np.ndarray, roi: np.ndarray, flip: bool, size: int) -> np.ndarray:
-    """One sample as torchvision's PIL transforms make it: crop, antialiased bilinear resize, flip; uint8 [H, W, 3]."""
-    from PIL import Image
-
+def cut_window(image: Image.Image, window: np.ndarray, flip: bool, size: int) -> Image.Image:
+    """Training: crop, antialiased bilinear resize, flip."""
     left, top, width, height = (int(value) for value in window)
-    with Image.open(BytesIO(data)) as image:
-        image = image.convert("RGB").crop((left, top, left + width, top + height))
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=tuple(float(value) for value in roi))
-    pixels = np.asarray(image)
-    return pixels[:, ::-1] if flip else pixels
+    image = resized_crop(image, top, left, height, width, [size, size])
+    return hflip(image) if flip else image
+
+
+def decode_sample(data: np.ndarray, window: np.ndarray, flip: bool, size: int, resize: int | None) -> np.ndarray:
+    """One sample by torchvision's PIL transforms, uint8 [size, size, 3]: the window resized, or (with `resize`, for
+    validation) the shorter side resized and the middle cut out."""
+    with Image.open(BytesIO(data)) as opened:
+        image = opened.convert("RGB")
+    if resize is None:
+        image = cut_window(image, window, flip, size)
+    else:
+        image = center_crop(resize_image(image, [resize]), [size, size])
+    return np.asarray(image)
 
 
 class ReferenceDecoder:
@@ -28,17 +38,19 @@ class ReferenceDecoder:
 
     Args:
         size: side of the output in pixels.
+        threads: decoding threads.
         prefetch: batches decoded ahead.
+        resize: pixels of the shorter side before the middle is cut out (validation); None: the planned windows.
     """
 
-    def __init__(self, size: int, threads: int, prefetch: int = 2):
-        self.size, self.prefetch = size, prefetch
+    def __init__(self, size: int, threads: int, prefetch: int = 2, resize: int | None = None):
+        self.size, self.prefetch, self.resize = size, prefetch, resize
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def _submit(self, samples: Samples) -> tuple[Samples, list[Future]]:
         p = samples.planned
-        jobs = zip(samples.data, p.windows, p.rois, p.flips, strict=True)
-        return samples, [self.pool.submit(decode_sample, *job, self.size) for job in jobs]
+        jobs = zip(samples.data, p.windows, p.flips, strict=True)
+        return samples, [self.pool.submit(decode_sample, *job, self.size, self.resize) for job in jobs]
 
     def _collect(self, samples: Samples, futures: list[Future]) -> torch.Tensor:
         images = np.empty((len(futures), self.size, self.size, 3), np.uint8)

@@ -5,7 +5,6 @@ every restart takes the same one. In validation it is left out and the batch is 
 score.
 """
 
-import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +39,10 @@ class Samples:
     step: int
     planned: Planned
     data: list[np.ndarray]
+
+    def only(self, position: int) -> "Samples":
+        """One sample of the batch, as a batch."""
+        return Samples(self.step, self.planned.only(position), self.data[position : position + 1])
 
 
 class UndecodableSample(Exception):
@@ -184,12 +187,3 @@ class Stream:
         self._pool.shutdown(cancel_futures=True)
         self.decoder.close()
         self.source.close()
-
-
-_SAMPLE_NUMBER = re.compile(r"sample #(\d+)")
-
-
-def sample_number(message: str) -> int | None:
-    """The position in the batch that DALI's message blames, if it names one."""
-    found = _SAMPLE_NUMBER.search(message)
-    return int(found.group(1)) if found else None

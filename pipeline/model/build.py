@@ -58,7 +58,7 @@ class Normalised(nn.Module):
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], channels_last: bool):
         super().__init__()
-        self.model = model
+        self.model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         self.channels_last = channels_last
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(1, 3, 1, 1)), persistent=False)
         shift = -torch.tensor(mean) / torch.tensor(std)

@@ -7,7 +7,7 @@ run goes on from step k, the rows of later steps are taken out first: they will 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -25,6 +25,12 @@ def read_rows(path: Path) -> Iterator[dict]:
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def best_step(evaluations: Iterable[dict]) -> int | None:
+    """The step with the highest `val_top1` among "eval" rows, the earliest of equals; None without any."""
+    best = max(evaluations, key=lambda row: (row["val_top1"], -row["step"]), default=None)
+    return None if best is None else best["step"]
 
 
 def _finite(value):
@@ -78,12 +84,6 @@ class Ledger:
         """Wait until every row is on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
-
-    def best_step(self) -> int | None:
-        """The step with the highest `val_top1` so far, the earliest of equals."""
-        if not self.evaluations:
-            return None
-        return max(self.evaluations, key=lambda row: (row["val_top1"], -row["step"]))["step"]
 
     def close(self) -> None:
         self.sync()

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from pathlib import Path
+from typing import Literal
 
 from pipeline.errors import BrokenError, UserError
 from pipeline.training.preemption import StopRequest, die_with_torchrun
@@ -32,10 +34,38 @@ def train(argv: list[str]) -> int:
         world.close()
 
 
+def evaluate(argv: list[str]) -> int:
+    """`pipeline evaluate RUN`: score a checkpoint; alone or under torchrun."""
+    die_with_torchrun()
+    stop = StopRequest()
+    from pipeline.command import run_command
+    from pipeline.training.evaluate_run import evaluate_run
+
+    def evaluate(
+        run: str,
+        checkpoint: str = "best",
+        data_root: str | None = None,
+        batch_size: int | None = None,
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+        json: str | None = None,
+    ) -> int:
+        """Score a run's checkpoint on the whole validation set.
+
+        Args:
+            run: the run folder.
+            checkpoint: best (highest top-1 so far), last, or a checkpoint folder.
+            data_root: where the data lies now; default: where the run had it.
+            batch_size: images a rank at once; default: as in the run.
+            device: where to compute.
+            json: also write the scores into this file.
+        """
+        return evaluate_run(Path(run), checkpoint, data_root, batch_size, device, json, stop)
+
+    return run_command(evaluate, "evaluate", argv)
+
+
 def leave_word(run_dir: str, error: UserError | BrokenError) -> None:
     """Mark the run folder as failed, if there is one, for those who look at it from outside."""
-    from pathlib import Path
-
     from pipeline.errors import EXIT_BROKEN, EXIT_USER
     from pipeline.training.run import RunFolder
 

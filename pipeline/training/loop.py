@@ -18,7 +18,7 @@ from pipeline.errors import EXIT_OK, BrokenError, UserError
 from pipeline.loader.build import choose_loader, make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.build import build_model, count_parameters
 from pipeline.tracking.console import Console
-from pipeline.tracking.ledger import Ledger, read_rows
+from pipeline.tracking.ledger import Ledger, best_step, read_rows
 from pipeline.tracking.wandb_view import WandbView
 from pipeline.training.checkpoint import (
     CheckpointWriter,
@@ -274,7 +274,7 @@ class Trainer:
         self.writer = CheckpointWriter(
             self.folder.checkpoints,
             self.config.checkpoint.keep,
-            protected=lambda: {self.ledger.best_step()},
+            protected=lambda: {best_step(self.ledger.evaluations)},
             warn=lambda text: say(f"warning: {text}"),
         )
         settings = identity(self.config) | {"world_size": world.size}

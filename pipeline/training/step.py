@@ -40,9 +40,8 @@ class TrainStep:
         self.micro = config.train.micro_batch_size or local
         if config.model.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=memory_format)
-        whole = Normalised(self.model, config.data.mean, config.data.std, config.train.channels_last).to(self.device)
+        self.model = model
+        whole = Normalised(model, config.data.mean, config.data.std, config.train.channels_last).to(self.device)
         self.network = whole  # for evaluation: no gradients to exchange
         self.ddp = DistributedDataParallel(
             whole,

@@ -1,0 +1,234 @@
+"""The two decoders give the same batches, pixels as torchvision's, and bear unreadable samples."""
+
+import dataclasses
+import shutil
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms.functional import hflip, resized_crop
+
+from pipeline.config import DataConfig, TrainConfig
+from pipeline.dataset.scan import build_index
+from pipeline.errors import BrokenError
+from pipeline.loader import build
+from pipeline.loader.plan import Planned
+from pipeline.loader.stream import Samples, UndecodableSample
+
+CPU = torch.device("cpu")
+LOADERS = [
+    "reference",
+    pytest.param("dali", marks=pytest.mark.skipif(build.dali_problem() is not None, reason="no DALI")),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    device: torch.device = CPU
+
+
+@pytest.fixture
+def own_root(synthetic_root, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(synthetic_root, tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def index(synthetic_root):
+    return build_index(synthetic_root)
+
+
+def streams(index, loader, batch=12, place=Place(), **data):
+    config = DataConfig(loader=loader, image_size=64, val_size=64, val_resize=72, **data)
+    plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=batch, seed=3))
+    return (
+        build.make_train_stream(index, plan, config, place),
+        build.make_eval_stream(index, config, 5, place),
+    )
+
+
+def pixels(index, split, sample):
+    return Image.open(index.splits[split].path(sample)).convert("RGB")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_training_pixels_are_torchvisions(index, loader):
+    stream, _ = streams(index, loader)
+    differences = []
+    for step, batch in enumerate(stream.batches(0, 8)):
+        planned = stream.plan.local(step)
+        assert batch.images.dtype == torch.uint8 and batch.images.shape == (12, 64, 64, 3)
+        np.testing.assert_array_equal(batch.ids, planned.ids)
+        np.testing.assert_array_equal(batch.targets, index.splits["train"].records["label"][planned.ids])
+        for i, (left, top, width, height) in enumerate(planned.windows.tolist()):
+            image = resized_crop(pixels(index, "train", planned.ids[i]), top, left, height, width, [64, 64])
+            image = hflip(image) if planned.flips[i] else image
+            differences.append(np.abs(np.asarray(image, int) - batch.images[i].numpy()))
+    assert np.mean(differences) <= (0.2 if loader == "dali" else 0.0)
+    stream.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_validation_pixels_are_torchvisions(index, loader):
+    _, stream = streams(index, loader)
+    transform = Compose([Resize(72), CenterCrop(64)])
+    differences, ids = [], []
+    for batch in stream.batches(0, stream.plan.steps(1)):
+        ids += batch.ids.tolist()
+        for i, sample in enumerate(batch.ids.tolist()):
+            expected = np.asarray(transform(pixels(index, "val", sample)), int)
+            differences.append(np.abs(expected - batch.images[i].numpy()))
+    assert ids == list(range(len(index.splits["val"])))
+    if loader == "reference":
+        assert np.max(differences) == 0
+    assert np.mean(differences) <= 0.2 and np.max(differences) <= 1
+    stream.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_decoding_a_window_is_exact(index, loader):
+    """A window that needs no resizing comes out as PIL's crop, bit for bit."""
+    size = 32
+    decoder = build.make_decoder(loader, size, 4, 1, CPU, 2)
+    ids = np.arange(4)
+    windows = np.array([[3, 5, size, size]] * 4, np.int32)
+    rois = np.array([[0, 0, size, size]] * 4, float)
+    planned = Planned(ids, np.zeros(4, int), windows, rois, np.zeros(4, bool))
+    data = [np.fromfile(index.splits["train"].path(i), np.uint8) for i in ids]
+    (images,) = decoder.decode([Samples(0, planned, data)])
+    for i in ids:
+        expected = pixels(index, "train", i).crop((3, 5, 3 + size, 5 + size))
+        np.testing.assert_array_equal(images[i].numpy(), np.asarray(expected))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_any_step_can_be_first(index, loader):
+    stream, _ = streams(index, loader)
+    whole = list(stream.batches(0, 12))
+    part = list(stream.batches(5, 9))  # the same stream again, begun in the middle
+    for a, b in zip(whole[5:9], part, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.ids, b.ids)
+    unfinished = stream.batches(0, 12)
+    next(unfinished)
+    unfinished.close()
+    assert torch.equal(next(stream.batches(7, 8)).images, whole[7].images)
+    stream.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_ranks_share_the_global_batch(index, loader):
+    whole, whole_eval = streams(index, loader)
+    parts = [streams(index, loader, place=Place(rank, 3)) for rank in range(3)]
+    for step in (0, 7):
+        joined = torch.cat([next(train.batches(step, step + 1)).images for train, _ in parts])
+        assert torch.equal(joined, next(whole.batches(step, step + 1)).images)
+    scored = [batch.ids for _, part in parts for batch in part.batches(0, part.plan.steps(3))]
+    assert torch.cat(scored).tolist() == list(range(whole_eval.plan.samples))
+
+
+def damage(index, split, sample, how):
+    path = index.splits[split].path(sample)
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "vanished":
+        path.unlink()
+    else:  # one byte
+        path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    return sample
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("how", ["truncated", "vanished", "changed"])
+def test_unreadable_training_samples_are_substituted(own_root, loader, how):
+    index = build_index(own_root)
+    stream, _ = streams(index, loader)
+    healthy = list(stream.batches(0, 8))
+    bad = damage(index, "train", int(healthy[3].ids[4]), how)
+    stream.close()
+    stream, _ = streams(index, loader)
+    mended = list(stream.batches(0, 8))
+    replaced = int(mended[3].ids[4])
+    assert replaced == stream.plan.substitute(bad, 0)
+    assert list(stream.unreadable) == [bad]
+    for a, b in zip(healthy, mended, strict=True):
+        same = a.ids == b.ids
+        assert torch.equal(a.images[same], b.images[same])
+    assert sum((a.ids != b.ids).sum().item() for a, b in zip(healthy, mended, strict=True)) == 1
+    assert mended[3].targets[4] == index.splits["train"].records["label"][replaced]
+    avoided = list(stream.batches(0, 8, skip=frozenset([bad])))  # known before: the same substitute
+    assert all(torch.equal(a.images, b.images) for a, b in zip(mended, avoided, strict=True))
+    stream.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_unreadable_validation_samples_are_left_out(own_root, loader):
+    index = build_index(own_root)
+    for sample in (0, 1, 2, 3, 4, 11):  # the whole first batch of 5, and one more
+        damage(index, "val", sample, "truncated")
+    _, stream = streams(index, loader)
+    ids = torch.cat([batch.ids for batch in stream.batches(0, stream.plan.steps(1))]).tolist()
+    assert ids == [i for i in range(len(index.splits["val"])) if i not in (0, 1, 2, 3, 4, 11)]
+    assert sorted(stream.unreadable) == [0, 1, 2, 3, 4, 11]
+    stream.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_sample_that_only_the_decoder_refuses_is_substituted(own_root, loader, monkeypatch):
+    """The digest agrees, but the decoder fails, in mid-stream."""
+    index = build_index(own_root)
+    stream, _ = streams(index, loader)
+    healthy = list(stream.batches(0, 8))
+    bad = int(healthy[4].ids[2])
+    read = stream.source.read
+    half = read(bad)[: len(read(bad)) // 3]
+    monkeypatch.setattr(stream.source, "read", lambda sample: half if sample == bad else read(sample))
+    mended = list(stream.batches(0, 8))
+    assert len(mended) == 8 and list(stream.unreadable) == [bad]
+    assert int(mended[4].ids[2]) == stream.plan.substitute(bad, 0)
+    for step in (0, 1, 2, 3, 5, 6, 7):
+        assert torch.equal(mended[step].images, healthy[step].images)
+    stream.close()
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_decoders_find_the_sample_they_refuse(loader, named, monkeypatch):
+    """DALI's message names the sample, except where it does not."""
+    if not named:
+        monkeypatch.setattr("pipeline.loader.dali._sample_number", lambda message: None)
+    decoder = build.make_decoder(loader, 8, 3, 1, CPU, 1)
+    noise = BytesIO()
+    Image.effect_noise((64, 64), 90).save(noise, "JPEG")
+    good = np.frombuffer(noise.getvalue(), np.uint8)
+    windows = np.array([[0, 0, 64, 64]] * 3, np.int32)
+    planned = Planned(np.arange(3), np.zeros(3, int), windows, windows.astype(float), np.zeros(3, bool))
+    with pytest.raises(UndecodableSample) as caught:
+        list(decoder.decode([Samples(6, planned, [good, good, good[: len(good) // 3]])]))
+    assert (caught.value.step, caught.value.position) == (6, 2)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_too_many_unreadable_samples_stop_the_run(own_root, loader):
+    index = build_index(own_root)
+    for sample in range(5):
+        damage(index, "train", sample, "truncated")
+    stream, _ = streams(index, loader, max_unreadable=3)
+    with pytest.raises(BrokenError, match="more than 3 unreadable samples"):
+        list(stream.batches(0, 8))
+    stream.close()
+
+
+def test_a_data_root_that_is_gone_is_no_bad_sample(own_root):
+    index = build_index(own_root)
+    stream, _ = streams(index, "reference")
+    own_root.rename(own_root.with_name("elsewhere"))
+    with pytest.raises(BrokenError, match="is gone"):
+        list(stream.batches(0, 1))
+    stream.close()
