@@ -7,6 +7,7 @@ never unpickles (`weights_only=True`).
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -152,8 +153,9 @@ def load_state(path: Path, names: Iterable[str] = ("model", "optimizer")) -> dic
     for name in names:
         try:
             state[name] = torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise BrokenError(f"checkpoint {path}: {name}.pt can't be loaded ({error})") from error
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise BrokenError(f"checkpoint {path}: {name}.pt can't be loaded ({reason})") from error
     return state
 
 

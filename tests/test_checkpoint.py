@@ -1,0 +1,130 @@
+"""Checkpoints are written whole or not at all, and a damaged one is never loaded."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from pipeline.errors import BrokenError, UserError
+from pipeline.training.checkpoint import (
+    CheckpointWriter,
+    DamagedCheckpoint,
+    Snapshot,
+    check_fingerprints,
+    find_newest_good,
+    list_checkpoints,
+    load_state,
+    to_cpu,
+    verify_checkpoint,
+    write_checkpoint,
+)
+
+META = {"identity": {"optim.lr": 0.1, "model.name": "resnet18"}, "index_fingerprint": "abc", "blacklist": []}
+
+
+def state(value: float) -> dict:
+    return {"model": {"w": torch.full((50,), value)}, "optimizer": {"state": {0: {"m": torch.ones(3)}}, "lr": 0.1}}
+
+
+def steps(folder):
+    return [step for step, _ in list_checkpoints(folder)]
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    path = write_checkpoint(tmp_path, 12345, state(2.5), META)
+    assert path.name == "step-000012345"
+    assert verify_checkpoint(path)["step"] == 12345
+    loaded = load_state(path)
+    assert torch.equal(loaded["model"]["w"], torch.full((50,), 2.5))
+    plain = torch.load(path / "model.pt", weights_only=True)  # what any user can do with it
+    assert torch.equal(plain["w"], loaded["model"]["w"])
+
+
+@pytest.mark.parametrize("file", ["model.pt", "optimizer.pt", "meta.json"])
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "empty"])
+def test_damage_is_found_named_and_the_one_before_is_used(tmp_path, file, how):
+    write_checkpoint(tmp_path, 1, state(1), META)
+    path = write_checkpoint(tmp_path, 2, state(2), META) / file
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        middle = len(data) // 2
+        flipped = data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
+        path.write_bytes({"flipped": flipped, "truncated": data[:middle], "empty": b""}[how])
+    with pytest.raises(DamagedCheckpoint, match="step-000000002"):
+        verify_checkpoint(path.parent)
+    warnings = []
+    found, meta = find_newest_good(tmp_path, warnings.append)
+    assert (found.name, meta["step"]) == ("step-000000001", 1)
+    assert len(warnings) == 1 and "step-000000002" in warnings[0] and file in warnings[0]
+
+
+def test_a_half_written_folder_is_no_checkpoint_and_is_cleared_away(tmp_path):
+    write_checkpoint(tmp_path, 1, state(1), META)
+    half = tmp_path / ".step-000000002.77.tmp"
+    half.mkdir()
+    (half / "model.pt").write_bytes(b"half")
+    assert steps(tmp_path) == [1]
+    CheckpointWriter(tmp_path, 2, set, print).close()
+    assert not half.exists() and steps(tmp_path) == [1]
+
+
+def test_newest_and_protected_are_kept(tmp_path):
+    writer = CheckpointWriter(tmp_path, keep=2, protected=lambda: {3}, warn=print)
+    for step in range(1, 8):
+        writer.save(Snapshot(step, state(step), META))
+    assert writer.close()
+    assert steps(tmp_path) == [7, 6, 3]
+    assert sorted(os.listdir(tmp_path)) == [f"step-{step:09d}" for step in (3, 6, 7)]
+
+
+def test_a_refusing_disk_leaves_the_older_one_and_training(tmp_path):
+    """The write fails (the folder became a file); the warning names it, and a later save succeeds."""
+    folder = tmp_path / "checkpoints"
+    warnings = []
+    writer = CheckpointWriter(folder, 2, set, warnings.append)
+    folder.write_text("in the way")
+    writer.save(Snapshot(1, state(1), META))
+    assert not writer.wait()
+    assert len(warnings) == 1 and str(folder) in warnings[0]
+    folder.unlink()
+    writer.save(Snapshot(2, state(2), META))
+    assert writer.close() and steps(folder) == [2]
+
+
+def test_another_recipe_or_data_set_is_an_error_that_names_the_values(tmp_path):
+    meta = verify_checkpoint(write_checkpoint(tmp_path, 1, state(1), META))
+    check_fingerprints(tmp_path, meta, META["identity"], "abc")
+    with pytest.raises(UserError, match=r"optim.lr is 0.1 there and 0.2 here"):
+        check_fingerprints(tmp_path, meta, {**META["identity"], "optim.lr": 0.2}, "abc")
+    with pytest.raises(UserError, match=r"another data set.*abc.*xyz"):
+        check_fingerprints(tmp_path, meta, META["identity"], "xyz")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_loading_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_checkpoint(tmp_path, 1, {**state(1), "model": {"w": Malicious()}}, META)
+    verify_checkpoint(path)  # its digests are right: the pickle itself is the danger
+    with pytest.raises(BrokenError, match=r"model\.pt"):
+        load_state(path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_snapshot_does_not_follow_the_training(tmp_path):
+    live = state(1)
+    copy = to_cpu(live)
+    live["model"]["w"].add_(1)
+    assert torch.equal(copy["model"]["w"], torch.ones(50))
+
+
+def test_a_checkpoint_moved_elsewhere_still_verifies(tmp_path):
+    path = write_checkpoint(tmp_path / "a", 1, state(1), META)
+    moved = shutil.move(path, tmp_path / "b")
+    assert verify_checkpoint(tmp_path / "b")["step"] == 1 and moved
