@@ -32,6 +32,7 @@ RECORD = np.dtype(
     ]
 )
 FORMAT = 1
+PACKED = "pack.json"  #: name of the file that tells a folder of packed shards
 FOLDER = "index"  #: name of the index folder inside a data root
 
 
@@ -176,7 +177,7 @@ class replacing:
     """A binary file written under a temporary name, fsynced, then renamed to `path`."""
 
     def __init__(self, path: Path):
-        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
 
     def __enter__(self):
         self.file = self.temporary.open("wb")

@@ -20,6 +20,7 @@ import xxhash
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
 from pipeline.dataset.index import (
+    PACKED,
     RECORD,
     Index,
     index_folder,
@@ -213,6 +214,8 @@ def build_index(root: Path, folder: Path | None = None, processes: int | None = 
     previous = _open_previous(folder)
     if previous is not None and not previous.folders:  # packed shards: there is no tree to scan
         return previous
+    if previous is None and (root / PACKED).exists():
+        raise UserError(f"{root} holds packed shards without a sound index; run the same pack command again")
     places = imagenet.find_splits(root.resolve())
     root = root.resolve()
     if previous is not None and previous.root == root and is_current(previous, places.values()):
