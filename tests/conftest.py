@@ -1,10 +1,12 @@
 """Data that many tests share: made once a session, never changed by a test (copy it first)."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from pipeline.dataset.synthetic import Settings, generate_tree
+from pipeline.dataset.synthetic_archive import write_kaggle_zip
 
 SYNTHETIC = Settings(classes=4, train_per_class=24, val_per_class=6, size=96, oddities=10)
 
@@ -15,3 +17,26 @@ def synthetic_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("synthetic") / "imagenet"
     generate_tree(root, SYNTHETIC)
     return root
+
+
+@pytest.fixture(scope="session")
+def kaggle_zip(synthetic_root, tmp_path_factory) -> Path:
+    """`synthetic_root` as the zip that Kaggle serves: 120 images, some 0.4 MB, deflated."""
+    path = tmp_path_factory.mktemp("archive") / "imagenet-object-localization-challenge.zip"
+    write_kaggle_zip(synthetic_root, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def kaggle_members(kaggle_zip) -> dict[str, bytes]:
+    """Member name -> bytes of `kaggle_zip`."""
+    with zipfile.ZipFile(kaggle_zip) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="session")
+def nested_kaggle_zip(synthetic_root, tmp_path_factory) -> Path:
+    """The same as the older archive has it: a zip with a tar.gz that holds the images."""
+    path = tmp_path_factory.mktemp("nested") / "imagenet-object-localization-challenge.zip"
+    write_kaggle_zip(synthetic_root, path, nested=True)
+    return path

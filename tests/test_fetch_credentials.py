@@ -1,0 +1,84 @@
+"""Who asks: missing, wrong and careless credentials, and rules that were not accepted; each tells what to do.
+
+Every run is searched for the key, the token and the signed address's signature by `fetching.fetch`.
+"""
+
+import json
+
+import pytest
+from fetching import QUICK, fetch
+from kaggle_server import KEY, TOKEN, USER, Faults, KaggleServer
+
+SETTINGS = "https://www.kaggle.com/settings"
+
+
+def write_kaggle_json(home, key: str = KEY, mode: int = 0o600) -> None:
+    (home / ".kaggle").mkdir(parents=True, exist_ok=True)
+    path = home / ".kaggle/kaggle.json"
+    path.write_text(json.dumps({"username": USER, "key": key}))
+    path.chmod(mode)
+
+
+@pytest.mark.parametrize("kind", ["none", "wrong key", "wrong token", "wrong token file"])
+def test_bad_credentials_name_the_page(kaggle_zip, tmp_path, kind):
+    with KaggleServer(kaggle_zip) as server:
+        env = server.environment(tmp_path / "home", credentials=False)
+        if kind == "wrong key":
+            write_kaggle_json(tmp_path / "home", key="another-key")
+        elif kind == "wrong token":
+            env["KAGGLE_API_TOKEN"] = "KGAT_another-token"
+        elif kind == "wrong token file":
+            (tmp_path / "home/.kaggle").mkdir()
+            (tmp_path / "home/.kaggle/access_token").write_text("KGAT_another-token")
+            (tmp_path / "home/.kaggle/access_token").chmod(0o600)
+        done = fetch(tmp_path / "data", env, *QUICK)
+    assert done.code == 2
+    assert SETTINGS in done.last_line and "kaggle.json" in done.last_line
+    assert len(done.err.strip().splitlines()) == 1 and not done.out
+    assert "another-" not in done.err
+    assert {"none": "no Kaggle credentials", "wrong key": "401"}.get(kind, "access token") in done.last_line
+
+
+def test_rules_that_were_not_accepted_name_the_page(kaggle_zip, tmp_path):
+    with KaggleServer(kaggle_zip, Faults(api_always=403)) as server:
+        done = fetch(tmp_path / "data", server.environment(tmp_path / "home"), *QUICK)
+        assert len(server.api_calls) == 1, "asking again would not help"
+    assert done.code == 2
+    assert "https://www.kaggle.com/competitions/imagenet-object-localization-challenge/rules" in done.last_line
+
+
+@pytest.mark.parametrize("how", ["file", "variable", "kaggle.json"])
+def test_every_kind_of_credentials_works(kaggle_zip, tmp_path, how):
+    with KaggleServer(kaggle_zip) as server:
+        env = server.environment(tmp_path / "home", credentials=False)
+        if how == "variable":
+            env["KAGGLE_API_TOKEN"] = TOKEN
+        elif how == "file":
+            (tmp_path / "home/.kaggle").mkdir()
+            (tmp_path / "home/.kaggle/access_token").write_text(TOKEN)
+            (tmp_path / "home/.kaggle/access_token").chmod(0o600)
+        else:
+            write_kaggle_json(tmp_path / "home")
+        done = fetch(tmp_path / "data", env, *QUICK, "--classes", "1", "--split", "val")
+        assert done.code == 0, done.err
+        assert "warning" not in done.err
+        assert not server.problems
+
+
+def test_readable_kaggle_json_is_warned_of(kaggle_zip, tmp_path):
+    with KaggleServer(kaggle_zip) as server:
+        env = server.environment(tmp_path / "home", credentials=False)
+        write_kaggle_json(tmp_path / "home", mode=0o644)
+        done = fetch(tmp_path / "data", env, *QUICK, "--classes", "1", "--split", "val")
+    assert done.code == 0, done.err
+    path = tmp_path / "home/.kaggle/kaggle.json"
+    assert f"warning: {path} can be read by other users" in done.err and f"chmod 600 {path}" in done.err
+
+
+def test_verbose_client_prints_no_secret(kaggle_zip, tmp_path):
+    """VERBOSE=1 makes the client print its headers, and hold the whole archive in memory."""
+    with KaggleServer(kaggle_zip) as server:
+        env = {**server.environment(tmp_path / "home"), "VERBOSE": "1", "KAGGLE_API_TOKEN": TOKEN}
+        done = fetch(tmp_path / "data", env, *QUICK, "--classes", "1", "--split", "val")
+    assert done.code == 0, done.err
+    assert "Authorization" not in done.out + done.err
