@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# ImageNet from a Kaggle account into DEST, verified. Killed at any moment, the same command goes on.
+# Usage: scripts/fetch_imagenet.sh DEST [options]        (options: see --help)
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+pipeline_env
+exec python -m pipeline fetch "$@"
