@@ -14,6 +14,34 @@ TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1_000
 CLS_LOC = Path("ILSVRC/Data/CLS-LOC")
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
 VAL_SOLUTION = "LOC_val_solution.csv"
+#: Images of the archive that are odd and yet no error: the one PNG, and those in CMYK.
+KNOWN_PNG = frozenset({"n02105855_2933"})
+KNOWN_CMYK = frozenset(
+    {
+        "n01739381_1309",
+        "n02077923_14822",
+        "n02447366_23489",
+        "n02492035_15739",
+        "n02747177_10752",
+        "n03018349_4028",
+        "n03062245_4620",
+        "n03347037_9675",
+        "n03467068_12171",
+        "n03529860_11437",
+        "n03544143_17228",
+        "n03633091_5218",
+        "n03710637_5125",
+        "n03961711_5286",
+        "n04033995_2932",
+        "n04258138_17003",
+        "n04264628_27969",
+        "n04336792_7448",
+        "n04371774_5854",
+        "n04596742_4225",
+        "n07583066_647",
+        "n13037406_4650",
+    }
+)
 SYNSET = re.compile(r"n\d{8}")
 
 

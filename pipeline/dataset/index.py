@@ -255,3 +255,12 @@ def is_current(index: Index, places: Iterable[Path] = ()) -> bool:
         )
     except OSError:
         return False
+
+
+def is_sound(index: Index) -> bool:
+    """Are the records those that were written, byte for byte, and is the fingerprint theirs? This reads them all."""
+    records = {name: split.records for name, split in index.splits.items()}
+    tags = {name: Path(array.filename).stem.rpartition("-")[2] for name, array in records.items()}
+    return compute_fingerprint(index.synsets, records) == index.fingerprint and all(
+        xxhash.xxh3_64_hexdigest(array.tobytes()) == tags[name] for name, array in records.items()
+    )

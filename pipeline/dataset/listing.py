@@ -79,10 +79,11 @@ def _check_names(names: list[str], root: Path) -> None:
             raise UserError(f"file name {os.fsencode(name)!r} in {root} is not UTF-8; rename the file") from None
 
 
-def list_split(folder: Path, root: Path) -> Listing:
+def list_split(folder: Path, root: Path, empty_ok: bool = False) -> Listing:
     """The images of one split, in class folders, or flat where the archive's list tells their classes.
 
-    Raises UserError where there are neither, for an empty class folder, and for a flat image without a label.
+    Raises UserError where there are neither, for an empty class folder (both unless `empty_ok`), and for a flat image
+    without a label.
     """
     walk = _Walk(root)
     try:
@@ -90,7 +91,7 @@ def list_split(folder: Path, root: Path) -> Listing:
         names, synsets = [], []
         for synset in classes:
             of_class = walk.tree(folder / synset)
-            if not of_class:
+            if not of_class and not empty_ok:
                 raise UserError(f"class folder {folder / synset} holds no image; fill it or remove it")
             names += of_class
             synsets += [synset] * len(of_class)
@@ -109,7 +110,7 @@ def list_split(folder: Path, root: Path) -> Listing:
             strays = []
     except OSError as error:
         raise UserError(f"can't read {error.filename} ({error.strerror}); mend that or give another root") from error
-    if not names:
+    if not names and not empty_ok:
         remedy = f"or {imagenet.VAL_SOLUTION} beside it" if strays and folder.name != "train" else "instead"
         what = "images but no class folders" if strays else "no class folders"
         raise UserError(f"{folder} holds {what}; expected {folder}/CLASS/IMAGE {remedy}".removesuffix(" instead"))
