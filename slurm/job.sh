@@ -105,7 +105,7 @@ leave() { # $1: exit code of the last step. Requeues the job if it deserves it. 
     trap '' USR1 TERM
     end_background
     [[ -z $stop_reason ]] || log "$((SECONDS - stop_second)) s from the signal to the end of the step"
-    if [[ -e $RUN_DIR/finished && $phase == training ]]; then
+    if [[ (-e $RUN_DIR/finished && $phase == training) || ($code == 0 && $phase == preparing) ]]; then
         exit 0
     elif [[ $phase == training ]] && grep -qs "\"exit_code\": 2" "$RUN_DIR/failed"; then
         code=2 # the user's to mend: torchrun itself says 1 for whatever its workers say

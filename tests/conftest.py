@@ -40,3 +40,15 @@ def nested_kaggle_zip(synthetic_root, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("nested") / "imagenet-object-localization-challenge.zip"
     write_kaggle_zip(synthetic_root, path, nested=True)
     return path
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A real Slurm cluster of three nodes, up for the whole test run."""
+    import slurm_cluster
+
+    problem = slurm_cluster.why_not()
+    if problem is not None:
+        pytest.skip(problem)
+    with slurm_cluster.Cluster(nodes=3) as running:
+        yield running

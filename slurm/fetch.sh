@@ -1,0 +1,28 @@
+#!/bin/bash
+# ImageNet from a Kaggle account into DATA_ROOT, verified and indexed, on a node that reaches the internet; no GPU is
+# asked for. On a preemption, the time limit or a node's failure the job goes back to the queue and goes on with what
+# is missing. Submit from the project's folder:
+#
+#   sbatch --partition=transfer slurm/fetch.sh
+#   DATA_ROOT=/scratch/imagenet sbatch slurm/fetch.sh --classes 10         a trial in minutes
+#
+# What stands after the script's name goes to `pipeline fetch`. From the environment, or from slurm/site.env (see
+# site.env.example): DATA_ROOT [data/imagenet], PIPELINE_HOME [where sbatch was called], PYTHON [python]. Kaggle's key
+# is read where its own client reads it, ~/.kaggle/kaggle.json; a node without internet fails at once and says so.
+
+#SBATCH --job-name=fetch
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+: "${PIPELINE_HOME:=$SLURM_SUBMIT_DIR}"
+# shellcheck source=slurm/job.sh
+. "$PIPELINE_HOME/slurm/job.sh" || exit 2
+
+run_step 1 "$PYTHON" -m pipeline fetch "$DATA_ROOT" "$@"
+leave $?
