@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from pipeline.errors import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, BrokenError, UserError
+from pipeline.errors import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, BrokenError, UserError, complain
 
 #: verb -> (module, function taking the arguments after the verb and returning an exit code, one line of help)
 VERBS = {
@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return getattr(importlib.import_module(module), function)(rest)
     except UserError as error:
-        print(f"pipeline {verb}: {error}", file=sys.stderr)
+        complain(f"pipeline {verb}", error)
         return EXIT_USER
     except BrokenError as error:
-        print(f"pipeline {verb}: {error}", file=sys.stderr)
+        complain(f"pipeline {verb}", error)
         return EXIT_BROKEN
     except KeyboardInterrupt:
         print(f"pipeline {verb}: interrupted; the same command goes on", file=sys.stderr)

@@ -4,7 +4,7 @@ import itertools
 import sys
 from collections.abc import Callable
 
-from pipeline.errors import EXIT_OK, EXIT_USER
+from pipeline.errors import EXIT_OK, EXIT_USER, complain
 
 
 def make_parser(prog: str, description: str | None = None):
@@ -14,7 +14,7 @@ def make_parser(prog: str, description: str | None = None):
     class OneLineParser(ArgumentParser):
         def error(self, message, ex=None):
             lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-            print(f"{self.prog}: {' '.join(lines)} (see {self.prog} --help)", file=sys.stderr)
+            complain(self.prog, f"{' '.join(lines)} (see {self.prog} --help)")
             sys.exit(EXIT_USER)
 
     return OneLineParser(prog=prog, description=description, exit_on_error=True)

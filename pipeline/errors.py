@@ -4,6 +4,9 @@
 `BrokenError` is something that broke underneath (a node, a disk, a server): trying again may help.
 """
 
+import os
+import sys
+
 EXIT_OK = 0  #: finished; or nothing was left to do
 EXIT_BROKEN = 1  #: a node, a disk, a server or a program failed: trying again may help
 EXIT_USER = 2  #: an option, a path or a data set must be mended first: trying again does not help
@@ -11,8 +14,26 @@ EXIT_INTERRUPTED = 75  #: stopped by a signal after saving; the same command goe
 
 
 class UserError(ValueError):
-    """What the user asked for can't be done; the message is one line with thing, value and remedy."""
+    """What the user asked for can't be done; the message is one line with thing, value and remedy.
+
+    All ranks of a job meet it alike, so only rank 0 says it.
+    """
 
 
 class BrokenError(RuntimeError):
-    """Something underneath failed; the message is one line that names it. Trying again may help."""
+    """Something underneath failed; the message is one line that names it. Trying again may help.
+
+    `alike`: all ranks of a job meet it alike, so only rank 0 says it.
+    """
+
+    def __init__(self, message: str, alike: bool = False):
+        super().__init__(message)
+        self.alike = alike
+
+
+def complain(who: str, error: UserError | BrokenError | str) -> None:
+    """Print the one line on stderr, once a job where all ranks would say the same."""
+    rank = os.environ.get("RANK", "0")
+    own = isinstance(error, BrokenError) and not error.alike
+    if rank == "0" or own:
+        print(f"{who}: {f'rank {rank}: ' if own and rank != '0' else ''}{error}", file=sys.stderr, flush=True)

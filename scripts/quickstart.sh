@@ -11,6 +11,7 @@ data=$folder/data
 run=$folder/run
 log=$folder/train.log
 mkdir -p "$folder"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the package sets the threads of each process itself
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 processes=$((gpus > 0 ? gpus : 2))
@@ -29,7 +30,7 @@ if [ ! -e "$run/finished" ]; then
     "${train[@]}" >"$log" 2>&1 &
     job=$!
     tail -n +1 --pid="$job" -f "$log" 2>/dev/null &
-    until [ "$(steps_done)" -ge 18 ] 2>/dev/null || ! kill -0 "$job" 2>/dev/null; do sleep 0.2; done
+    until [ "$(steps_done)" -ge 14 ] 2>/dev/null || ! kill -0 "$job" 2>/dev/null; do sleep 0.2; done
     if kill -0 "$job" 2>/dev/null; then
         echo "== kill -9 after step $(steps_done); now the same command again"
         kill -9 "$job"

@@ -53,7 +53,7 @@ class World:
         dist.broadcast_object_list(answer, src=0)
         kind, value = answer[0]
         if kind != "result":
-            raise (UserError if kind == "user" else BrokenError)(value)
+            raise UserError(value) if kind == "user" else BrokenError(value, alike=True)
         return value
 
     def close(self) -> None:

@@ -10,5 +10,6 @@ def check_finite(step: int, loss: float, grad_norm: float, precision: str) -> No
     if not math.isfinite(loss) or (precision != "fp16" and not math.isfinite(grad_norm)):
         raise BrokenError(
             f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}; nothing was saved since. "
-            "Lower --optim.lr, lengthen --schedule.warmup_epochs, or use --train.precision bf16"
+            "Lower --optim.lr, lengthen --schedule.warmup_epochs, or use --train.precision bf16",
+            alike=True,
         )

@@ -143,8 +143,11 @@ class Trainer:
             planned, _ = self.plan.positions(report.step, 0, self.plan.global_batch_size)
             ids = report.ids.numpy()
             for sample in planned[planned != ids].tolist():
-                self.blacklist.setdefault(sample, report.step)
-                self.console.say(f"unreadable from now on: {self.train_stream.source.describe(sample)}; substituted")
+                if sample not in self.blacklist:
+                    self.blacklist[sample] = report.step
+                    self.console.say(
+                        f"unreadable from now on: {self.train_stream.source.describe(sample)}; substituted"
+                    )
             self.asked_to_stop |= report.wish == Wish.STOP
             self.asked_to_save |= report.wish == Wish.SAVE
             if self.world.is_main:

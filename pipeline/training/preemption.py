@@ -41,12 +41,20 @@ class StopRequest:
         """Take the file's appearance as a request too; its text is the reason."""
         self._file = file
 
+    def _read_file(self) -> None:
+        """Take note of the stop file. An empty one may be about to be written: it counts when it is a second old."""
+        try:
+            text = self._file.read_text().strip()
+            if text or time.time() - self._file.stat().st_mtime > 1:
+                self.ask(text[:200] or "stop file")
+        except FileNotFoundError:
+            pass
+        except (OSError, UnicodeDecodeError):
+            self.ask("stop file")
+
     def __bool__(self) -> bool:
-        if self.reason is None and self._file is not None and self._file.exists():
-            try:
-                self.ask(self._file.read_text().strip()[:200] or "stop file")
-            except OSError:
-                self.ask("stop file")
+        if self.reason is None and self._file is not None:
+            self._read_file()
         return self.reason is not None
 
     def seconds(self) -> float:
