@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -92,6 +93,23 @@ def test_a_refusing_disk_leaves_the_older_one_and_training(tmp_path):
     folder.unlink()
     writer.save(Snapshot(2, state(2), META))
     assert writer.close() and steps(folder) == [2]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_full_disk_leaves_the_older_one_and_training(tmp_path):
+    warnings = []
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], check=True)
+    try:
+        writer = CheckpointWriter(tmp_path / "checkpoints", 2, set, warnings.append)
+        writer.save(Snapshot(1, state(1), META))
+        writer.save(Snapshot(2, {"model": {"w": torch.zeros(1_000_000)}, "optimizer": {}}, META))
+        assert not writer.wait()
+        assert "No space left on device" in warnings[0] and "next save tries again" in warnings[0]
+        writer.save(Snapshot(3, state(3), META))
+        assert writer.close() and steps(tmp_path / "checkpoints") == [3, 1]
+        assert not list((tmp_path / "checkpoints").glob(".*"))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_another_recipe_or_data_set_is_an_error_that_names_the_values(tmp_path):

@@ -48,12 +48,17 @@ class _DigestingFile:
 
     def __init__(self, file: BinaryIO):
         self.file, self.state, self.size = file, xxhash.xxh3_128(), 0
+        self.refusal: OSError | None = None
 
     def write(self, data) -> int:
         view = memoryview(data)
         self.state.update(view)
         self.size += view.nbytes
-        return self.file.write(view)
+        try:
+            return self.file.write(view)
+        except OSError as error:
+            self.refusal = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -70,7 +75,12 @@ def _sync_folder(path: Path) -> None:
 def _write_file(path: Path, write: Callable[[Any], None]) -> dict:
     with path.open("wb") as file:
         digesting = _DigestingFile(file)
-        write(digesting)
+        try:
+            write(digesting)
+        except RuntimeError:
+            if digesting.refusal is not None:  # torch.save hides what the disk said
+                raise digesting.refusal from None
+            raise
         file.flush()
         os.fsync(file.fileno())
     return {"size": digesting.size, "xxh3_128": digesting.state.hexdigest()}
