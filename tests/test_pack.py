@@ -143,6 +143,7 @@ def test_parts_in_any_order_make_the_same_as_one(source, packed, tmp_path, capsy
     assert main([*argv, "--part", "2/3"]) == 0
     assert "when all parts are, run the same command without --part" in capsys.readouterr().out
     assert not (tmp_path / "shards/index").exists()
+    assert [path.name for path in (tmp_path / "shards").glob("*.tar")] == ["train-000001.tar"]
     assert main([*argv, "--part", "3/3"]) == 0
     assert main([*argv, "--part", "1/3"]) == 0
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("*.tar")}
@@ -305,6 +306,7 @@ def test_names_that_would_share_a_key_stay_apart(tmp_path):
     seen = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
     assert sorted(next(s[k] for k in ("jpg", "png") if k in s).width for s in seen) == list(range(10, 18))
     assert all(sample["cls"] == 0 for sample in seen)
+    assert len({sample["__key__"] for sample in seen}) == len(names)
     for i in range(len(split)):
         assert split.read(i) == tree.path(i).read_bytes()
 

@@ -101,14 +101,14 @@ def read_checked(index: Index, split: str, sample: int) -> bytes:
 def make_key(synset: str, name: str, is_twin: bool = False) -> str:
     """Key of an image: its class and its path below the class folder without suffix.
 
-    A dot in the file's stem would end the key, so it becomes a dash; where that, or the lost suffix, could make two
-    keys the same, a digest of the name is added.
+    A dot in the file's stem would end the key, so it becomes a dash; where that, or the lost suffix, makes two keys the
+    same (`is_twin`), a digest of the name is added.
     """
     parts = name.split("/")
     inner = "/".join(parts[parts.index(synset) + 1 :]) if synset in parts[:-1] else parts[-1]
     folder, slash, file = inner.rpartition("/")
     stem = file.rpartition(".")[0]
-    tag = f"-{xxhash.xxh32_hexdigest(name.encode())}" if is_twin or "." in stem else ""
+    tag = f"-{xxhash.xxh32_hexdigest(name.encode())}" if is_twin else ""
     return f"{synset}/{folder}{slash}{stem.replace('.', '-')}{tag}"
 
 
