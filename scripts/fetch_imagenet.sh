@@ -2,6 +2,7 @@
 # ImageNet from a Kaggle account into DEST, verified. Killed at any moment, the same command goes on.
 # Usage: scripts/fetch_imagenet.sh DEST [options]        (options: see --help)
 set -euo pipefail
+# shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-pipeline_env
+pipeline_env ""
 exec python -m pipeline fetch "$@"
