@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from pipeline.dataset.catalog import (
     BOXES,
     LISTS,
     TAR,
-    VAL,
     Catalog,
     check_listed,
     hash_name,
@@ -24,11 +24,13 @@ from pipeline.dataset.catalog import (
     make_catalog,
     read_val_labels,
 )
+from pipeline.dataset.index import PACKED
 from pipeline.dataset.journal import Journal
+from pipeline.dataset.pack_plan import Options as PackOptions
 from pipeline.dataset.remote import Patience
-from pipeline.dataset.selection import SPLITS, Selection, final_name
+from pipeline.dataset.selection import BASE, Selection, final_name
 from pipeline.dataset.tarball import TarUnpacker, ZipMemberStream, is_tar
-from pipeline.dataset.transfer import Transfer, plan_requests
+from pipeline.dataset.transfer import Transfer, Writer, plan_requests
 from pipeline.dataset.tree import STATE, Present, TreeWriter, find_whole
 from pipeline.dataset.zip_directory import Directory, Source, check_safe, read_directory
 from pipeline.errors import BrokenError, UserError
@@ -47,14 +49,6 @@ class Options:
     patience: Patience = field(default_factory=Patience)
 
 
-@dataclass(frozen=True)
-class Acquired:
-    """What is whole in the tree now: the selection with its classes filled in, and the images of each split."""
-
-    selection: Selection
-    images: dict[str, int]
-
-
 def check_space(folder: Path, needed: float, files: int = 0) -> None:
     """UserError with the figure where the disk of `folder` has less than `needed` bytes, or too few inodes."""
     free = shutil.disk_usage(folder).free
@@ -69,57 +63,88 @@ def check_space(folder: Path, needed: float, files: int = 0) -> None:
 
 
 class Acquisition:
-    """One run over one archive. The journal and half-written files lie in `ROOT/.fetch`."""
+    """One run over one archive. The journals and half-written files lie in `ROOT/.fetch`.
 
-    def __init__(self, root: Path, source: Source, options: Options, stop: threading.Event):
-        self.root, self.source, self.options, self.stop = root, source, options, stop
+    `resolved` is told the selection, its classes filled in, before the first image comes.
+    """
 
-    def run(self, selection: Selection) -> Acquired:
-        """Bring everything selected into the tree. Raises UserError or BrokenError, one line each."""
+    def __init__(
+        self,
+        root: Path,
+        source: Source,
+        options: Options,
+        stop: threading.Event,
+        resolved: Callable[[Selection], None] = lambda selection: None,
+    ):
+        self.root, self.source, self.options, self.stop, self.resolved = root, source, options, stop, resolved
+
+    def run(self, selection: Selection, pack: PackOptions | None = None) -> dict[str, int]:
+        """Bring everything selected into the tree, or by `pack` into shards; the number of images of each split.
+
+        Raises UserError or BrokenError, one line each.
+        """
         if is_tar(self.source):
-            check_space(self.root, self.source.size * UNPACKED)
-            return self._unpack_tar(self.source.open(0, self.source.size), selection)
+            return self._unpack_tar(self.source.open(0, self.source.size), self.source.size, selection, pack)
         catalog = make_catalog(self._open_directory())
         directory, lists = catalog.directory, _choose_lists(catalog, selection)
-        images = np.concatenate(list(catalog.select(selection).values()))
-        with contextlib.closing(Journal(self.root / STATE / "journal", directory.fingerprint)) as journal:
-            asked = np.append(lists, images)
+        with self._journal("journal", directory.fingerprint) as journal:
             whole = np.zeros(len(directory), bool)
-            whole[asked] = find_whole(self.root, directory, asked, journal.trusted, journal.add)
-            if selection.classes is None:
+            images = np.concatenate(list(catalog.select(selection).values()))
+            asked = np.append(lists, images)
+            looked_for = asked if pack is None else lists
+            whole[looked_for] = find_whole(self.root, directory, looked_for, journal.trusted, journal.add)
+            if selection.classes is None and not (self.root / PACKED).exists():
                 self._check_space(directory, asked[~whole[asked]])
-            self._fetch(directory, journal, lists[~whole[lists]], "Fetching lists")
-            nested = catalog.numbers(TAR)
-            if not len(nested) or catalog.synsets or len(catalog.numbers(VAL)):
-                return self._fetch_images(catalog, journal, whole, selection)
-        check_space(self.root, int(directory.entries["size"][nested[0]]) * UNPACKED)
-        stream = ZipMemberStream(self.source, directory, int(nested[0]))
-        return self._unpack_tar(io.BufferedReader(stream, 1 << 20), selection)
+            self._fetch(directory, journal, TreeWriter(self.root), lists[~whole[lists]], "Fetching lists")
+            if len(images):
+                selection, wanted = self._resolve(catalog, selection)
+                if pack is None:
+                    self._fetch_images(directory, journal, wanted, whole)
+        if not len(images):
+            inner = int(catalog.numbers(TAR)[0])
+            stream = io.BufferedReader(ZipMemberStream(self.source, directory, inner), 1 << 20)
+            return self._unpack_tar(stream, int(directory.entries["size"][inner]), selection, pack)
+        if pack is not None:
+            self._pack(catalog, selection, wanted, pack)
+        return {split: len(numbers) for split, numbers in wanted.items()}
 
-    def repair(self, names: list[str]) -> None:
-        """Fetch members anew, whatever is in the tree. UserError for names that the archive does not have."""
-        directory = self._open_directory()
+    def repair(self, names: list[str], selection: Selection) -> None:
+        """Fetch members anew, whatever is in the tree. UserError for names that the archive does not have.
+
+        `selection`: what the tree is to hold; a tar can't be entered in the middle and is read for all of it.
+        """
         wanted = {final_name(name) for name in names}
-        numbers = {}
-        for number, name in enumerate(map(final_name, iter_names(directory))):
-            if name in wanted:
-                numbers[name] = number
-        unknown = sorted(wanted - set(numbers))
-        if unknown:
-            raise UserError(f"{self.source.name} has no member {unknown[0]}; it can't be repaired from there")
+        directory = None if is_tar(self.source) else self._open_directory()
+        held = {}
+        if directory is not None:
+            for number, name in enumerate(iter_names(directory)):
+                if name.startswith(f"{BASE}/"):
+                    held[final_name(name)] = number
+        if held:
+            _refuse_unknown(self.source, wanted - set(held))
         present = Present(self.root)
         for name in wanted:
             if found := present.find(name):
                 (self.root / found[0]).unlink()
-        with contextlib.closing(Journal(self.root / STATE / "journal", directory.fingerprint)) as journal:
-            self._fetch(directory, journal, np.array(sorted(numbers.values()), np.int64), "Repairing")
+        if not held:
+            self.run(selection)
+            present = Present(self.root)
+            _refuse_unknown(self.source, {name for name in wanted if present.find(name) is None})
+            return
+        with self._journal("journal", directory.fingerprint) as journal:
+            numbers = np.array(sorted(held[name] for name in wanted), np.int64)
+            self._fetch(directory, journal, TreeWriter(self.root), numbers, "Repairing")
 
     def _open_directory(self) -> Directory:
         directory = read_directory(self.source)
         check_safe(directory)
         return directory
 
-    def _fetch_images(self, catalog: Catalog, journal: Journal, whole: np.ndarray, selection: Selection) -> Acquired:
+    def _journal(self, name: str, fingerprint: int) -> contextlib.closing:
+        return contextlib.closing(Journal(self.root / STATE / name, fingerprint))
+
+    def _resolve(self, catalog: Catalog, selection: Selection) -> tuple[Selection, dict[str, np.ndarray]]:
+        """The selection with its classes filled in, and the member numbers of its images. The lists are here by now."""
         directory = catalog.directory
         synsets = catalog.synsets or imagenet.read_synset_words(self.root)
         selection = selection.resolve(synsets, read_val_labels(self.root))
@@ -131,22 +156,42 @@ class Acquisition:
             for split, numbers in wanted.items()
         }
         check_listed(self.source.name, self.root, selection, held)
-        numbers = np.concatenate([wanted[split] for split in SPLITS])
-        here = int(whole[numbers].sum())
-        if here:
-            print(f"{here:,} of {len(numbers):,} images are here already", file=sys.stderr)
-        self._check_space(directory, numbers[~whole[numbers]])
-        self._fetch(directory, journal, numbers[~whole[numbers]], "Fetching images", numbers[whole[numbers]])
-        return Acquired(selection, {split: len(wanted[split]) for split in SPLITS})
+        self.resolved(selection)
+        return selection, wanted
+
+    def _fetch_images(self, directory: Directory, journal: Journal, wanted: dict, whole: np.ndarray) -> None:
+        numbers = np.concatenate(list(wanted.values()))
+        here, missing = numbers[whole[numbers]], numbers[~whole[numbers]]
+        if len(here):
+            print(f"{len(here):,} of {len(numbers):,} images are here already", file=sys.stderr)
+        self._check_space(directory, missing)
+        self._fetch(directory, journal, TreeWriter(self.root), missing, "Fetching images", here)
+
+    def _pack(self, catalog: Catalog, selection: Selection, wanted: dict, options: PackOptions) -> None:
+        from pipeline.dataset.fetch_pack import Packing, ShardPatcher, ShardPlan
+
+        plan = ShardPlan(catalog, selection, wanted, options)
+        packing = Packing(self.root, plan)
+        packing.prepare()
+        with self._journal("journal-pack", plan.fingerprint) as journal:
+            whole = packing.find_whole(journal.trusted)
+            if whole.any():
+                print(f"{whole.sum():,} of {len(whole):,} images are here already", file=sys.stderr)
+            check_space(self.root, packing.needed(whole), len(plan.shards))
+            here, missing = plan.numbers[whole], plan.numbers[~whole]
+            self._fetch(catalog.directory, journal, ShardPatcher(self.root, plan), missing, "Fetching images", here)
+        packing.finish()
 
     def _check_space(self, directory: Directory, numbers: np.ndarray) -> None:
         sizes = directory.entries["size"][numbers].astype(np.int64)
         check_space(self.root, int(((sizes + BLOCK - 1) // BLOCK * BLOCK).sum()) * 1.005, len(sizes))
 
-    def _fetch(self, directory: Directory, journal: Journal, missing: np.ndarray, title: str, whole=()) -> None:
-        """Fetch the members `missing`; no request covers the members `whole`."""
-        requests = plan_requests(directory, missing, np.asarray(whole, np.int64), self.options.request_bytes)
-        transfer = Transfer(self.source, directory, TreeWriter(self.root), journal, self.stop)
+    def _fetch(
+        self, directory: Directory, journal: Journal, writer: Writer, missing: np.ndarray, title: str, here=()
+    ) -> None:
+        """Fetch the members `missing`; no request covers the members `here`."""
+        requests = plan_requests(directory, missing, np.asarray(here, np.int64), self.options.request_bytes)
+        transfer = Transfer(self.source, directory, writer, journal, self.stop)
         transfer.run(requests, self.options.streams, title)
         if transfer.damaged:
             some = ", ".join(f"{name} ({reason})" for name, reason in sorted(transfer.damaged)[:NAMED])
@@ -155,8 +200,19 @@ class Acquisition:
                 "all others are whole, the same command tries these again"
             )
 
-    def _unpack_tar(self, stream: io.BufferedReader, selection: Selection) -> Acquired:
-        return Acquired(*TarUnpacker(self.root, self.source, selection).run(stream))
+    def _unpack_tar(self, stream, size: int, selection: Selection, pack: PackOptions | None) -> dict[str, int]:
+        if pack is not None:
+            raise UserError(
+                f"{self.source.name} holds its images in a tar, which --pack can't read here and there; "
+                "fetch without --pack, then run: pipeline pack"
+            )
+        check_space(self.root, size * UNPACKED)
+        return TarUnpacker(self.root, self.source, selection, self.resolved).run(stream)
+
+
+def _refuse_unknown(source: Source, names: set[str]) -> None:
+    for name in sorted(names)[:1]:
+        raise UserError(f"{source.name} has no member {name}; it can't be repaired from there")
 
 
 def _choose_lists(catalog: Catalog, selection: Selection) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import shutil
 import signal
 import sys
@@ -13,8 +12,10 @@ from typing import Literal
 
 from pipeline.command import run_command
 from pipeline.dataset import kaggle
-from pipeline.dataset.acquire import UNPACKED, Acquired, Acquisition, Options, check_space
+from pipeline.dataset.acquire import UNPACKED, Acquisition, Options, check_space
 from pipeline.dataset.imagenet import CLS_LOC
+from pipeline.dataset.index import PACKED, index_folder, is_current, open_index
+from pipeline.dataset.pack_plan import Options as PackOptions
 from pipeline.dataset.receipt import ALL, Receipt, read_receipt
 from pipeline.dataset.remote import ArchiveChangedError, LocalFile, Patience, RemoteFile
 from pipeline.dataset.selection import SPLITS, Selection, parse_classes
@@ -30,6 +31,8 @@ def fetch(
     classes: str | None = None,
     via: Literal["ranges", "zip"] = "ranges",
     from_file: str | None = None,
+    pack: bool = False,
+    shard_mb: int = 256,
     index: bool = True,
     competition: str = kaggle.COMPETITION,
     streams: int = 8,
@@ -47,6 +50,8 @@ def fetch(
         via: ranges reads the members straight from the server; zip downloads the whole archive first (needs twice
             the room), for servers without byte ranges.
         from_file: unpack this zip or tar.gz instead of downloading (also: --from FILE).
+        pack: write the members straight into tar shards (as pipeline pack makes them), with no tree in between.
+        shard_mb: megabytes of a shard.
         index: sort the validation images and build the index at the end.
         competition: name of the Kaggle competition.
         streams: parallel connections.
@@ -57,6 +62,7 @@ def fetch(
     if streams < 1 or request_mb <= 0 or stall_s <= 0 or give_up_s <= 0:
         raise UserError("streams, request_mb, stall_s and give_up_s must be greater than 0")
     selection = Selection(split, parse_classes(classes))
+    packing = PackOptions(shard_mb=shard_mb) if pack else None
     options = Options(streams, max(1, int(request_mb * 1e6)), Patience(stall_s, give_up_s))
     root = Path(dest).absolute()
     receipt = Receipt(
@@ -64,8 +70,9 @@ def fetch(
     )
     with _terminated_like_interrupted(), _locked(root):
         try:
+            _check_kind(root, packing)
             if not _is_done(root, selection, index):
-                _bring(root, receipt, selection, options, via)
+                _bring(root, receipt, selection, options, via, packing)
                 _finish(root, index)
         except KeyboardInterrupt:
             print("pipeline fetch: interrupted; the same command goes on where this stopped", file=sys.stderr)
@@ -89,37 +96,44 @@ def repair(root: Path, members: list[str], options: Options | None = None) -> No
         raise UserError(
             f"{root} was not fetched by this program (no fetch.json), so it can't be repaired from the source"
         )
+    if (root / PACKED).exists():
+        raise UserError(f"{root} holds packed shards, which are not repaired by the image; remove them and fetch again")
     with _locked(root):
         with _opened(root, receipt, options, "ranges", stop) as source:
-            Acquisition(root, source, options, stop).repair(members)
+            Acquisition(root, source, options, stop).repair(members, receipt.to_selection())
         _sort_val(root)
 
 
-def _bring(root: Path, receipt: Receipt, selection: Selection, options: Options, via: str) -> None:
-    """Fetch until all is whole, and write the receipt; an archive that is replaced meanwhile is opened anew."""
+def _check_kind(root: Path, packing: PackOptions | None) -> None:
+    """UserError where ROOT holds a tree and shards were asked for, or the other way round."""
+    if packing is None and (root / PACKED).exists():
+        raise UserError(f"{root} holds packed shards; add --pack, or give another folder for a tree")
+    if packing is not None and (root / CLS_LOC).is_dir():
+        raise UserError(f"{root} holds a tree of images; give another folder, or run: pipeline pack {root} DEST")
+
+
+def _bring(
+    root: Path, receipt: Receipt, selection: Selection, options: Options, via: str, packing: PackOptions | None
+) -> None:
+    """Fetch until all is whole, and note that; an archive that is replaced meanwhile is opened anew."""
     earlier = read_receipt(root)
     if earlier is not None:
-        receipt.selected = earlier.selected
-    receipt.write(root)
+        receipt.selected, receipt.whole, receipt.images = earlier.selected, earlier.whole, earlier.images
+
+    def resolved(chosen: Selection) -> None:
+        receipt.add(chosen)
+        receipt.write(root)
+
     for left in range(CHANGES, -1, -1):
         try:
             stop = threading.Event()  # its own: threads left behind by an earlier try stay stopped
             with _opened(root, receipt, options, via, stop) as source:
-                acquired = Acquisition(root, source, options, stop).run(selection)
-            break
+                Acquisition(root, source, options, stop, resolved).run(selection, packing)
+            return
         except ArchiveChangedError as error:
             if not left:
                 raise
             print(f"{error}: starting over with the new one; what agrees is kept", file=sys.stderr)
-    _note(receipt, acquired)
-    receipt.write(root)
-
-
-def _note(receipt: Receipt, acquired: Acquired) -> None:
-    for split in SPLITS:
-        if acquired.selection.has(split):
-            receipt.add(split, acquired.selection.synsets)
-            receipt.images[split] = acquired.images[split]
 
 
 @contextlib.contextmanager
@@ -150,18 +164,24 @@ def _finish(root: Path, index: bool) -> None:
     """Sort the validation images and index the whole; UserError where an image does not decode."""
     _sort_val(root)
     receipt = read_receipt(root)
-    if index and set(receipt.selected) == set(SPLITS):
-        from pipeline.dataset.scan import UNREADABLE, build_index
+    if (root / PACKED).exists():
+        made = open_index(index_folder(root))
+    elif index and set(receipt.selected) == set(SPLITS):
+        from pipeline.dataset.scan import build_index, read_unreadable
 
         made = build_index(root)
-        unreadable = json.loads((made.folder / UNREADABLE).read_bytes())
-        bad = [entry["file"] for entries in unreadable.values() for entry in entries]
+        bad = [entry["file"] for entries in read_unreadable(made.folder).values() for entry in entries]
         if bad:
             raise UserError(
                 f"{root} is complete, but {len(bad)} images do not decode, though they are as the archive has them "
-                f"({', '.join(bad[:3])}): the index leaves them out, {made.folder / UNREADABLE} lists them"
+                f"({', '.join(bad[:3])}): the index leaves them out; run pipeline verify {root}"
             )
-    receipt.complete = True
+    else:
+        made = None
+        receipt.images = {split: sum(1 for _ in (root / CLS_LOC / split).glob("*/*")) for split in receipt.selected}
+    if made is not None:
+        receipt.images = {split: len(of_split) for split, of_split in made.splits.items()}
+    receipt.whole = receipt.selected
     receipt.write(root)
 
 
@@ -174,19 +194,18 @@ def _sort_val(root: Path) -> None:
 
 def _is_done(root: Path, selection: Selection, index: bool) -> bool:
     """Was all this fetched, and has no folder changed since it was indexed? Then nothing is asked of Kaggle."""
-    from pipeline.dataset.index import index_folder, is_current, open_index
-
     receipt = read_receipt(root)
-    if receipt is None or not receipt.complete or not index or not (index_folder(root) / "index.json").exists():
+    if receipt is None or not receipt.has(selection) or not index or not (index_folder(root) / "index.json").exists():
         return False
-    covered = all(receipt.covers(split, selection.classes) for split in SPLITS if selection.has(split))
-    return covered and is_current(open_index(index_folder(root)))
+    opened = open_index(index_folder(root))
+    shards = [shard for split in opened.splits.values() for shard in split.shards]
+    return is_current(opened) and all((root / shard).is_file() for shard in shards)
 
 
 def _describe(root: Path) -> str:
     receipt = read_receipt(root)
     counts = " and ".join(f"{receipt.images[split]:,} {split}" for split in SPLITS if split in receipt.images)
-    classes = {len(chosen) for chosen in receipt.selected.values() if chosen != ALL}
+    classes = {len(chosen) for chosen in receipt.whole.values() if chosen != ALL}
     part = f" of {max(classes)} classes" if classes else ""
     return f"{root}: complete and verified: {counts} images{part}"
 

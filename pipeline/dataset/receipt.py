@@ -4,44 +4,58 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pipeline.dataset.index import replacing
+from pipeline.dataset.selection import SPLITS, Selection
 from pipeline.errors import UserError
 
 RECEIPT = "fetch.json"
 ALL = "all"
 
+Chosen = dict[str, str | list[str]]  #: split -> "all" or sorted synsets
+
 
 @dataclass
 class Receipt:
-    """What `fetch` has brought into a data root.
+    """What `fetch` has brought, or is bringing, into a data root.
 
     competition: of Kaggle, or None; file: absolute path of a local archive, or None.
-    selected: split -> "all" or the synsets asked for; images: split -> number of images there after the fetch.
-    complete: False from the first byte until all is there.
+    selected: what is to be there; whole: what was there, whole, when a fetch last came to its end.
+    images: split -> number of images then.
     """
 
     competition: str | None = None
     file: str | None = None
-    selected: dict[str, str | list[str]] = field(default_factory=dict)
+    selected: Chosen = field(default_factory=dict)
+    whole: Chosen = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
-    complete: bool = False
 
-    def add(self, split: str, synsets: frozenset[str] | None) -> None:
-        """Note that `split` was asked for, all of it or some classes; what was asked for before stays."""
-        before = self.selected.get(split, [])
-        if synsets is None or before == ALL:
-            self.selected[split] = ALL
-        else:
-            self.selected[split] = sorted({*before, *synsets})
+    def add(self, selection: Selection) -> None:
+        """Note that `selection`, resolved, is to be there besides what is whole already."""
+        self.selected = dict(self.whole)
+        for split in filter(selection.has, SPLITS):
+            before = self.whole.get(split, [])
+            whole_split = selection.synsets is None or before == ALL
+            self.selected[split] = ALL if whole_split else sorted({*before, *selection.synsets})
 
-    def covers(self, split: str, classes: int | tuple[str, ...] | None) -> bool:
-        """Is what is asked for here a part of what was fetched? A number of classes counts as more."""
-        have = self.selected.get(split, [])
-        return have == ALL or (isinstance(classes, tuple) and set(classes) <= set(have))
+    def has(self, selection: Selection) -> bool:
+        """Was all of `selection` whole? A number of classes, not yet resolved, counts as all of them."""
+        for split in filter(selection.has, SPLITS):
+            have = self.whole.get(split, [])
+            if have != ALL and not (isinstance(selection.classes, tuple) and set(selection.classes) <= set(have)):
+                return False
+        return True
+
+    def to_selection(self) -> Selection:
+        """What is to be there, as a selection; all classes where the splits differ."""
+        parts = list(self.selected.values())
+        one = parts and parts[0] != ALL and all(part == parts[0] for part in parts)
+        split = "all" if len(parts) != 1 else next(iter(self.selected))
+        return Selection(split, tuple(parts[0]) if one else None)
 
     def write(self, root: Path) -> None:
-        temporary = root / f".{RECEIPT}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        temporary.replace(root / RECEIPT)
+        """Write it to `root`, all or nothing."""
+        with replacing(root / RECEIPT) as file:
+            file.write(json.dumps(asdict(self), indent=1).encode() + b"\n")
 
 
 def read_receipt(root: Path) -> Receipt | None:

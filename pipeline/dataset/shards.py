@@ -65,6 +65,40 @@ def is_whole(dest: Path, split: str, number: int) -> bool:
     return (dest / shard_name(split, number)).is_file() and _records_path(dest, split, number).is_file()
 
 
+def tar_header(name: str, size: int) -> bytes:
+    """Header of a tar member; one block for names of up to 100 bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def whole_size(size: int) -> int:
+    """Bytes of a shard whose members take `size`: two empty blocks more, filled up to a record."""
+    return -(-(size + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def make_row(sample: Sample, offset: int) -> tuple:
+    """What `write_records` notes of a sample whose bytes lie at `offset`."""
+    digest = xxhash.xxh3_64_intdigest(sample.data)
+    return (digest, offset, len(sample.data), sample.width, sample.height, sample.label, sample.order)
+
+
+def write_records(dest: Path, split: str, number: int, rows: list[tuple], names: list[str], notes: list[dict]) -> None:
+    """Write the records of a shard (`make_row` and member name of each sample, in the shard's order)."""
+    records, order = np.zeros(len(rows), RECORD), np.zeros(len(rows), np.int64)
+    for i, row in enumerate(rows):
+        record = records[i]
+        for field, value in zip(("digest", "offset", "size", "width", "height", "label"), row, strict=False):
+            record[field] = value
+        order[i] = row[-1]
+    records["shard"] = number
+    blob = pack_names(names, records)
+    with replacing(_records_path(dest, split, number)) as file:
+        np.savez(
+            file, records=records, order=order, names=blob, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8)
+        )
+
+
 class ShardWriter:
     """One shard. Leaving the context renames it to its final name; an exception leaves none.
 
@@ -95,10 +129,7 @@ class ShardWriter:
 
     def _member(self, name: str, data: bytes) -> int:
         """Write one member; returns the offset of its bytes."""
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        header = info.tobuf(tarfile.GNU_FORMAT)
-        padding = bytes(-len(data) % BLOCK)
+        header, padding = tar_header(name, len(data)), bytes(-len(data) % BLOCK)
         self._file.write(header)
         self._file.write(data)
         self._file.write(padding)
@@ -114,9 +145,7 @@ class ShardWriter:
             self._member(f"{sample.key}.cls", str(sample.label).encode())
         except OSError as error:
             raise self._explain(error) from error
-        digest = xxhash.xxh3_64_intdigest(sample.data)
-        row = (digest, offset, len(sample.data), sample.width, sample.height, sample.label, sample.order)
-        self._rows.append(row)
+        self._rows.append(make_row(sample, offset))
         self._names.append(name)
 
     def __exit__(self, kind, *_) -> None:
@@ -125,31 +154,17 @@ class ShardWriter:
             self.temporary.unlink(missing_ok=True)
             return
         try:
-            self._file.write(bytes(2 * BLOCK))
-            self._file.write(bytes(-(self.bytes + 2 * BLOCK) % tarfile.RECORDSIZE))
+            self._file.write(bytes(whole_size(self.bytes) - self.bytes))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            self._write_records()
+            write_records(self.dest, self.split, self.number, self._rows, self._names, self.notes)
             self.temporary.replace(self.path)
         except OSError as error:
             raise self._explain(error) from error
         finally:
             self._file.close()
             self.temporary.unlink(missing_ok=True)
-
-    def _write_records(self) -> None:
-        records, order = np.zeros(len(self._rows), RECORD), np.zeros(len(self._rows), np.int64)
-        for i, row in enumerate(self._rows):
-            record = records[i]
-            for field, value in zip(("digest", "offset", "size", "width", "height", "label"), row, strict=False):
-                record[field] = value
-            order[i] = row[-1]
-        records["shard"] = self.number
-        names = pack_names(self._names, records)
-        notes = np.frombuffer(json.dumps(self.notes).encode(), np.uint8)
-        with replacing(_records_path(self.dest, self.split, self.number)) as file:
-            np.savez(file, records=records, order=order, names=names, notes=notes)
 
 
 def read_shard_keys(dest: Path, split: str, number: int) -> list[str]:

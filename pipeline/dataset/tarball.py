@@ -10,7 +10,7 @@ import tarfile
 import time
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,13 +69,13 @@ class ZipMemberStream(io.RawIOBase):
 class TarUnpacker:
     """Writes the wanted members of a tar or tar.gz into the tree; what an earlier run has written whole stays."""
 
-    def __init__(self, root: Path, source: Source, selection: Selection):
-        self.root, self.source, self.selection = root, source, selection
+    def __init__(self, root: Path, source: Source, selection: Selection, resolved: Callable[[Selection], None]):
+        self.root, self.source, self.selection, self.resolved = root, source, selection, resolved
         self.held = {split: array("Q") for split in SPLITS}
         self._resolved: Selection | None = None
 
-    def run(self, stream: io.BufferedReader) -> tuple[Selection, dict[str, int]]:
-        """Unpack `stream` to its end; the selection with its classes filled in, and the images of each split.
+    def run(self, stream: io.BufferedReader) -> dict[str, int]:
+        """Unpack `stream` to its end; the number of images of each split.
 
         Raises BrokenError where the archive is cut or damaged, UserError where it is hostile or only a part.
         """
@@ -96,7 +96,7 @@ class TarUnpacker:
         if not any(self.held.values()):
             raise UserError(f"{name} has no image of what was asked for (split '{selection.split}')")
         check_listed(name, self.root, selection, {split: np.array(held) for split, held in self.held.items()})
-        return selection, {split: len(held) for split, held in self.held.items()}
+        return {split: len(held) for split, held in self.held.items()}
 
     def _fingerprint(self) -> int:
         digest = xxhash.xxh3_64(str(self.source.size).encode())
@@ -121,7 +121,7 @@ class TarUnpacker:
                     raise UserError(f"{self.source.name} holds {info.name!r} of {info.size:,} bytes: archive refused")
                 found = present.find(info.name) if number in trusted else None
                 if found is None or found[1] != info.size:
-                    writer.write(0, info.name, _chunks(tar, info))
+                    writer.write(0, number, info.name, _chunks(tar, info))
                     journal.add(number)
                 if split:
                     self.held[split].append(hash_name(info.name))
@@ -159,6 +159,7 @@ class TarUnpacker:
                     f"or put {imagenet.SYNSET_MAPPING} and {imagenet.VAL_SOLUTION} into {self.root}"
                 )
             self._resolved = self.selection.resolve(synsets, labels)
+            self.resolved(self._resolved)
         return self._resolved
 
 

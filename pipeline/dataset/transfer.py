@@ -31,7 +31,7 @@ class MemberDamagedError(Exception):
 class Writer(Protocol):
     """Where members go."""
 
-    def write(self, stream: int, name: str, chunks: Iterator[bytes]) -> int:
+    def write(self, stream: int, number: int, name: str, chunks: Iterator[bytes]) -> int:
         """Write one member, all or nothing."""
 
 
@@ -201,7 +201,7 @@ class Transfer:
     def _fetch(self, stream: int, reader: Reader, number: int) -> None:
         name = self.directory.name(number)
         try:
-            self.writer.write(stream, name, self._unpack(reader, number))
+            self.writer.write(stream, number, name, self._unpack(reader, number))
         except MemberDamagedError:
             if not self._fetch_again(stream, name, number):
                 return
@@ -220,7 +220,7 @@ class Transfer:
         for _ in range(TRIES - 1):
             with self.source.open(start, end) as file:
                 try:
-                    self.writer.write(stream, name, self._unpack(Reader(file, start), number))
+                    self.writer.write(stream, number, name, self._unpack(Reader(file, start), number))
                     return True
                 except MemberDamagedError as error:
                     reason = str(error)

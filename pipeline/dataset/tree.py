@@ -40,7 +40,7 @@ class TreeWriter:
         self._folders: set[str] = set()
         self.prefix = f"{root}/"
 
-    def write(self, stream: int, name: str, chunks: Iterable[bytes]) -> int:
+    def write(self, stream: int, _number: int, name: str, chunks: Iterable[bytes]) -> int:
         """Write a member, all or nothing; what `chunks` raises leaves no file. Returns its bytes."""
         final = self.prefix + final_name(name)
         part = f"{self.parts}/{stream}"
