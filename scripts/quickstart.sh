@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
-pipeline_env
+pipeline_env ""
 
 folder=${1:-runs/quickstart}
 data=$folder/data

@@ -11,7 +11,7 @@ from pipeline.dataset import imagenet
 
 BASE = imagenet.CLS_LOC.as_posix()
 REPOSITORY = Path(__file__).resolve().parents[1]
-QUICK = ("--index", "false", "--request_mb", "0.02", "--streams", "3", "--stall_s", "1", "--give_up_s", "6")
+QUICK = ("--index", "false", "--request_mb", "0.02", "--streams", "3", "--stall_s", "2", "--give_up_s", "30")
 
 
 @dataclass(frozen=True)
