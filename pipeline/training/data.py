@@ -1,13 +1,17 @@
 """The data set of a run: its index opened on every rank, built first by rank 0 where it is missing."""
 
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config import DataConfig
 from pipeline.dataset.index import Index, index_folder, open_index
 from pipeline.dataset.scan import build_index
-from pipeline.errors import UserError
+from pipeline.errors import BrokenError, UserError
 from pipeline.training.distributed import World
+
+_VISIBLE_AFTER_S = 60
 
 
 def open_data(data: DataConfig, world: World, say: Callable[[str], None]) -> Index:
@@ -22,4 +26,18 @@ def open_data(data: DataConfig, world: World, say: Callable[[str], None]) -> Ind
             say(f"no index at {folder}: building it (once)")
         return build_index(root, folder).folder
 
-    return open_index(world.on_main(build))
+    return _open_here(world.on_main(build), world)
+
+
+def _open_here(folder: Path, world: World) -> Index:
+    """Open what rank 0 has opened already. A network file system may show a new file to another node a little later."""
+    deadline = time.monotonic() + _VISIBLE_AFTER_S
+    while True:
+        try:
+            return open_index(folder)
+        except UserError as error:
+            if world.is_main or time.monotonic() > deadline:
+                raise BrokenError(
+                    f"on {socket.gethostname()}: {error}; rank 0 can read it: is it mounted here?"
+                ) from error
+            time.sleep(0.5)

@@ -87,7 +87,8 @@ class TrainStep:
         """
         size = self.config.data.image_size
         kept = [buffer.clone() for buffer in self.model.buffers()]
-        images = torch.zeros(min(self.micro, 2), size, size, 3, dtype=torch.uint8, device=self.device)
+        count = self.micro if self.config.train.compile else min(self.micro, 2)  # a compiled step is made for its size
+        images = torch.zeros(count, size, size, 3, dtype=torch.uint8, device=self.device)
         self.ddp.train()
         for _ in range(2):
             with autocast(self.device, self.config.train.precision):
