@@ -13,6 +13,11 @@ VERBS = {
         "train a recipe; the same command again goes on where it stopped",
     ),
     "evaluate": ("pipeline.training.cli", "evaluate", "score a run's checkpoint on the whole validation set"),
+    "estimate": (
+        "pipeline.insight.estimate",
+        "main",
+        "parameters, FLOPs, memory by batch size and time, before any GPU is touched",
+    ),
     "preflight": ("pipeline.insight.preflight", "main", "would this job run? Asked before it is queued; needs no GPU"),
     "status": ("pipeline.insight.status", "main", "how a run stands, also while it runs"),
     "recipes": ("pipeline.recipes", "main", "list the recipes that come with the package"),

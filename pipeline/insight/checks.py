@@ -1,7 +1,6 @@
 """The checks of `preflight`: each looks at one thing and says in a line what it saw, or what is to be done."""
 
 import importlib.util
-import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -219,9 +218,9 @@ def check_memory(config: Config, world_size: int, classes: int | None, card_mib:
     if card_mib is None:
         return Finding(PASS, "memory", f"{text}; give --gpu_memory to compare")
     text += f", the card has {card_mib / 1024:.1f}"
-    fitting = math.floor((0.9 * card_mib - step.total_mib) / step.image_mib) + images
+    fitting = step.most_images(0.9 * card_mib)
     remedy = f"give --train.micro_batch_size {fitting}" if fitting > 0 else "the model alone is too large for it"
-    if step.total_mib > 1.05 * card_mib:
+    if step.total_mib > card_mib:
         return Finding(FAIL, "memory", f"{text}; {remedy}")
     if step.total_mib > 0.9 * card_mib:
         return Finding(WARN, "memory", f"{text}: tight; {remedy}")

@@ -1,0 +1,40 @@
+"""What GPUs can do at best, from their makers' data sheets: dense, without sparsity."""
+
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Card:
+    """memory_mib: as nvidia-smi shows it. tflops: fp32 as torch runs convolutions (TF32 where the card has it);
+    half_tflops: bf16 or fp16 in tensor cores. gb_s: memory bandwidth, 1e9 bytes a second."""
+
+    memory_mib: int
+    tflops: float
+    half_tflops: float
+    gb_s: float
+
+
+CARDS = {
+    "t4": Card(15_360, 8.1, 65.0, 320.0),
+    "v100-16gb": Card(16_384, 15.7, 125.0, 900.0),
+    "v100-32gb": Card(32_768, 15.7, 125.0, 900.0),
+    "rtx3090": Card(24_576, 35.6, 71.0, 936.0),
+    "rtx4090": Card(24_564, 82.6, 165.2, 1008.0),
+    "a10": Card(23_028, 62.5, 125.0, 600.0),
+    "a6000": Card(49_140, 77.4, 154.8, 768.0),
+    "l40s": Card(46_068, 183.0, 362.0, 864.0),
+    "a100-40gb": Card(40_960, 156.0, 312.0, 1555.0),
+    "a100-80gb": Card(81_920, 156.0, 312.0, 2039.0),
+    "h100": Card(81_559, 494.7, 989.4, 3350.0),
+    "h200": Card(143_771, 494.7, 989.4, 4800.0),
+}
+
+
+def find_card(name: str) -> Card:
+    """Raises UserError for a card that is not listed."""
+    key = name.lower().replace(" ", "").replace("_", "-")
+    if key not in CARDS:
+        raise UserError(f"--card {name} is not known; one of: {', '.join(CARDS)}; or give --card_mib alone")
+    return CARDS[key]

@@ -1,0 +1,181 @@
+"""What `estimate` says of networks before a GPU is touched, against published and hand-counted figures."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.__main__ import main
+from pipeline.config import parse_config
+from pipeline.insight.memory import MIB, Tracer, optimizer_states, step_memory
+from pipeline.model.build import build_model
+
+#: images at once -> MiB that an RTX A6000 showed (ResNet-152 with convolution biases, fp32)
+MEASURED = {1: 2460, 2: 2638, 36: 8576, 48: 10930, 64: 13854, 80: 18166, 96: 20558, 120: 23884, 128: 25118, 256: 49140}
+
+
+@pytest.fixture
+def estimate(capsys):
+    """Run the verb; returns what its JSON says."""
+
+    def call(*options: str) -> dict:
+        assert main(["estimate", "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_the_slides_resnet152(estimate):
+    options = ["--model.name", "resnet152", "--train.precision", "fp32", "--conv_bias", "--card", "a6000"]
+    facts = estimate(*options, "--batches", ",".join(map(str, MEASURED)), "--images_per_s", "198")
+    assert facts["parameters"] == 60_268_520
+    assert facts["weights_mib"] + facts["gradients_mib"] + facts["optimizer_mib"] == pytest.approx(689.71, rel=2e-3)
+    assert facts["image_mib"] == pytest.approx(169.5, rel=3e-3)
+    assert facts["weights_file_mib"] == pytest.approx(231, rel=5e-3)
+    for batch, mib in facts["card_mib_by_batch"].items():
+        assert mib == pytest.approx(MEASURED[int(batch)], rel=0.1), batch
+    assert facts["largest_batch"] == 256  # the largest of the slides' table, which filled the card
+    assert facts["epoch_s"] == pytest.approx(1_281_167 / 198)
+    assert facts["roofline_epoch_s"] < facts["epoch_s"]
+    assert facts["forward_flops"] == pytest.approx(
+        2 * 11.514e9, rel=1e-3
+    )  # torchvision publishes 11.51 G multiply-adds
+    assert facts["training_flops"] == pytest.approx(3 * facts["forward_flops"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [("vgg16", 10, 134_301_514), ("densenet121", 1000, 7_978_856), ("resnet18", 1000, 11_689_512)],
+)
+def test_the_lectures_parameters(name, classes, parameters):
+    with torch.device("meta"):
+        model = build_model(parse_config(["--model.name", name]).model, classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def small(*options: str):
+    return parse_config(["--model.name", "resnet18", "--data.image_size", "64", *options])
+
+
+def test_a_hand_counted_layer_chain(monkeypatch):
+    """Two convolutions with BatchNorm and an in-place ReLU between them: each tensor that backward needs, by hand."""
+
+    def chain(*_):
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 4, 3, padding=1, bias=False),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+
+    monkeypatch.setattr("pipeline.insight.memory.build_model", chain)
+    memory = step_memory(Tracer(small("--train.precision", "fp32", "--data.image_size", "32"), 4), 8)
+    pixels = 32 * 32
+    image, first, normed, logits = 3 * pixels, 8 * pixels, 8 * pixels, 4  # first: before BatchNorm; normed: after ReLU
+    assert memory.image_mib * MIB == 4 * (image + first + normed + logits) + 8  # + the label
+    weights = 27 * 8 + 16 + 72 * 4
+    assert memory.gradients_mib * MIB == memory.optimizer_mib * MIB == 4 * weights
+    assert memory.weights_mib * MIB == 4 * (weights + 16) + 8  # + running statistics and their counter
+
+
+def test_bf16_keeps_half_and_copies_of_the_weights():
+    whole, half = (step_memory(Tracer(small("--train.precision", p), 10), 8) for p in ("fp32", "bf16"))
+    assert 0.49 < half.image_mib / whole.image_mib < 0.55
+    assert half.kept_mib - whole.kept_mib == pytest.approx(whole.gradients_mib / 2, rel=0.01)
+    assert half.weights_mib == whole.weights_mib
+
+
+def test_channels_last_keeps_the_same_bytes():
+    rows, columns = (step_memory(Tracer(small("--train.channels_last", v), 10), 8) for v in ("true", "false"))
+    assert rows.image_mib == pytest.approx(columns.image_mib, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "states"), [([], 1), (["--optim.momentum", "0"], 0), (["--optim.name", "adamw"], 2)]
+)
+def test_optimizer_states_are_counted(options, states):
+    config = small(*options)
+    assert optimizer_states(config) == states
+    memory = step_memory(Tracer(config, 10), 8)
+    assert memory.optimizer_mib == states * memory.gradients_mib
+
+
+def test_layers_sum_to_the_whole(estimate):
+    facts = estimate(
+        "--model.name", "resnet18", "--data.image_size", "64", "--layers", "--train.global_batch_size", "8"
+    )
+    layers = {layer["name"]: layer for layer in facts["layers"]}
+    assert sum(layer["parameters"] for layer in facts["layers"]) == facts["parameters"] == 11_689_512
+    assert sum(layer["forward_flops"] for layer in facts["layers"]) == facts["forward_flops"]
+    assert layers["conv1"]["output"] == [64, 32, 32]
+    assert layers["conv1"]["forward_flops"] == 2 * 64 * 32 * 32 * 3 * 49
+    assert layers["layer2.0.downsample.0"]["parameters"] == 64 * 128
+
+
+def test_any_family_can_be_traced():
+    """Drawn initial weights (ViT), attention, residual concatenation."""
+    for name in ("vit_b_16", "densenet121", "mobilenet_v3_small"):
+        config = parse_config(["--model.name", name])
+        assert Tracer(config, 10).trace(2).kept > 0
+
+
+def test_the_largest_batch_is_the_last_that_fits():
+    memory = step_memory(Tracer(small(), 10), 8)
+    most = memory.most_images(8192)
+    assert memory.card_mib(most) <= 8192 < memory.card_mib(most + 1)
+    assert memory.most_images(1000) == 0
+
+
+def test_time_from_a_run(estimate, tmp_path):
+    rows = [{"kind": "train", "step": step, "images_per_s": 500.0} for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = estimate("--model.name", "resnet18", "--data.image_size", "32", "--run", str(tmp_path))
+    assert facts["epoch_s"] == pytest.approx(1_281_167 / 500)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--card", "a7000"], ["a7000", "a6000"]),
+        (["--batches", "1,x"], ["--batches", "1,x"]),
+        (["--run", "/nowhere"], ["/nowhere", "metrics.jsonl"]),
+        (["--model.name", "resnet125"], ["resnet125", "resnet152"]),
+        (["--card_mib", "much"], ["card_mib", "much"]),
+    ],
+)
+def test_bad_options_are_one_line(capsys, options, words):
+    assert main(["estimate", "--model.name", "resnet18", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_against_the_card(precision):
+    """Tensors of one real training step, as CUDA's allocator counts them."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from pipeline.model.build import Normalised
+    from pipeline.training.loss import make_loss
+    from pipeline.training.optimizer import make_optimizer
+    from pipeline.training.step import autocast
+
+    config = parse_config(["--model.name", "resnet50", "--train.precision", precision])
+    memory = step_memory(Tracer(config, 1000), 64)
+    device = torch.device("cuda")
+    model = build_model(config.model, 1000)
+    network = Normalised(model, config.data.mean, config.data.std, config.train.channels_last).to(device).train()
+    optimizer, loss_of = make_optimizer(model, config.optim, device), make_loss(config.optim)
+    images = torch.zeros(64, 224, 224, 3, dtype=torch.uint8, device=device)
+    targets = torch.zeros(64, dtype=torch.int64, device=device)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        with autocast(device, precision):
+            loss = loss_of(network(images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert memory.allocated_mib(64) == pytest.approx(torch.cuda.max_memory_allocated() / MIB, rel=0.05)
