@@ -145,7 +145,10 @@ def memory_of_tree(root: int) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """What one command took. Memory: of all its processes at once, and of the largest one. Disk: of FOLDER after it."""
+    """What one command took. Memory: of all its processes at once, and of the largest one. Disk: of FOLDER after it.
+
+    load: processes that wanted a core at the end, on the whole machine, on average over a minute.
+    """
 
     name: str
     wall_s: float
@@ -156,6 +159,7 @@ class Step:
     largest_process_mb: int
     disk_mb: int
     files: int
+    load: float
     says: str
 
 
@@ -202,6 +206,7 @@ class Rehearsal:
             round(usage.ru_maxrss * 1024 / 1e6),
             disk,
             files,
+            round(os.getloadavg()[0], 1),
             out.strip().splitlines()[-1].replace(str(self.folder), "FOLDER") if out.strip() else "",
         )
         self.steps.append(step)

@@ -203,8 +203,8 @@ def test_second_run_neither_walks_nor_opens_an_image(pets, monkeypatch):
 
 def test_rebuild_reads_only_what_changed(pets, monkeypatch):
     build_index(pets)
-    read = []
-    monkeypatch.setattr(scan, "inspect_all", lambda paths: read.extend(paths) or [scan.inspect(p) for p in paths])
+    read, inspect_all = [], scan.inspect_all
+    monkeypatch.setattr(scan, "inspect_all", lambda paths: read.extend(paths) or inspect_all(paths))
     make_folder(pets, {"train/cat": ["new.png"]})
     (pets / "train/dog/9.png").unlink()
     index = build_index(pets)
@@ -360,8 +360,8 @@ scan.Journal.add = add
 """
     run_killed(tmp_path / "set", patch)
     run_killed(tmp_path / "set", patch)
-    read = []
-    monkeypatch.setattr(scan, "inspect_all", lambda paths: read.extend(paths) or [scan.inspect(p) for p in paths])
+    read, inspect_all = [], scan.inspect_all
+    monkeypatch.setattr(scan, "inspect_all", lambda paths: read.extend(paths) or inspect_all(paths))
     index = build_index(tmp_path / "set", processes=1)
     assert len(read) == 160 + 4 - 2 * scan.CHUNK
     assert len(index.splits["train"]) == 158

@@ -14,7 +14,7 @@ import xxhash
 
 from pipeline.dataset.index import Split
 from pipeline.dataset.scan import decode_fully
-from pipeline.dataset.workers import map_in_order
+from pipeline.dataset.workers import map_in_order, read_ahead
 from pipeline.errors import BrokenError
 
 CHUNK = 128  # samples a task
@@ -61,23 +61,23 @@ def image_kind(data: bytes) -> str:
     return ""
 
 
-def _read(item: Item) -> bytes:
-    with open(item.path, "rb") as file:  # noqa: PTH123 - one call a file, 1.28 M times
-        if item.offset < 0:
-            return file.read()
-        return os.pread(file.fileno(), item.size, item.offset)
-
-
-def check_item(item: Item, decode: bool) -> Finding:
-    """Look at one sample; decode it if `decode` or if it was never indexed. BrokenError where the disk fails."""
+def read_item(item: Item) -> bytes | Finding:
+    """A sample's bytes, or what is wrong where there are none. BrokenError where the disk fails."""
     try:
-        data = _read(item)
+        with open(item.path, "rb") as file:  # noqa: PTH123 - one call a file, 1.28 M times
+            if item.offset < 0:
+                return file.read()
+            return os.pread(file.fileno(), item.size, item.offset)
     except _GONE:
         return Finding(MISSING)
     except OSError as error:
         if isinstance(error, PermissionError | IsADirectoryError):
             return Finding(f"can't be read ({error.strerror})")
         raise BrokenError(f"can't read {item.path} ({error.strerror}); run the same command again") from error
+
+
+def check_item(item: Item, data: bytes, decode: bool) -> Finding:
+    """Judge a sample's bytes; decode them if `decode` or if the sample was never indexed."""
     if item.digest is not None and len(data) != item.size:
         return Finding(f"has {len(data):,} bytes instead of {item.size:,}" if data else "is empty")
     if item.digest is not None and xxhash.xxh3_64_intdigest(data) != item.digest:
@@ -92,7 +92,8 @@ def check_item(item: Item, decode: bool) -> Finding:
 
 def _check_all(task: tuple[list[Item], bool]) -> list[Finding]:
     items, decode = task
-    return [check_item(item, decode) for item in items]
+    read = zip(items, read_ahead(read_item, items), strict=True)
+    return [found if isinstance(found, Finding) else check_item(item, found, decode) for item, found in read]
 
 
 @dataclass(frozen=True)

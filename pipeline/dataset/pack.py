@@ -30,7 +30,7 @@ from pipeline.dataset.shards import (
     remove_records,
     shard_name,
 )
-from pipeline.dataset.workers import available_cores, map_in_order
+from pipeline.dataset.workers import available_cores, map_in_order, read_ahead
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 
@@ -63,12 +63,14 @@ def write_shard(task: Task) -> int:
         raise UserError(f"index {task.index} changed meanwhile; run the same command again")
     split, side = index.splits[task.split], task.options.side_of(task.split)
     with ShardWriter(task.dest, task.split, task.number) as writer:
+        samples = [item for item in task.items.tolist() if item < len(split)]
+        read = read_ahead(lambda sample: read_checked(index, task.split, sample), samples)
         for item in task.items.tolist():
             if item >= len(split):
                 extra = task.extras[item - len(split)]
                 _save(writer, index, extra, item in task.twins, side, task.options.quality)
                 continue
-            data, record, name = read_checked(index, task.split, item), split.records[item], split.name(item)
+            data, record, name = next(read), split.records[item], split.name(item)
             width, height = int(record["width"]), int(record["height"])
             if side is not None and min(width, height) > side:
                 data, width, height = reencode(data, side, task.options.quality)

@@ -1,16 +1,19 @@
 """All cores on a list of tasks: results in order, few tasks in flight, one clear error if a process dies."""
 
+import functools
 import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 from pipeline.errors import BrokenError
+
+READERS = 8  #: files that a process reads at once
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -19,6 +22,22 @@ Result = TypeVar("Result")
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def read_ahead(read: Callable[[Task], Result], items: Iterable[Task]) -> Iterator[Result]:
+    """`read` of each item in order, some ahead by threads: hides the latency of cold disks and network file systems."""
+    pending: deque = deque()
+    for item in items:
+        pending.append(_readers().submit(read, item))
+        if len(pending) >= 2 * READERS:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
 
 def _start_worker() -> None:
