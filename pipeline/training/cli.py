@@ -22,15 +22,21 @@ def train(argv: list[str]) -> int:
     config = parse_config(argv)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from pipeline.training.distributed import start_world
+    from pipeline.training.lock import RunLock
     from pipeline.training.loop import Trainer
+    from pipeline.training.run import make_run_folder
 
     world = start_world(config.train)
+    lock = RunLock(Path(config.run_dir).expanduser().resolve())
     try:
+        world.on_main(lambda: (make_run_folder(config), lock.acquire())[1])
         return Trainer(config, world, stop).run()
     except (UserError, BrokenError) as error:
-        leave_word(config.run_dir, error)
+        if lock.held:
+            leave_word(config.run_dir, error)
         raise
     finally:
+        lock.release()
         world.close()
 
 

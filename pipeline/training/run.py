@@ -1,6 +1,7 @@
 """The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, and the markers by which others see how it stands.
 
-`stop` asks a run to save and go. `interrupted`, `finished` and `failed` say how the last start ended (JSON).
+`lock` names the process that trains there (`pipeline.training.lock`). `stop` asks a run to save and go. `interrupted`,
+`finished` and `failed` say how the last start ended (JSON).
 """
 
 import json
@@ -52,24 +53,30 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
 
-def open_run_folder(config: Config) -> RunFolder:
-    """Make the run folder, or open it if it is of the same recipe. Rank 0 only.
-
-    Raises UserError where there is no name for it, it can't be written, is of another recipe, or has checkpoints though
-    `--resume never` is given.
-    """
+def make_run_folder(config: Config) -> RunFolder:
+    """Make the run folder where it is missing. Rank 0 only. Raises UserError where there is no name for it, or it can't
+    be written."""
     if not config.run_dir:
         raise UserError("--run_dir is missing: give the folder where the run is to live, e.g. --run_dir runs/first")
     folder = RunFolder(Path(config.run_dir).expanduser().resolve())
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        probe = folder.path / f".writable.{os.getpid()}"
+        probe = folder.path / f".writable.{os.getpid()}.tmp"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run folder {folder.path} can't be written ({error.strerror}); give another --run_dir"
         ) from error
+    return folder
+
+
+def open_run_folder(config: Config) -> RunFolder:
+    """The run folder, ready for a start. Rank 0 only, which holds its lock.
+
+    Raises UserError where it is of another recipe, or has checkpoints though `--resume never` is given.
+    """
+    folder = make_run_folder(config)
     if folder.config.exists():
         saved = load_config(folder.config)
         compare_identity(identity(saved), identity(config), f"run folder {folder.path}")
@@ -77,7 +84,10 @@ def open_run_folder(config: Config) -> RunFolder:
         raise UserError(
             f"--resume never: run folder {folder.path} has checkpoints; remove them or give another --run_dir"
         )
-    temporary = folder.config.with_suffix(".tmp")
+    for leftover in folder.path.glob(".*.tmp"):  # of starts that were killed
+        if not leftover.name.startswith(".lock."):
+            leftover.unlink(missing_ok=True)
+    temporary = folder.path / ".config.tmp"
     temporary.write_text(to_yaml(config))
     temporary.replace(folder.config)
     folder.clear_marks()

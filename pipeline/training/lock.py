@@ -1,0 +1,214 @@
+"""One job a run folder: the file `lock` in it names who trains there. Knows no torch.
+
+It is made by `link`, which is atomic on NFS too, and its owner touches it every few seconds. Whoever finds it asks
+whether the owner lives: on the same machine by process id and start time; elsewhere by the lock's age on the file
+system's own clock, or, where that is no answer, by watching whether it is still touched. A dead owner's lock is taken
+over. An owner that finds its lock in other hands (it was held up for so long that it counted as dead) ends at once.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.errors import EXIT_BROKEN, BrokenError, UserError
+
+HEARTBEAT_S = 5.0
+STALE_S = 60.0  # a lock untouched for so long belongs to nobody
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process began, in clock ticks since boot (proc(5), stat, field 22); None: there is none, or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _machine() -> str:
+    """This boot of this machine, and the process ids that can be seen from here."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - a link to no path
+
+
+class RunLock:
+    """The lock of a run folder, held from `acquire` to `release`.
+
+    Args:
+        folder: the run folder; it exists by the time of `acquire`.
+        say: prints one line to the user.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = print):
+        self.folder, self.say = folder, say
+        self.path = folder / "lock"
+        self.held = False
+        self._ended = threading.Event()
+        self._me: dict = {}
+
+    def acquire(self) -> None:
+        """Take the lock. Raises UserError, naming host, pid and job, if another living process has it, and BrokenError
+        where the disk refuses."""
+        self._me = {
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pid_start": _start_of(os.getpid()),
+            "machine": _machine(),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "since": time.time(),
+        }
+        try:
+            self._take(self.path)
+            self._sweep()
+        except OSError as error:
+            raise BrokenError(f"the lock {self.path} can't be written ({error.strerror})", alike=True) from error
+        self.held = True
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+
+    def _take(self, path: Path) -> None:
+        """Make `path` ours. A dead owner's is replaced while a lock on that very owner is held, so that of several
+        who find it dead only one does so."""
+        while not self._link(path):
+            owner = self._read(path)
+            if owner is None:
+                continue  # released meanwhile
+            if self._lives(path, owner):
+                job = f", Slurm job {owner['slurm_job_id']}" if owner.get("slurm_job_id") else ""
+                raise UserError(
+                    f"run folder {self.folder} is in use by host {owner.get('host')}, pid {owner.get('pid')}{job}; "
+                    f"wait for it, end it (touch {self.folder}/stop), or give another --run_dir"
+                )
+            claim = self.folder / f".lock.{owner.get('token')}"
+            self._take(claim)
+            try:
+                found = self._read(path)
+                if found is not None and found.get("token") == owner.get("token"):
+                    self._temporary().replace(path)
+                    if path == self.path:
+                        self.say(
+                            f"lock of host {owner.get('host')}, pid {owner.get('pid')} taken over: it is there no more"
+                        )
+                    return
+            finally:
+                claim.unlink(missing_ok=True)
+
+    def _temporary(self) -> Path:
+        """Our name in a file of its own."""
+        path = self.folder / f".lock.{self._me['token']}.tmp"
+        path.write_text(json.dumps(self._me) + "\n")
+        return path
+
+    def _link(self, path: Path) -> bool:
+        """Make `path` with our name in it, if it is not there. (NFS may report a failure of a link that it made.)"""
+        temporary = self._temporary()
+        try:
+            path.hardlink_to(temporary)
+            return True
+        except FileExistsError:
+            return temporary.stat().st_nlink == 2
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return self._create(path)
+        finally:
+            temporary.unlink()
+
+    def _create(self, path: Path) -> bool:
+        """The same where a file system has no links; a reader may find it empty for a moment."""
+        try:
+            with path.open("x") as file:
+                file.write(json.dumps(self._me) + "\n")
+        except FileExistsError:
+            return False
+        return True
+
+    def _sweep(self) -> None:
+        """Remove what starts left behind that were killed while they took the lock."""
+        now = self._clock()
+        for path in self.folder.glob(".lock.*"):
+            if now - (self._touched(path) or now) > STALE_S:
+                path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _read(path: Path) -> dict | None:
+        """Who has the lock; None: nobody."""
+        try:
+            owner = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            owner = None
+        return owner if isinstance(owner, dict) else {"token": "unreadable"}
+
+    def _lives(self, path: Path, owner: dict) -> bool:
+        """Is the owner of a lock still there? May take as long as a lock takes to grow stale."""
+        if owner.get("machine") == self._me["machine"]:
+            return owner.get("pid_start") is not None and _start_of(owner["pid"]) == owner["pid_start"]
+        restarted = self._me["slurm_restart_count"] > (owner.get("slurm_restart_count") or 0)
+        if restarted and owner.get("slurm_job_id") == self._me["slurm_job_id"]:
+            return False  # Slurm starts a job again only when it has ended
+        seen = self._touched(path)
+        if seen is None or self._clock() - seen > STALE_S:
+            return False
+        self.say(f"watching whether host {owner.get('host')}, pid {owner.get('pid')} still holds {path}")
+        deadline = time.monotonic() + STALE_S
+        while time.monotonic() < deadline:
+            self._ended.wait(HEARTBEAT_S / 10)
+            now = self._touched(path)
+            if now != seen:
+                return now is not None
+        return False
+
+    @staticmethod
+    def _touched(path: Path) -> float | None:
+        """When the lock was last touched. Opened first: NFS looks anew only then."""
+        try:
+            with path.open("rb") as file:
+                return os.fstat(file.fileno()).st_mtime
+        except FileNotFoundError:
+            return None
+
+    def _clock(self) -> float:
+        """The time by the clock that stamps this folder's files."""
+        temporary = self._temporary()
+        now = self._touched(temporary)
+        temporary.unlink()
+        return time.time() if now is None else now
+
+    def _beat(self) -> None:
+        """Touch the lock until it is released."""
+        while not self._ended.wait(HEARTBEAT_S):
+            with contextlib.suppress(OSError):  # a file system that is away for a while
+                owner = self._read(self.path)
+                if owner is None and self.folder.is_dir():
+                    self._link(self.path)
+                elif owner is not None and owner.get("token") != self._me["token"]:
+                    who = f"host {owner.get('host')}, pid {owner.get('pid')}"
+                    print(
+                        f"pipeline train: run folder {self.folder} was taken over by {who}; ending at once",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(EXIT_BROKEN)  # nothing more may be written
+                os.utime(self.path)
+
+    def release(self) -> None:
+        """Give the lock back, if it is held."""
+        self._ended.set()
+        if self.held:
+            self.held = False
+            with contextlib.suppress(OSError):
+                owner = self._read(self.path)
+                if owner is not None and owner.get("token") == self._me["token"]:
+                    self.path.unlink()
