@@ -4,11 +4,13 @@
 
 Writes an archive as Kaggle's (1,281,167 + 50,000 images of a thousand classes, 100,000 test images, 594,546 boxes;
 tiny real JPEGs of some hundred contents) into FOLDER, serves it on loopback to Kaggle's real client, and runs fetch,
-valprep, index, verify and pack, each as a user would. Prints wall and CPU time, peak memory and disk of every step, and
-writes them as JSON (--out). At full count FOLDER needs 20 GB and 3 million free inodes.
+valprep, index, verify and pack, then fetch --pack, each as a user would. Prints wall and CPU time, peak memory and disk
+of every step, and writes them as JSON (--out). At full count FOLDER needs 20 GB and 2 million free inodes. Where it is
+a file system of its own, the peak of its use during each step is measured, too.
 """
 
 import argparse
+import filecmp
 import json
 import multiprocessing
 import os
@@ -111,6 +113,10 @@ def write_archive(path: Path, members: Iterator[tuple[str, bytes]]) -> int:
     return count
 
 
+def make_archive(path: Path, counts: Counts) -> int:
+    return write_archive(path, list_members(counts))
+
+
 def serve(archive: Path, home: Path, connection) -> None:
     """Kaggle on loopback, in a process of its own, until something comes over `connection`."""
     import kaggle_server
@@ -121,8 +127,8 @@ def serve(archive: Path, home: Path, connection) -> None:
         connection.recv()
 
 
-def memory_of_tree(root: int) -> int:
-    """Bytes that a process and all below it hold, shared pages counted once (PSS)."""
+def memory_of_tree(root: int) -> tuple[int, int]:
+    """Bytes that a process and all below it hold now, shared pages counted once (PSS); the most that one ever held."""
     parents: dict[int, list[int]] = {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
@@ -131,22 +137,26 @@ def memory_of_tree(root: int) -> int:
             except (OSError, ValueError):
                 continue
             parents.setdefault(parent, []).append(int(path.name))
-    pending, total = [root], 0
+    pending, total, largest = [root], 0, 0
     while pending:
         process = pending.pop()
         pending += parents.get(process, [])
         try:
-            match = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{process}/smaps_rollup").read_text(), re.M)
+            now = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{process}/smaps_rollup").read_text(), re.M)
+            peak = re.search(r"^VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text(), re.M)
         except OSError:
             continue
-        total += int(match[1]) * 1024 if match else 0
-    return total
+        total += int(now[1]) * 1024 if now else 0
+        largest = max(largest, int(peak[1]) * 1024 if peak else 0)
+    return total, largest
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one command took. Memory: of all its processes at once, and of the largest one. Disk: of FOLDER after it.
+    """What one command took.
 
+    peak_memory_mb: of all its processes at once, sampled ten times a second; largest_process_mb: at its own peak.
+    disk_mb, files: what FOLDER holds after it; peak_disk_mb: at most during it, where that can be told.
     load: processes that wanted a core at the end, on the whole machine, on average over a minute.
     """
 
@@ -158,6 +168,7 @@ class Step:
     peak_memory_mb: int
     largest_process_mb: int
     disk_mb: int
+    peak_disk_mb: int | None
     files: int
     load: float
     says: str
@@ -172,7 +183,7 @@ class Rehearsal:
 
     def run(self, name: str, *arguments: str | Path) -> None:
         """`pipeline ARGUMENTS`; exits where it fails."""
-        peak, over = 0, threading.Event()
+        peak, largest, disk_peak, over = 0, 0, 0, threading.Event()
         log = self.folder / f"{name}.log"
         begin = time.monotonic()
         with log.open("w") as err:
@@ -182,9 +193,11 @@ class Rehearsal:
             )
 
             def watch() -> None:
-                nonlocal peak
-                while not over.wait(0.5):
-                    peak = max(peak, memory_of_tree(process.pid))
+                nonlocal peak, largest, disk_peak
+                while not over.wait(0.1):
+                    now, most = memory_of_tree(process.pid)
+                    peak, largest = max(peak, now), max(largest, most)
+                    disk_peak = max(disk_peak, shutil.disk_usage(self.folder).used)
 
             watcher = threading.Thread(target=watch)
             watcher.start()
@@ -202,9 +215,10 @@ class Rehearsal:
             round(cpu, 2),
             round(1e6 * wall / self.images, 1),
             round(1e6 * cpu / self.images, 1),
-            round(max(peak, usage.ru_maxrss * 1024) / 1e6),
-            round(usage.ru_maxrss * 1024 / 1e6),
+            round(max(peak, largest) / 1e6),
+            round(largest / 1e6),
             disk,
+            round(disk_peak / 1e6) if self.folder.is_mount() else None,
             files,
             round(os.getloadavg()[0], 1),
             out.strip().splitlines()[-1].replace(str(self.folder), "FOLDER") if out.strip() else "",
@@ -218,6 +232,14 @@ def measure_disk(folder: Path) -> tuple[int, int]:
     blocks = subprocess.run(["du", "--summarize", "--block-size=1", folder], capture_output=True, text=True, check=True)
     inodes = subprocess.run(["du", "--summarize", "--inodes", folder], capture_output=True, text=True, check=True)
     return round(int(blocks.stdout.split()[0]) / 1e6), int(inodes.stdout.split()[0])
+
+
+def same_shards(one: Path, other: Path) -> bool:
+    """Do two packed folders hold the same shards, byte for byte?"""
+    names = sorted(path.name for path in one.glob("*.tar"))
+    return names == sorted(path.name for path in other.glob("*.tar")) and all(
+        filecmp.cmp(one / name, other / name, shallow=False) for name in names
+    )
 
 
 def unsort(root: Path) -> None:
@@ -237,16 +259,18 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if any(path.name != "lost+found" for path in folder.iterdir()):
         sys.exit(f"{folder} is not empty; give a new folder")
     counts = Counts.at(options.scale)
     archive, root, shards = folder / "archive.zip", folder / "imagenet", folder / "shards"
     begin = time.monotonic()
-    members = write_archive(archive, list_members(counts))
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:  # what it takes in memory is no part of the steps
+        members = pool.apply(make_archive, (archive, counts))
     size = archive.stat().st_size
     print(f"archive: {members:,} members, {size / 1e6:,.0f} MB, {time.monotonic() - begin:.0f} s", flush=True)
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(archive, folder / "home", theirs))
+    ours, theirs = context.Pipe()
+    server = context.Process(target=serve, args=(archive, folder / "home", theirs))
     server.start()
     try:
         rehearsal = Rehearsal(folder, ours.recv(), counts.train + counts.val)
@@ -259,6 +283,8 @@ def main() -> None:
         rehearsal.run("verify", "verify", root)
         rehearsal.run("pack", "pack", root, shards)
         rehearsal.run("verify shards", "verify", shards)
+        rehearsal.run("fetch --pack", "fetch", folder / "straight", "--pack")
+        rehearsal.run("verify those", "verify", folder / "straight")
     finally:
         ours.send(None)
         server.join()
@@ -267,6 +293,7 @@ def main() -> None:
         "members": members,
         "archive_mb": round(size / 1e6),
         "machine": {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
+        "shards_alike": same_shards(shards, folder / "straight"),
         "steps": [asdict(step) for step in rehearsal.steps],
     }
     if options.out:
