@@ -17,6 +17,16 @@ import yaml
 from pipeline.command import make_parser, normalise
 from pipeline.errors import UserError
 
+#: pixels of the side that a network was made for, where that is not 224 (torchvision's published weights)
+INPUT_SIZES = {
+    "inception_v3": 299,
+    **dict(zip((f"efficientnet_b{i}" for i in range(1, 8)), (240, 288, 300, 380, 456, 528, 600), strict=True)),
+    "efficientnet_v2_s": 384,
+    "efficientnet_v2_m": 480,
+    "efficientnet_v2_l": 480,
+    **dict.fromkeys(("swin_v2_t", "swin_v2_s", "swin_v2_b"), 256),
+}
+
 
 def free(default: Any) -> Any:
     """A field that is no part of the run's identity."""
@@ -31,12 +41,13 @@ class DataConfig:
     """Folder of the index; default ROOT/index."""
     loader: Literal["auto", "dali", "reference"] = free("auto")
     """DALI, or torch and torchvision (slower, same batches); auto: DALI where it is installed."""
-    image_size: int = 224
-    """Pixels of a training image's side."""
-    val_size: int = 224
-    """Pixels of a validation image's side, cropped from the middle."""
-    val_resize: int = 256
-    """Pixels that a validation image's shorter side is resized to before the crop."""
+    image_size: int | None = None
+    """Pixels of a training image's side; default: what the network was made for (299 for Inception v3, else mostly
+    224)."""
+    val_size: int | None = None
+    """Pixels of a validation image's side, cropped from the middle; default: image_size."""
+    val_resize: int | None = None
+    """Pixels that a validation image's shorter side is resized to before the crop; default: val_size * 256 / 224."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """RandomResizedCrop: smallest and largest share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -65,6 +76,16 @@ class ModelConfig:
     """Start each residual block as the identity: gamma of its last BatchNorm is 0 (Goyal et al. 2017, 5.1)."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over all ranks; default: over each rank's own images, as in Goyal et al. 2017."""
+    aux_weight: float | None = None
+    """Weight of the auxiliary heads' losses of googlenet and inception_v3; default: as published (0.3, 0.4). 0: without
+    these heads."""
+    dropout: float = 0.0
+    """Share of the values before the head that is dropped in training, besides what the network drops by itself."""
+    weights: str | None = None
+    """Start from trained weights: torchvision's published ones by name (DEFAULT, IMAGENET1K_V1, ...), or a file. A head
+    for other classes starts fresh."""
+    freeze: str | None = None
+    """Parameters that are not trained: "body" (all but the head), or patterns of names: "conv1.*,layer1.*"."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,12 @@ class OptimConfig:
     weight_decay: float = 1e-4
     norm_weight_decay: float = 0.0
     """Weight decay of normalisation layers and biases."""
+    body_lr: float = 1.0
+    """Factor of the learning rate for all but the head."""
+    l1: float = 0.0
+    """Adds l1 * sum |w| over all trained parameters to the loss."""
+    l2: float = 0.0
+    """Adds l2 / 2 * sum w^2 over all trained parameters to the loss."""
     label_smoothing: float = 0.0
 
 
@@ -169,6 +196,11 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self):
+        data = self.data
+        size = data.image_size or INPUT_SIZES.get(self.model.name, 224)
+        val_size = data.val_size or size
+        sizes = {"image_size": size, "val_size": val_size, "val_resize": data.val_resize or round(val_size * 256 / 224)}
+        object.__setattr__(self, "data", dataclasses.replace(data, **sizes))
         for name, value, good, remedy in _constraints(self):
             if not good:
                 raise UserError(f"--{name} is {value}: {remedy}")
@@ -205,6 +237,8 @@ def _constraints(c: Config):
     yield positive("data.prefetch", c.data.prefetch)
     yield at_least_zero("data.max_unreadable", c.data.max_unreadable)
     yield positive("model.num_classes", c.model.num_classes, optional=True)
+    yield at_least_zero("model.aux_weight", c.model.aux_weight or 0)
+    yield "model.dropout", c.model.dropout, 0 <= c.model.dropout < 1, "give a number from 0 to below 1"
     yield positive("optim.lr", c.optim.lr)
     yield positive("optim.lr_batch_size", c.optim.lr_batch_size, optional=True)
     yield "optim.momentum", c.optim.momentum, 0 <= c.optim.momentum < 1, "give a number from 0 to below 1"
@@ -219,6 +253,9 @@ def _constraints(c: Config):
     yield positive("optim.eps", c.optim.eps)
     yield at_least_zero("optim.weight_decay", c.optim.weight_decay)
     yield at_least_zero("optim.norm_weight_decay", c.optim.norm_weight_decay)
+    yield positive("optim.body_lr", c.optim.body_lr)
+    yield at_least_zero("optim.l1", c.optim.l1)
+    yield at_least_zero("optim.l2", c.optim.l2)
     smoothing = c.optim.label_smoothing
     yield "optim.label_smoothing", smoothing, 0 <= smoothing < 1, "give a number from 0 to below 1"
     yield positive("schedule.epochs", c.schedule.epochs)

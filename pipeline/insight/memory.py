@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from pipeline.config import Config
 from pipeline.model.build import Normalised, build_model
+from pipeline.model.heads import BlankDraws, frozen_norms
 from pipeline.training.loss import make_loss
 from pipeline.training.step import autocast
 
@@ -131,7 +132,10 @@ def build_fake(config: Config, num_classes: int, conv_bias: bool = False) -> Nor
                 module.bias = nn.Parameter(torch.empty(module.out_channels))
     network = Normalised(nn.Identity(), config.data.mean, config.data.std, config.train.channels_last)
     network.model = model  # not handed over above: fake tensors can't change their memory format in place
-    return network.train()
+    network.train()
+    for norm in frozen_norms(model):
+        norm.eval()
+    return network
 
 
 class _Watch(TorchDispatchMode):
@@ -176,19 +180,12 @@ class _Watch(TorchDispatchMode):
         return out
 
 
-class _Draws(TorchDispatchMode):
-    """Initialisers that draw until all values fit ask about values, which there are none of: they are told 'done'."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return 0 if func is _aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
-
-
 class Tracer:
     """A run's network without data, to trace training steps of. Raises UserError for one that can't be built."""
 
     def __init__(self, config: Config, num_classes: int, conv_bias: bool = False):
         self.config, self.fake = config, FakeTensorMode()
-        with self.fake, _Draws():
+        with self.fake, BlankDraws():
             self.network = build_fake(config, num_classes, conv_bias)
         self.model = self.network.model
         for parameter in self.model.parameters():  # gradients count as fixed: each goes as soon as it is there
@@ -216,7 +213,7 @@ class Tracer:
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
                 autocast(torch.device("cpu"), self.config.train.precision),
             ):
-                loss = make_loss(self.config.optim)(self.network(batch), targets)
+                loss = make_loss(self.config, self.model)(self.network(batch), targets)
             kept.clear()  # backward frees them as it goes
             watch.forward = False
             loss.backward()

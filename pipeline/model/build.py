@@ -9,8 +9,12 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.model.heads import drop_before_head, freeze
+from pipeline.model.weights import is_published
 
-_WITH_AUXILIARY_HEAD = ("googlenet", "inception_v3")
+#: weight of the auxiliary heads' losses as published: Szegedy et al. 2015 (GoogLeNet), 2016 (Inception v3: torchvision
+#: has the one arm, and the weight of its reference)
+_AUXILIARY_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
 
 
 def model_names() -> list[str]:
@@ -21,7 +25,8 @@ def model_names() -> list[str]:
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     """The model with fresh weights, drawn from torch's global generator.
 
-    num_classes: outputs of the head. Takes float [B, 3, H, W], gives logits [B, num_classes].
+    num_classes: outputs of the head. Takes float [B, 3, H, W], gives logits [B, num_classes]; in training GoogLeNet and
+    Inception v3 give a tuple, the logits first and then the auxiliary heads'. `start_from` loads `config.weights`.
     Raises UserError for a name that torchvision does not know, or an option that the model has no use for.
     """
     names = model_names()
@@ -29,11 +34,27 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         close = difflib.get_close_matches(config.name, names, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "torchvision.models.list_models() lists them"
         raise UserError(f"--model.name {config.name} is no torchvision classification model; {hint}")
-    extra = {"aux_logits": False, "init_weights": True} if config.name in _WITH_AUXILIARY_HEAD else {}
+    extra = {}
+    if config.name in _AUXILIARY_WEIGHTS:
+        extra = {"aux_logits": auxiliary_weight(config) > 0, "init_weights": True}
+        extra["transform_input"] = is_published(config)  # these weights expect other means than the rest
     model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
     if config.zero_init_residual:
         zero_init_residual(model)
+    if config.dropout:
+        drop_before_head(model, config.name, config.dropout)
+    if config.freeze:
+        freeze(model, config.name, config.freeze)
     return model
+
+
+def auxiliary_weight(config: ModelConfig) -> float:
+    """The weight of the auxiliary heads' losses; 0: there are none."""
+    published = _AUXILIARY_WEIGHTS.get(config.name)
+    if published is None and config.aux_weight:
+        names = " and ".join(_AUXILIARY_WEIGHTS)
+        raise UserError(f"--model.aux_weight {config.aux_weight}: {config.name} has no auxiliary head; {names} have")
+    return (published or 0.0) if config.aux_weight is None else config.aux_weight
 
 
 def zero_init_residual(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from pipeline.dataset.index import Index
 from pipeline.errors import EXIT_OK, BrokenError, UserError
 from pipeline.loader.build import choose_loader, make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.build import build_model, count_parameters
+from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import Ledger, best_step, read_rows
 from pipeline.tracking.wandb_view import WandbView
@@ -71,7 +72,10 @@ class Trainer:
             raise UserError(
                 f"--model.num_classes {classes}: the data set has {self.index.num_classes} classes; give at least that"
             )
+        self.found = world.on_main(self.find_checkpoint)
         self.model = build_model(config.model, classes)
+        if self.found is None:
+            world.on_main(lambda: start_from(self.model, config.model))  # TrainStep gives it to the other ranks
         self.train_step = TrainStep(self.model, config, world)
         self.reports = Reports(world)
         self.blacklist: dict[int, int] = {}  # unreadable sample -> the step that met it
@@ -234,9 +238,8 @@ class Trainer:
     def restore(self) -> None:
         """Go to the newest good checkpoint, or the one that --resume names, or the beginning."""
         self.resumed_from = None
-        found = self.world.on_main(self.find_checkpoint)
-        if found is not None:
-            self.resumed_from, meta = found
+        if self.found is not None:
+            self.resumed_from, meta = self.found
             self.train_step.load_state_dict(load_state(self.resumed_from))
             self.blacklist = dict(map(tuple, meta["blacklist"]))
             self.step = meta["step"]

@@ -6,32 +6,40 @@ import torch
 from torch import nn
 
 from pipeline.config import OptimConfig
+from pipeline.model.heads import NORMS, in_heads
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 
-
-def _parameters_by_kind(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Each trainable parameter once, and whether it is a norm's or a bias."""
+def _parameters_by_kind(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Each trainable parameter once, with its name, and whether it is a norm's or a bias."""
     seen = set()
-    for module in model.modules():
+    for place, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                yield parameter, isinstance(module, _NORMS) or name == "bias"
+                yield f"{place}.{name}", parameter, isinstance(module, NORMS) or name == "bias"
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Two groups: weights with `weight_decay`; norms and biases, found by module type, with `norm_weight_decay`."""
-    kinds = list(_parameters_by_kind(model))
-    weights = [parameter for parameter, is_norm in kinds if not is_norm]
-    norms = [parameter for parameter, is_norm in kinds if is_norm]
-    groups = [(weights, config.weight_decay), (norms, config.norm_weight_decay)]
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+def parameter_groups(model: nn.Module, config: OptimConfig, heads: tuple[str, ...] = ()) -> list[dict]:
+    """Weights with `weight_decay`; norms and biases, found by module type, with `norm_weight_decay`.
+
+    With a `body_lr` other than 1, two such groups for all but the `heads` (names of modules), and two for these.
+    `lr_factor`: what the schedule's rate is multiplied by.
+    """
+    kinds = [(p, is_norm, in_heads(name, heads)) for name, p, is_norm in _parameters_by_kind(model)]
+    groups = []
+    for in_head in (False, True) if config.body_lr != 1 else (None,):
+        for norms, decay in ((False, config.weight_decay), (True, config.norm_weight_decay)):
+            chosen = [p for p, is_norm, head in kinds if is_norm == norms and in_head in (None, head)]
+            factor = config.body_lr if in_head is False else 1.0
+            groups.append({"params": chosen, "weight_decay": decay, "lr_factor": factor})
+    return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, device: torch.device, heads: tuple[str, ...] = ()
+) -> torch.optim.Optimizer:
     """The configured optimizer; its learning rate is set anew at every step by the schedule."""
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config, heads)
     fused = device.type == "cuda"
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=fused)

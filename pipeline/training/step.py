@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config import Config
 from pipeline.loader.stream import Batch
 from pipeline.model.build import Normalised
+from pipeline.model.heads import find_heads, frozen_norms
 from pipeline.training.distributed import World
 from pipeline.training.loss import make_loss
 from pipeline.training.optimizer import make_optimizer
@@ -51,16 +52,18 @@ class TrainStep:
             static_graph=True,
         )
         self.forward = torch.compile(self.ddp) if config.train.compile else self.ddp
-        self.loss = make_loss(config.optim).to(self.device)
-        self.optimizer = make_optimizer(self.model, config.optim, self.device)
+        self.loss = make_loss(config, self.model)
+        heads = find_heads(config.model.name) if config.optim.body_lr != 1 else ()
+        self.optimizer = make_optimizer(self.model, config.optim, self.device, heads)
+        self.held = frozen_norms(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
 
     def __call__(self, batch: Batch, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on a local batch. Returns the mean loss over it and the norm of the averaged gradient, both on the
         device and not yet read: nothing here waits for it."""
-        self.ddp.train()
+        self.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         pieces = list(zip(batch.images.split(self.micro), batch.targets.split(self.micro), strict=True))
@@ -78,6 +81,12 @@ class TrainStep:
         self.scaler.update()
         return total, norm
 
+    def train(self) -> None:
+        """Training mode; frozen normalisation layers keep their statistics."""
+        self.ddp.train()
+        for norm in self.held:
+            norm.eval()
+
     def warm_up(self) -> None:
         """One forward and backward on a blank batch that leaves no trace.
 
@@ -89,7 +98,7 @@ class TrainStep:
         kept = [buffer.clone() for buffer in self.model.buffers()]
         count = self.micro if self.config.train.compile else min(self.micro, 2)  # a compiled step is made for its size
         images = torch.zeros(count, size, size, 3, dtype=torch.uint8, device=self.device)
-        self.ddp.train()
+        self.train()
         for _ in range(2):
             with autocast(self.device, self.config.train.precision):
                 loss = self.loss(self.forward(images), torch.zeros(len(images), dtype=torch.int64, device=self.device))

@@ -1,0 +1,95 @@
+"""A network's heads, found by what they do: the layers whose shape follows the number of classes. And what hangs on
+knowing them: drop-out before the head, a frozen body.
+"""
+
+import fnmatch
+import functools
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.errors import UserError
+
+BODY = "body"  #: as a pattern of --model.freeze: everything but the heads
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
+
+
+class BlankDraws(TorchDispatchMode):
+    """For building without data: initialisers that draw until all values fit ask about values, of which there are
+    none; they are told 'done'."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return 0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def find_heads(name: str) -> tuple[str, ...]:
+    """Module names of a torchvision classifier's heads, auxiliary ones too: `fc`, `classifier.6`, `heads.head`, ..."""
+    shapes = []
+    for classes in (3, 5):
+        with torch.device("meta"), BlankDraws():
+            model = torchvision.models.get_model(name, weights=None, num_classes=classes)
+        shapes.append({key: value.shape for key, value in model.named_parameters()})
+    differing = [key for key, shape in shapes[0].items() if shape != shapes[1][key]]
+    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in differing))
+
+
+def is_auxiliary(head: str) -> bool:
+    """Is it a head of GoogLeNet's or Inception's auxiliary arms?"""
+    return head.lower().startswith("aux")
+
+
+def in_heads(parameter: str, heads: tuple[str, ...]) -> bool:
+    """Does a parameter's name belong to one of the heads, or to an auxiliary arm?"""
+    return is_auxiliary(parameter) or parameter.rpartition(".")[0] in heads
+
+
+def freeze(model: nn.Module, name: str, patterns: str) -> None:
+    """Take the named parameters out of the training.
+
+    patterns: separated by commas; "body" is everything but the heads, anything else a pattern like `layer1.*`.
+    Raises UserError for a pattern that names nothing, or if nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in (part.strip() for part in patterns.split(",")):
+        if pattern == BODY:
+            heads = find_heads(name)
+            chosen = [key for key in parameters if not in_heads(key, heads)]
+        else:
+            chosen = fnmatch.filter(parameters, pattern)
+        if not chosen:
+            some = ", ".join(list(parameters)[:3])
+            raise UserError(f"--model.freeze {pattern} names no parameter of {name}; its names are like {some}")
+        for key in chosen:
+            parameters[key].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError(f"--model.freeze {patterns} leaves nothing to train; leave the head out")
+
+
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """The normalisation layers all of whose own parameters are frozen: their statistics are to stay, too."""
+
+    def is_frozen(module: nn.Module) -> bool:
+        own = list(module.parameters(recurse=False))
+        return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+    return [module for module in model.modules() if isinstance(module, NORMS) and is_frozen(module)]
+
+
+class _DropInput:
+    """A forward pre-hook: drop-out on what goes into a layer. State_dicts keep their names."""
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
+        return nn.functional.dropout(inputs[0], self.share, module.training), *inputs[1:]
+
+
+def drop_before_head(model: nn.Module, name: str, share: float) -> None:
+    """Drop this share of the values that go into the main head, in training only."""
+    for head in find_heads(name):
+        if not is_auxiliary(head):
+            model.get_submodule(head).register_forward_pre_hook(_DropInput(share))

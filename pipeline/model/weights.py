@@ -1,0 +1,107 @@
+"""Starting from trained weights: torchvision's published ones by name, or a file. Never unpickles."""
+
+import pickle
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from pipeline.config import ModelConfig
+from pipeline.errors import BrokenError, UserError
+from pipeline.model.heads import find_heads
+
+
+def start_from(model: nn.Module, config: ModelConfig) -> None:
+    """Load what `config.weights` names into a model; heads for other classes keep their fresh weights.
+
+    Raises UserError for a name or a file that does not fit, BrokenError where the download fails.
+    """
+    if config.weights is None:
+        return
+    state = published_state(config) if is_published(config) else read_state(Path(config.weights).expanduser())
+    load_body(model, state, config.name, config.weights)
+
+
+def is_published(config: ModelConfig) -> bool:
+    """Does `config.weights` name torchvision's published weights? A file of that name comes first."""
+    if config.weights is None or Path(config.weights).expanduser().exists():
+        return False
+    return config.weights.isidentifier()
+
+
+def published_state(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """torchvision's weights by name ("DEFAULT", "IMAGENET1K_V1", ...), downloaded once and checked by their hash."""
+    known = torchvision.models.get_model_weights(config.name)
+    if config.weights not in known.__members__:
+        names = ", ".join(["DEFAULT", *known.__members__])
+        raise UserError(f"--model.weights {config.weights} is neither a file nor published for {config.name}: {names}")
+    try:
+        return known[config.weights].get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise BrokenError(
+            f"--model.weights {config.weights} could not be downloaded ({error}); or give a file"
+        ) from error
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """A state_dict from a .pth, .pt or .safetensors file, or from a checkpoint folder. Raises UserError."""
+    if path.is_dir():
+        path = path / "model.pt"
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: no such file; give a .pth, .pt or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+        _safetensors_error(),
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} is no file of weights that can be read safely ({reason}); "
+            "save it anew with torch.save(model.state_dict(), FILE)"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # as torchvision's references save
+        state = state["model"]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state_dict (name -> tensor); save model.state_dict()")
+    return state
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError
+
+
+def load_body(model: nn.Module, state: dict[str, torch.Tensor], name: str, source: str) -> None:
+    """Load `state` strictly, but for the heads: one for another number of classes is left fresh, as are auxiliary arms
+    that one side has not. Raises UserError that names what does not fit."""
+    own = model.state_dict()
+    heads = find_heads(name)
+    usable, wrong = {}, []
+    for key, value in state.items():
+        if key not in own:
+            if not key.lower().startswith("aux"):
+                wrong.append(f"{key} is not in {name}")
+        elif value.shape != own[key].shape:
+            if key.rpartition(".")[0] not in heads:
+                wrong.append(f"{key} is {list(value.shape)} there and {list(own[key].shape)} in {name}")
+        else:
+            usable[key] = value
+    missing = [key for key in own if key not in state and not key.lower().startswith("aux")]
+    wrong += [f"{key} is missing" for key in missing if not key.endswith("num_batches_tracked")]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{source} does not fit --model.name {name}: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(usable, strict=False)
