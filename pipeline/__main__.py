@@ -13,6 +13,16 @@ VERBS = {
         "train a recipe; the same command again goes on where it stopped",
     ),
     "evaluate": ("pipeline.training.cli", "evaluate", "score a run's checkpoint on the whole validation set"),
+    "import": (
+        "pipeline.training.import_run",
+        "main",
+        "weights from elsewhere as a run: the slides' resnet.pth, torchvision's",
+    ),
+    "export": (
+        "pipeline.training.export_run",
+        "main",
+        "a run's network as state_dict, safetensors or ONNX",
+    ),
     "estimate": (
         "pipeline.insight.estimate",
         "main",

@@ -1,0 +1,137 @@
+"""The verb `export`: a run's network for others, with its classes and preprocessing beside it."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.command import run_command
+from pipeline.config import Config, load_config
+from pipeline.dataset.index import index_folder, open_index
+from pipeline.errors import EXIT_OK, UserError
+from pipeline.model.build import build_model
+from pipeline.tracking.ledger import read_rows
+from pipeline.training.checkpoint import load_state
+from pipeline.training.evaluate_run import find_checkpoint
+from pipeline.training.run import RunFolder
+
+OPSET = 18
+
+
+def export(run: str, out: str, checkpoint: str = "best", data_root: str | None = None) -> int:
+    """Write a run's network: torchvision's state_dict (.pth, .pt), safetensors, or ONNX, by OUT's name.
+
+    Beside it goes OUT.json: classes, preprocessing, scores.
+
+    Args:
+        run: the run folder.
+        out: file ending in .pth, .pt, .safetensors or .onnx.
+        checkpoint: best (highest top-1 so far), last, or a checkpoint folder.
+        data_root: where the data lies now, for the classes' names; default: where the run had it.
+    """
+    folder, target = RunFolder(Path(run).expanduser().resolve()), Path(out).expanduser()
+    writers = {".pth": write_state, ".pt": write_state, ".safetensors": write_safetensors, ".onnx": write_onnx}
+    if target.suffix not in writers:
+        raise UserError(f"{out}: the name says what to write; let it end in {', '.join(writers)}")
+    if not folder.config.exists():
+        raise UserError(f"{run} is no run folder: it has no config.yaml; give the --run_dir of a run")
+    config = load_config(folder.config, verb="export")
+    path, meta = find_checkpoint(folder, checkpoint)
+    state = load_state(path, ["model"])["model"]
+    classes = read_classes(config, data_root)
+    outputs = config.model.num_classes or (len(classes) if classes else count_outputs(config, state))
+    model = build_model(config.model, outputs)
+    model.load_state_dict(state)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        writers[target.suffix](model.eval(), config, target)
+        card = describe(config, outputs, classes, meta["step"], folder)
+        target.with_name(target.name + ".json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{out} can't be written ({error.strerror}); give another place") from error
+    size = target.stat().st_size / 1e6
+    print(f"{target}: {config.model.name} of step {meta['step']:,}, {size:,.1f} MB; {target.name}.json goes with it")
+    if classes is None:
+        print(f"the classes' names are not in it: no index at {config.data.root or 'data.root'}; give --data_root")
+    return EXIT_OK
+
+
+def count_outputs(config: Config, state: dict[str, torch.Tensor]) -> int:
+    """The number of classes, from the main head's shape."""
+    from pipeline.model.heads import find_heads, is_auxiliary
+
+    return len(next(state[f"{head}.weight"] for head in find_heads(config.model.name) if not is_auxiliary(head)))
+
+
+def read_classes(config: Config, data_root: str | None) -> list[dict] | None:
+    """[{synset, words}] in label order, or None where the data set is not here."""
+    root = Path(data_root or config.data.root).expanduser()
+    folder = Path(config.data.index).expanduser() if config.data.index and not data_root else index_folder(root)
+    if not (data_root or config.data.root) or not (folder / "index.json").exists():
+        if data_root:
+            raise UserError(f"--data_root {data_root} has no index; build it with: pipeline index {data_root}")
+        return None
+    index = open_index(folder)
+    return [{"synset": s, "words": w} for s, w in zip(index.synsets, index.words, strict=True)]
+
+
+def describe(config: Config, outputs: int, classes: list[dict] | None, step: int, folder: RunFolder) -> dict:
+    """What somebody needs to use the weights."""
+    scores = [row for row in read_rows(folder.ledger) if row.get("kind") == "eval" and row["step"] == step]
+    data = config.data
+    return {
+        "model": config.model.name,
+        "num_classes": outputs,
+        "classes": classes,
+        "preprocessing": {
+            "input": "float32 [B, 3, H, W], RGB",
+            "resize_shorter_side": data.val_resize,
+            "interpolation": "bilinear, antialiased",
+            "center_crop": data.val_size,
+            "scale": "1 / 255",
+            "mean": list(data.mean),
+            "std": list(data.std),
+        },
+        "output": "logits [B, num_classes]",
+        "step": step,
+        "scores": {key: scores[-1][key] for key in ("val_loss", "val_top1", "val_top5")} if scores else None,
+    }
+
+
+def write_state(model: nn.Module, config: Config, path: Path) -> None:
+    """A plain state_dict: `load_state_dict` of torchvision's model takes it, strictly."""
+    torch.save({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+
+
+def write_safetensors(model: nn.Module, config: Config, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(state, path, metadata={"format": "pt", "model": config.model.name})
+
+
+def write_onnx(model: nn.Module, config: Config, path: Path) -> None:
+    """ONNX of normalised images float32 [B, 3, H, W] -> logits, for any B. Raises UserError where a part is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{path}: ONNX needs {error.name}; pip install onnx onnxscript") from error
+    size = config.data.val_size
+    torch.onnx.export(
+        model,
+        (torch.zeros(2, 3, size, size),),
+        path,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        opset_version=OPSET,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def main(argv: list[str]) -> int:
+    return run_command(export, "export", argv)

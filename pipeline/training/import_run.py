@@ -1,0 +1,86 @@
+"""The verb `import`: weights from elsewhere as a run folder that `evaluate` and `export` take."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from pipeline.command import run_command
+from pipeline.config import identity, load_config, resolve_recipe, to_yaml
+from pipeline.dataset.index import index_folder, open_index
+from pipeline.errors import EXIT_OK, UserError
+from pipeline.model.build import build_model, count_parameters
+from pipeline.model.heads import find_heads
+from pipeline.model.slides import fold, guess_name, is_slides
+from pipeline.model.weights import read_state
+from pipeline.training.checkpoint import write_checkpoint
+from pipeline.training.optimizer import make_optimizer
+from pipeline.training.run import RunFolder
+
+
+def import_weights(
+    file: str, run: str, name: str | None = None, config: str = "resnet152", data_root: str | None = None
+) -> int:
+    """Make a run folder of weights from elsewhere: the slides' resnet.pth, or torchvision's own.
+
+    Args:
+        file: state_dict as .pth, .pt or .safetensors; it is read without unpickling.
+        run: the run folder to make; it must not be one yet.
+        name: torchvision's name of the network; default: ResNet-50, -101 or -152, by what the file holds.
+        config: recipe whose sizes and means go with the weights.
+        data_root: data set to score them on.
+    """
+    folder = RunFolder(Path(run).expanduser().resolve())
+    if folder.config.exists():
+        raise UserError(f"{run} is a run already; give another folder")
+    state = read_state(Path(file).expanduser())
+    if all(key.startswith("module.") for key in state):  # saved from inside DataParallel
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    name = name or guess_name(state)
+    slides = is_slides(state)
+    state = fold(state) if slides else state
+    settings = load_config(Path(resolve_recipe(config)), ["--model.name", name], verb="import")
+    head = next((key for key in state if key.rpartition(".")[0] in find_heads(name) and key.endswith("weight")), None)
+    if head is None:
+        raise UserError(f"{file} has no head of {name} ({', '.join(find_heads(name))}); give --name")
+    model_config = dataclasses.replace(settings.model, num_classes=len(state[head]))
+    data = dataclasses.replace(settings.data, root=data_root or "")
+    settings = dataclasses.replace(settings, model=model_config, data=data, run_dir=str(folder.path))
+    model = build_model(model_config, len(state[head]))
+    load_strictly(model, state, file, name)
+    fingerprint = open_index(index_folder(Path(data_root).expanduser())).fingerprint if data_root else ""
+    write_run(folder, settings, model, fingerprint)
+    what = "the slides' layout, biases folded into BatchNorm" if slides else "torchvision's layout"
+    print(f"{folder.path}: {name}, {count_parameters(model):,} parameters, {len(state[head])} classes; {what}")
+    print(
+        f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {run}/checkpoints/..."
+    )
+    return EXIT_OK
+
+
+def load_strictly(model: torch.nn.Module, state: dict, file: str, name: str) -> None:
+    """Load a whole state_dict. Raises UserError in one line for one that differs."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+        raise UserError(f"{file} is no state_dict of {name}: {' '.join(lines)[:300]}") from error
+
+
+def write_run(folder: RunFolder, config, model: torch.nn.Module, fingerprint: str) -> None:
+    """A run folder that stands at step 0 with these weights."""
+    try:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        heads = find_heads(config.model.name) if config.optim.body_lr != 1 else ()
+        optimizer = make_optimizer(model, config.optim, torch.device("cpu"), heads).state_dict()
+        scaler = torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16").state_dict()
+        state = {"model": model.state_dict(), "optimizer": {"optimizer": optimizer, "scaler": scaler}}
+        meta = {"identity": identity(config), "index_fingerprint": fingerprint, "blacklist": [], "world_size": 1}
+        write_checkpoint(folder.checkpoints, 0, state, {**meta, "torch": torch.__version__})
+        folder.config.write_text(to_yaml(config))
+    except OSError as error:
+        raise UserError(f"run folder {folder.path} can't be written ({error.strerror}); give another") from error
+
+
+def main(argv: list[str]) -> int:
+    return run_command(import_weights, "import", argv)

@@ -1,0 +1,189 @@
+"""Weights from the slides' code come in and go out again: same outputs, plain formats, nothing unpickled."""
+
+import json
+
+import numpy as np
+import pytest
+import runs
+import torch
+import torchvision
+from torch import nn
+
+from pipeline.__main__ import main
+from pipeline.dataset.scan import build_index
+from pipeline.errors import UserError
+from pipeline.model.slides import fold, guess_name
+
+
+class SlidesBlock(nn.Module):
+    """A bottleneck block as the slides describe it: convolutions with bias, the shortcut called identity_downsample."""
+
+    def __init__(self, inputs: int, width: int, identity_downsample: nn.Module | None = None, stride: int = 1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, padding=1), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+        self.relu, self.identity_downsample = nn.ReLU(), identity_downsample
+
+    def forward(self, x):
+        identity = x if self.identity_downsample is None else self.identity_downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)) + identity)
+
+
+class SlidesResNet(nn.Module):
+    def __init__(self, blocks: list[int], classes: int):
+        super().__init__()
+        self.inputs = 64
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 64, 7, 2, padding=3), nn.BatchNorm2d(64), nn.ReLU()
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        for number, (count, width) in enumerate(zip(blocks, (64, 128, 256, 512), strict=True), 1):
+            setattr(self, f"layer{number}", self.stage(count, width, 1 if number == 1 else 2))
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(2048, classes)
+
+    def stage(self, count: int, width: int, stride: int) -> nn.Sequential:
+        shortcut = nn.Sequential(nn.Conv2d(self.inputs, 4 * width, 1, stride), nn.BatchNorm2d(4 * width))
+        first = SlidesBlock(self.inputs, width, shortcut, stride)
+        self.inputs = 4 * width
+        return nn.Sequential(first, *(SlidesBlock(4 * width, width) for _ in range(count - 1)))
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for number in range(1, 5):
+            x = getattr(self, f"layer{number}")(x)
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def lived_in(model: nn.Module) -> nn.Module:
+    """Biases, statistics, gammas and betas that are not what they start as."""
+    torch.manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.2, 0.6)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_slides_model_is_theirs():
+    with torch.device("meta"):
+        model = SlidesResNet([3, 8, 36, 3], 1000)
+    assert sum(p.numel() for p in model.parameters()) == 60_268_520
+    assert guess_name(model.state_dict()) == "resnet152"
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """The slides' ResNet-50 for 4 classes, and its resnet.pth."""
+    model = lived_in(SlidesResNet([3, 4, 6, 3], 4))
+    path = tmp_path_factory.mktemp("slides") / "resnet.pth"
+    torch.save(model.state_dict(), path)
+    return model, path
+
+
+@pytest.fixture(scope="module")
+def imported(slides, synthetic_root, tmp_path_factory):
+    """It as a run folder on the synthetic data."""
+    build_index(synthetic_root)
+    run = tmp_path_factory.mktemp("imported") / "run"
+    assert main(["import", str(slides[1]), str(run), "--data_root", str(synthetic_root)]) == 0
+    return run
+
+
+@pytest.mark.parametrize(("blocks", "name"), [([3, 4, 6, 3], "resnet50"), ([3, 8, 36, 3], "resnet152")])
+def test_folded_biases_give_the_same_outputs(blocks, name):
+    theirs = lived_in(SlidesResNet(blocks, 10))
+    ours = torchvision.models.get_model(name, num_classes=10).eval()
+    ours.load_state_dict(fold(theirs.state_dict()), strict=True)
+    with torch.no_grad():
+        expected, found = theirs(IMAGES), ours(IMAGES)
+    assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+
+
+def exported(run, path, *options) -> dict:
+    assert main(["export", str(run), str(path), "--checkpoint", "last", *options]) == 0
+    return json.loads(path.with_name(path.name + ".json").read_text())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_import_and_export_into_torchvision(slides, imported, tmp_path, suffix):
+    card = exported(imported, tmp_path / f"model{suffix}")
+    if suffix == ".pth":
+        state = torch.load(tmp_path / "model.pth", weights_only=True)
+    else:
+        from safetensors.torch import load_file
+
+        state = load_file(tmp_path / "model.safetensors")
+    model = torchvision.models.resnet50(num_classes=4).eval()
+    model.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES), slides[0](IMAGES), rtol=1e-5, atol=1e-5)
+    assert [entry["synset"] for entry in card["classes"]] == sorted(entry["synset"] for entry in card["classes"])
+    assert len(card["classes"]) == card["num_classes"] == 4
+    assert card["preprocessing"]["resize_shorter_side"] == 256 and card["preprocessing"]["center_crop"] == 224
+
+
+def test_onnx_gives_the_same_logits_for_any_batch(slides, imported, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    exported(imported, tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        images = torch.rand(batch, 3, 224, 224)
+        (logits,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(logits, slides[0](images).numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_an_imported_run_can_be_scored_and_trained_on(imported, synthetic_root, tmp_path, capsys):
+    assert main(["evaluate", str(imported), "--checkpoint", "last"]) == 0
+    assert "images        24" in capsys.readouterr().out
+    weights = ["--model.name", "resnet50", "--model.weights", str(imported / "checkpoints" / "step-000000000")]
+    runs.call(synthetic_root, tmp_path / "run", *weights, "--train.max_steps", "1", "--optim.lr", "1e-12")
+    before, after = (
+        torch.load(path / "model.pt", weights_only=True)["layer3.5.conv2.weight"]
+        for path in (imported / "checkpoints" / "step-000000000", runs.checkpoint_at(tmp_path / "run", 1))
+    )
+    torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("layer4.2.bn3.weight"), "layer4.2.bn3.weight"),
+        (lambda state: state.pop("layer4.2.conv3.weight"), "no ResNet-50"),
+        (
+            lambda state: state.update({"layer1.0.extra.bias": torch.ones(1), "layer1.0.extra.weight": torch.ones(1)}),
+            "extra",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(slides, tmp_path, capsys, change, words):
+    state = slides[0].state_dict()
+    change(state)
+    torch.save(state, tmp_path / "bad.pth")
+    assert main(["import", str(tmp_path / "bad.pth"), str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bias_that_cannot_be_folded():
+    with pytest.raises(UserError, match=r"downsample\.0\.bias"):
+        fold({"a.downsample.0.weight": torch.ones(1, 1, 1, 1), "a.downsample.0.bias": torch.ones(1)})
+
+
+def test_export_says_what_is_wrong(imported, tmp_path, capsys):
+    assert main(["export", str(imported), str(tmp_path / "model.h5")]) == 2
+    assert ".safetensors" in capsys.readouterr().err
+    assert main(["export", str(imported), str(tmp_path / "model.pth")]) == 2
+    assert "--checkpoint last" in capsys.readouterr().err
+    assert main(["import", "nowhere.pth", str(tmp_path / "run")]) == 2
+    assert "no such file" in capsys.readouterr().err
