@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +214,9 @@ def test_rebuild_reads_only_what_changed(pets, monkeypatch):
     assert len(index.splits["train"]) == 7
     shutil.rmtree(pets / "index")
     assert build_index(pets).fingerprint == index.fingerprint
-    assert len(list((pets / "index").iterdir())) == 6, "files of earlier indexes are left"
+    build_index(make_folder(pets, {"train/cat": ["newer.png"]}))
+    files = sorted(path.name.partition("-")[0] for path in (pets / "index").iterdir() if path.name != scan.LOCK)
+    assert files == ["index.json", "train", "train", "unreadable.json", "val", "val"], "of earlier indexes"
 
 
 def test_a_changed_csv_changes_the_labels(synthetic_root, tmp_path):
@@ -368,6 +372,33 @@ scan.Journal.add = add
     assert len(read_unreadable(index.folder)["train"]) == 2
     assert not (index.folder / scan.JOURNAL).exists()
     assert build_index(tmp_path / "set", tmp_path / "fresh", 1).fingerprint == index.fingerprint
+
+
+def test_two_at_once_scan_the_tree_once(pets, monkeypatch, capsys):
+    read, inspect_all, inside, go = [], scan.inspect_all, threading.Event(), threading.Event()
+
+    def slowly(paths):
+        read.extend(paths)
+        inside.set()
+        assert go.wait(60)
+        return inspect_all(paths)
+
+    monkeypatch.setattr(scan, "inspect_all", slowly)
+    real_flock = scan.fcntl.flock
+
+    def flock(file, how):
+        if not how & scan.fcntl.LOCK_NB:
+            go.set()  # the second one has begun to wait
+        real_flock(file, how)
+
+    monkeypatch.setattr(scan.fcntl, "flock", flock)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(build_index, pets)
+        assert inside.wait(60)
+        second = pool.submit(build_index, pets)
+        assert first.result(60).fingerprint == second.result(60).fingerprint
+    assert len(read) == len(set(read)) == 10
+    assert "another process is indexing; waiting for it" in capsys.readouterr().err
 
 
 def test_a_failing_disk_is_not_taken_for_a_bad_image(pets, monkeypatch, capsys):

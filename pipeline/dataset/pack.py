@@ -265,7 +265,9 @@ def pack(
         last = len(of_split.shards) - 1
         size = sum((made.root / shard).stat().st_size for shard in of_split.shards)
         span = f"{split}-{{000000..{last:06d}}}.tar" if last else shard_name(split, 0)
-        print(f"{dest}/{span}: {len(of_split):,} images in {last + 1:,} shards, {size / 1e6:,.1f} MB")
+        print(
+            f"{dest}/{span}: {len(of_split):,} images in {last + 1:,} shard{'s' if last else ''}, {size / 1e6:,.1f} MB"
+        )
     print(f"{made.folder}: fingerprint {made.fingerprint}")
     notes = [note for of_split in read_unreadable(made.root).values() for note in of_split]
     for note in notes[:20]:

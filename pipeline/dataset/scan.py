@@ -4,7 +4,9 @@ Only a full decode finds every truncated or corrupt image; what can't be decoded
 is killed goes on where it was; a later one reads only what has changed.
 """
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import sys
@@ -36,6 +38,7 @@ from pipeline.progress import Progress
 
 UNREADABLE = "unreadable.json"
 JOURNAL = "scan.journal"  #: what a scan has found so far, one JSON array a line
+LOCK = ".lock"
 CHUNK = 64  # files a task
 SMALL = 2 * CHUNK  # files, below which starting processes costs more than it saves
 _GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO)
@@ -204,15 +207,39 @@ def scan_split(
     return records[keep], [listing.names[i] for i in np.flatnonzero(keep)], unreadable
 
 
-def _open_previous(folder: Path) -> Index | None:
-    """The index as it is; None where there is none, or a damaged one (which is said)."""
+def _open_previous(folder: Path, quiet: bool = False) -> Index | None:
+    """The index as it is; None where there is none, or a damaged one (which is said unless `quiet`)."""
     if not (folder / "index.json").exists():
         return None
     try:
         return open_index(folder)
     except UserError as error:
-        print(f"{str(error).split('; build')[0]}; building it anew", file=sys.stderr)
+        if not quiet:
+            print(f"{str(error).split('; build')[0]}; building it anew", file=sys.stderr)
         return None
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Make `folder`, and wait while another process indexes into it. File systems without locks can't tell."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise UserError(
+            f"can't write the index into {folder} ({error.strerror}); choose another folder with "
+            "--data.index DIR (train) or --out DIR (index)"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another process is indexing; waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        yield
 
 
 def build_index(root: Path, folder: Path | None = None, processes: int | None = None) -> Index:
@@ -231,30 +258,33 @@ def build_index(root: Path, folder: Path | None = None, processes: int | None = 
         return previous
     if previous is None and (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards without a sound index; run the same pack command again")
-    places = imagenet.find_splits(root.resolve())
     root = root.resolve()
-    if previous is not None and previous.root == root and is_current(previous, places.values()):
+    places = imagenet.find_splits(root)
+
+    def is_true(index: Index | None) -> bool:
+        return index is not None and index.root == root and is_current(index, places.values())
+
+    if is_true(previous):
         return previous
+    with _only_one(folder):
+        previous = _open_previous(folder, quiet=True)
+        if is_true(previous):  # by the process that was waited for
+            return previous
+        return _scan(root, places, folder, previous, processes or available_cores())
+
+
+def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | None, processes: int) -> Index:
     listings = {split: list_split(place, root) for split, place in places.items()}
     classes = listings["train"].classes
     unknown = sorted(set(listings["val"].classes) - set(classes))
     if unknown:
         raise UserError(f"{places['val']} has the class '{unknown[0]}' that {places['train']} has not; make them agree")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        journal = Journal(folder / JOURNAL)
-    except OSError as error:
-        raise UserError(
-            f"can't write the index into {folder} ({error.strerror}); choose another folder with "
-            "--data.index DIR (train) or --out DIR (index)"
-        ) from error
     splits, bad, done = {}, {}, False
+    journal = Journal(folder / JOURNAL)
     try:
         for split, listing in listings.items():
             known = Known(previous, split, journal)
-            records, names, bad[split] = scan_split(
-                root, split, listing, known, journal, processes or available_cores()
-            )
+            records, names, bad[split] = scan_split(root, split, listing, known, journal, processes)
             if not len(records):
                 raise UserError(f"{places[split]} has no readable image; fetch it again")
             records["label"] = np.searchsorted(classes, listing.classes)[records["label"]]
