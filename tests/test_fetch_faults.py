@@ -21,6 +21,7 @@ MENDED = {
     "expired address in the middle": Faults(expire_after=9),
     "storage asks to wait": Faults(storage_statuses=lambda number: 429 if number in (5, 9) else None, retry_after="1"),
     "bursts of 5xx": Faults(storage_statuses=lambda number: (500, 502, 503)[number % 3] if number % 9 < 3 else None),
+    "no lengths": Faults(length=False, cut=lambda number: number % 4 == 0),
     "a web page now and then": Faults(html=lambda number: number in (2, 7)),
     "bytes that tip over on the way": Faults(),
 }
@@ -114,6 +115,15 @@ def test_clients_download_goes_on_where_it_broke(kaggle_zip, kaggle_members, tmp
     with KaggleServer(kaggle_zip, Faults(**{fault: lambda number: number == 2})) as server:
         done = fetch_from(server, tmp_path, "--via", "zip", "--give_up_s", "20")
         assert done.code == 0, done.err
+    assert_whole(tmp_path / "data", kaggle_members)
+
+
+def test_clients_download_that_was_cut_unseen_is_found_and_removed(kaggle_zip, kaggle_members, tmp_path):
+    """Without a length, the client takes a cut for the end and says 0."""
+    with KaggleServer(kaggle_zip, Faults(length=False, ranges=False, cut=lambda number: number == 2)) as server:
+        done = fetch_from(server, tmp_path, "--via", "zip")
+        assert done.code == 1 and "no whole zip" in done.last_line
+        assert fetch_from(server, tmp_path, "--via", "zip").code == 0
     assert_whole(tmp_path / "data", kaggle_members)
 
 

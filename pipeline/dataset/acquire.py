@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from pipeline.dataset.catalog import (
     make_catalog,
     read_val_labels,
 )
+from pipeline.dataset.disk import BLOCK, check_space
 from pipeline.dataset.index import PACKED
 from pipeline.dataset.journal import Journal
 from pipeline.dataset.pack_plan import Options as PackOptions
@@ -35,7 +34,6 @@ from pipeline.dataset.tree import STATE, Present, TreeWriter, find_whole
 from pipeline.dataset.zip_directory import Directory, Source, check_safe, read_directory
 from pipeline.errors import BrokenError, UserError
 
-BLOCK = 4096  # bytes that a file's size is rounded up to, as most file systems do
 UNPACKED = 1.06  # bytes of the images for each byte of the archive, and what the file system adds
 NAMED = 3  # members named in an error
 
@@ -47,19 +45,6 @@ class Options:
     streams: int = 8
     request_bytes: int = 32 << 20
     patience: Patience = field(default_factory=Patience)
-
-
-def check_space(folder: Path, needed: float, files: int = 0) -> None:
-    """UserError with the figure where the disk of `folder` has less than `needed` bytes, or too few inodes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder} has {free / 1e9:,.3f} GB free, but {needed / 1e9:,.3f} GB are needed; "
-            "free some space or give another folder"
-        )
-    stat = os.statvfs(folder)
-    if stat.f_files and stat.f_favail < files:
-        raise UserError(f"the disk of {folder} has room for {stat.f_favail:,} more files, but {files:,} are needed")
 
 
 class Acquisition:

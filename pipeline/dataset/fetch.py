@@ -12,14 +12,16 @@ from typing import Literal
 
 from pipeline.command import run_command
 from pipeline.dataset import kaggle
-from pipeline.dataset.acquire import UNPACKED, Acquisition, Options, check_space
+from pipeline.dataset.acquire import UNPACKED, Acquisition, Options
+from pipeline.dataset.disk import check_space, explain
 from pipeline.dataset.imagenet import CLS_LOC
 from pipeline.dataset.index import PACKED, index_folder, is_current, open_index
 from pipeline.dataset.pack_plan import Options as PackOptions
 from pipeline.dataset.receipt import ALL, Receipt, read_receipt
 from pipeline.dataset.remote import ArchiveChangedError, LocalFile, Patience, RemoteFile
 from pipeline.dataset.selection import SPLITS, Selection, parse_classes
-from pipeline.dataset.tree import STATE, explain
+from pipeline.dataset.tree import STATE
+from pipeline.dataset.zip_directory import NotAnArchiveError
 from pipeline.errors import EXIT_INTERRUPTED, BrokenError, UserError
 
 CHANGES = 3  # times that the archive may be replaced under one run
@@ -77,6 +79,8 @@ def fetch(
         except KeyboardInterrupt:
             print("pipeline fetch: interrupted; the same command goes on where this stopped", file=sys.stderr)
             return EXIT_INTERRUPTED
+        except OSError as error:
+            raise explain(error, error.filename or root) from error
     print(_describe(root))
     return 0
 
@@ -154,7 +158,7 @@ def _opened(root: Path, receipt: Receipt, options: Options, via: str, stop: thre
     file = client.download(folder, size)
     try:
         yield LocalFile(file)
-    except BrokenError as error:
+    except (BrokenError, NotAnArchiveError) as error:
         shutil.rmtree(folder)
         raise BrokenError(f"{error} (the download was removed: the same command downloads it again)") from error
     shutil.rmtree(folder)
@@ -225,8 +229,10 @@ def _locked(root: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"another fetch is at work in {root}; wait for it or stop it") from error
         shutil.rmtree(state / "parts", ignore_errors=True)
-        yield
-        shutil.rmtree(state / "parts", ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(state / "parts", ignore_errors=True)
 
 
 @contextlib.contextmanager

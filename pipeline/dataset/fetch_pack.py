@@ -20,6 +20,7 @@ import xxhash
 
 from pipeline.dataset import imagenet
 from pipeline.dataset.catalog import Catalog, iter_names
+from pipeline.dataset.disk import explain
 from pipeline.dataset.index import PACKED, RECORD, Index, Split, index_folder, pack_names, replacing
 from pipeline.dataset.pack_plan import Options, make_key, make_plan
 from pipeline.dataset.scan import UNREADABLE, decode_fully
@@ -38,7 +39,6 @@ from pipeline.dataset.shards import (
     write_records,
 )
 from pipeline.dataset.shards import STATE as SHARD_STATE
-from pipeline.dataset.tree import explain
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import BrokenError, UserError
 from pipeline.progress import Progress

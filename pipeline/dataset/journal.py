@@ -5,13 +5,15 @@ may: so every minute or so the file system is flushed and a barrier noted; after
 last barrier is forgotten, and the survey of the tree checks those files against their CRCs.
 """
 
-import ctypes
+import errno
 import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import xxhash
+
+from pipeline.dataset.disk import explain, flush_file_system
 
 DONE, BARRIER, BOOT = 1, 2, 3
 RECORD = np.dtype([("kind", "<u4"), ("value", "<u4"), ("check", "<u4")])
@@ -23,20 +25,6 @@ def boot_number() -> int:
     """A number that differs from boot to boot and from machine to machine."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return xxhash.xxh32_intdigest(path.read_bytes()) if path.exists() else 0
-
-
-def flush_file_system(folder: Path) -> None:
-    """Wait until everything written to the file system of `folder` is on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-        if syncfs is None:
-            os.sync()
-        elif syncfs(descriptor) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(folder))
-    finally:
-        os.close(descriptor)
 
 
 class Journal:
@@ -62,7 +50,12 @@ class Journal:
             self._append(BOOT, boot_number())
 
     def _append(self, kind: int, value: int) -> None:
-        os.write(self.descriptor, struct.pack("<3L", kind, value, _check(kind, value)))
+        record = struct.pack("<3L", kind, value, _check(kind, value))
+        try:
+            if os.write(self.descriptor, record) != len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise explain(error, self.path) from error
 
     def add(self, number: int) -> None:
         """Note that a member is whole in its place."""

@@ -19,8 +19,8 @@ from pathlib import Path
 import requests
 from requests.adapters import HTTPAdapter
 
+from pipeline.dataset.disk import explain
 from pipeline.dataset.remote import BUSY, REFUSED, Address, Backoff, Patience, parse_retry_after
-from pipeline.dataset.tree import explain
 from pipeline.errors import BrokenError, UserError
 from pipeline.progress import Progress
 

@@ -1,30 +1,23 @@
 """The tree that members are written into: each file whole or absent, and what of it is there already."""
 
-import errno
 import functools
 import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.dataset import imagenet
+from pipeline.dataset.disk import explain
 from pipeline.dataset.selection import BASE, final_name
 from pipeline.dataset.zip_directory import Directory
-from pipeline.errors import BrokenError, UserError
+from pipeline.progress import Progress
 
+READERS = 8  # files whose CRC-32 is checked at a time
 STATE = ".fetch"  #: folder below the root: journal, lock, files in the making
-
-
-def explain(error: OSError, path: Path | str) -> UserError | BrokenError:
-    """One line for a file system's refusal: the user can mend a full disk or a missing right, and nothing else."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"disk full while writing {path}; free some space and run the same command again")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-        return UserError(f"can't write {path} ({error.strerror}); mend that or give another folder")
-    return BrokenError(f"can't write {path} ({error.strerror or error})")
 
 
 _writers = itertools.count()  # a stream that a stopped run left behind must not share a file with a new one
@@ -116,13 +109,25 @@ def find_whole(
         return whole
     present, vouched = Present(root), np.isin(numbers, trusted)
     sizes, crcs = directory.entries["size"], directory.entries["crc"]
+    unknown: list[tuple[int, str]] = []
     for i, number in enumerate(numbers.tolist()):
         found = present.find(directory.name(number))
-        if found is None or found[1] != sizes[number]:
-            continue
-        if vouched[i]:
-            whole[i] = True
-        elif file_crc(root / found[0]) == crcs[number]:
-            whole[i] = True
-            note(number)
+        if found is not None and found[1] == sizes[number]:
+            if vouched[i]:
+                whole[i] = True
+            else:
+                unknown.append((i, found[0]))
+    total = int(sizes[numbers[[i for i, _ in unknown]]].sum()) if unknown else 0
+    with (
+        ThreadPoolExecutor(READERS) as pool,
+        Progress("Checking files that are here", total, "bytes", quiet=not unknown) as progress,
+    ):
+        for first in range(0, len(unknown), 1 << 12):
+            part = unknown[first : first + (1 << 12)]
+            for (i, _), crc in zip(part, pool.map(file_crc, (root / path for _, path in part)), strict=True):
+                number = int(numbers[i])
+                if crc == crcs[number]:
+                    whole[i] = True
+                    note(number)
+                progress.advance(int(sizes[number]))
     return whole

@@ -1,0 +1,47 @@
+"""The disk under a data root: is there room, is it flushed, and what does its refusal mean for the user."""
+
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from pipeline.errors import BrokenError, UserError
+
+BLOCK = 4096  #: bytes that a file's size is rounded up to, as most file systems do
+
+
+def explain(error: OSError, path: Path | str) -> UserError | BrokenError:
+    """One line for a file system's refusal: the user can mend a full disk or a missing right, and nothing else."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"disk full while writing {path}; free some space and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return UserError(f"can't write {path} ({error.strerror}); mend that or give another folder")
+    return BrokenError(f"can't write {path} ({error.strerror or error})")
+
+
+def check_space(folder: Path, needed: float, files: int = 0) -> None:
+    """UserError with the figure where the disk of `folder` has less than `needed` bytes, or too few inodes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder} has {free / 1e9:,.3f} GB free, but {needed / 1e9:,.3f} GB are needed; "
+            "free some space or give another folder"
+        )
+    stat = os.statvfs(folder)
+    if stat.f_files and stat.f_favail < files:
+        raise UserError(f"the disk of {folder} has room for {stat.f_favail:,} more files, but {files:,} are needed")
+
+
+def flush_file_system(folder: Path) -> None:
+    """Wait until everything written to the file system of `folder` is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+        if syncfs is None:
+            os.sync()
+        elif syncfs(descriptor) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(folder))
+    finally:
+        os.close(descriptor)
