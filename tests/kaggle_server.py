@@ -39,8 +39,9 @@ class Faults:
     html: Callable[[int], bool] = lambda number: False
     expire_after: int | None = None  # requests that one signed address serves
     ranges: bool = True
+    if_range: bool = True  # is it minded?
     length: bool = True  # Content-Length
-    corrupt: Callable[[bytes, int], bytes] = lambda data, offset: data  # bytes on their way, from that offset
+    corrupt: Callable[[bytes, int], bytes] = lambda data, offset: data  # ranges on their way
     on_request: Callable[[int], None] = lambda number: None
     on_sent: Callable[[int], None] = lambda total: None  # bytes sent so far in answer to ranges
 
@@ -203,7 +204,7 @@ class KaggleServer:
             return 403
         if (status := self.faults.storage_statuses(number)) is not None:
             return status
-        fresh = handler.headers.get("If-Range") in (None, self.etag)
+        fresh = not self.faults.if_range or handler.headers.get("If-Range") in (None, self.etag)
         return 206 if asked and self.faults.ranges and fresh else 200
 
     def _send_body(self, handler, served: Served, number: int, size: int) -> None:
@@ -226,7 +227,9 @@ class KaggleServer:
             position = served.start
             while position < served.end:
                 file.seek(position)
-                data = self.faults.corrupt(file.read(min(PIECE, served.end - position)), position)
+                data = file.read(min(PIECE, served.end - position))
+                if served.status == 206:
+                    data = self.faults.corrupt(data, position)
                 if position + len(data) > middle:
                     if self.faults.cut(number):
                         handler.wfile.write(data[: len(data) // 2])

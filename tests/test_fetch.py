@@ -1,5 +1,6 @@
 """`fetch` from a Kaggle that works: whole, in part, again, from a file, by the client's own download."""
 
+import gzip
 import json
 import shutil
 import signal
@@ -230,6 +231,10 @@ def test_local_tar_that_was_cut_is_refused(nested_kaggle_zip, kaggle_members, tm
         data = archive.read(NESTED)
     (tmp_path / "cut.tar.gz").write_bytes(data[:-2000])
     done = fetch(tmp_path / "data", {}, "--from", str(tmp_path / "cut.tar.gz"))
+    assert done.code == 1 and "cut or damaged" in done.last_line
+    late = gzip.compress(gzip.decompress(data) + bytes(3 << 20))  # the checksum lies far behind the tar's end
+    (tmp_path / "late.tar.gz").write_bytes(late[:-8] + b"\0\0\0\0" + late[-4:])
+    done = fetch(tmp_path / "data", {}, "--from", str(tmp_path / "late.tar.gz"))
     assert done.code == 1 and "cut or damaged" in done.last_line
     (tmp_path / "wrong.tar.gz").write_bytes(data[:-8] + b"\0\0\0\0" + data[-4:])
     done = fetch(tmp_path / "data", {}, "--from", str(tmp_path / "wrong.tar.gz"))

@@ -153,8 +153,8 @@ def test_damaged_download_never_enters_the_tree(kaggle_zip, kaggle_members, tmp_
     assert_whole(tmp_path / "data", kaggle_members)
 
 
-@pytest.mark.parametrize("content", ["same", "other"])
-def test_archive_replaced_midway(kaggle_zip, kaggle_members, tmp_path, content):
+@pytest.mark.parametrize(("content", "if_range"), [("same", True), ("other", True), ("other", False)])
+def test_archive_replaced_midway(kaggle_zip, kaggle_members, tmp_path, content, if_range):
     """A new ETag: the new version's directory is read, and the tree is the new version's alone."""
     served = tmp_path / "served" / kaggle_zip.name
     served.parent.mkdir()
@@ -175,7 +175,7 @@ def test_archive_replaced_midway(kaggle_zip, kaggle_members, tmp_path, content):
                 newer.replace(served)
             server.etag = '"version-2"'
 
-    with KaggleServer(served, Faults(on_request=replace)) as server:
+    with KaggleServer(served, Faults(on_request=replace, if_range=if_range)) as server:
         done = fetch_from(server, tmp_path)
         assert done.code == 0, done.err
         assert "was replaced" in done.err

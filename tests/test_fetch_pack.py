@@ -68,7 +68,9 @@ def test_shards_are_those_of_fetch_and_pack(big_zip, packed, tmp_path):
         assert fetch(tmp_path / "data", env, *SHARDED).code == 0
         assert len(server.api_calls) == calls
         (tmp_path / "data/train-000000.tar").unlink()
+        before = server.total_sent
         assert fetch(tmp_path / "data", env, *SHARDED).code == 0
+        assert server.total_sent - before < 0.7 * big_zip.stat().st_size, "the other shards are kept"
     assert_same(tmp_path / "data", packed)
 
 
@@ -145,3 +147,21 @@ def test_tree_and_shards_do_not_mix(big_zip, nested_kaggle_zip, kaggle_zip, tmp_
     assert done.code == 0, "nothing is missing"
     done = fetch(tmp_path / "nested", {}, "--from", str(nested_kaggle_zip), "--pack")
     assert done.code == 2 and "pipeline pack" in done.last_line
+
+
+def test_shards_that_were_checked_before_a_stop_stay(big_zip, packed, tmp_path, monkeypatch, capsys):
+    from pipeline.dataset import fetch_pack
+
+    def stop_after_two(function, tasks):
+        for task, _ in zip(tasks, range(2), strict=False):
+            yield function(task)
+        raise KeyboardInterrupt
+
+    command = ["fetch", str(tmp_path / "data"), "--from", str(big_zip), *SHARDED]
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch_pack, "map_in_order", stop_after_two)
+        assert main(command) == 75
+    assert len(shards_of(tmp_path / "data")) == 2
+    assert main(command) == 0
+    assert "120 of 120 images are here already" in capsys.readouterr().err
+    assert_same(tmp_path / "data", packed)

@@ -240,6 +240,10 @@ class Packing:
         if found and any(found.get(key) != marker[key] for key in ("options", "shards")):
             raise UserError(f"{self.dest} holds other shards than these; give another folder or remove it")
         self._note({"source": None, **found, **marker})
+        for shard in self.plan.shards:  # of a set that was complete once: its records are gone, so it is checked again
+            final = self.dest / shard_name(shard.split, shard.number)
+            if final.exists() and not is_whole(self.dest, shard.split, shard.number):
+                final.replace(temporary_path(self.dest, shard.split, shard.number))
 
     def _note(self, marker: dict) -> None:
         with replacing(self.dest / PACKED) as file:
