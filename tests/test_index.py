@@ -17,7 +17,7 @@ import xxhash
 from PIL import Image
 
 from pipeline.__main__ import main
-from pipeline.dataset import listing, scan
+from pipeline.dataset import decode, listing, scan
 from pipeline.dataset.index import RECORD, compute_fingerprint, open_index, write_index
 from pipeline.dataset.scan import build_index, read_unreadable
 from pipeline.dataset.synthetic import Settings, generate_tree
@@ -405,7 +405,7 @@ def test_a_failing_disk_is_not_taken_for_a_bad_image(pets, monkeypatch, capsys):
     def fail(path, *_):
         raise OSError(5, "Input/output error", path)
 
-    monkeypatch.setattr(scan, "open", fail, raising=False)
+    monkeypatch.setattr(decode, "open", fail, raising=False)
     with pytest.raises(BrokenError, match=r"can't read .*Input/output error"):
         build_index(pets, processes=1)
     assert main(["index", str(pets), "--processes", "1"]) == 1

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from pipeline.__main__ import main
-from pipeline.dataset.synthetic import MARKER, Settings, generate_tree, is_whole, list_samples
+from pipeline.dataset.synthetic import MARKER, generate_tree, is_whole
 from pipeline.dataset.synthetic_archive import NESTED, write_kaggle_zip
 from pipeline.dataset.synthetic_images import MAX_CLASSES, class_look
+from pipeline.dataset.synthetic_plan import Settings, list_samples
 from pipeline.errors import UserError
 
 TINY = Settings(classes=3, train_per_class=4, val_per_class=2, size=48, oddities=8)

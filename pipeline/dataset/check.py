@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from pipeline.dataset.decode import decode_fully
 from pipeline.dataset.index import Split
-from pipeline.dataset.scan import decode_fully
 from pipeline.dataset.workers import map_in_order, read_ahead
 from pipeline.errors import BrokenError
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
+from pipeline.dataset.decode import decode_fully
 from pipeline.dataset.index import PACKED, Index, index_folder, open_index, replacing, safe_join
 from pipeline.dataset.pack_plan import Extra, Options, Plan, make_key, make_plan, read_checked
 from pipeline.dataset.reencode import reencode
-from pipeline.dataset.scan import UNREADABLE, build_index, decode_fully, read_unreadable
+from pipeline.dataset.scan import UNREADABLE, build_index, read_unreadable
 from pipeline.dataset.shards import (
     Sample,
     ShardWriter,

@@ -10,17 +10,15 @@ import fcntl
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
+from pipeline.dataset.decode import Seen, inspect_all
+from pipeline.dataset.decode import decode_fully as decode_fully
 from pipeline.dataset.index import (
     PACKED,
     RECORD,
@@ -32,8 +30,8 @@ from pipeline.dataset.index import (
     write_index,
 )
 from pipeline.dataset.listing import Listing, list_split
-from pipeline.dataset.workers import available_cores, map_in_order, read_ahead
-from pipeline.errors import BrokenError, UserError
+from pipeline.dataset.workers import available_cores, map_in_order
+from pipeline.errors import UserError
 from pipeline.progress import Progress
 
 UNREADABLE = "unreadable.json"
@@ -41,74 +39,6 @@ JOURNAL = "scan.journal"  #: what a scan has found so far, one JSON array a line
 LOCK = ".lock"
 CHUNK = 64  # files a task
 SMALL = 2 * CHUNK  # files, below which starting processes costs more than it saves
-_GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO)
-
-
-class Seen(NamedTuple):
-    """What one look at a file found; `reason` is empty for a readable image."""
-
-    size: int
-    mtime_ns: int
-    digest: int = 0
-    width: int = 0
-    height: int = 0
-    reason: str = ""
-
-
-def decode_fully(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of an image whose every byte decodes; raises OSError or ValueError otherwise."""
-    from PIL import Image, UnidentifiedImageError
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning)  # corrupt EXIF is no fault of the pixels
-        try:
-            with Image.open(BytesIO(data)) as image:
-                image.load()
-                return image.size
-        except UnidentifiedImageError:
-            raise ValueError("no image, or of an unknown format" if data else "empty file") from None
-        except (OSError, ValueError, MemoryError):
-            raise
-        except Exception as error:  # a decoder may raise anything on hostile bytes
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-class Content(NamedTuple):
-    """A file's bytes, or why there are none."""
-
-    data: bytes
-    mtime_ns: int
-    reason: str = ""
-
-
-def read_file(path: str) -> Content:
-    """Read one file. Raises BrokenError where the disk fails, which says nothing about the image."""
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123 - one call a file, 1.28 M times
-            mtime_ns = os.fstat(file.fileno()).st_mtime_ns
-            return Content(file.read(), mtime_ns)
-    except OSError as error:
-        if error.errno not in _GONE:
-            raise BrokenError(f"can't read {path} ({error.strerror}); run the same command again") from error
-        return Content(b"", 0, str(error.strerror))
-
-
-def inspect(content: Content) -> Seen:
-    """Decode one file's bytes."""
-    data, mtime_ns, reason = content
-    if reason:
-        return Seen(0, mtime_ns, reason=reason)
-    try:
-        width, height = decode_fully(data)
-    except (OSError, ValueError) as error:
-        return Seen(len(data), mtime_ns, reason=str(error)[:200] or type(error).__name__)
-    return Seen(len(data), mtime_ns, xxhash.xxh3_64_intdigest(data), width, height)
-
-
-def inspect_all(paths: list[str]) -> list[Seen]:
-    """Read and decode files."""
-    return [inspect(content) for content in read_ahead(read_file, paths)]
 
 
 class Journal:
