@@ -56,7 +56,7 @@ class Trainer:
         self.console = Console(config.tracking.print_every_s, quiet=not world.is_main)
         check_batch(config, world.size)
         self.folder: RunFolder = world.on_main(lambda: open_run_folder(config))
-        if world.is_main:
+        if world.local_rank == 0:  # one a node: a network file system may show it late on all nodes but its writer's
             stop.watch(self.folder.stop)
         self.index: Index = open_data(config.data, world, self.console.say)
         self.plan = make_train_plan(self.index, config.data, config.train)
@@ -285,7 +285,8 @@ class Trainer:
         )
         settings = identity(self.config) | {"world_size": world.size}
         self.wandb = WandbView(self.config.tracking, self.folder.path, settings, self.ledger.last_steps, say)
-        self.event("started" if self.resumed_from is None else "resumed", world_size=world.size)
+        name = "started" if self.resumed_from is None else "resumed"
+        self.event(name, world_size=world.size, last_step=self.last_step)
         loader, fallen_back_from = choose_loader(data.loader)
         if fallen_back_from:
             say(f"warning: {fallen_back_from}")

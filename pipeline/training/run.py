@@ -49,7 +49,11 @@ class RunFolder:
         temporary.replace(self.path / name)
 
     def clear_marks(self) -> None:
-        for name in ("stop", "interrupted", "finished", "failed"):
+        """Remove the marks of the start before this one. A request to stop that was meant for this one stays."""
+        names = ["interrupted", "finished", "failed"]
+        if not is_for_this_start(self.stop):
+            names.append("stop")
+        for name in names:
             (self.path / name).unlink(missing_ok=True)
 
 
@@ -92,6 +96,17 @@ def open_run_folder(config: Config) -> RunFolder:
     temporary.replace(folder.config)
     folder.clear_marks()
     return folder
+
+
+def is_for_this_start(stop: Path) -> bool:
+    """Was this request to stop made after the job's start, while Python was still being imported? A batch script
+    begins it with the job's id and restart count, as in `12.0 USR1`."""
+    try:
+        whose = stop.read_text().split(maxsplit=1)[:1]
+    except FileNotFoundError:
+        return False
+    job, count = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return whose == [f"{job}.{count}"]
 
 
 def slurm_facts() -> dict:
