@@ -15,7 +15,6 @@ if [[ -e $SITE_ENV ]]; then
 fi
 : "${DATA_ROOT:=data/imagenet}" "${PYTHON:=python}" "${GRACE_S:=120}"
 RUN_DIR=$(realpath -m "${RUN_DIR:-runs/$SLURM_JOB_NAME}")
-mkdir -p "$RUN_DIR" || exit 2
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID} # of an array's task, since its plain id may be the whole array's
 ATTEMPT=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
@@ -40,15 +39,21 @@ request_stop() { # $1: why
     log "$1"
     [[ -z $first ]] || return
     stop_second=$SECONDS
-    echo "$ATTEMPT $1" >"$RUN_DIR/.stop.$JOB" && mv "$RUN_DIR/.stop.$JOB" "$RUN_DIR/stop"
     if [[ $phase == preparing ]]; then
         end_background # nothing to save yet
     else
-        { sleep "$GRACE_S" && log "not saved within $GRACE_S s" && scancel --signal=KILL "$JOB"; } & # the steps only
+        echo "$ATTEMPT $1" >"$RUN_DIR/.stop.$JOB" && mv "$RUN_DIR/.stop.$JOB" "$STOP_FILE"
+        { sleep "$GRACE_S" && log "not saved within $GRACE_S s" && kill_steps; } &
     fi
 }
 trap 'request_stop "USR1 from Slurm: a preemption, or the time limit is near"' USR1
 trap 'request_stop "TERM from Slurm: cancelled, or the time is over"' TERM
+
+kill_steps() { # `scancel --signal=KILL JOB` would cancel the job
+    local steps
+    mapfile -t steps < <(squeue --steps --noheader --job "$JOB" --format=%i | grep '\.[0-9]*$')
+    scancel --signal=KILL "${steps[@]}"
+}
 
 end_background() {
     local pids
@@ -69,7 +74,7 @@ run_step() { # COUNT COMMAND ...: on so many nodes, once on each, at the same ti
     local nodes=$1
     shift
     [[ -z $stop_reason ]] || return 1
-    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=0 \
+    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=0 --overlap \
         "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$@" &
     await $!
 }
@@ -77,6 +82,21 @@ run_step() { # COUNT COMMAND ...: on so many nodes, once on each, at the same ti
 on_every_node() { # VERB ...: `pipeline VERB ...`
     log "$1 on $SLURM_JOB_NODELIST"
     run_step "$SLURM_NNODES" "$PYTHON" -m pipeline "$@"
+}
+
+claim_run_dir() { # one job at a time trains in a run folder; `pipeline train` locks it, this says so sooner
+    local owner state=''
+    mkdir -p "$RUN_DIR" || exit 2
+    owner=$(grep -os '"slurm_job_id": "[0-9]*"' "$RUN_DIR/lock" | grep -o '[0-9]*')
+    while [[ -n $owner && $owner != "$SLURM_JOB_ID" ]]; do
+        state=$(squeue --noheader --job "$owner" --states=RUNNING,SUSPENDED,COMPLETING --format=%T 2>/dev/null)
+        [[ $state == COMPLETING ]] || break
+        sleep 2
+    done
+    if [[ -n $state ]]; then
+        log "job $owner is at work in $RUN_DIR: submit with --dependency=afterany:$owner, or give another RUN_DIR"
+        exit 2
+    fi
 }
 
 preflight() { # OPTION ...: every node says what it sees, then one of them judges
@@ -91,11 +111,16 @@ torchrun_on_every_node() { # VERB ...: `pipeline VERB ...` as a process a GPU
     local head port=$((10000 + SLURM_JOB_ID % 20000))
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     while (: >"/dev/tcp/$head/$port") 2>/dev/null; do port=$((port + 1)); done # somebody else's
-    export RENDEZVOUS=$head:$port RENDEZVOUS_ID=$ATTEMPT
-    rm -f "$RUN_DIR"/{stop,interrupted,failed,finished} # of an earlier start
-    phase=training
+    export RENDEZVOUS=$head:$port RENDEZVOUS_ID=$ATTEMPT SLURM_KILL_BAD_EXIT=1 # one node gone, all gone
     log "$* on $SLURM_JOB_NODELIST"
     run_step "$SLURM_NNODES" bash "$PIPELINE_HOME/slurm/node.sh" "$@"
+}
+
+train_on_every_node() { # OPTION ...: from here on a signal means: save, then stop
+    rm -f "$RUN_DIR"/{stop,interrupted,failed,finished} # of an earlier start
+    export STOP_FILE=$RUN_DIR/stop
+    phase=training
+    torchrun_on_every_node train "$@"
 }
 
 # --- the end
@@ -105,25 +130,35 @@ leave() { # $1: exit code of the last step. Requeues the job if it deserves it. 
     trap '' USR1 TERM
     end_background
     [[ -z $stop_reason ]] || log "$((SECONDS - stop_second)) s from the signal to the end of the step"
-    if [[ (-e $RUN_DIR/finished && $phase == training) || ($code == 0 && $phase == preparing) ]]; then
-        exit 0
-    elif [[ $phase == training ]] && grep -qs "\"exit_code\": 2" "$RUN_DIR/failed"; then
-        code=2 # the user's to mend: torchrun itself says 1 for whatever its workers say
-    elif [[ -n $stop_reason || (-e $RUN_DIR/interrupted && $phase == training) ]]; then
-        requeue
+    if [[ $phase == training ]]; then
+        [[ ! -e $RUN_DIR/finished ]] || exit 0
+        ! grep -qs '"exit_code": 2' "$RUN_DIR/failed" || code=2 # torchrun says 1 for whatever its workers say
     fi
-    log "failed with exit code $code; not requeued"
+    if [[ $phase == preparing ]] && ((code == 0)); then
+        exit 0 # a script without training has done its work
+    elif ((code == 2)); then
+        log "failed: the user's to mend, so it is not requeued"
+    elif [[ -n $stop_reason || $phase == training && -e $RUN_DIR/interrupted ]]; then
+        requeue
+    elif ((code)); then
+        log "failed with exit code $code; not requeued. Submitted again, it goes on from the last checkpoint."
+    fi
     exit "$code"
 }
 
 requeue() {
     local now
     now=$(scontrol show job --oneliner "$JOB")
-    # To requeue a job that somebody cancelled would revive it; one that Slurm has requeued itself is past this attempt.
-    if [[ $now =~ \ JobState=(RUNNING|TIMEOUT)\  && $now == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
+    if [[ $now != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
+        log "Slurm has requeued the job" # it is this script's successor's now
+        exit 0
+    elif [[ $now =~ \ (JobState=RUNNING|Reason=TimeLimit)\  ]]; then
+        [[ ! $now =~ \ PreemptTime=[0-9] ]] || stop_reason="preempted by Slurm"
         log "requeued: ${stop_reason:-$(<"$RUN_DIR/interrupted")}"
         scontrol requeue "$JOB" && exit 0
+        log "Slurm refuses to requeue it; submit the same again to go on"
+    else # to requeue a job that somebody cancelled would revive it
+        log "cancelled: submit the same again to go on"
     fi
-    log "not requeued; it is$(grep -o ' JobState=[A-Z_]*' <<<"$now"). Submit it again to go on."
     exit 75
 }

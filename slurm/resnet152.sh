@@ -40,10 +40,11 @@
 
 train=(--config "${CONFIG:=resnet152}" --run_dir "$RUN_DIR" "$@")
 
+claim_run_dir
 preflight "${train[@]}" --data.root "$DATA_ROOT" || leave $?
 if [[ -n ${STAGE_DIR:-} ]]; then
     on_every_node stage "$DATA_ROOT" "$STAGE_DIR" || leave $?
     DATA_ROOT=$STAGE_DIR
 fi
-torchrun_on_every_node train "${train[@]}" --data.root "$DATA_ROOT"
+train_on_every_node "${train[@]}" --data.root "$DATA_ROOT"
 leave $?

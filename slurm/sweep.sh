@@ -1,0 +1,39 @@
+#!/bin/bash
+# Train once for each combination of some options, as a job array: a task and a run folder each, every one of them
+# preempted, requeued and resumed on its own. Submit from the project's folder:
+#
+#   sbatch --array=0-2 slurm/sweep.sh train.seed=0,1,2
+#   RUN_DIR=runs/lr sbatch --array=0-5%2 slurm/sweep.sh optim.lr=0.1,0.2,0.4 train.seed=0,1 --schedule.epochs 30
+#
+# NAME=VALUE,VALUE,... are the options to combine; what begins with -- goes to every run, as do the environment's
+# settings (see resnet152.sh). RUN_DIR holds the run folders, e.g. runs/sweep/optim.lr=0.1,train.seed=0.
+
+#SBATCH --job-name=sweep
+#SBATCH --array=0-2
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-gpu=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+
+: "${PIPELINE_HOME:=$SLURM_SUBMIT_DIR}" "${RUN_DIR:=runs/$SLURM_JOB_NAME}"
+
+options=() name='' index=$SLURM_ARRAY_TASK_ID
+while [[ ${1:-} == *=* && ${1:-} != --* ]]; do
+    IFS=, read -ra values <<<"${1#*=}"
+    value=${values[index % ${#values[@]}]}
+    index=$((index / ${#values[@]}))
+    options+=("--${1%%=*}" "$value")
+    name+=${name:+,}${1%%=*}=$value
+    shift
+done
+if [[ -z $name ]] || ((index)); then
+    echo "task $SLURM_ARRAY_TASK_ID has no combination: give NAME=VALUE,VALUE,... and an --array from 0 to their number less 1"
+    exit 2
+fi
+export PIPELINE_HOME RUN_DIR=$RUN_DIR/$name
+exec bash "$PIPELINE_HOME/slurm/resnet152.sh" "${options[@]}" "$@"
