@@ -75,6 +75,14 @@ def test_readable_kaggle_json_is_warned_of(kaggle_zip, tmp_path):
     assert f"warning: {path} can be read by other users" in done.err and f"chmod 600 {path}" in done.err
 
 
+def test_kaggle_that_cannot_be_reached_is_one_line(kaggle_zip, tmp_path):
+    with KaggleServer(kaggle_zip) as server:
+        env = server.environment(tmp_path / "home")
+    done = fetch(tmp_path / "data", env, *QUICK, "--give_up_s", "1")
+    assert done.code == 1
+    assert "Kaggle" in done.last_line and "can't be reached" in done.last_line
+
+
 def test_verbose_client_prints_no_secret(kaggle_zip, tmp_path):
     """VERBOSE=1 makes the client print its headers, and hold the whole archive in memory."""
     with KaggleServer(kaggle_zip) as server:

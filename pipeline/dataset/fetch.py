@@ -54,7 +54,7 @@ def fetch(
         from_file: unpack this zip or tar.gz instead of downloading (also: --from FILE).
         pack: write the members straight into tar shards (as pipeline pack makes them), with no tree in between.
         shard_mb: megabytes of a shard.
-        index: sort the validation images and build the index at the end.
+        index: decode every image and build the index at the end.
         competition: name of the Kaggle competition.
         streams: parallel connections.
         request_mb: most megabytes asked for in one request.

@@ -28,6 +28,7 @@ COMPETITION = "imagenet-object-localization-challenge"
 SETTINGS_PAGE = "https://www.kaggle.com/settings"
 NEEDED = (2, 2, 5)  # older ones can corrupt a partial zip
 CALLS, CALL_EVERY_S = 6, 60.0  # asking for addresses: so many at once, then one a minute
+FIRST_CONTACT_S = 60.0  # a machine without internet is told so in a minute, not after all patience
 HOW_TO = (
     f"open {SETTINGS_PAGE}, choose 'Create New Token', and put it into ~/.kaggle/access_token "
     "(or kaggle.json into ~/.kaggle), then chmod 600"
@@ -48,7 +49,10 @@ class _Calls:
         now = time.monotonic()
         self.left = min(CALLS, self.left + (now - self.since) / CALL_EVERY_S)
         self.since = now
-        if self.stop.wait(max(0.0, 1 - self.left) * CALL_EVERY_S):
+        wait = max(0.0, 1 - self.left) * CALL_EVERY_S
+        if wait > 5:
+            print(f"asking Kaggle for an address again in {wait:.0f} s", file=sys.stderr, flush=True)
+        if self.stop.wait(wait):
             raise BrokenError("stopped")
         self.left -= 1
 
@@ -83,6 +87,7 @@ class Kaggle:
     def __init__(self, competition: str, patience: Patience, stop: threading.Event):
         self.competition, self.patience, self.stop = competition, patience, stop
         self._calls = _Calls(stop)
+        self._begin, self._reached = time.monotonic(), False
         self._api = self._authenticate()
 
     def _authenticate(self):
@@ -122,8 +127,14 @@ class Kaggle:
         """Raise what `error` of an API call means for the user, or wait for the next try."""
         response = error.response
         if response is None:
+            if not self._reached and time.monotonic() - self._begin > FIRST_CONTACT_S:
+                raise BrokenError(
+                    f"Kaggle can't be reached ({type(error).__name__}); is this machine on the internet, and a proxy "
+                    "named in https_proxy if it needs one?"
+                ) from None
             backoff.wait("Kaggle", f"can't be reached ({type(error).__name__})")
             return
+        self._reached = True
         status, from_storage = response.status_code, bool(response.history)
         asked = parse_retry_after(response.headers.get("Retry-After"))
         if status in BUSY or (from_storage and status in REFUSED):
@@ -160,6 +171,7 @@ class Kaggle:
             if not response.history or "html" in response.headers.get("Content-Type", ""):
                 backoff.wait("Kaggle", "a web page came instead of the archive (a login page or a proxy in between?)")
                 continue
+            self._reached = True
             length = None if "Content-Encoding" in response.headers else response.headers.get("Content-Length")
             return Address(response.url, int(length) if length else None, response.headers.get("ETag", ""))
 

@@ -7,6 +7,7 @@ raises. It knows nothing of Kaggle: `sign` is any function that returns an addre
 import io
 import random
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from pipeline.errors import BrokenError, UserError
 BUFFER = 1 << 18
 SLOWEST = 1024  #: bytes/s; a stream that is slower for `stall_s` counts as stalled
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 30.0
+TELL_AFTER_S, TELL_EVERY_S = 10.0, 60.0  #: waits that the user is told of
 REFUSALS = 4  #: fresh addresses refused in a row before giving up
 REFUSED = (400, 401, 403, 404, 410)  # what storage services answer to an address that has expired
 BUSY = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)
@@ -80,6 +82,8 @@ def parse_retry_after(value: str | None) -> float | None:
 class Backoff:
     """Waits between tries: doubling, with jitter, from 0.25 s to 30 s; gives up `give_up_s` after the last progress."""
 
+    told = -60.0  #: when any wait was last told to the user
+
     def __init__(self, patience: Patience, stop: threading.Event):
         self.patience, self.stop = patience, stop
         self.progressed()
@@ -98,6 +102,9 @@ class Backoff:
             raise BrokenError(f"{who}: {reason}{asked}; no progress for {idle:.0f} s: the same command goes on later")
         if asked_s is None:
             wait = min(wait, max(0.05, self.patience.give_up_s - idle))
+        if idle > TELL_AFTER_S and time.monotonic() - Backoff.told > TELL_EVERY_S:
+            Backoff.told = time.monotonic()
+            print(f"{who}: {reason}; trying again", file=sys.stderr, flush=True)
         if self.stop.wait(wait):
             raise BrokenError("stopped")
 
