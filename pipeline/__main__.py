@@ -30,6 +30,7 @@ VERBS = {
     ),
     "preflight": ("pipeline.insight.preflight", "main", "would this job run? Asked before it is queued; needs no GPU"),
     "status": ("pipeline.insight.status", "main", "how a run stands, also while it runs"),
+    "report": ("pipeline.insight.report", "main", "a run, or several, as one page with its curves and pictures"),
     "recipes": ("pipeline.recipes", "main", "list the recipes that come with the package"),
     "fetch": (
         "pipeline.dataset.fetch",

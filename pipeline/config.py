@@ -172,6 +172,8 @@ class TrackingConfig:
     entity: str | None = free(None)
     name: str | None = free(None)
     """Name of the W&B run; default: the run folder's name."""
+    report: bool = free(True)
+    """Write report/index.html when the run is finished, and send its pictures to W&B."""
     print_every_s: float = free(30.0)
     """Seconds between plain progress lines where the output is no terminal."""
 

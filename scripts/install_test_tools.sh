@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Install what some tests need beside Python: Slurm (a real cluster in namespaces) and shellcheck. Does nothing where
-# they are there already; elsewhere needs root on Debian or Ubuntu, and without that the tests skip and say so.
+# Install what some tests need beside Python: Slurm (a real cluster in namespaces), shellcheck, and Chromium (the report
+# is opened in it). Does nothing where they are there already; elsewhere needs root on Debian or Ubuntu, and without that
+# the tests skip and say so.
 set -eu
 
 missing=()
-for tool in slurmctld slurmd sbatch munged shellcheck ip; do
+for tool in slurmctld slurmd sbatch munged shellcheck ip chromium; do
     PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null || missing+=("$tool")
 done
 ((${#missing[@]})) || exit 0
@@ -13,7 +14,7 @@ if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
     echo "not installed: ${missing[*]}; the tests that need them skip (root on Debian or Ubuntu would install them)"
     exit 0
 fi
-packages=(slurmctld slurmd slurm-client munge shellcheck iproute2 util-linux)
+packages=(slurmctld slurmd slurm-client munge shellcheck iproute2 util-linux chromium)
 install() { apt-get install -y -q --no-install-recommends "${packages[@]}"; }
 export DEBIAN_FRONTEND=noninteractive
 # A package's own daemon must not start: policy-rc.d is how Debian is told so.

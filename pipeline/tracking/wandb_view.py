@@ -116,6 +116,13 @@ class WandbView:
             return
         self._try(self.run.log, {k: v for k, v in row.items() if k not in ("kind", "step")}, step=row["step"])
 
+    def show(self, pictures: list[Path], step: int) -> None:
+        """Send pictures (PNG files) with the last step's row."""
+        if self.run is not None and pictures:
+            from wandb import Image
+
+            self._try(lambda: self.run.log({f"report/{path.stem}": Image(str(path)) for path in pictures}, step=step))
+
     def close(self, exit_code: int = 0) -> None:
         if self.run is not None:
             self._try(self.run.finish, exit_code=exit_code)

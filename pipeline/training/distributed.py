@@ -30,6 +30,13 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def hardware(self) -> str:
+        """What this rank computes with, in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {len(os.sched_getaffinity(0))} cores"
+
     def any(self, flag: bool) -> bool:
         """Is the flag up on any rank? Collective, on the host."""
         value = torch.tensor([int(flag)])

@@ -34,6 +34,7 @@ from pipeline.training.checkpoint import (
 from pipeline.training.data import open_data
 from pipeline.training.distributed import Clock, World, seed_step
 from pipeline.training.evaluate import evaluate
+from pipeline.training.final_report import write_report
 from pipeline.training.guard import check_finite
 from pipeline.training.preemption import StopRequest, interrupted_exit_code
 from pipeline.training.report import Reports, StepReport, Wish
@@ -121,8 +122,8 @@ class Trainer:
             batch = next(batches)
             waited = clock.peek()
             seed_step(self.config.train.seed, self.step, self.world.rank)
-            loss, norm = self.train_step(batch, self.schedule.lr(self.step))
-            self.reports.push(self.step, loss, norm, batch.ids, self.wish(), waited, clock.lap())
+            loss, hits, norm = self.train_step(batch, self.schedule.lr(self.step))
+            self.reports.push(self.step, loss, hits, norm, batch.ids, self.wish(), waited, clock.lap())
             self.step += 1
             self.take_in(self.reports.due())
             if self.saves_at(self.step):
@@ -165,6 +166,7 @@ class Trainer:
             "step": done,
             "epoch": done * self.plan.global_batch_size / self.plan.samples,
             "loss": report.loss,
+            "top1": report.top1,
             "lr": self.schedule.lr(report.step),
             "images_per_s": self.plan.global_batch_size / report.step_s,
             "data_wait": min(1.0, report.wait_s / report.step_s),
@@ -286,7 +288,8 @@ class Trainer:
         settings = identity(self.config) | {"world_size": world.size}
         self.wandb = WandbView(self.config.tracking, self.folder.path, settings, self.ledger.last_steps, say)
         name = "started" if self.resumed_from is None else "resumed"
-        self.event(name, world_size=world.size, last_step=self.last_step)
+        facts = {"last_step": self.last_step, "hardware": world.hardware, "torch": torch.__version__}
+        self.event(name, world_size=world.size, **facts)
         loader, fallen_back_from = choose_loader(data.loader)
         if fallen_back_from:
             say(f"warning: {fallen_back_from}")
@@ -323,7 +326,15 @@ class Trainer:
                 raise BrokenError(f"the last checkpoint could not be written to {self.folder.checkpoints}; start again")
             self.event("finished")
             self.say_finished(self.ledger.evaluations[-1], "finished")
+            if self.config.tracking.report:
+                self.report()
         return EXIT_OK
+
+    def report(self) -> None:
+        """The run's page, and its pictures for W&B. Rank 0 only; the run is done, and nothing here makes it fail."""
+        page = write_report(self.folder.path, self.world.device.type, self.stop, self.console.say)
+        if page is not None:
+            self.wandb.show(sorted(page.parent.glob("pictures/*.png")), self.step)
 
     def interrupted(self) -> int:
         """Somebody asked to stop: save what there is, say so, and go."""

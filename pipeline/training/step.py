@@ -58,28 +58,31 @@ class TrainStep:
         self.held = frozen_norms(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
 
-    def __call__(self, batch: Batch, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Train on a local batch. Returns the mean loss over it and the norm of the averaged gradient, both on the
-        device and not yet read: nothing here waits for it."""
+    def __call__(self, batch: Batch, lr: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Train on a local batch. Returns the mean loss over it, how many first guesses were right, and the norm of the
+        averaged gradient, all on the device and not yet read: nothing here waits for it."""
         self.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        total, hits = torch.zeros((2,), device=self.device)
         pieces = list(zip(batch.images.split(self.micro), batch.targets.split(self.micro), strict=True))
         for number, (images, targets) in enumerate(pieces, 1):
             last = number == len(pieces)
             with contextlib.nullcontext() if last else self.ddp.no_sync():
                 with autocast(self.device, self.config.train.precision):
-                    loss = self.loss(self.forward(images), targets) * (len(images) / len(batch))
+                    output = self.forward(images)
+                    loss = self.loss(output, targets) * (len(images) / len(batch))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
+            logits = output[0] if isinstance(output, tuple) else output
+            hits += (logits.detach().argmax(1) == targets).sum()
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return total, norm
+        return total, hits, norm
 
     def train(self) -> None:
         """Training mode; frozen normalisation layers keep their statistics."""

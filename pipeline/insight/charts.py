@@ -1,0 +1,102 @@
+"""Line charts as inline SVG, coloured by the page's CSS, so that they follow its light and dark. No drawing library."""
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+POINTS = 200  # drawn of a series; more are averaged
+WIDTH, HEIGHT = 480, 270
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line. colour: number of the page's colour; faint: of the training, beside the validation's."""
+
+    label: str
+    xs: list[float]
+    ys: list[float]
+    colour: int
+    faint: bool = False
+
+
+def thin(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
+    """At most `POINTS` points: means of equal runs; values that are no numbers are left out."""
+    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if _is_number(x) and _is_number(y)]
+    size = -(-len(pairs) // POINTS) or 1
+    runs = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return [sum(x for x, _ in run) / len(run) for run in runs], [sum(y for _, y in run) / len(run) for run in runs]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, float | int) and math.isfinite(value)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`, about `count` of them."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _label(value: float) -> str:
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e5 or abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:,.10g}"
+
+
+def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zero: bool = False) -> str:
+    """An SVG figure with its legend, or a sentence where there is nothing to draw. zero: the y axis starts at 0."""
+    drawn = []
+    for one in series:
+        xs, ys = thin(one.xs, one.ys)
+        if xs:
+            drawn.append(Series(one.label, xs, ys, one.colour, one.faint))
+    head = f"<figure><figcaption>{escape(title)}</figcaption>"
+    if not drawn:
+        return f'{head}<p class="none">nothing recorded yet</p></figure>'
+    x_low, x_high = min(min(s.xs) for s in drawn), max(max(s.xs) for s in drawn)
+    y_low, y_high = min(min(s.ys) for s in drawn), max(max(s.ys) for s in drawn)
+    x_low = min(x_low, 0.0)
+    y_low = min(y_low, 0.0) if zero else y_low
+    y_low, y_high = (y_low - 0.5, y_high + 0.5) if y_low == y_high else (y_low, y_high)
+    y_high = max(y_high, *(tick for tick in ticks(y_low, y_high + (y_high - y_low) * 0.18)))
+    x_high = x_high if x_high > x_low else x_low + 1.0
+
+    def x(value: float) -> float:
+        return LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">']
+    for value in ticks(y_low, y_high):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_label(value)}</text>')
+    for value in ticks(x_low, x_high):
+        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_label(value)}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    for one in sorted(drawn, key=lambda s: not s.faint):
+        kind = f"line c{one.colour}" + (" faint" if one.faint else "")
+        if len(one.xs) > 1:
+            points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.xs, one.ys, strict=True))
+            parts.append(f'<polyline class="{kind}" points="{points}"/>')
+        if len(one.xs) <= 40:
+            for a, b in zip(one.xs, one.ys, strict=True):
+                dot = f'<circle class="dot c{one.colour}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.6">'
+                parts.append(f"{dot}<title>{escape(one.label)}: {b:.4g} at {a:.4g}</title></circle>")
+    parts.append("</svg>")
+    if len(drawn) == 1:
+        return f'{head}<div class="unit">{escape(y_label)}</div>{"".join(parts)}</figure>'
+    keys = "".join(
+        f'<li class="c{one.colour}{" faint" if one.faint else ""}"><i></i>{escape(one.label)}</li>' for one in drawn
+    )
+    return f'{head}<div class="unit">{escape(y_label)}</div>{"".join(parts)}<ul class="legend">{keys}</ul></figure>'

@@ -1,0 +1,317 @@
+"""The verb `report`: a run, or several side by side, as one page that opens anywhere, also while they go on."""
+
+import os
+import time
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.command import make_parser, normalise
+from pipeline.errors import EXIT_OK, UserError
+from pipeline.insight import page
+from pipeline.insight.charts import Series, line_chart
+from pipeline.insight.status import duration
+
+ON_CPU = 1000  # validation images that are looked at where there is no GPU
+CLASSES, PAIRS, MISTAKES, LOOKS = 100, 20, 24, 8  # most that is shown of each
+COLOURS = 6
+
+
+def charts(records: list) -> str:
+    """Loss and accuracy against epochs and hours, learning rate, speed. One run: training and validation in two
+    colours; several: a colour each."""
+    alone = len(records) == 1
+    drawn = []
+    pairs = [("Loss", "loss", "val_loss", "cross-entropy"), ("Accuracy", "top1", "val_top1", "top-1, percent")]
+    for title, train, val, unit in pairs:
+        for against in ("epochs", "hours of training"):
+            series = []
+            for number, record in enumerate(records):
+                name = "" if alone else f"{record.name}: "
+                colour = number % COLOURS
+                x = record.column("epoch") if against == "epochs" else record.hours
+                x_eval = record.column("epoch", "eval") if against == "epochs" else record.eval_hours()
+                series.append(Series(f"{name}training", x, record.column(train), colour, faint=True))
+                validation = record.column(val, "eval")
+                series.append(Series(f"{name}validation", x_eval, validation, 1 if alone else colour))
+                if alone and val == "val_top1":
+                    series.append(Series("validation, top-5", x_eval, record.column("val_top5", "eval"), 2))
+            drawn.append(line_chart(f"{title} against {against}", series, against, unit, zero=True))
+    for title, column, unit, factor in (
+        ("Learning rate", "lr", "", 1),
+        ("Speed", "images_per_s", "images/s", 1),
+        ("Waiting for data", "data_wait", "percent of the step", 100),
+        ("Gradient", "grad_norm", "norm", 1),
+    ):
+        series = [
+            Series(record.name, record.column("epoch"), [factor * y for y in record.column(column)], number % COLOURS)
+            for number, record in enumerate(records)
+        ]
+        drawn.append(line_chart(title, series, "epochs", unit, zero=True))
+    return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def headline(record) -> str:
+    """The large figures."""
+    best = record.best
+    items = [
+        ("top-1, best", f"{best['val_top1']:.2f} %" if best else "not yet"),
+        ("top-5 there", f"{best['val_top5']:.2f} %" if best else "not yet"),
+        ("epochs done", f"{record.train[-1]['epoch']:.2f}" if record.train else "0"),
+        ("steps done", f"{record.train[-1]['step']:,}" if record.train else "0"),
+        ("training", duration(3600 * record.hours[-1]) if record.hours else "none"),
+    ]
+    return page.facts(items)
+
+
+def history(record) -> str:
+    """Starts, interruptions and ends; on what hardware."""
+    rows = []
+    for event in record.events:
+        when = event.get("time")
+        stamp = time.strftime("%Y-%m-%d %H:%M", time.gmtime(when)) if isinstance(when, float | int) else ""
+        known = ("kind", "event", "step", "time", "host", "world_size", "hardware")
+        rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
+        where = f"{event.get('world_size', '')} {event.get('hardware', '')}".strip()
+        rows.append([stamp, event.get("event", ""), event.get("step", ""), event.get("host", ""), where, rest])
+    starts = sum(event.get("event") in ("started", "resumed") for event in record.events)
+    text = f"Started {starts} time{'s' if starts != 1 else ''}." if starts else "Not started yet."
+    return f"<p>{text}</p>" + page.table(["UTC", "what", "step", "host", "processes", "more"], rows, {2})
+
+
+def settings(record) -> str:
+    about = [[key, value] for key, value in record.config.about.items()]
+    inside = page.table(["setting", "value"], [[key, value] for key, value in record.settings.items()])
+    return (page.table(["recipe", ""], about) if about else "") + page.fold("All settings", inside)
+
+
+def parameters(model) -> str:
+    """Every tensor's shape, and the sum."""
+    rows = [[name, " x ".join(map(str, p.shape)), f"{p.numel():,}"] for name, p in model.named_parameters()]
+    total = sum(p.numel() for p in model.parameters())
+    return page.fold(
+        f"{total:,} parameters in {len(rows)} tensors", page.table(["layer", "shape", "parameters"], rows, {2})
+    )
+
+
+def kernels(networks, save) -> Iterator[str]:
+    from pipeline.insight.filters import before_after
+
+    for number, (caption, pictures) in enumerate(before_after(networks.before, networks.after), 1):
+        yield f"<h3>{escape(caption)}</h3>"
+        shown = []
+        for name, picture in pictures.items():
+            save(f"convolution-{number}-{name}", picture)
+            shown.append(f"<div>{page.image(picture, f'{caption}, {name}')}{name}</div>")
+        yield f'<div class="pictures">{"".join(shown)}</div>'
+
+
+def class_names(index) -> list[str]:
+    return [
+        f"{words.split(',')[0]}" if words else synset for synset, words in zip(index.synsets, index.words, strict=True)
+    ]
+
+
+def answers(said, names: list[str], index, config) -> Iterator[str]:
+    """Per-class accuracy, confusions, and the surest mistakes."""
+    from pipeline.insight.predictions import load_image
+
+    note = "" if len(said.ids) == said.whole else ", evenly spread"
+    lost = f"; {said.unreadable} could not be read" if said.unreadable else ""
+    yield f"<p>{len(said.ids):,} of {said.whole:,} validation images{note}: top-1 {said.top1:.2f} %{lost}.</p>"
+    share, count = said.by_class(len(names))
+    order = [i for i in np.argsort(np.where(np.isnan(share), np.inf, share), kind="stable") if count[i]]
+    rows = [[names[i], f"{share[i]:.1f} %", page.Bar(share[i]), int(count[i])] for i in order]
+    head = ["class", "top-1", "", "images"]
+    yield "<h3>Accuracy of each class, the worst first</h3>"
+    yield page.table(head, rows[: CLASSES // 5], {1, 3})
+    if len(rows) > CLASSES // 5:
+        yield page.fold(f"All {len(rows)} classes", page.table(head, rows, {1, 3}))
+    confused = [[names[a], names[b], n] for a, b, n in said.confusions(PAIRS)]
+    if confused:
+        yield "<h3>Most confused</h3>"
+        yield page.table(["is", "taken for", "images"], confused, {2})
+    shots = []
+    for place in said.mistakes(MISTAKES):
+        picture = load_image(index, config, int(said.ids[place]))
+        if picture is not None:
+            label, guess = names[said.labels[place]], names[said.guesses[place]]
+            text = f"<b>{escape(guess)}</b> {100 * said.sure[place]:.0f} %<br>is {escape(label)}"
+            shots.append(f"<div>{page.image(small(picture), f'{label} taken for {guess}', 'JPEG')}{text}</div>")
+    if shots:
+        yield "<h3>Most confident mistakes</h3>"
+        yield f'<div class="shots">{"".join(shots)}</div>'
+
+
+def small(picture: np.ndarray, side: int = 192) -> np.ndarray:
+    """A thumbnail of at most `side` pixels; tiny pictures are enlarged by a whole factor."""
+    from PIL import Image
+
+    height = picture.shape[0]
+    if height > side:
+        return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS))
+    return picture.repeat(side // height, 0).repeat(side // height, 1)
+
+
+def looks(network, said, names: list[str], index, config, device, save) -> Iterator[str]:
+    """Grad-CAM of validation images: half of them right, half wrong."""
+    import torch
+    from matplotlib import colormaps
+    from PIL import Image
+
+    from pipeline.insight.filters import grad_cam
+    from pipeline.insight.predictions import load_image
+
+    right = np.flatnonzero(said.labels == said.guesses)
+    right = right[np.unique(np.linspace(0, len(right) - 1, LOOKS // 2).astype(int))] if len(right) else right
+    chosen = [*right, *said.mistakes(LOOKS - len(right))]
+    pictures = [load_image(index, config, int(said.ids[place])) for place in chosen]
+    chosen = [place for place, picture in zip(chosen, pictures, strict=True) if picture is not None]
+    pictures = [picture for picture in pictures if picture is not None]
+    if not pictures:
+        return
+    guesses = torch.from_numpy(said.guesses[chosen]).to(device)
+    heat = grad_cam(network, torch.from_numpy(np.stack(pictures)).to(device), guesses)
+    if heat is None:
+        yield '<p class="none">Grad-CAM is for convolutional networks with a feature map of more than one pixel.</p>'
+        return
+    shots = []
+    for place, picture, one in zip(chosen, pictures, heat, strict=True):
+        size = picture.shape[1::-1]
+        wide = np.asarray(Image.fromarray((255 * one).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)) / 255
+        colour = colormaps["inferno"](wide)[..., :3] * 255
+        laid = (0.45 * picture + 0.55 * colour).astype(np.uint8)
+        label, guess = names[said.labels[place]], names[said.guesses[place]]
+        both = page.image(small(picture), label, "JPEG") + page.image(small(laid), f"Grad-CAM of {guess}", "JPEG")
+        verdict = "right" if label == guess else f"is {escape(label)}"
+        shots.append(
+            f'<div><div class="pair">{both}</div><b>{escape(guess)}</b> {100 * said.sure[place]:.0f} %, {verdict}</div>'
+        )
+        save(f"grad-cam-{len(shots)}", np.concatenate([picture, laid], axis=1))
+    yield "<p>Each image beside what speaks for the network's guess, from dark to bright (Grad-CAM).</p>"
+    yield f'<div class="shots pairs">{"".join(shots)}</div>'
+
+
+def network_sections(record, data_root: str | None, device_name: str, most: int | None, save) -> Iterator[str]:
+    """What needs the weights; where something is missing, a sentence says what."""
+    import torch
+
+    from pipeline.insight.predictions import predict
+    from pipeline.insight.run_record import load_networks, open_index_of
+    from pipeline.model.build import Normalised
+
+    index = None
+    try:
+        index = open_index_of(record, data_root)
+    except UserError as error:
+        missing = str(error)
+    try:
+        networks = load_networks(record, index.num_classes if index else None)
+    except UserError as error:
+        yield f'<h2>The network</h2><p class="none">Not shown: {escape(str(error))}</p>'
+        return
+    yield f"<h2>The network at step {networks.step:,}</h2>"
+    yield parameters(networks.after)
+    yield from kernels(networks, save)
+    yield "<h2>What it says of the validation images</h2>"
+    if index is None:
+        yield f'<p class="none">Not shown: {escape(missing)}</p>'
+        return
+    cuda = device_name == "cuda" or (device_name == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if cuda else "cpu")
+    most = most if most is not None else (None if cuda else ON_CPU)
+    data, train = record.config.data, record.config.train
+    network = Normalised(networks.after, data.mean, data.std, train.channels_last).to(device).eval()
+    said = predict(network, index, record.config, device, most)
+    if not len(said.ids):
+        yield '<p class="none">Not shown: no validation image can be read</p>'
+        return
+    names = class_names(index)
+    yield from answers(said, names, index, record.config)
+    yield "<h2>Where it looks</h2>"
+    yield from looks(network, said, names, index, record.config, device, save)
+
+
+def comparison(records: list) -> str:
+    """Results side by side, and the settings that differ."""
+    rows = []
+    for record in records:
+        best, done = record.best, record.train[-1] if record.train else {}
+        scores = (
+            [f"{best['val_top1']:.2f}", f"{best['val_top5']:.2f}", f"{best['epoch']:.2f}"] if best else ["", "", ""]
+        )
+        hours = duration(3600 * record.hours[-1]) if record.hours else ""
+        rows.append([record.name, *scores, f"{done.get('epoch', 0):.2f}", hours])
+    head = ["run", "top-1 %", "top-5 %", "at epoch", "epochs done", "training"]
+    text = page.table(head, rows, {1, 2, 3, 4, 5})
+    keys = sorted(set().union(*(record.settings for record in records)))
+    missing = object()
+    differing = [key for key in keys if len({str(record.settings.get(key, missing)) for record in records}) > 1]
+    if not differing:
+        return f"{text}<p>All settings are the same.</p>"
+    lines = [[key, *(record.settings.get(key, "") for record in records)] for key in differing]
+    return f"{text}<h3>Settings that differ</h3>{page.table(['setting', *(r.name for r in records)], lines)}"
+
+
+def write_report(runs: list[str], out: Path | None, data_root: str | None, device: str, most: int | None) -> Path:
+    """Write the page and return its place. Raises UserError for a folder that is no run, or can't be written."""
+    from pipeline.insight.run_record import read_record
+
+    records = [read_record(run) for run in runs]
+    folder = records[0].folder.path / "report"
+    target = out or folder / ("index.html" if len(records) == 1 else "compare.html")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if len(records) == 1:
+            record = records[0]
+            pictures = target.parent / "pictures"
+            pictures.mkdir(exist_ok=True)
+
+            def save(name: str, picture: np.ndarray) -> None:
+                (pictures / f"{name}.png").write_bytes(page.encode(picture))
+
+            title = f"{record.name}: {record.config.model.name}"
+            body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(describe(record))}</p>', headline(record)]
+            body += ["<h2>Training</h2>", charts(records)]
+            body += network_sections(record, data_root, device, most, save)
+            body += ["<h2>Settings</h2>", settings(record), "<h2>Hardware and starts</h2>", history(record)]
+        else:
+            title = " against ".join(record.name for record in records)
+            body = [f"<h1>{escape(title)}</h1>", comparison(records), "<h2>Training</h2>", charts(records)]
+            for record in records:
+                body += [f"<h2>{escape(record.name)}</h2>", f'<p class="soft">{escape(describe(record))}</p>']
+                body += [settings(record), history(record)]
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.write_text(page.page(title, body), encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{target} can't be written ({error.strerror}); give another --out") from error
+    return target
+
+
+def describe(record) -> str:
+    """A sentence on the recipe."""
+    config = record.config
+    what = config.about.get("what")
+    sizes = f"{config.data.image_size} px, global batch {config.train.global_batch_size}, {config.train.precision}"
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return f"{f'{what}. ' if what else ''}{sizes}. Page of {made}."
+
+
+def main(argv: list[str]) -> int:
+    parser = make_parser("pipeline report", "One self-contained page of a run, or of several side by side.")
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--out", type=str, help="file to write; default: RUN/report/index.html (several: compare.html)")
+    parser.add_argument("--data_root", type=str, help="where the data lies now; default: where the run had it")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where to compute")
+    parser.add_argument(
+        "--images", type=int, help=f"validation images to look at; default: all with CUDA, otherwise {ON_CPU:,}"
+    )
+    options = parser.parse_args(normalise(argv, set()))
+    if options.images is not None and options.images < 1:
+        raise UserError(f"--images {options.images}: give a number above 0")
+    out = Path(options.out).expanduser() if options.out else None
+    print(write_report(options.runs, out, options.data_root, options.device, options.images))
+    return EXIT_OK

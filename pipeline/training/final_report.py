@@ -1,0 +1,51 @@
+"""The report at the end of a run, written by a process of its own: whatever becomes of it, the run is done."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.training.preemption import StopRequest
+
+LIMIT_S = 1200.0
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+
+
+def write_report(folder: Path, device: str, stop: StopRequest, say: Callable[[str], None]) -> Path | None:
+    """`pipeline report FOLDER` on "cuda" or "cpu". Says in one line where it is, or why there is none."""
+    command = [sys.executable, "-m", "pipeline", "report", str(folder), "--device", device]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER)}
+    say("writing the report")
+    begun = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    except OSError as error:
+        say(f"no report ({error.strerror})")
+        return None
+    while True:
+        try:
+            output, _ = process.communicate(timeout=0.5)
+            break
+        except subprocess.TimeoutExpired:
+            if stop or time.monotonic() - begun > LIMIT_S:
+                process.kill()
+                process.communicate()
+                why = "asked to stop" if stop else f"not done after {LIMIT_S:.0f} s"
+                say(f"no report ({why}); write it with: pipeline report {folder}")
+                return None
+    if process.returncode:
+        lines = output.strip().splitlines() or [f"exit code {process.returncode}"]
+        say(f"no report ({lines[-1]}); write it with: pipeline report {folder}")
+        return None
+    place = folder / "report" / "index.html"
+    say(f"report {place}")
+    return place

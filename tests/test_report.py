@@ -1,0 +1,216 @@
+"""The page of a run: what it shows, that it opens in a browser alone, and that no run fails for it."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from io import BytesIO
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+from torch import nn
+
+from pipeline.__main__ import main
+from pipeline.dataset.scan import build_index
+from pipeline.insight.charts import Series, line_chart, thin, ticks
+from pipeline.insight.filters import grad_cam, picture_first
+from pipeline.insight.predictions import Predictions, spread
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+HOSTILE = '<script>alert("x")</script><img src=http://example.com/x.png>'
+
+
+@pytest.fixture(scope="module")
+def root(synthetic_root):
+    build_index(synthetic_root)
+    return synthetic_root
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """A run whose training wrote the report by itself, with a hostile recipe text."""
+    run = tmp_path_factory.mktemp("report") / "run"
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    recipe.write_text(runs.TINY.read_text() + "\n")
+    text = json.dumps({"what": HOSTILE, "source": "tests"})
+    options = ["--about", text, "--tracking.report", "true", "--tracking.wandb", "offline"]
+    output = runs.call(
+        root, run, *options, "--train.max_steps", "6", "--train.eval_every_epochs", "0.5", recipe=str(recipe)
+    )
+    assert f"report {run}/report/index.html" in output
+    return run
+
+
+@pytest.fixture
+def html(finished) -> str:
+    return (finished / "report" / "index.html").read_text()
+
+
+def test_it_shows_the_run(finished, html):
+    best = max(row["val_top1"] for row in runs.rows(finished, "eval"))
+    assert f"{best:.2f} %" in html
+    for words in ("Loss against epochs", "Loss against hours", "Accuracy against hours", "Learning rate", "Speed"):
+        assert words in html
+    assert "11,178,564 parameters in 62 tensors" in html  # ResNet-18 for 4 classes
+    assert html.count("<polyline") >= 8
+    assert "Accuracy of each class" in html and "24 of 24 validation images" in html
+    assert "Started 1 time." in html and "CPU," in html and "optim.lr" in html
+    assert html.count("data:image/png") == 6  # two convolutions before, after, and their difference
+    assert "Where it looks" in html and html.count("data:image/jpeg") >= 8
+
+
+def test_it_is_self_contained_and_data_is_escaped(html):
+    assert HOSTILE not in html and "&lt;script&gt;" in html
+    assert "@import" not in html and "url(" not in html
+    tags = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            tags.append((tag, dict(attributes)))
+
+    Tags().feed(html)
+    assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in tags}
+    places = [attributes[key] for _, attributes in tags for key in ("src", "href", "srcset") if key in attributes]
+    assert len(places) > 10 and all(place.startswith("data:") for place in places)
+
+
+def test_the_kernels_before_training_are_the_seeds(finished, html):
+    """Drawn again from the seed alone, and they are not the trained ones."""
+    from pipeline.insight.run_record import load_networks, read_record
+
+    record = read_record(str(finished))
+    networks = load_networks(record, 4)
+    torch.manual_seed(record.config.train.seed)
+    from pipeline.model.build import build_model
+
+    fresh = build_model(record.config.model, 4)
+    assert torch.equal(networks.before.conv1.weight, fresh.conv1.weight)
+    trained = torch.load(runs.checkpoint_at(finished, networks.step) / "model.pt", weights_only=True)
+    assert torch.equal(networks.after.conv1.weight, trained["conv1.weight"])
+    first = Image.open(BytesIO(base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", html)[1])))
+    low = min(networks.before.conv1.weight.min(), networks.after.conv1.weight.min()).item()
+    high = max(networks.before.conv1.weight.max(), networks.after.conv1.weight.max()).item()
+    expected = picture_first(networks.before.conv1.weight.detach().numpy(), low, high)
+    assert np.array_equal(np.asarray(first), expected)
+
+
+def test_the_pictures_go_to_wandb(finished):
+    sent = {path.name for path in (finished / "wandb").glob("offline-run-*/files/media/images/report/*.png")}
+    assert any(name.startswith("convolution-1-before") for name in sent) and any("grad-cam" in name for name in sent)
+
+
+def test_several_runs_are_compared(finished, root, tmp_path, capsys):
+    other = tmp_path / "other"
+    runs.call(root, other, "--train.max_steps", "3", "--optim.lr", "0.01", "--tracking.report", "false")
+    assert main(["report", str(finished), str(other), "--out", str(tmp_path / "both.html")]) == 0
+    html = (tmp_path / "both.html").read_text()
+    assert "Settings that differ" in html and "<td>optim.lr</td><td>0.05</td><td>0.01</td>" in html
+    assert "run: training" in html and "other: validation" in html
+
+
+def test_while_it_runs_and_without_the_data(finished, tmp_path, capsys):
+    """A run before its first checkpoint has a page, too; what can't be shown is said."""
+    run = tmp_path / "young"
+    run.mkdir()
+    shutil.copy(finished / "config.yaml", run)
+    assert main(["report", str(run)]) == 0
+    html = (run / "report" / "index.html").read_text()
+    assert "nothing recorded yet" in html and "Not shown: " in html and "Not started yet." in html
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])  # a row is being written
+    assert main(["report", str(run), "--data_root", str(tmp_path)]) == 0
+    assert "<polyline" in (run / "report" / "index.html").read_text()
+
+
+def test_a_report_that_fails_does_not_fail_the_run(root, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "report").write_text("a file in the way")
+    output = runs.call(root, run, "--tracking.report", "true", "--train.max_steps", "2")
+    said = [line for line in output.splitlines() if "no report" in line]
+    assert len(said) == 1 and "can't be written" in said[0] and "Traceback" not in output
+    assert (run / "finished").exists()
+
+
+def test_bad_options_are_one_line(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def browse(html: str, folder, width: int = 1280) -> tuple[str, str]:
+    """(console messages, what the page came to) in a headless browser with a fresh profile."""
+    page = folder / "page.html"
+    page.write_text(html)
+    quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet, "--disable-sync"]
+    command += [
+        f"--user-data-dir={folder / 'profile'}",
+        f"--window-size={width},900",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
+    done = subprocess.run(
+        [*command, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=180, check=True
+    )
+    return "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line), done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (scripts/install_test_tools.sh)")
+def test_a_browser_has_nothing_to_complain_about(html, tmp_path):
+    messages, dom = browse(html, tmp_path)
+    assert messages == ""
+    assert "Most confused" in dom or "Accuracy of each class" in dom
+    reaching_out = html.replace("</body>", '<img src="http://127.0.0.1:9/x.png"><script>1</script></body>')
+    messages, _ = browse(reaching_out, tmp_path)  # the page's own policy forbids what leaves it, and says so
+    assert "127.0.0.1:9/x.png" in messages and "script" in messages
+
+
+def test_ticks_are_round_and_inside():
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(0, 97) == pytest.approx([0, 20, 40, 60, 80])
+    assert ticks(0.013, 0.05) == pytest.approx([0.02, 0.03, 0.04, 0.05])
+
+
+def test_charts_leave_out_what_is_no_number_and_keep_the_mean():
+    xs, ys = thin(list(range(1000)), [1.0, 3.0] * 500)
+    assert len(xs) <= 200 and sum(ys) / len(ys) == pytest.approx(2.0)
+    assert thin([1, 2, 3], [1.0, float("nan"), float("inf")]) == ([1], [1.0])
+    assert "nothing recorded yet" in line_chart("t", [Series("a", [], [], 0)], "x", "y")
+    assert "&lt;b&gt;" in line_chart(
+        "<b>", [Series("<b>", [0, 1], [1, 2], 0), Series("c", [0, 1], [1, 2], 1)], "x", "y"
+    )
+
+
+def test_confusions_and_mistakes():
+    labels, guesses = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0, 2])
+    said = Predictions(np.arange(6), labels, guesses, np.array([0.9, 0.6, 0.8, 0.9, 0.7, 0.5]), 0, 6)
+    assert said.top1 == 50 and said.confusions(5) == [(0, 1, 2), (1, 0, 1)]
+    assert said.mistakes(2).tolist() == [2, 4]
+    share, count = said.by_class(3)
+    assert share.tolist() == pytest.approx([100 / 3, 50, 100]) and count.tolist() == [3, 2, 1]
+    assert spread(10, 3).tolist() == [0, 4, 9] and len(spread(10, None)) == 10
+
+
+def test_grad_cam_finds_the_spot():
+    """A network that answers 'class 1' for what is bright in one corner looks there."""
+
+    class Corner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 1, 1, bias=False), nn.Linear(1, 2, bias=False)
+            nn.init.constant_(self.conv.weight, 1.0)
+            self.head.weight = nn.Parameter(torch.tensor([[0.0], [1.0]]))
+
+        def forward(self, images):
+            return self.head(self.conv(images.permute(0, 3, 1, 2).float()).mean((2, 3)))
+
+    images = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    images[0, 6, 1] = 255
+    heat = grad_cam(Corner(), images, torch.tensor([1]))
+    assert heat.shape == (1, 8, 8) and np.unravel_index(heat[0].argmax(), (8, 8)) == (6, 1)
+    assert heat.sum() == pytest.approx(1.0)
