@@ -42,7 +42,8 @@ def fetch(
     stall_s: float = 30.0,
     give_up_s: float = 900.0,
 ) -> int:
-    """Download ImageNet from Kaggle into DEST, verified; killed at any moment, the same command goes on.
+    """Download ImageNet from Kaggle into DEST, verified; killed at any moment, the same command goes on. For CIFAR-10:
+    fetch cifar10 DEST.
 
     Args:
         dest: folder of the data set; needs room for the images and 5 % more.
@@ -250,6 +251,12 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["cifar10"]:
+        import importlib
+
+        return importlib.import_module("pipeline.cifar10").main(
+            argv[1:]
+        )  # it needs torchvision, which this room has not
     return run_command(
         fetch, "fetch", ["--from_file" + word[6:] if word.split("=")[0] == "--from" else word for word in argv]
     )

@@ -9,12 +9,13 @@ def recipes() -> None:
     """List the recipes that come with the package."""
     from pipeline.config import recipe_names, recipes_folder
 
+    width = max(map(len, recipe_names()))
     for name in recipe_names():
         about = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text()).get("about", {})
-        print(f"{name:20} {about.get('what', '')}")
+        print(f"{name:{width}} {about.get('what', '')}")
         for key in ("published", "measured"):
             if key in about:
-                print(f"{'':20} {key}: {about[key]}")
+                print(f"{'':{width}} {key}: {about[key]}")
 
 
 def main(argv: list[str]) -> int:
