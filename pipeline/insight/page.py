@@ -44,7 +44,8 @@ svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft);
 .shots img { width: 100%; display: block; border-radius: 4px; } .shots div { font-size: .8125rem; line-height: 1.35; }
 .shots.pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 3px; margin-bottom: .2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; }
+.wide { overflow-x: auto; overflow-wrap: normal; } .wide .n { white-space: nowrap; }
+ table { border-collapse: collapse; font-size: .875rem; }
 th { text-align: left; font-weight: 600; color: var(--soft); } th, td { padding: .2rem .9rem .2rem 0;
   border-bottom: 1px solid var(--rule); vertical-align: top; }
 .n { text-align: right; font-variant-numeric: tabular-nums; }
