@@ -39,7 +39,7 @@ def finished(root, tmp_path_factory):
     recipe.write_text(runs.TINY.read_text() + "\n")
     text = json.dumps({"what": HOSTILE, "source": "tests"})
     options = ["--about", text, "--tracking.report", "true", "--tracking.wandb", "offline"]
-    output = runs.call(
+    output = runs.train(
         root, run, *options, "--train.max_steps", "6", "--train.eval_every_epochs", "0.5", recipe=str(recipe)
     )
     assert f"report {run}/report/index.html" in output

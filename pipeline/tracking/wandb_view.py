@@ -118,10 +118,14 @@ class WandbView:
 
     def show(self, pictures: list[Path], step: int) -> None:
         """Send pictures (PNG files) with the last step's row."""
-        if self.run is not None and pictures:
+
+        def send() -> None:
             from wandb import Image
 
-            self._try(lambda: self.run.log({f"report/{path.stem}": Image(str(path)) for path in pictures}, step=step))
+            self.run.log({f"report/{path.stem}": Image(str(path)) for path in pictures}, step=step)
+
+        if self.run is not None and pictures:
+            self._try(send)
 
     def close(self, exit_code: int = 0) -> None:
         if self.run is not None:
