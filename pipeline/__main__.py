@@ -31,6 +31,7 @@ VERBS = {
     "preflight": ("pipeline.insight.preflight", "main", "would this job run? Asked before it is queued; needs no GPU"),
     "status": ("pipeline.insight.status", "main", "how a run stands, also while it runs"),
     "report": ("pipeline.insight.report", "main", "a run, or several, as one page with its curves and pictures"),
+    "chaos": ("pipeline.insight.chaos", "main", "kill a small training job at random moments: is anything lost?"),
     "recipes": ("pipeline.recipes", "main", "list the recipes that come with the package"),
     "fetch": (
         "pipeline.dataset.fetch",

@@ -153,6 +153,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    nonfinite: Literal["skip", "stop"] = free("skip")
+    """A loss or gradient that is NaN or infinite: leave that step's update out, on all ranks alike; or stop."""
+    max_skipped: int = free(5)
+    """Such steps in a row after which the run goes back to the last checkpoint before them."""
+    max_rollbacks: int = free(2)
+    """Times that a run goes back; at the next it stops."""
+    rollback_lr_factor: float = free(0.5)
+    """The learning rate is multiplied by this from the step on that the run went back to."""
+    rollback_reshuffle: bool = free(False)
+    """Draw the rest of that epoch in another order."""
+    spike_factor: float = free(2.0)
+    """A loss of so many times the median of the last 100 is marked in the ledger."""
+    compare_every_steps: int = free(1000)
+    """Compare the parameters of all ranks whenever this many steps are done, and before each checkpoint."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int | None = free(None)
     """Save whenever this many steps are done."""
@@ -194,6 +212,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -275,6 +294,12 @@ def _constraints(c: Config):
     yield positive("train.eval_every_epochs", c.train.eval_every_epochs)
     yield positive("train.max_steps", c.train.max_steps, optional=True)
     yield "train.seed", c.train.seed, 0 <= c.train.seed < 2**63, "give a whole number from 0 to 2^63 - 1"
+    yield positive("guard.max_skipped", c.guard.max_skipped)
+    yield at_least_zero("guard.max_rollbacks", c.guard.max_rollbacks)
+    factor = c.guard.rollback_lr_factor
+    yield "guard.rollback_lr_factor", factor, 0 < factor <= 1, "give a number above 0, at most 1"
+    yield "guard.spike_factor", c.guard.spike_factor, c.guard.spike_factor > 1, "give a number above 1"
+    yield positive("guard.compare_every_steps", c.guard.compare_every_steps)
     yield positive("checkpoint.every_steps", c.checkpoint.every_steps, optional=True)
     yield positive("checkpoint.every_minutes", c.checkpoint.every_minutes, optional=True)
     yield positive("checkpoint.keep", c.checkpoint.keep)

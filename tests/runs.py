@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +20,20 @@ TINY = Path(__file__).with_name("tiny.yaml")
 NOT_REPEATABLE = ("images_per_s", "data_wait")  # times; all else in a training row must be
 
 
-def command(root: Path, run_dir: Path, *options: str, processes: int = 1, recipe: str = str(TINY)) -> list[str]:
+def command(
+    root: Path,
+    run_dir: Path,
+    *options: str,
+    processes: int = 1,
+    recipe: str = str(TINY),
+    program: Sequence[str] = ("-m", "pipeline"),
+) -> list[str]:
     """A training command; on several processes under the real torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
         launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    train = ["-m", "pipeline", "train", "--config", recipe, "--data.root", str(root), "--run_dir", str(run_dir)]
+    train = [*program, "train", "--config", recipe, "--data.root", str(root), "--run_dir", str(run_dir)]
     return [*launcher, *train, *options]
 
 

@@ -130,7 +130,8 @@ def test_an_image_truncated_after_indexing_is_substituted(root, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_and_saves_nothing(root, tmp_path):
-    output = runs.call(root, tmp_path / "run", "--optim.lr", "1e18", "--checkpoint.every_steps", "1", expect=1)
+    options = ["--checkpoint.every_steps", "1", "--guard.nonfinite", "stop"]
+    output = runs.call(root, tmp_path / "run", "--optim.lr", "1e18", *options, expect=1)
     line = complaint(output)
     assert "the loss is" in line and "--optim.lr" in line
     assert json.loads((tmp_path / "run" / "failed").read_text())["exit_code"] == 1

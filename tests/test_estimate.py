@@ -168,7 +168,7 @@ def test_against_the_card(precision):
     device = torch.device("cuda")
     model = build_model(config.model, 1000)
     network = Normalised(model, config.data.mean, config.data.std, config.train.channels_last).to(device).train()
-    optimizer, loss_of = make_optimizer(model, config.optim, device), make_loss(config, model)
+    optimizer, loss_of = make_optimizer(model, config.optim), make_loss(config, model)
     images = torch.zeros(64, 224, 224, 3, dtype=torch.uint8, device=device)
     targets = torch.zeros(64, dtype=torch.int64, device=device)
     for _ in range(3):

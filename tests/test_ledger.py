@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from pipeline.tracking.ledger import Ledger, best_step, read_rows
+from pipeline.tracking.ledger import Ledger, best_step, last_steps, read_rows
 
 
 def write(path, steps, tail=b""):
@@ -21,8 +21,8 @@ def steps(path):
 def test_rows_after_the_resumed_step_are_taken_out_and_events_stay(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 11))
+    assert last_steps(path) == {"train": 10}
     ledger = Ledger(path, step=6)
-    assert ledger.last_steps == {"train": 10}
     for step in (7, 8):
         ledger.append({"kind": "train", "step": step, "loss": 0.5})
     ledger.close()

@@ -56,7 +56,7 @@ def test_weight_decay_goes_by_module_type():
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_optimizers_take_a_step(name):
     layer = nn.Linear(3, 1)
-    optimizer = make_optimizer(layer, OptimConfig(name=name, weight_decay=0, momentum=0), CPU)
+    optimizer = make_optimizer(layer, OptimConfig(name=name, weight_decay=0, momentum=0))
     for group in optimizer.param_groups:
         group["lr"] = 0.5
     before = layer.weight.detach().clone()

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _CROP, _FLIP, _SUBSTITUTE = (np.uint64(i) for i in range(1, 5))  # independent streams of one seed
+_ORDER, _CROP, _FLIP, _SUBSTITUTE, _AGAIN = (np.uint64(i) for i in range(1, 6))  # independent streams of one seed
 _TRIES = 10  # of RandomResizedCrop before it falls back to the middle, as in torchvision
 
 
@@ -131,12 +131,23 @@ class TrainPlan:
         self.widths, self.heights, self.seed = widths, heights, seed
         self.global_batch_size, self.area, self.ratio, self.flip = global_batch_size, area, ratio, flip
         self.samples = len(widths)
+        self.reshuffle([])
+
+    def reshuffle(self, steps: list[int]) -> None:
+        """From each of these steps on, draw the rest of that epoch in another order; each sample still comes once."""
+        self.reshuffled_from = list(steps)
         self.permutation = functools.lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """The order of all samples in one epoch, int64 [n] (reached as `permutation`, which keeps two)."""
         keys = hash_counter(self.seed, _ORDER, epoch, np.arange(self.samples))
-        return np.argsort(keys, kind="stable")
+        order = np.argsort(keys, kind="stable")
+        for number, step in enumerate(self.reshuffled_from):
+            place = step * self.global_batch_size - epoch * self.samples
+            if 0 <= place < self.samples:
+                rest = order[place:]
+                order[place:] = rest[np.argsort(hash_counter(self.seed, _AGAIN, number, rest), kind="stable")]
+        return order
 
     def epoch_end(self, epoch: int) -> int:
         """The number of steps after which `epoch` epochs (0: none) have been seen in full."""

@@ -27,6 +27,11 @@ def read_rows(path: Path) -> Iterator[dict]:
                 yield row
 
 
+def last_steps(path: Path) -> dict[str, int]:
+    """Kind of row ("train", "eval") -> its last step in a ledger."""
+    return {row["kind"]: row["step"] for row in read_rows(path) if row.get("kind") in ("train", "eval")}
+
+
 def best_step(evaluations: Iterable[dict]) -> int | None:
     """The step with the highest `val_top1` among "eval" rows, the earliest of equals; None without any."""
     best = max(evaluations, key=lambda row: (row["val_top1"], -row["step"]), default=None)
@@ -49,14 +54,21 @@ class Ledger:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        rows = list(read_rows(path))
-        #: kind -> the last step that the file held before this start
-        self.last_steps = {row["kind"]: row["step"] for row in rows if row.get("kind") in ("train", "eval")}
+        self.file = None
+        self.rewind(step)
+
+    def rewind(self, step: int, *events: dict) -> None:
+        """Take out the rows of steps after `step`, and add `events`: both or neither, and on the disk."""
+        rows = list(read_rows(self.path))
         keep = [row for row in rows if row.get("kind") == "event" or row.get("step", 0) <= step]
         self.evaluations = [row for row in keep if row.get("kind") == "eval"]
-        if len(keep) < len(rows) or self._torn():
-            self._rewrite(keep)
-        self.file = path.open("ab")
+        #: of the training rows in the file now
+        self.losses = [row.get("loss") for row in keep if row.get("kind") == "train"]
+        if len(keep) < len(rows) or events or self._torn():
+            self._rewrite([*keep, *events])
+        if self.file is not None:
+            self.file.close()
+        self.file = self.path.open("ab")
 
     def _torn(self) -> bool:
         if not self.path.exists() or not self.path.stat().st_size:

@@ -1,7 +1,7 @@
 """W&B as a view of the ledger: one run over all restarts, each step once, and never an obstacle to training.
 
 A restart repeats steps that W&B has already got. The highest steps that the ledger ever held are kept in
-`wandb/sent.json`, and rows up to them are not sent again.
+`wandb/sent.json`, written before the ledger forgets them, and rows up to them are not sent again.
 """
 
 import json
@@ -23,7 +23,7 @@ class WandbView:
         config: mode, project, entity, name.
         run_dir: the run folder; W&B's own files go to its `wandb/`.
         settings: the resolved configuration, shown with the run.
-        last_steps: kind of row -> its last step in the ledger before this start.
+        last_steps: kind of row -> its last step in the ledger, before that is cut back to the step to start from.
         say: prints one line to the user.
     """
 
@@ -114,6 +114,7 @@ class WandbView:
         """Send the numbers of a ledger row, unless a run before this start has sent its step."""
         if self.run is None or row["step"] <= self.sent[row["kind"]]:
             return
+        self.sent[row["kind"]] = row["step"]  # a run that goes back repeats steps too
         self._try(self.run.log, {k: v for k, v in row.items() if k not in ("kind", "step")}, step=row["step"])
 
     def show(self, pictures: list[Path], step: int) -> None:
@@ -126,6 +127,11 @@ class WandbView:
 
         if self.run is not None and pictures:
             self._try(send)
+
+    def expect_rewind(self, last_steps: dict[str, int]) -> None:
+        """The run is about to go back; `last_steps`: as for a start."""
+        if self.run is not None:
+            self.sent = self._high_water(self.folder / "sent.json", last_steps)
 
     def close(self, exit_code: int = 0) -> None:
         if self.run is not None:

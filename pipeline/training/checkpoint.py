@@ -169,11 +169,15 @@ def load_state(path: Path, names: Iterable[str] = ("model", "optimizer")) -> dic
     return state
 
 
-def find_newest_good(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest checkpoint in `folder` that verifies, with its meta; each damaged one is named by `warn`."""
+def find_newest_good(
+    folder: Path, warn: Callable[[str], None], accept: Callable[[dict], bool] = lambda meta: True
+) -> tuple[Path, dict] | None:
+    """The newest checkpoint in `folder` that verifies and whose meta is accepted, with its meta; each damaged one is
+    named by `warn`."""
     for _, path in list_checkpoints(folder):
         try:
-            return path, verify_checkpoint(path)
+            if accept(read_meta(path)):
+                return path, verify_checkpoint(path)
         except DamagedCheckpoint as error:
             warn(f"{error}; using the one before it")
     return None
@@ -252,9 +256,19 @@ class CheckpointWriter:
         safe = self.protected()
         for step, path in list_checkpoints(self.folder)[self.keep :]:
             if step not in safe:
-                doomed = path.with_name(f".{path.name}.old.tmp")
-                path.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                self._remove(path)
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: the run went back."""
+        for later, path in list_checkpoints(self.folder):
+            if later > step:
+                self._remove(path)
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        doomed = path.with_name(f".{path.name}.old.tmp")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def wait(self) -> bool:
         """Wait until the last snapshot is on the disk. False, and a warning, if it could not be written."""

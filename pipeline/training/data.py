@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.config import DataConfig
 from pipeline.dataset.index import Index, index_folder, open_index
 from pipeline.dataset.scan import build_index
@@ -27,6 +29,19 @@ def open_data(data: DataConfig, world: World, say: Callable[[str], None]) -> Ind
         return build_index(root, folder).folder
 
     return _open_here(world.on_main(build), world)
+
+
+def check_labels(index: Index, classes: int) -> None:
+    """Raises UserError that names the first file whose label is none of 0..classes-1."""
+    for split in index.splits.values():
+        labels = split.records["label"]
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        if len(wrong):
+            sample = int(wrong[0])
+            raise UserError(
+                f"{split.name(sample)} has label {int(labels[sample])}, the model has classes 0 to {classes - 1} "
+                f"({len(wrong):,} such samples); build the index anew: pipeline index ROOT"
+            )
 
 
 def _open_here(folder: Path, world: World) -> Index:

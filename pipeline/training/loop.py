@@ -19,8 +19,9 @@ from pipeline.loader.build import choose_loader, make_eval_stream, make_train_pl
 from pipeline.model.build import build_model, count_parameters
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
-from pipeline.tracking.ledger import Ledger, best_step, read_rows
+from pipeline.tracking.ledger import Ledger, best_step, last_steps, read_rows
 from pipeline.tracking.wandb_view import WandbView
+from pipeline.training.agreement import compare_parameters
 from pipeline.training.checkpoint import (
     CheckpointWriter,
     DamagedCheckpoint,
@@ -31,11 +32,11 @@ from pipeline.training.checkpoint import (
     to_cpu,
     verify_checkpoint,
 )
-from pipeline.training.data import open_data
+from pipeline.training.data import check_labels, open_data
 from pipeline.training.distributed import Clock, World, seed_step
 from pipeline.training.evaluate import evaluate
 from pipeline.training.final_report import write_report
-from pipeline.training.guard import check_finite
+from pipeline.training.guard import Guard, Rollback, Spikes
 from pipeline.training.preemption import StopRequest, interrupted_exit_code
 from pipeline.training.report import Reports, StepReport, Wish
 from pipeline.training.run import RunFolder, open_run_folder, slurm_facts
@@ -67,17 +68,14 @@ class Trainer:
             self.plan.samples / config.train.global_batch_size,
         )
         self.last_step = min(self.schedule.total_steps, config.train.max_steps or self.schedule.total_steps)
-        torch.manual_seed(config.train.seed)
-        classes = config.model.num_classes or self.index.num_classes
-        if classes < self.index.num_classes:
+        self.classes = config.model.num_classes or self.index.num_classes
+        if self.classes < self.index.num_classes:
             raise UserError(
-                f"--model.num_classes {classes}: the data set has {self.index.num_classes} classes; give at least that"
+                f"--model.num_classes {self.classes}: the data set has {self.index.num_classes} classes; "
+                "give at least that"
             )
-        self.found = world.on_main(self.find_checkpoint)
-        self.model = build_model(config.model, classes)
-        if self.found is None:
-            world.on_main(lambda: start_from(self.model, config.model))  # TrainStep gives it to the other ranks
-        self.train_step = TrainStep(self.model, config, world)
+        check_labels(self.index, self.classes)
+        self.guard = Guard(config.guard, config.train.precision)
         self.reports = Reports(world)
         self.blacklist: dict[int, int] = {}  # unreadable sample -> the step that met it
         self.step = 0  # steps done
@@ -85,14 +83,16 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until somebody asks to stop. Returns the exit code."""
-        self.restore()
+        self.restore(self.world.on_main(self.find_start))
         if self.world.on_main(self.was_finished):
             return EXIT_OK
         self.open_tracking()
         self.train_step.warm_up()
         try:
             while not self.asked_to_stop:
-                if self.evaluates_at(self.step) and not self.is_evaluated():
+                if self.guard.tripped is not None:
+                    self.roll_back()
+                elif self.evaluates_at(self.step) and not self.is_evaluated():
                     self.evaluate()
                 elif self.step == self.last_step:
                     return self.finished()
@@ -109,7 +109,7 @@ class Trainer:
         return next((step for step in range(self.step + 1, pause) if self.evaluates_at(step)), pause)
 
     def train_until(self, pause: int) -> None:
-        """Train the steps up to `pause`, or until all ranks agree to stop.
+        """Train the steps up to `pause`, or until all ranks agree to stop or to go back.
 
         Samples found unreadable are avoided from the next epoch on, by all ranks alike; until then each is met at most
         once.
@@ -118,19 +118,25 @@ class Trainer:
         skip = frozenset(sample for sample, step in self.blacklist.items() if step < epoch_start)
         batches = self.train_stream.batches(self.step, pause, skip)
         clock = Clock()
-        while self.step < pause and not self.asked_to_stop:
+        while self.step < pause and not self.asked_to_stop and self.guard.tripped is None:
             batch = next(batches)
             waited = clock.peek()
             seed_step(self.config.train.seed, self.step, self.world.rank)
-            loss, hits, norm = self.train_step(batch, self.schedule.lr(self.step))
-            self.reports.push(self.step, loss, hits, norm, batch.ids, self.wish(), waited, clock.lap())
+            numbers = self.train_step(batch, self.lr(self.step))
+            self.reports.push(self.step, numbers, batch.ids, self.wish(), waited, clock.lap())
             self.step += 1
             self.take_in(self.reports.due())
+            if self.step % self.config.guard.compare_every_steps == 0:
+                compare_parameters(self.model, self.world, self.step)
             if self.saves_at(self.step):
                 self.save()
                 clock.lap()
         batches.close()
         self.take_in(self.reports.due(everything=True))
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step, lowered wherever the run went back."""
+        return self.schedule.lr(step) * self.guard.lr_factor(step)
 
     def wish(self) -> Wish:
         """What this rank asks of all, with its report of this step."""
@@ -142,9 +148,8 @@ class Trainer:
         return Wish.NONE
 
     def take_in(self, reports: list[StepReport]) -> None:
-        """Take in what all ranks said of these steps: wishes, unreadable samples, the ledger's rows."""
+        """Take in what all ranks said of these steps: wishes, unreadable samples, bad numbers, the ledger's rows."""
         for report in reports:
-            check_finite(report.step, report.loss, report.grad_norm, self.config.train.precision)
             planned, _ = self.plan.positions(report.step, 0, self.plan.global_batch_size)
             ids = report.ids.numpy()
             for sample in planned[planned != ids].tolist():
@@ -157,6 +162,9 @@ class Trainer:
             self.asked_to_save |= report.wish == Wish.SAVE
             if self.world.is_main:
                 self.record(report, ids)
+            warning = self.guard.note(report)
+            if warning:
+                self.console.say(f"warning: {warning}")
 
     def record(self, report: StepReport, ids: np.ndarray) -> None:
         """The ledger's row of a step: row s says that s steps are done."""
@@ -167,12 +175,19 @@ class Trainer:
             "epoch": done * self.plan.global_batch_size / self.plan.samples,
             "loss": report.loss,
             "top1": report.top1,
-            "lr": self.schedule.lr(report.step),
+            "lr": self.lr(report.step),
             "images_per_s": self.plan.global_batch_size / report.step_s,
             "data_wait": min(1.0, report.wait_s / report.step_s),
             "grad_norm": report.grad_norm,
             "batch_digest": self.plan.digest(report.step, ids),
         }
+        if self.config.train.precision == "fp16":
+            row["loss_scale"] = report.scale
+        if not math.isfinite(report.grad_norm):
+            row["skipped"] = True
+        if self.spikes.note(report.loss):
+            row["spike"] = True
+            self.console.say(f"warning: step {done}: the loss jumped to {report.loss:.3f}")
         self.log(row)
         self.console.step(row)
 
@@ -219,11 +234,13 @@ class Trainer:
         settings = self.config.checkpoint
         at_epoch_end = settings.every_epoch and step == self.plan.epoch_end(self.plan.epochs_done(step))
         at_multiple = settings.every_steps is not None and step % settings.every_steps == 0
-        return step != self.saved_step and (at_epoch_end or at_multiple or self.asked_to_save or step == self.last_step)
+        due = at_epoch_end or at_multiple or self.asked_to_save or step == self.last_step
+        return due and step != self.saved_step and self.guard.bad_since is None
 
     def save(self) -> None:
         """Snapshot this step; rank 0 writes it behind the training. The ledger reaches the disk before it does."""
         self.take_in(self.reports.due(everything=True))
+        compare_parameters(self.model, self.world, self.step)
         self.saved_step, self.saved_at, self.asked_to_save = self.step, time.monotonic(), False
         if not self.world.is_main:
             return
@@ -234,17 +251,25 @@ class Trainer:
             "blacklist": [list(item) for item in sorted(self.blacklist.items())],
             "world_size": self.world.size,
             "torch": torch.__version__,
+            **self.guard.state(),
         }
         self.writer.save(Snapshot(self.step, to_cpu(self.train_step.state_dict()), meta))
 
-    def restore(self) -> None:
-        """Go to the newest good checkpoint, or the one that --resume names, or the beginning."""
-        self.resumed_from = None
-        if self.found is not None:
-            self.resumed_from, meta = self.found
+    def restore(self, start: tuple[Path | None, dict, list[Rollback]]) -> None:
+        """Go to a checkpoint, or the beginning: as `find_start` says."""
+        self.resumed_from, meta, self.guard.rollbacks = start
+        self.plan.reshuffle(self.guard.reshuffled_from())
+        torch.manual_seed(self.config.train.seed)
+        self.train_step = None  # its memory is needed again
+        self.model = build_model(self.config.model, self.classes)
+        if self.resumed_from is None:
+            self.world.on_main(lambda: start_from(self.model, self.config.model))  # TrainStep gives it to all ranks
+        self.train_step = TrainStep(self.model, self.config, self.world)
+        if self.resumed_from is not None:
             self.train_step.load_state_dict(load_state(self.resumed_from))
-            self.blacklist = dict(map(tuple, meta["blacklist"]))
-            self.step = meta["step"]
+        self.blacklist = dict(map(tuple, meta.get("blacklist", [])))
+        self.guard.bad_since = meta.get("bad_since")
+        self.step = meta.get("step", 0)
         if self.step > self.last_step:
             raise UserError(
                 f"{self.resumed_from} is at step {self.step}, past the end at {self.last_step}; "
@@ -252,19 +277,55 @@ class Trainer:
             )
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
-    def find_checkpoint(self) -> tuple[Path, dict] | None:
-        """The verified checkpoint to start from, with its meta; None: the beginning. Rank 0 only."""
+    def find_start(self) -> tuple[Path | None, dict, list[Rollback]]:
+        """The verified checkpoint to start from (None: the beginning), its meta, and where the run went back so far.
+        Rank 0 only."""
+        self.guard.take_up(read_rows(self.folder.ledger))
         if self.config.resume in ("auto", "never"):
-            found = find_newest_good(self.folder.checkpoints, lambda text: self.console.say(f"warning: {text}"))
+            found = find_newest_good(self.folder.checkpoints, self.warn, self.guard.belongs)
         else:
             path = Path(self.config.resume).expanduser()
             try:
                 found = path, verify_checkpoint(path)
             except DamagedCheckpoint as error:
                 raise UserError(f"--resume {path}: {error}; give another checkpoint folder, or 'auto'") from error
-        if found is not None:
-            check_fingerprints(*found, identity(self.config), self.index.fingerprint)
-        return found
+        if found is None:
+            return None, {}, self.guard.rollbacks
+        check_fingerprints(*found, identity(self.config), self.index.fingerprint)
+        return *found, self.guard.rollbacks or [Rollback(*item) for item in found[1].get("rollbacks", [])]
+
+    def roll_back(self) -> None:
+        """Too many bad steps in a row: go back to the last checkpoint before them, and on from there another way."""
+        self.restore(self.world.on_main(self.go_back))
+        self.train_step.warm_up()
+
+    def go_back(self) -> tuple[Path | None, dict, list[Rollback]]:
+        """Enter into the ledger that the run goes back, and where to, before it does. Rank 0 only."""
+        self.writer.wait()
+        found = None
+        if self.guard.failed_again():
+            found = self.find_checkpoint_until(self.guard.rollbacks[-1].to - 1)
+        found = found or self.find_checkpoint_until(self.guard.tripped)
+        path, meta = found or (None, {})
+        made = self.guard.go_back(self.step, meta.get("step", 0))
+        self.wandb.expect_rewind(last_steps(self.folder.ledger))
+        self.ledger.rewind(made.to, self.event_row("rolled_back", **dataclasses.asdict(made)))
+        self.writer.remove_after(made.to)
+        self.spikes = Spikes(self.config.guard.spike_factor, self.ledger.losses)
+        way = f"{self.lr(made.to):.4g} as learning rate" + (", in another order" if made.reshuffle else "")
+        self.warn(f"going back from step {made.at} to {path or 'the beginning'}, with {way}")
+        return path, meta, self.guard.rollbacks
+
+    def find_checkpoint_until(self, step: int) -> tuple[Path, dict] | None:
+        """The newest good checkpoint of this history, of `step` at most. Rank 0 only."""
+        return find_newest_good(
+            self.folder.checkpoints,
+            self.warn,
+            lambda meta: meta["step"] <= step and self.guard.belongs(meta),
+        )
+
+    def warn(self, text: str) -> None:
+        self.console.say(f"warning: {text}")
 
     # --- beginning and end
 
@@ -278,15 +339,16 @@ class Trainer:
         if not world.is_main:
             return
         say = self.console.say
+        settings = identity(self.config) | {"world_size": world.size}
+        self.wandb = WandbView(self.config.tracking, self.folder.path, settings, last_steps(self.folder.ledger), say)
         self.ledger = Ledger(self.folder.ledger, self.step)
+        self.spikes = Spikes(self.config.guard.spike_factor, self.ledger.losses)
         self.writer = CheckpointWriter(
             self.folder.checkpoints,
             self.config.checkpoint.keep,
             protected=lambda: {best_step(self.ledger.evaluations)},
-            warn=lambda text: say(f"warning: {text}"),
+            warn=self.warn,
         )
-        settings = identity(self.config) | {"world_size": world.size}
-        self.wandb = WandbView(self.config.tracking, self.folder.path, settings, self.ledger.last_steps, say)
         name = "started" if self.resumed_from is None else "resumed"
         facts = {"last_step": self.last_step, "hardware": world.hardware, "torch": torch.__version__}
         self.event(name, world_size=world.size, **facts)
@@ -303,9 +365,12 @@ class Trainer:
         self.console.start(self.step, self.last_step)
 
     def event(self, name: str, **facts) -> None:
-        """A row of the ledger that tells what happened to the run. Rank 0 only."""
+        """Enter into the ledger what happened to the run. Rank 0 only."""
+        self.ledger.append(self.event_row(name, **facts))
+
+    def event_row(self, name: str, **facts) -> dict:
         here = {"time": time.time(), "host": socket.gethostname(), **slurm_facts()}
-        self.ledger.append({"kind": "event", "event": name, "step": self.step, **here, **facts})
+        return {"kind": "event", "event": name, "step": self.step, **here, **facts}
 
     def was_finished(self) -> bool:
         """Was there nothing left to do? Then say so. Rank 0 only."""

@@ -35,12 +35,15 @@ def parameter_groups(model: nn.Module, config: OptimConfig, heads: tuple[str, ..
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(
-    model: nn.Module, config: OptimConfig, device: torch.device, heads: tuple[str, ...] = ()
-) -> torch.optim.Optimizer:
-    """The configured optimizer; its learning rate is set anew at every step by the schedule."""
+def make_optimizer(model: nn.Module, config: OptimConfig, heads: tuple[str, ...] = ()) -> torch.optim.Optimizer:
+    """The configured optimizer; its learning rate is set anew at every step by the schedule.
+
+    Fused, since only then an update can be left out on the device's own judgement (`TrainStep`).
+    """
     groups = parameter_groups(model, config, heads)
-    fused = device.type == "cuda"
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    for parameter in (p for group in groups for p in group["params"] if config.momentum):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)  # a first step may be left out
+    return optimizer

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from pipeline.training.distributed import World
 
-_LOSS, _HITS, _NORM, _WISH, _WAIT, _TIME, _HEAD = range(7)
+_LOSS, _HITS, _NORM, _SCALE, _WISH, _WAIT, _TIME, _HEAD = range(8)
 
 
 class Wish(IntEnum):
@@ -27,13 +27,14 @@ class Wish(IntEnum):
 @dataclass(frozen=True)
 class StepReport:
     """One step over all ranks. loss: mean over the global batch. top1: percent of its images. grad_norm: of the mean
-    gradient. wish: the greatest of all ranks. wait_s, step_s: seconds, of the rank that waited longest and of rank 0.
-    ids: int64 [global_batch_size]."""
+    gradient. scale: of fp16's loss, else 1. wish: the greatest of all ranks. wait_s, step_s: seconds, of the rank that
+    waited longest and of rank 0. ids: int64 [global_batch_size]."""
 
     step: int
     loss: float
     top1: float
     grad_norm: float
+    scale: float
     wish: Wish
     wait_s: float
     step_s: float
@@ -51,21 +52,19 @@ class Reports:
     def push(
         self,
         step: int,
-        loss: torch.Tensor,
-        hits: torch.Tensor,
-        norm: torch.Tensor,
+        numbers: torch.Tensor,
         ids: torch.Tensor,
         wish: Wish,
         wait_s: float,
         step_s: float,
     ) -> None:
-        """Send this rank's report. loss, hits, norm: scalars on the device; ids: int64 [local batch] on the device."""
-        host = torch.tensor([0.0, 0.0, 0.0, float(wish), wait_s, step_s], dtype=torch.float64)
+        """Send this rank's report. numbers: [4] as `TrainStep` gives them; ids: int64 [local batch]; on the device."""
+        host = torch.tensor([0.0, 0.0, 0.0, 0.0, float(wish), wait_s, step_s], dtype=torch.float64)
         if self.world.device.type == "cuda":
             host = host.pin_memory()
         mine = torch.empty(_HEAD + len(ids), dtype=torch.float64, device=self.world.device)
         mine[:_HEAD].copy_(host, non_blocking=True)
-        mine[_LOSS], mine[_HITS], mine[_NORM] = loss, hits, norm
+        mine[: len(numbers)] = numbers
         mine[_HEAD:] = ids  # exact: ids are far below 2^53
         everyone = torch.empty(self.world.size * len(mine), dtype=torch.float64, device=self.world.device)
         dist.all_gather_into_tensor(everyone, mine)
@@ -93,6 +92,7 @@ class Reports:
             loss=table[:, _LOSS].mean().item(),
             top1=100 * table[:, _HITS].sum().item() / table[:, _HEAD:].numel(),
             grad_norm=table[0, _NORM].item(),
+            scale=table[0, _SCALE].item(),
             wish=Wish(int(table[:, _WISH].max())),
             wait_s=table[:, _WAIT].max().item(),
             step_s=table[0, _TIME].item(),

@@ -52,19 +52,23 @@ class TrainStep:
             static_graph=True,
         )
         self.forward = torch.compile(self.ddp) if config.train.compile else self.ddp
+        kinds = {buffer.dtype for buffer in self.model.buffers()}
+        self.buffers = [[b for b in self.model.buffers() if b.dtype == kind] for kind in sorted(kinds, key=str)]
         self.loss = make_loss(config, self.model)
         heads = find_heads(config.model.name) if config.optim.body_lr != 1 else ()
-        self.optimizer = make_optimizer(self.model, config.optim, self.device, heads)
+        self.optimizer = make_optimizer(self.model, config.optim, heads)
         self.held = frozen_norms(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
 
-    def __call__(self, batch: Batch, lr: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Train on a local batch. Returns the mean loss over it, how many first guesses were right, and the norm of the
-        averaged gradient, all on the device and not yet read: nothing here waits for it."""
+    def __call__(self, batch: Batch, lr: float) -> torch.Tensor:
+        """Train on a local batch. Returns float32 [4]: the mean loss over it, how many first guesses were right, the
+        norm of the averaged gradient, and fp16's loss scale (else 1), on the device and not yet read: nothing here
+        waits for it."""
         self.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self.optimizer.zero_grad(set_to_none=True)
+        before = self._flat_buffers()
         total, hits = torch.zeros((2,), device=self.device)
         pieces = list(zip(batch.images.split(self.micro), batch.targets.split(self.micro), strict=True))
         for number, (images, targets) in enumerate(pieces, 1):
@@ -80,9 +84,24 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        self.scaler.step(self.optimizer)
+        self._update(norm, before)
+        return torch.stack([total, hits, norm, self.scaler.scale(torch.ones_like(norm))])
+
+    def _update(self, norm: torch.Tensor, before: list[torch.Tensor]) -> None:
+        """Change the weights, unless the gradient's norm is NaN or infinite: then they, the optimizer's state and
+        BatchNorm's statistics stay as they were. Judged on the device, so nobody waits; alike on all ranks, as all have
+        the same averaged gradient."""
+        good = norm.isfinite()
+        self.optimizer.found_inf = good.logical_not().float()  # fused optimizers look at it on the device
+        self.optimizer.step()
         self.scaler.update()
-        return total, hits, norm
+        for buffers, flat, kept in zip(self.buffers, self._flat_buffers(), before, strict=True):
+            mended = torch.where(good, flat, kept).split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(mended, buffers, strict=True)])
+
+    def _flat_buffers(self) -> list[torch.Tensor]:
+        """A copy of BatchNorm's statistics, one vector for each type."""
+        return [torch.cat([buffer.reshape(-1) for buffer in buffers]) for buffers in self.buffers]
 
     def train(self) -> None:
         """Training mode; frozen normalisation layers keep their statistics."""

@@ -1,0 +1,49 @@
+"""`pipeline train` with a fault in one rank: `python -m tests.inject FAULT RANK STEP train --config ...`.
+
+Everything else is the real thing; only the fault is made.
+"""
+
+import os
+import sys
+
+import torch
+
+from pipeline.__main__ import main
+from pipeline.training.step import TrainStep
+
+
+def spoil_gradient(train_step: TrainStep) -> None:
+    """The next backward gives one gradient of this rank a NaN, before the ranks average theirs."""
+    parameter = next(train_step.model.parameters())
+
+    def spoil(gradient):
+        handle.remove()
+        return gradient * torch.nan
+
+    handle = parameter.register_hook(spoil)
+
+
+def flip_bit(train_step: TrainStep) -> None:
+    """One bit of one weight turns over, as in a faulty memory."""
+    weight = dict(train_step.model.named_parameters())["layer1.0.conv1.weight"]
+    weight.data[0, 0, 0, :1].view(torch.int32).bitwise_xor_(1 << 20)
+
+
+FAULTS = {"nan": spoil_gradient, "flip": flip_bit, "die": lambda _: os._exit(9)}
+
+
+def inject(fault: str, rank: int, step: int) -> None:
+    """Let the fault happen before the training step `step` (from 0) of a start, on one rank."""
+    real, steps = TrainStep.__call__, iter(range(10**9))
+
+    def call(self, batch, lr):
+        if next(steps) == step and int(os.environ.get("RANK", 0)) == rank:
+            FAULTS[fault](self)
+        return real(self, batch, lr)
+
+    TrainStep.__call__ = call
+
+
+if __name__ == "__main__":
+    inject(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    sys.exit(main(sys.argv[4:]))

@@ -1,0 +1,184 @@
+"""Numbers that are none: left out on all ranks, then the run goes back, then it stops; and resuming repeats it all."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import runs
+import torch
+
+from pipeline.config import GuardConfig
+from pipeline.dataset.index import open_index
+from pipeline.dataset.scan import build_index
+from pipeline.errors import BrokenError, UserError
+from pipeline.loader.plan import TrainPlan
+from pipeline.tracking.ledger import Ledger
+from pipeline.training.data import check_labels
+from pipeline.training.guard import Guard, Rollback, Spikes
+from pipeline.training.report import StepReport, Wish
+
+TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
+#: the first update throws the weights far out, and from the second on no loss is a number: going back heals it
+EXPLODING = [*TINY, "--optim.lr", "1e30", "--schedule.warmup_epochs", "0", "--guard.rollback_lr_factor", "1e-32"]
+
+
+@pytest.fixture(scope="module")
+def root(synthetic_root):
+    build_index(synthetic_root)
+    return synthetic_root
+
+
+def report(step, loss=1.0, norm=1.0, scale=1.0):
+    return StepReport(step, loss, 0.0, norm, scale, Wish.NONE, 0.0, 1.0, torch.zeros(1, dtype=torch.int64))
+
+
+def events(run, name):
+    return [row for row in runs.rows(run, "event") if row["event"] == name]
+
+
+@pytest.fixture(scope="module")
+def healed(root, tmp_path_factory):
+    """A run that went back once, and on to step 12."""
+    run = tmp_path_factory.mktemp("healed") / "run"
+    output = runs.call(root, run, *EXPLODING, "--train.max_steps", "12", "--guard.max_skipped", "4")
+    return run, output
+
+
+def test_goes_back_after_bad_steps_in_a_row_and_heals(healed):
+    run, output = healed
+    (event,) = events(run, "rolled_back")
+    assert event["to"] == 0 and event["lr_factor"] == 1e-32
+    assert "left out" in output and "going back from step" in output and "to the beginning" in output
+    rows = runs.rows(run, "train")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(isinstance(row["loss"], float) and "skipped" not in row for row in rows)
+    assert rows[0]["lr"] == pytest.approx(0.01)
+    assert json.loads((run / "finished").read_text())["step"] == 12
+
+
+@pytest.mark.parametrize("cut", [3, 7])
+def test_resuming_repeats_the_way_back(root, healed, tmp_path, cut):
+    """Stopped among the bad steps (3), or after the run went back (7): the same rows, the same bits."""
+    run, options = tmp_path / "run", [*EXPLODING, "--guard.max_skipped", "4"]
+    runs.call(root, run, *options, "--train.max_steps", str(cut))
+    assert len(events(run, "rolled_back")) == (cut > 5)
+    runs.call(root, run, *options, "--train.max_steps", "12")
+    assert runs.repeatable(run) == runs.repeatable(healed[0])
+    runs.assert_same_state(runs.checkpoint_at(run, 12), runs.checkpoint_at(healed[0], 12))
+
+
+def test_a_checkpoint_of_the_way_given_up_is_not_taken(root, healed, tmp_path):
+    """Killed between the ledger's entry and the removal of later checkpoints."""
+    run = tmp_path / "run"
+    options = [*EXPLODING, "--guard.max_skipped", "4"]
+    runs.call(root, run, *options, "--train.max_steps", "3")
+    given_up = runs.checkpoint_at(run, 3)
+    assert given_up.exists()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(events(healed[0], "rolled_back")[0]) + "\n")
+    runs.call(root, run, *options, "--train.max_steps", "12")
+    assert runs.repeatable(run) == runs.repeatable(healed[0])
+
+
+def test_stops_when_going_back_does_not_help(root, tmp_path):
+    run = tmp_path / "run"
+    options = [*EXPLODING[:-2], "--guard.max_rollbacks", "1", "--guard.max_skipped", "3"]
+    output = runs.call(root, run, *options, expect=1)
+    lines = [line for line in output.splitlines() if line.startswith("pipeline train: ")]
+    assert len(lines) == 1 and "after going back 1 times" in lines[0] and "--optim.lr" in lines[0]
+    assert json.loads((run / "failed").read_text())["exit_code"] == 1 and not (run / "interrupted").exists()
+
+
+@pytest.mark.slow
+def test_nan_in_one_ranks_gradient_is_left_out_by_all(root, tmp_path):
+    """The skipped step leaves weights, momentum and BatchNorm as they were on both ranks; the run goes on."""
+    run = tmp_path / "run"
+    options = ["--train.max_steps", "5", "--checkpoint.every_steps", "1", "--checkpoint.keep", "9"]
+    options += ["--guard.compare_every_steps", "1"]
+    runs.train(root, run, *TINY, *options, processes=2, program=["-m", "tests.inject", "nan", "1", "2"])
+    rows = runs.rows(run, "train")
+    assert [row.get("skipped", False) for row in rows] == [False, False, True, False, False]
+    assert rows[2]["grad_norm"] == "nan" and math.isfinite(rows[2]["loss"])
+    assert not runs.checkpoint_at(run, 3).exists()  # not saved among bad steps
+    final = torch.load(runs.checkpoint_at(run, 5) / "model.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in final.values())
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_is_found_and_named(root, tmp_path):
+    run = tmp_path / "run"
+    options = ["--train.max_steps", "9", "--guard.compare_every_steps", "4", "--checkpoint.every_steps", "1"]
+    output = runs.train(root, run, *options, processes=2, program=["-m", "tests.inject", "flip", "1", "2"], expect=1)
+    assert "ranks 0 and 1 differ in " in output and "weight" in output
+    assert [step for step, _ in runs.list_checkpoints(run / "checkpoints")] == [2, 1]
+
+
+def test_fp16_may_look_for_its_scale_but_not_for_ever():
+    guard = Guard(GuardConfig(max_skipped=2), "fp16")
+    for step in range(10):
+        assert guard.note(report(step, norm=math.inf, scale=2.0 ** (10 - step))) is None
+    assert "loss scale 0.5" in guard.note(report(10, norm=math.inf, scale=0.5))
+    guard.note(report(11, norm=math.inf, scale=0.25))
+    assert guard.tripped == 10
+
+
+def test_stop_means_stop():
+    with pytest.raises(BrokenError, match=r"step 8: the loss is nan.*--optim.lr"):
+        Guard(GuardConfig(nonfinite="stop"), "bf16").note(report(7, loss=math.nan))
+
+
+def test_a_good_step_ends_the_row():
+    guard = Guard(GuardConfig(max_skipped=3), "bf16")
+    for step, loss in enumerate([math.nan, math.nan, 1.0, math.nan, math.nan, 1.0]):
+        guard.note(report(step, loss=loss))
+    assert guard.tripped is None
+
+
+def test_history_decides_rate_and_checkpoints():
+    guard = Guard(GuardConfig(rollback_lr_factor=0.5, rollback_reshuffle=True), "bf16")
+    guard.go_back(30, 20)
+    guard.go_back(90, 80)
+    assert [guard.lr_factor(step) for step in (19, 20, 79, 80)] == [1, 0.5, 0.5, 0.25]
+    assert guard.reshuffled_from() == [20, 80]
+    first = [30, 20, 0.5, True]
+    assert guard.belongs({"step": 20}) and not guard.belongs({"step": 25})
+    assert guard.belongs({"step": 80, "rollbacks": [first]}) and not guard.belongs({"step": 81, "rollbacks": [first]})
+    assert guard.rollbacks[0] == Rollback(*first)
+
+
+def test_another_order_still_shows_every_sample_once_an_epoch():
+    sizes = np.full(100, 64)
+    plan, other = (TrainPlan(sizes, sizes, 8, seed=1) for _ in range(2))
+    other.reshuffle([5, 17])  # 40 into epoch 0, 36 into epoch 1
+    for epoch, place in ((0, 40), (1, 36)):
+        before, after = plan.permutation(epoch), other.permutation(epoch)
+        assert (before[:place] == after[:place]).all() and (before[place:] != after[place:]).any()
+        assert sorted(after) == list(range(100))
+    assert (plan.permutation(2) == other.permutation(2)).all()
+
+
+def test_spikes_are_those_far_above_the_median():
+    spikes = Spikes(2.0, [5.0] * 19)
+    assert not spikes.note(20.0)  # too few to judge by
+    assert not spikes.note(9.9) and spikes.note(10.1) and not spikes.note(math.nan)
+
+
+def test_spikes_are_judged_by_the_ledger_after_a_resume(tmp_path):
+    """The same rows are marked whether a run was cut or not."""
+    ledger = Ledger(tmp_path / "metrics.jsonl", step=0)
+    for step in range(1, 31):
+        ledger.append({"kind": "train", "step": step, "loss": math.nan if step == 7 else 5.0 - step / 10})
+    ledger.close()
+    resumed = Spikes(2.0, Ledger(tmp_path / "metrics.jsonl", step=24).losses)
+    assert list(resumed.losses) == [5.0 - step / 10 for step in range(1, 25) if step != 7]
+    assert resumed.note(9.0)
+
+
+def test_a_label_out_of_range_is_named_with_its_file(root):
+    index = open_index(root / "index")
+    with pytest.raises(
+        UserError, match=r"n\d+_\d+.*JPEG has label 3, the model has classes 0 to 2 \(24 such samples\)"
+    ):
+        check_labels(index, 3)
+    check_labels(index, 4)
