@@ -1,10 +1,10 @@
-"""What all ranks must have alike: program, configuration and data at the start, the weights ever after."""
+"""What all ranks must have alike: the weights, compared by digest."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import BrokenError
 from pipeline.training.distributed import World
 
 
@@ -33,16 +33,3 @@ def compare_parameters(model: nn.Module, world: World, step: int) -> None:
         "since the ranks last agreed; leave that node out and start again",
         alike=True,
     )
-
-
-def compare_settings(settings: dict[str, str], world: World) -> None:
-    """Raises UserError, on all ranks, that names the first setting in which a rank differs from rank 0. Collective."""
-    everyone: list = [None] * world.size
-    dist.all_gather_object(everyone, settings)
-    for rank, theirs in enumerate(everyone):
-        for name, value in everyone[0].items():
-            if name != "host" and theirs.get(name) != value:
-                raise UserError(
-                    f"rank {rank} on {theirs['host']} has another {name} than rank 0 on {everyone[0]['host']}: "
-                    f"{theirs.get(name)} there, {value} on rank 0; start all ranks with the same"
-                )

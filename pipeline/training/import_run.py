@@ -72,7 +72,7 @@ def write_run(folder: RunFolder, config, model: torch.nn.Module, fingerprint: st
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         heads = find_heads(config.model.name) if config.optim.body_lr != 1 else ()
-        optimizer = make_optimizer(model, config.optim, torch.device("cpu"), heads).state_dict()
+        optimizer = make_optimizer(model, config.optim, heads).state_dict()
         scaler = torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16").state_dict()
         state = {"model": model.state_dict(), "optimizer": {"optimizer": optimizer, "scaler": scaler}}
         meta = {"identity": identity(config), "index_fingerprint": fingerprint, "blacklist": [], "world_size": 1}

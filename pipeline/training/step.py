@@ -138,4 +138,6 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, dict]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # also from a checkpoint of an optimizer that was not
         self.scaler.load_state_dict(state["optimizer"]["scaler"])
