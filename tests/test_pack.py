@@ -290,6 +290,33 @@ def test_a_disk_that_fills_up_leaves_no_half_shard(source, tmp_path, monkeypatch
     assert not [path.name for path in (tmp_path / "x").iterdir() if "train" in path.name]
 
 
+def test_two_writers_of_one_shard_do_not_mix(source, tmp_path, capsys):
+    with shards.ShardWriter(tmp_path / "x", "train", 0) as writer:
+        writer.add(shards.Sample("n1/a", "jpg", b"first", 0, 1, 1, 0))
+        with pytest.raises(UserError, match=r"another process is writing .*train-000000\.tar"):
+            shards.ShardWriter(tmp_path / "x", "train", 0).__enter__()
+    with tarfile.open(tmp_path / "x/train-000000.tar") as tar:
+        assert tar.extractfile("n1/a.jpg").read() == b"first"
+
+
+def test_a_damaged_index_of_the_shards_is_made_again(source, packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "shards")
+    (tmp_path / "shards/index/index.json").write_text("{")
+    pack_tree(source, tmp_path / "shards", OPTIONS)
+    assert contents(tmp_path / "shards") == contents(packed)
+
+
+def test_what_was_asked_for_goes_along_and_a_damaged_receipt_is_told_first(copy, tmp_path):
+    (copy / "fetch.json").write_text(json.dumps({"selected": {"train": ["n99000001"], "val": "all"}}))
+    pack_tree(copy, tmp_path / "shards", OPTIONS)
+    selected = json.loads((tmp_path / "shards/pack.json").read_text())["selected"]
+    assert selected == {"train": ["n99000001"], "val": "all"}
+    (copy / "fetch.json").write_text("{")
+    with pytest.raises(UserError, match=r"fetch\.json can't be read"):
+        pack_tree(copy, tmp_path / "other", OPTIONS)
+    assert not (tmp_path / "other").exists()
+
+
 def test_names_that_would_share_a_key_stay_apart(tmp_path):
     """Dots end a key for `webdataset`, suffixes are no part of it, and folders below a class are."""
     import webdataset

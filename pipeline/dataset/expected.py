@@ -29,8 +29,11 @@ def train_id(synset: str, stem: str) -> str:
     return f"{synset}/{stem}"
 
 
-def read_chosen(root: Path) -> Chosen | None:
-    """What was asked for when `root` was fetched (or the tree it was packed from); None where that is not known."""
+def read_selected(root: Path) -> dict[str, str | list[str]] | None:
+    """What was asked for when `root` was fetched (or the tree it was packed from): split -> "all" or synsets.
+
+    None where that is not known. UserError where the file that tells it is damaged.
+    """
     for name in (RECEIPT, PACKED):
         path = root / name
         if not path.is_file():
@@ -38,10 +41,18 @@ def read_chosen(root: Path) -> Chosen | None:
         try:
             selected = json.loads(path.read_bytes()).get("selected")
             if selected is not None:
-                return {split: None if part == "all" else frozenset(part) for split, part in selected.items()}
+                return dict(selected)
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{path} can't be read ({error}); remove it or fetch again") from error
     return None
+
+
+def read_chosen(root: Path) -> Chosen | None:
+    """`read_selected` as sets."""
+    selected = read_selected(root)
+    if selected is None:
+        return None
+    return {split: None if part == "all" else frozenset(part) for split, part in selected.items()}
 
 
 @dataclass(frozen=True)

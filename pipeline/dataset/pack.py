@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
 from pipeline.dataset.decode import decode_fully
+from pipeline.dataset.expected import read_selected
 from pipeline.dataset.index import PACKED, Index, index_folder, open_index, replacing, safe_join
 from pipeline.dataset.pack_plan import Extra, Options, Plan, make_key, make_plan, read_checked
 from pipeline.dataset.reencode import reencode
@@ -134,13 +135,21 @@ def _open_source(root: Path, part: str | None, processes: int | None) -> Index:
     return open_index(folder)
 
 
+def _opens(folder: Path) -> bool:
+    try:
+        open_index(folder)
+    except UserError:
+        return False
+    return True
+
+
 def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
     """Make `dest` ready, or tell by True that it is complete. Raises UserError where it can't be used."""
     shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
     marker = {"source": index.fingerprint, "options": asdict(options), "shards": shards, "complete": False}
     found = _check_dest(dest, marker)
     if found is not None:
-        return bool(found.get("complete")) and (index_folder(dest) / "index.json").exists()
+        return bool(found.get("complete")) and _opens(index_folder(dest))
     try:
         dest.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(dest).free
@@ -155,7 +164,7 @@ def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
     return False
 
 
-def _finish(root: Path, dest: Path, index: Index, shards: dict[str, int]) -> Index:
+def _finish(root: Path, dest: Path, index: Index, shards: dict[str, int], selected: dict | None) -> Index:
     """Merge the shards' records into the index, take the archive's lists along, and mark the folder as complete."""
     for folder in (dest, index_folder(dest)):
         for path in folder.glob(".*.tmp"):  # what killed runs left
@@ -166,9 +175,8 @@ def _finish(root: Path, dest: Path, index: Index, shards: dict[str, int]) -> Ind
             (dest / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / name, dest / name)
     marker = json.loads((dest / PACKED).read_bytes())
-    receipt = root / "fetch.json"
-    if receipt.is_file():
-        marker["selected"] = json.loads(receipt.read_bytes()).get("selected", {})
+    if selected is not None:
+        marker["selected"] = selected
     with replacing(dest / UNREADABLE) as file:
         file.write(json.dumps(notes, indent=1).encode() + b"\n")
     with replacing(dest / PACKED) as file:
@@ -196,7 +204,7 @@ def pack_tree(
     Raises UserError for unreadable images (if so told), images changed since indexing, and a folder that won't do.
     """
     (turn, parts), folder = parse_part(part), index_folder(root)
-    index = _open_source(root, part, processes)
+    index, selected = _open_source(root, part, processes), read_selected(root)
     unreadable = read_unreadable(folder)
     bad = [entry["file"] for entries in unreadable.values() for entry in entries]
     if bad and options.unreadable == "refuse":
@@ -228,7 +236,7 @@ def pack_tree(
         return open_index(index_folder(dest))
     if part is not None:
         return None
-    return _finish(root, dest, index, {split: len(cuts) - 1 for split, cuts in plan.cuts.items()})
+    return _finish(root, dest, index, {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}, selected)
 
 
 def pack(

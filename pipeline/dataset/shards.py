@@ -5,6 +5,8 @@ A shard is written under a temporary name; beside it, in `.packing/`, lie its re
 index of them all. A shard whose tar has its final name is whole, and is never written again.
 """
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +15,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -117,10 +120,27 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         try:
             (self.dest / STATE).mkdir(parents=True, exist_ok=True)
-            self._file = self.temporary.open("wb", buffering=1 << 20)
+            self._file = self._open()
+        except BlockingIOError:
+            raise UserError(f"another process is writing {self.path}; wait for it or stop it") from None
         except OSError as error:
             raise self._explain(error) from error
         return self
+
+    def _open(self) -> BinaryIO:
+        """The temporary file, empty, and ours alone where the file system has locks."""
+        while True:
+            file = self.temporary.open("ab", buffering=1 << 20)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    file.close()
+                    raise
+            if self.temporary.exists() and os.path.samestat(os.fstat(file.fileno()), self.temporary.stat()):
+                file.truncate(0)
+                return file
+            file.close()  # another process has just finished it
 
     def _explain(self, error: OSError) -> UserError:
         return UserError(
