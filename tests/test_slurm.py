@@ -285,7 +285,7 @@ def test_a_typo_fails_once(submit):
 
 def test_a_crash_is_not_requeued(submit):
     """A loss that is no number: torchrun tries again as often as it is allowed to, then the job has failed."""
-    arguments = ("--optim.lr", "1e30")
+    arguments = ("--optim.lr", "1e30", "--guard.nonfinite", "stop")
     job = submit("crash", "--nodes=1", arguments=arguments, MAX_RESTARTS="0")
     job.wait_end("FAILED")
     shown = job.cluster.show(job.id)
