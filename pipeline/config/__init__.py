@@ -1,0 +1,43 @@
+"""Every knob of a run, typed, with units. A recipe is a YAML file of these; nothing heavy is imported here.
+
+Fields made with `free(...)` say how a run is carried out (where, with how many threads, how often saved) and may change
+when it goes on. All others are the run's identity: a change of one of them on the same run folder is an error.
+"""
+
+from pipeline.config.data import DataConfig
+from pipeline.config.model import INPUT_SIZES, ModelConfig
+from pipeline.config.optim import OptimConfig, ScheduleConfig
+from pipeline.config.parse import (
+    from_dict,
+    load_config,
+    make_config_parser,
+    parse_config,
+    recipe_names,
+    recipes_folder,
+    resolve_recipe,
+)
+from pipeline.config.run import Config, identity, to_yaml
+from pipeline.config.running import CheckpointConfig, GuardConfig, TrackingConfig
+from pipeline.config.train import TrainConfig
+
+__all__ = [
+    "INPUT_SIZES",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "GuardConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ScheduleConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "from_dict",
+    "identity",
+    "load_config",
+    "make_config_parser",
+    "parse_config",
+    "recipe_names",
+    "recipes_folder",
+    "resolve_recipe",
+    "to_yaml",
+]

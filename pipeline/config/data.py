@@ -1,0 +1,64 @@
+"""The group `data`: where the samples are, and what is cut from them."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.fields import Check, at_least_zero, free, positive, share
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the samples are, and what is cut from them."""
+
+    root: str = free("")
+    """Data root: an ILSVRC root, or a folder with train/ and val/ (or test/), or packed shards."""
+    index: str | None = free(None)
+    """Folder of the index; default ROOT/index."""
+    loader: Literal["auto", "dali", "reference"] = free("auto")
+    """DALI, or torch and torchvision (slower, same batches); auto: DALI where it is installed."""
+    image_size: int | None = None
+    """Pixels of a training image's side; default: what the network was made for (299 for Inception v3, else mostly
+    224)."""
+    val_size: int | None = None
+    """Pixels of a validation image's side, cropped from the middle; default: image_size."""
+    val_resize: int | None = None
+    """Pixels that a validation image's shorter side is resized to before the crop; default: val_size * 256 / 224."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """RandomResizedCrop: smallest and largest share of the image's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """RandomResizedCrop: smallest and largest width / height."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from each channel (red, green, blue; 0 to 1), in the step."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Each channel is divided by this, in the step."""
+    threads: int | None = free(None)
+    """Decoding threads of a rank; default: this rank's share of the cores."""
+    prefetch: int = free(2)
+    """Batches decoded ahead of the step."""
+    max_unreadable: int = free(100)
+    """Samples that may turn out unreadable at run time (each is substituted) before the run stops."""
+
+
+def check_data(c: DataConfig) -> Iterator[Check]:
+    """Impossible values of the group `data`."""
+    yield positive("data.image_size", c.image_size)
+    yield positive("data.val_size", c.val_size)
+    yield "data.val_resize", c.val_resize, c.val_resize >= c.val_size, "give at least data.val_size"
+    low, high = c.crop_area
+    yield (
+        "data.crop_area",
+        [low, high],
+        0 < low <= high <= 1,
+        "give two shares of the area, 0 < smallest <= largest <= 1",
+    )
+    low, high = c.crop_ratio
+    yield "data.crop_ratio", [low, high], 0 < low <= high < math.inf, "give two ratios, 0 < smallest <= largest"
+    yield share("data.flip", c.flip)
+    yield "data.std", list(c.std), min(c.std) > 0, "give three numbers above 0"
+    yield positive("data.threads", c.threads, optional=True)
+    yield positive("data.prefetch", c.prefetch)
+    yield at_least_zero("data.max_unreadable", c.max_unreadable)

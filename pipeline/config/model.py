@@ -1,0 +1,47 @@
+"""The group `model`: the network, its head, and what it starts from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.config.fields import Check, at_least_zero, positive
+
+#: pixels of the side that a network was made for, where that is not 224 (torchvision's published weights)
+INPUT_SIZES = {
+    "inception_v3": 299,
+    **dict(zip((f"efficientnet_b{i}" for i in range(1, 8)), (240, 288, 300, 380, 456, 528, 600), strict=True)),
+    "efficientnet_v2_s": 384,
+    "efficientnet_v2_m": 480,
+    "efficientnet_v2_l": 480,
+    **dict.fromkeys(("swin_v2_t", "swin_v2_s", "swin_v2_b"), 256),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = "resnet152"
+    """A torchvision classification model."""
+    num_classes: int | None = None
+    """Outputs of the head; default: the classes of the data set."""
+    zero_init_residual: bool = False
+    """Start each residual block as the identity: gamma of its last BatchNorm is 0 (Goyal et al. 2017, 5.1)."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over all ranks; default: over each rank's own images, as in Goyal et al. 2017."""
+    aux_weight: float | None = None
+    """Weight of the auxiliary heads' losses of googlenet and inception_v3; default: as published (0.3, 0.4). 0: without
+    these heads."""
+    dropout: float = 0.0
+    """Share of the values before the head that is dropped in training, besides what the network drops by itself."""
+    weights: str | None = None
+    """Start from trained weights: torchvision's published ones by name (DEFAULT, IMAGENET1K_V1, ...), or a file. A head
+    for other classes starts fresh."""
+    freeze: str | None = None
+    """Parameters that are not trained: "body" (all but the head), or patterns of names: "conv1.*,layer1.*"."""
+
+
+def check_model(c: ModelConfig) -> Iterator[Check]:
+    """Impossible values of the group `model`."""
+    yield positive("model.num_classes", c.num_classes, optional=True)
+    yield at_least_zero("model.aux_weight", c.aux_weight or 0)
+    yield "model.dropout", c.dropout, 0 <= c.dropout < 1, "give a number from 0 to below 1"

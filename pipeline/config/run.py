@@ -1,0 +1,89 @@
+"""A run's whole configuration: its groups, its identity, and its form as YAML."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from pipeline.config.data import DataConfig, check_data
+from pipeline.config.fields import Check, free
+from pipeline.config.model import INPUT_SIZES, ModelConfig, check_model
+from pipeline.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
+from pipeline.config.running import (
+    CheckpointConfig,
+    GuardConfig,
+    TrackingConfig,
+    check_checkpoint,
+    check_guard,
+    check_tracking,
+)
+from pipeline.config.train import TrainConfig, check_train
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: its recipe and where it happens."""
+
+    run_dir: str = free("")
+    """The run's folder: config, ledger, checkpoints, W&B. The same command again continues what is there."""
+    resume: str = free("auto")
+    """auto: go on from the newest good checkpoint in run_dir; never: refuse to start where one is;
+    PATH: start from that checkpoint folder."""
+    about: dict[str, Any] = field(default_factory=dict, metadata={"identity": False})
+    """What the recipe says of itself: source, published and measured results."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self):
+        data = self.data
+        size = data.image_size or INPUT_SIZES.get(self.model.name, 224)
+        val_size = data.val_size or size
+        sizes = {"image_size": size, "val_size": val_size, "val_resize": data.val_resize or round(val_size * 256 / 224)}
+        object.__setattr__(self, "data", dataclasses.replace(data, **sizes))
+        for name, value, good, remedy in check_all(self):
+            if not good:
+                raise UserError(f"--{name} is {value}: {remedy}")
+
+
+def check_all(c: Config) -> Iterator[Check]:
+    """Each knob's impossible values, group by group."""
+    yield from check_data(c.data)
+    yield from check_model(c.model)
+    yield from check_optim(c.optim)
+    yield from check_schedule(c.schedule)
+    yield from check_train(c.train)
+    yield from check_guard(c.guard)
+    yield from check_checkpoint(c.checkpoint)
+    yield from check_tracking(c.tracking)
+
+
+def identity(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The run's identity as flat names: {"optim.lr": 0.1, ...}; fields made with `free` are left out."""
+    flat = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            flat |= identity(value, f"{prefix}{item.name}.")
+        elif item.metadata.get("identity", True):
+            flat[prefix + item.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `--config` reads back."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,79 @@
+"""The groups `guard`, `checkpoint` and `tracking`: how a run is watched over, saved and told of."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.fields import Check, at_least_zero, free, positive
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What is done about numbers that are none."""
+
+    nonfinite: Literal["skip", "stop"] = free("skip")
+    """A loss or gradient that is NaN or infinite: leave that step's update out, on all ranks alike; or stop."""
+    max_skipped: int = free(5)
+    """Such steps in a row after which the run goes back to the last checkpoint before them."""
+    max_rollbacks: int = free(2)
+    """Times that a run goes back; at the next it stops."""
+    rollback_lr_factor: float = free(0.5)
+    """The learning rate is multiplied by this from the step on that the run went back to."""
+    rollback_reshuffle: bool = free(False)
+    """Draw the rest of that epoch in another order."""
+    spike_factor: float = free(2.0)
+    """A loss of so many times the median of the last 100 is marked in the ledger."""
+    compare_every_steps: int = free(1000)
+    """Compare the parameters of all ranks whenever this many steps are done, and before each checkpoint."""
+
+
+def check_guard(c: GuardConfig) -> Iterator[Check]:
+    """Impossible values of the group `guard`."""
+    yield positive("guard.max_skipped", c.max_skipped)
+    yield at_least_zero("guard.max_rollbacks", c.max_rollbacks)
+    factor = c.rollback_lr_factor
+    yield "guard.rollback_lr_factor", factor, 0 < factor <= 1, "give a number above 0, at most 1"
+    yield "guard.spike_factor", c.spike_factor, c.spike_factor > 1, "give a number above 1"
+    yield positive("guard.compare_every_steps", c.compare_every_steps)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, and how many stay."""
+
+    every_steps: int | None = free(None)
+    """Save whenever this many steps are done."""
+    every_minutes: float | None = free(15.0)
+    """Save when the last save is this old."""
+    every_epoch: bool = free(True)
+    """Save at the end of each epoch."""
+    keep: int = free(2)
+    """Newest checkpoints kept, beside the best one."""
+
+
+def check_checkpoint(c: CheckpointConfig) -> Iterator[Check]:
+    """Impossible values of the group `checkpoint`."""
+    yield positive("checkpoint.every_steps", c.every_steps, optional=True)
+    yield positive("checkpoint.every_minutes", c.every_minutes, optional=True)
+    yield positive("checkpoint.keep", c.keep)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """W&B, progress lines, the final report."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = free("auto")
+    """auto: online with a key, offline without one; metrics.jsonl is written always."""
+    project: str = free("imagenet")
+    entity: str | None = free(None)
+    name: str | None = free(None)
+    """Name of the W&B run; default: the run folder's name."""
+    report: bool = free(True)
+    """Write report/index.html when the run is finished, and send its pictures to W&B."""
+    print_every_s: float = free(30.0)
+    """Seconds between plain progress lines where the output is no terminal."""
+
+
+def check_tracking(c: TrackingConfig) -> Iterator[Check]:
+    """Impossible values of the group `tracking`."""
+    yield positive("tracking.print_every_s", c.print_every_s)
