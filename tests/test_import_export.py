@@ -97,7 +97,9 @@ def imported(slides, synthetic_root, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("blocks", "name"), [([3, 4, 6, 3], "resnet50"), ([3, 8, 36, 3], "resnet152")])
+@pytest.mark.parametrize(
+    ("blocks", "name"), [([3, 4, 6, 3], "resnet50"), ([3, 4, 23, 3], "resnet101"), ([3, 8, 36, 3], "resnet152")]
+)
 def test_folded_biases_give_the_same_outputs(blocks, name):
     theirs = lived_in(SlidesResNet(blocks, 10))
     ours = torchvision.models.get_model(name, num_classes=10).eval()

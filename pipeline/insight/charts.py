@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from html import escape
 
 POINTS = 200  # drawn of a series; more are averaged
-WIDTH, HEIGHT = 480, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+WIDTH, HEIGHT = 380, 230
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ class Console:
         else:
             print(text, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Print one line that begins with "warning: "."""
+        self.say(f"warning: {text}")
+
     def start(self, first_step: int, total_steps: int) -> None:
         """Begin to show steps."""
         self.total_steps = total_steps

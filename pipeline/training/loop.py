@@ -3,44 +3,31 @@
 Read `Trainer.run` from top to bottom; everything it calls is named for what it does.
 """
 
-import dataclasses
 import math
-import socket
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline.config import Config, identity
 from pipeline.dataset.index import Index
-from pipeline.errors import EXIT_OK, BrokenError, UserError
+from pipeline.errors import EXIT_OK, UserError
 from pipeline.loader.build import choose_loader, make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.build import build_model, count_parameters
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
-from pipeline.tracking.ledger import Ledger, best_step, last_steps, read_rows
-from pipeline.tracking.wandb_view import WandbView
+from pipeline.tracking.ledger import read_rows
 from pipeline.training.agreement import compare_parameters
-from pipeline.training.checkpoint import (
-    CheckpointWriter,
-    DamagedCheckpoint,
-    Snapshot,
-    check_fingerprints,
-    find_newest_good,
-    load_state,
-    to_cpu,
-    verify_checkpoint,
-)
+from pipeline.training.checkpoint import Snapshot, load_state, to_cpu
 from pipeline.training.data import check_labels, open_data
 from pipeline.training.distributed import Clock, World, seed_step
 from pipeline.training.evaluate import evaluate
-from pipeline.training.final_report import write_report
-from pipeline.training.guard import Guard, Rollback, Spikes
+from pipeline.training.guard import Guard
 from pipeline.training.preemption import StopRequest, interrupted_exit_code
+from pipeline.training.records import Records, going_back, mark_finished
 from pipeline.training.report import Reports, StepReport, Wish
-from pipeline.training.run import RunFolder, open_run_folder, slurm_facts
+from pipeline.training.run import RunFolder, open_run_folder
 from pipeline.training.schedule import Schedule, peak_lr
+from pipeline.training.start import Start, find_start, find_way_back
 from pipeline.training.step import TrainStep
 
 
@@ -78,6 +65,7 @@ class Trainer:
         self.guard = Guard(config.guard, config.train.precision)
         self.reports = Reports(world)
         self.blacklist: dict[int, int] = {}  # unreadable sample -> the step that met it
+        self.records: Records | None = None  # rank 0's
         self.step = 0  # steps done
         self.asked_to_stop = self.asked_to_save = False  # agreed among all ranks
 
@@ -86,7 +74,7 @@ class Trainer:
         self.restore(self.world.on_main(self.find_start))
         if self.world.on_main(self.was_finished):
             return EXIT_OK
-        self.open_tracking()
+        self.open()
         self.train_step.warm_up()
         try:
             while not self.asked_to_stop:
@@ -160,41 +148,11 @@ class Trainer:
                     )
             self.asked_to_stop |= report.wish == Wish.STOP
             self.asked_to_save |= report.wish == Wish.SAVE
-            if self.world.is_main:
-                self.record(report, ids)
+            if self.records:
+                self.records.note_step(report, ids, self.lr(report.step))
             warning = self.guard.note(report)
             if warning:
-                self.console.say(f"warning: {warning}")
-
-    def record(self, report: StepReport, ids: np.ndarray) -> None:
-        """The ledger's row of a step: row s says that s steps are done."""
-        done = report.step + 1
-        row = {
-            "kind": "train",
-            "step": done,
-            "epoch": done * self.plan.global_batch_size / self.plan.samples,
-            "loss": report.loss,
-            "top1": report.top1,
-            "lr": self.lr(report.step),
-            "images_per_s": self.plan.global_batch_size / report.step_s,
-            "data_wait": min(1.0, report.wait_s / report.step_s),
-            "grad_norm": report.grad_norm,
-            "batch_digest": self.plan.digest(report.step, ids),
-        }
-        if self.config.train.precision == "fp16":
-            row["loss_scale"] = report.scale
-        if not math.isfinite(report.grad_norm):
-            row["skipped"] = True
-        if self.spikes.note(report.loss):
-            row["spike"] = True
-            self.console.say(f"warning: step {done}: the loss jumped to {report.loss:.3f}")
-        self.log(row)
-        self.console.step(row)
-
-    def log(self, row: dict) -> None:
-        """A row to the ledger, and to W&B, which is a view of it. Rank 0 only."""
-        self.ledger.append(row)
-        self.wandb.log(row)
+                self.console.warn(warning)
 
     # --- evaluation
 
@@ -204,9 +162,7 @@ class Trainer:
         return step > 0 and (step == self.last_step or math.ceil(step // every * every) == step)
 
     def is_evaluated(self) -> bool:
-        """Does the ledger hold an evaluation of this step? (A kill in its midst: it is done again.)"""
-        rows = self.ledger.evaluations if self.world.is_main else []
-        return self.world.any(any(row["step"] == self.step for row in rows))
+        return self.world.any(self.records is not None and self.records.is_evaluated(self.step))
 
     def evaluate(self) -> None:
         """Score the model on the validation set; nothing is recorded if somebody asks to stop meanwhile."""
@@ -216,16 +172,8 @@ class Trainer:
         scores = evaluate(self.train_step.network, stream, self.world, self.config.train.precision, self.stop)
         if scores is None:
             self.asked_to_stop = True
-        elif self.world.is_main:
-            self.log({"kind": "eval", "step": self.step, "epoch": self.epoch, **dataclasses.asdict(scores)})
-            self.console.say(
-                f"epoch {self.epoch:.2f}, step {self.step}: validation loss {scores.val_loss:.4f}, "
-                f"top-1 {scores.val_top1:.2f} %, top-5 {scores.val_top5:.2f} % of {scores.images:,} images"
-            )
-
-    @property
-    def epoch(self) -> float:
-        return self.step * self.plan.global_batch_size / self.plan.samples
+        elif self.records:
+            self.records.note_scores(self.step, scores)
 
     # --- saving and restoring
 
@@ -242,9 +190,8 @@ class Trainer:
         self.take_in(self.reports.due(everything=True))
         compare_parameters(self.model, self.world, self.step)
         self.saved_step, self.saved_at, self.asked_to_save = self.step, time.monotonic(), False
-        if not self.world.is_main:
+        if self.records is None:
             return
-        self.ledger.sync()
         meta = {
             "identity": identity(self.config),
             "index_fingerprint": self.index.fingerprint,
@@ -253,11 +200,14 @@ class Trainer:
             "torch": torch.__version__,
             **self.guard.state(),
         }
-        self.writer.save(Snapshot(self.step, to_cpu(self.train_step.state_dict()), meta))
+        self.records.save(Snapshot(self.step, to_cpu(self.train_step.state_dict()), meta))
 
-    def restore(self, start: tuple[Path | None, dict, list[Rollback]]) -> None:
-        """Go to a checkpoint, or the beginning: as `find_start` says."""
-        self.resumed_from, meta, self.guard.rollbacks = start
+    def find_start(self) -> Start:
+        return find_start(self.config, self.folder, self.guard, self.index.fingerprint, self.console.warn)
+
+    def restore(self, start: Start) -> None:
+        """Go to a checkpoint, or the beginning."""
+        self.resumed_from, self.guard.rollbacks = start.path, start.rollbacks
         self.plan.reshuffle(self.guard.reshuffled_from())
         torch.manual_seed(self.config.train.seed)
         self.train_step = None  # its memory is needed again
@@ -267,9 +217,9 @@ class Trainer:
         self.train_step = TrainStep(self.model, self.config, self.world)
         if self.resumed_from is not None:
             self.train_step.load_state_dict(load_state(self.resumed_from))
-        self.blacklist = dict(map(tuple, meta.get("blacklist", [])))
-        self.guard.bad_since = meta.get("bad_since")
-        self.step = meta.get("step", 0)
+        self.blacklist = dict(map(tuple, start.meta.get("blacklist", [])))
+        self.guard.bad_since = start.meta.get("bad_since")
+        self.step = start.meta.get("step", 0)
         if self.step > self.last_step:
             raise UserError(
                 f"{self.resumed_from} is at step {self.step}, past the end at {self.last_step}; "
@@ -277,60 +227,32 @@ class Trainer:
             )
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
-    def find_start(self) -> tuple[Path | None, dict, list[Rollback]]:
-        """The verified checkpoint to start from (None: the beginning), its meta, and where the run went back so far.
-        Rank 0 only."""
-        self.guard.take_up(read_rows(self.folder.ledger))
-        if self.config.resume in ("auto", "never"):
-            found = find_newest_good(self.folder.checkpoints, self.warn, self.guard.belongs)
-        else:
-            path = Path(self.config.resume).expanduser()
-            try:
-                found = path, verify_checkpoint(path)
-            except DamagedCheckpoint as error:
-                raise UserError(f"--resume {path}: {error}; give another checkpoint folder, or 'auto'") from error
-        if found is None:
-            return None, {}, self.guard.rollbacks
-        check_fingerprints(*found, identity(self.config), self.index.fingerprint)
-        return *found, self.guard.rollbacks or [Rollback(*item) for item in found[1].get("rollbacks", [])]
-
     def roll_back(self) -> None:
         """Too many bad steps in a row: go back to the last checkpoint before them, and on from there another way."""
         self.restore(self.world.on_main(self.go_back))
         self.train_step.warm_up()
 
-    def go_back(self) -> tuple[Path | None, dict, list[Rollback]]:
-        """Enter into the ledger that the run goes back, and where to, before it does. Rank 0 only."""
-        self.writer.wait()
-        found = None
-        if self.guard.failed_again():
-            found = self.find_checkpoint_until(self.guard.rollbacks[-1].to - 1)
-        found = found or self.find_checkpoint_until(self.guard.tripped)
-        path, meta = found or (None, {})
+    def go_back(self) -> Start:
+        """Enter into the books that the run goes back, and where to, before it does. Rank 0 only."""
+        self.records.writer.wait()
+        path, meta = find_way_back(self.folder, self.guard, self.console.warn)
         made = self.guard.go_back(self.step, meta.get("step", 0))
-        self.wandb.expect_rewind(last_steps(self.folder.ledger))
-        self.ledger.rewind(made.to, self.event_row("rolled_back", **dataclasses.asdict(made)))
-        self.writer.remove_after(made.to)
-        self.spikes = Spikes(self.config.guard.spike_factor, self.ledger.losses)
-        way = f"{self.lr(made.to):.4g} as learning rate" + (", in another order" if made.reshuffle else "")
-        self.warn(f"going back from step {made.at} to {path or 'the beginning'}, with {way}")
-        return path, meta, self.guard.rollbacks
-
-    def find_checkpoint_until(self, step: int) -> tuple[Path, dict] | None:
-        """The newest good checkpoint of this history, of `step` at most. Rank 0 only."""
-        return find_newest_good(
-            self.folder.checkpoints,
-            self.warn,
-            lambda meta: meta["step"] <= step and self.guard.belongs(meta),
-        )
-
-    def warn(self, text: str) -> None:
-        self.console.say(f"warning: {text}")
+        self.records.go_back(made)
+        self.console.warn(going_back(made, path, self.lr(made.to)))
+        return Start(path, meta, self.guard.rollbacks)
 
     # --- beginning and end
 
-    def open_tracking(self) -> None:
-        """Ledger, W&B, checkpoint writer and console of rank 0; the loaders of every rank."""
+    def was_finished(self) -> bool:
+        """Was there nothing left to do? Then say so. Rank 0 only."""
+        scored = {row["step"]: row for row in read_rows(self.folder.ledger) if row.get("kind") == "eval"}
+        if self.step < self.last_step or self.step not in scored:
+            return False
+        mark_finished(self.folder, scored[self.step], "had finished before", self.console.say)
+        return True
+
+    def open(self) -> None:
+        """The loaders of every rank; rank 0's books, and what it says at the start."""
         data, world = self.config.data, self.world
         local = self.config.train.global_batch_size // world.size
         eval_batch = self.config.train.eval_batch_size or min(local, self.config.train.micro_batch_size or local)
@@ -338,23 +260,19 @@ class Trainer:
         self.eval_stream = make_eval_stream(self.index, data, eval_batch, world)
         if not world.is_main:
             return
-        say = self.console.say
-        settings = identity(self.config) | {"world_size": world.size}
-        self.wandb = WandbView(self.config.tracking, self.folder.path, settings, last_steps(self.folder.ledger), say)
-        self.ledger = Ledger(self.folder.ledger, self.step)
-        self.spikes = Spikes(self.config.guard.spike_factor, self.ledger.losses)
-        self.writer = CheckpointWriter(
-            self.folder.checkpoints,
-            self.config.checkpoint.keep,
-            protected=lambda: {best_step(self.ledger.evaluations)},
-            warn=self.warn,
-        )
+        self.records = Records(self.config, self.folder, self.plan, self.console, self.step, world.size)
         name = "started" if self.resumed_from is None else "resumed"
         facts = {"last_step": self.last_step, "hardware": world.hardware, "torch": torch.__version__}
-        self.event(name, world_size=world.size, **facts)
-        loader, fallen_back_from = choose_loader(data.loader)
+        self.records.event(name, self.step, world_size=world.size, **facts)
+        self.introduce()
+        self.console.start(self.step, self.last_step)
+
+    def introduce(self) -> None:
+        """Say what is trained, on what, from where."""
+        say, world = self.console.say, self.world
+        loader, fallen_back_from = choose_loader(self.config.data.loader)
         if fallen_back_from:
-            say(f"warning: {fallen_back_from}")
+            self.console.warn(fallen_back_from)
         say(f"run folder {self.folder.path}")
         say(
             f"{self.config.model.name}: {count_parameters(self.model):,} parameters, {self.config.train.precision}; "
@@ -362,70 +280,29 @@ class Trainer:
             f"{self.plan.samples:,} training images of {self.index.num_classes} classes by {loader}"
         )
         say(f"going on from {self.resumed_from}" if self.resumed_from else "starting at step 0")
-        self.console.start(self.step, self.last_step)
-
-    def event(self, name: str, **facts) -> None:
-        """Enter into the ledger what happened to the run. Rank 0 only."""
-        self.ledger.append(self.event_row(name, **facts))
-
-    def event_row(self, name: str, **facts) -> dict:
-        here = {"time": time.time(), "host": socket.gethostname(), **slurm_facts()}
-        return {"kind": "event", "event": name, "step": self.step, **here, **facts}
-
-    def was_finished(self) -> bool:
-        """Was there nothing left to do? Then say so. Rank 0 only."""
-        scored = {row["step"]: row for row in read_rows(self.folder.ledger) if row.get("kind") == "eval"}
-        if self.step < self.last_step or self.step not in scored:
-            return False
-        self.say_finished(scored[self.step], "had finished before")
-        return True
-
-    def say_finished(self, scores: dict, verb: str) -> None:
-        self.folder.mark("finished", **{key: scores[key] for key in ("step", "val_top1", "val_top5")})
-        self.console.say(f"{verb}: {scores['step']} steps, top-1 {scores['val_top1']:.2f} %; {self.folder.path}")
 
     def finished(self) -> int:
-        """The last step is done, scored and on the disk."""
-        if self.world.is_main:
-            if not self.writer.wait():
-                raise BrokenError(f"the last checkpoint could not be written to {self.folder.checkpoints}; start again")
-            self.event("finished")
-            self.say_finished(self.ledger.evaluations[-1], "finished")
+        """The last step is done and scored."""
+        if self.records:
+            self.records.finish(self.step)
             if self.config.tracking.report:
-                self.report()
+                self.records.report(self.step, self.world.device.type, self.stop)
         return EXIT_OK
-
-    def report(self) -> None:
-        """The run's page, and its pictures for W&B. Rank 0 only; the run is done, and nothing here makes it fail."""
-        page = write_report(self.folder.path, self.world.device.type, self.stop, self.console.say)
-        if page is not None:
-            self.wandb.show(sorted(page.parent.glob("pictures/*.png")), self.step)
 
     def interrupted(self) -> int:
         """Somebody asked to stop: save what there is, say so, and go."""
         if self.saved_step != self.step:
             self.save()
-        if self.world.is_main:
-            if not self.writer.wait():
-                raise BrokenError(f"the checkpoint could not be written to {self.folder.checkpoints} before stopping")
-            reason, seconds = self.stop.reason or "another rank was asked", self.stop.seconds()
-            self.event("interrupted", reason=reason, seconds=seconds)
-            self.ledger.sync()
-            self.folder.mark("interrupted", step=self.step, reason=reason, seconds=round(seconds, 2))
-            self.console.say(
-                f"interrupted ({reason}): step {self.step} is saved, {seconds:.1f} s after the signal; "
-                "the same command goes on from there"
-            )
+        if self.records:
+            self.records.interrupt(self.step, self.stop)
         return interrupted_exit_code()
 
     def close(self) -> None:
-        """Let go of loaders, files and W&B; a checkpoint that is being written is finished first."""
+        """Let go of loaders and books."""
         self.train_stream.close()
         self.eval_stream.close()
-        if self.world.is_main:
-            self.writer.close()
-            self.ledger.close()
-            self.wandb.close()
+        if self.records:
+            self.records.close()
         self.console.close()
 
 
