@@ -115,6 +115,9 @@ def test_a_full_disk_leaves_the_older_one_and_training(tmp_path):
 def test_another_recipe_or_data_set_is_an_error_that_names_the_values(tmp_path):
     meta = verify_checkpoint(write_checkpoint(tmp_path, 1, state(1), META))
     check_fingerprints(tmp_path, meta, META["identity"], "abc")
+    check_fingerprints(tmp_path, meta, {**META["identity"], "optim.layer_decay": 1.0}, "abc")  # a later one's default
+    with pytest.raises(UserError, match=r"optim.layer_decay is 1.0 there and 0.5 here"):
+        check_fingerprints(tmp_path, meta, {**META["identity"], "optim.layer_decay": 0.5}, "abc")
     with pytest.raises(UserError, match=r"optim.lr is 0.1 there and 0.2 here"):
         check_fingerprints(tmp_path, meta, {**META["identity"], "optim.lr": 0.2}, "abc")
     with pytest.raises(UserError, match=r"another data set.*abc.*xyz"):

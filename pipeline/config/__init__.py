@@ -6,7 +6,7 @@ when it goes on. All others are the run's identity: a change of one of them on t
 
 from pipeline.config.data import DataConfig
 from pipeline.config.model import INPUT_SIZES, ModelConfig
-from pipeline.config.optim import OptimConfig, ScheduleConfig
+from pipeline.config.optim import OptimConfig
 from pipeline.config.parse import (
     from_dict,
     load_config,
@@ -18,6 +18,7 @@ from pipeline.config.parse import (
 )
 from pipeline.config.run import Config, identity, to_yaml
 from pipeline.config.running import CheckpointConfig, GuardConfig, TrackingConfig
+from pipeline.config.schedule import ScheduleConfig
 from pipeline.config.train import TrainConfig
 
 __all__ = [

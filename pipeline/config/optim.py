@@ -1,33 +1,58 @@
-"""The groups `optim` and `schedule`: how the weights are changed."""
+"""The group `optim`: how the weights are changed, and the loss."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.fields import Check, at_least_zero, positive, share
+from pipeline.config.fields import Check, at_least_zero, positive
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """How the weights are changed, and the loss."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
+    """lamb: You et al. 2020 (arXiv 1904.00962); lars: You et al. 2017 (arXiv 1708.03888)."""
     lr: float = 0.1
     """Peak learning rate; see lr_batch_size."""
     lr_batch_size: int | None = 256
-    """The global batch that `lr` is meant for: the rate is scaled linearly to train.global_batch_size
-    (Goyal et al. 2017). None: `lr` is used as it stands."""
+    """The global batch that `lr` is meant for: the rate is scaled to train.global_batch_size. None: `lr` is used as it
+    stands."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """How the rate follows the batch: linear (Goyal et al. 2017), or its square root (You et al. 2020, for LAMB)."""
     momentum: float = 0.9
+    """Of sgd and lars."""
     nesterov: bool = False
+    """Of sgd."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates."""
+    """Decay rates of adamw and lamb."""
     eps: float = 1e-8
-    """AdamW's denominator term."""
+    """Denominator term of adamw and lamb."""
+    trust_coefficient: float = 0.001
+    """lars: how far a layer may go in a step, as a share of its weights' norm (eta in the paper)."""
+    adapt_all: bool = False
+    """lamb, lars: give the layer-wise rate to tensors without weight decay too; default: they take the plain step, as
+    in timm and apex."""
     weight_decay: float = 1e-4
     norm_weight_decay: float = 0.0
-    """Weight decay of normalisation layers and biases."""
+    """Weight decay of normalisation layers and, unless bias_weight_decay is given, of biases."""
+    bias_weight_decay: float | None = None
+    """Weight decay of the biases of all other layers; default: as norm_weight_decay."""
+    clip_norm: float | None = None
+    """Scale the gradient down to this norm over all parameters (Pascanu et al. 2013; LAMB in timm and apex: 1)."""
+    clip_adaptive: float | None = None
+    """Scale each unit's gradient down to this share of the norm of its weights (adaptive clipping, Brock et al. 2021);
+    the head is left out."""
     body_lr: float = 1.0
     """Factor of the learning rate for all but the head."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from one layer or block to the one before it, for transfer (Clark et al. 2020): 1 for
+    the head, smallest for the first layer."""
+    loss: Literal["ce", "bce"] = "ce"
+    """ce: cross-entropy; bce: binary cross-entropy of each class by itself, its mean over classes and batch (Wightman
+    et al. 2021)."""
+    bce_threshold: float | None = None
+    """bce: targets above this count as 1, all others as 0; default: as they are."""
     l1: float = 0.0
     """Adds l1 * sum |w| over all trained parameters to the loss."""
     l2: float = 0.0
@@ -40,8 +65,8 @@ def check_optim(c: OptimConfig) -> Iterator[Check]:
     yield positive("optim.lr", c.lr)
     yield positive("optim.lr_batch_size", c.lr_batch_size, optional=True)
     yield "optim.momentum", c.momentum, 0 <= c.momentum < 1, "give a number from 0 to below 1"
-    nesterov = not c.nesterov or c.momentum > 0
-    yield "optim.nesterov", c.nesterov, nesterov, "give optim.momentum above 0, or leave nesterov off"
+    nesterov = not c.nesterov or (c.momentum > 0 and c.name == "sgd")
+    yield "optim.nesterov", c.nesterov, nesterov, "it needs sgd with optim.momentum above 0; leave nesterov off"
     yield (
         "optim.betas",
         list(c.betas),
@@ -51,38 +76,17 @@ def check_optim(c: OptimConfig) -> Iterator[Check]:
     yield positive("optim.eps", c.eps)
     yield at_least_zero("optim.weight_decay", c.weight_decay)
     yield at_least_zero("optim.norm_weight_decay", c.norm_weight_decay)
+    yield at_least_zero("optim.bias_weight_decay", c.bias_weight_decay or 0)
+    yield positive("optim.trust_coefficient", c.trust_coefficient)
+    yield positive("optim.clip_norm", c.clip_norm, optional=True)
+    yield positive("optim.clip_adaptive", c.clip_adaptive, optional=True)
     yield positive("optim.body_lr", c.body_lr)
+    yield "optim.layer_decay", c.layer_decay, 0 < c.layer_decay <= 1, "give a number above 0, at most 1"
+    threshold = c.bce_threshold
+    yield "optim.bce_threshold", threshold, threshold is None or 0 <= threshold < 1, "give a number from 0 to below 1"
+    unused = threshold is not None and c.loss != "bce"
+    yield "optim.bce_threshold", threshold, not unused, "it is for --optim.loss bce; leave it out"
     yield at_least_zero("optim.l1", c.l1)
     yield at_least_zero("optim.l2", c.l2)
     smoothing = c.label_smoothing
     yield "optim.label_smoothing", smoothing, 0 <= smoothing < 1, "give a number from 0 to below 1"
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the run."""
-
-    name: Literal["step", "cosine", "constant"] = "step"
-    epochs: float = 90.0
-    warmup_epochs: float = 0.0
-    """Linear warm-up, step by step, from warmup_start to the peak."""
-    warmup_start: float = 0.1
-    """Learning rate of the first step as a share of the peak."""
-    milestones: tuple[float, ...] = (30.0, 60.0)
-    """step: epochs at which the rate is multiplied by gamma."""
-    gamma: float = 0.1
-    min_lr: float = 0.0
-    """cosine: learning rate at the end."""
-
-
-def check_schedule(c: ScheduleConfig) -> Iterator[Check]:
-    """Impossible values of the group `schedule`."""
-    yield positive("schedule.epochs", c.epochs)
-    warmup = c.warmup_epochs
-    yield "schedule.warmup_epochs", warmup, 0 <= warmup < c.epochs, "give 0 or more, below schedule.epochs"
-    yield share("schedule.warmup_start", c.warmup_start)
-    yield positive("schedule.gamma", c.gamma)
-    yield at_least_zero("schedule.min_lr", c.min_lr)
-    milestones = list(c.milestones)
-    rising = milestones == sorted(set(milestones)) and min(milestones, default=1) > 0
-    yield "schedule.milestones", milestones, rising, "give rising epochs above 0"

@@ -58,8 +58,24 @@ def parse_config(argv: list[str], verb: str = "train") -> Config:
             argv[i + 1] = resolve_recipe(argv[i + 1])
         elif argument.startswith("--config="):
             argv[i] = f"--config={resolve_recipe(argument.removeprefix('--config='))}"
-    parsed = make_config_parser(f"pipeline {verb}").parse_args(argv)
-    return from_dict(parsed.as_dict())
+    parser = make_config_parser(f"pipeline {verb}")
+    values = parser.parse_args(argv).as_dict()
+    if values["schedule"]["made_for"] is None:
+        shorter = [item for item in argv if item.partition("=")[0] == "--schedule.epochs"]
+        if shorter:  # the recipe's milestones and warm-up are for the recipe's epochs
+            rest = _without(argv, "--schedule.epochs")
+            values["schedule"]["made_for"] = parser.parse_args(rest).as_dict()["schedule"]["epochs"]
+    return from_dict(values)
+
+
+def _without(argv: list[str], option: str) -> list[str]:
+    """The command line without an option and its value."""
+    kept, drop = [], False
+    for item in argv:
+        if not drop and item.partition("=")[0] != option:
+            kept.append(item)
+        drop = not drop and item == option
+    return kept
 
 
 def load_config(path: Path, overrides: list[str] | None = None, verb: str = "train") -> Config:

@@ -10,7 +10,7 @@ import yaml
 from pipeline.config.data import DataConfig, check_data
 from pipeline.config.fields import Check, free
 from pipeline.config.model import INPUT_SIZES, ModelConfig, check_model
-from pipeline.config.optim import OptimConfig, ScheduleConfig, check_optim, check_schedule
+from pipeline.config.optim import OptimConfig, check_optim
 from pipeline.config.running import (
     CheckpointConfig,
     GuardConfig,
@@ -19,6 +19,7 @@ from pipeline.config.running import (
     check_guard,
     check_tracking,
 )
+from pipeline.config.schedule import ScheduleConfig, check_schedule
 from pipeline.config.train import TrainConfig, check_train
 from pipeline.errors import UserError
 

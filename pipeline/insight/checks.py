@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, identity, load_config
+from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 from pipeline.insight.node_facts import nearest_existing
 from pipeline.insight.run_state import median_step_s, newest_checkpoint, read_marker, read_rare, read_tail
@@ -231,7 +232,7 @@ def check_time(run_dir: Path | None, config: Config, world_size: int, data: dict
     """How often will the time limit interrupt the run? Steps left times the seconds of the ledger's last steps."""
     if not data.get("images"):
         return Finding(WARN, "time", "unknown without an index")
-    total = round(config.schedule.epochs * data["images"]["train"] / config.train.global_batch_size)
+    total = round(steps_of(config.schedule.epochs, data["images"]["train"] / config.train.global_batch_size))
     total = min(max(1, total), config.train.max_steps or total)
     checkpoint = newest_checkpoint(run_dir) if run_dir else None
     left = max(0, total - (checkpoint[0] if checkpoint else 0))

@@ -243,7 +243,7 @@ def _leave(trace: Trace, stack: list[str], out) -> None:
 
 def optimizer_states(config: Config) -> int:
     """Values that the optimizer keeps for each trained parameter."""
-    return 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
+    return 2 if config.optim.name in ("adamw", "lamb") else int(config.optim.momentum > 0)
 
 
 def estimate_step(config: Config, num_classes: int, images: int) -> StepMemory:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 
 TAIL_ROWS = 100  # training rows that rates are taken over
@@ -185,7 +186,7 @@ def _epoch(step: int, tail: list[dict], evals: list[dict]) -> float:
 
 def _last_step(settings: dict, per_epoch: float | None) -> int | None:
     epochs, limit = settings.get("schedule", {}).get("epochs"), settings.get("train", {}).get("max_steps")
-    whole = round(epochs * per_epoch) if epochs and per_epoch else None
+    whole = round(steps_of(epochs, per_epoch)) if epochs and per_epoch else None
     known = [value for value in (whole, limit) if value is not None]
     return min(known, default=None)
 

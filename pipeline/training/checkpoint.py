@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
+from pipeline.config import Config
+from pipeline.config import identity as settings_of
 from pipeline.errors import BrokenError, UserError
 
 FORMAT = 1
@@ -194,7 +196,9 @@ def check_fingerprints(path: Path, meta: dict, identity: dict, index_fingerprint
 
 
 def compare_identity(there: dict, here: dict, whose: str) -> None:
-    """Raises UserError that lists the settings of `whose` that differ from the ones asked for."""
+    """Raises UserError that lists the settings of `whose` that differ from the ones asked for. A setting that was not
+    known when `whose` was written counts as its default."""
+    there = {**{name: value for name, value in settings_of(Config()).items() if name in here}, **there}
     differing = [
         f"{name} is {there.get(name)} there and {here.get(name)} here"
         for name in sorted(there.keys() | here.keys())

@@ -14,7 +14,7 @@ from pipeline.model.heads import find_heads
 from pipeline.model.slides import fold, guess_name, is_slides
 from pipeline.model.weights import read_state
 from pipeline.training.checkpoint import write_checkpoint
-from pipeline.training.optimizer import make_optimizer
+from pipeline.training.optimizer import heads_for, make_optimizer
 from pipeline.training.run import RunFolder
 
 
@@ -71,8 +71,7 @@ def write_run(folder: RunFolder, config, model: torch.nn.Module, fingerprint: st
     """A run folder that stands at step 0 with these weights."""
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        heads = find_heads(config.model.name) if config.optim.body_lr != 1 else ()
-        optimizer = make_optimizer(model, config.optim, heads).state_dict()
+        optimizer = make_optimizer(model, config.optim, heads_for(config)).state_dict()
         scaler = torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16").state_dict()
         state = {"model": model.state_dict(), "optimizer": {"optimizer": optimizer, "scaler": scaler}}
         meta = {"identity": identity(config), "index_fingerprint": fingerprint, "blacklist": [], "world_size": 1}

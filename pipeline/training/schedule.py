@@ -3,37 +3,65 @@
 import math
 
 from pipeline.config import OptimConfig, ScheduleConfig
+from pipeline.config.time import steps_of
+
+ONE_CYCLE_RISE = 0.3  # share of the run, as torch.optim.lr_scheduler.OneCycleLR and fast.ai have it
 
 
 def peak_lr(optim: OptimConfig, global_batch_size: int) -> float:
-    """The linear scaling rule (Goyal et al. 2017): lr * global_batch_size / lr_batch_size."""
-    return optim.lr if optim.lr_batch_size is None else optim.lr * global_batch_size / optim.lr_batch_size
+    """The peak for this batch: `lr` scaled linearly (Goyal et al. 2017) or by the square root (You et al. 2020)."""
+    if optim.lr_batch_size is None:
+        return optim.lr
+    ratio = global_batch_size / optim.lr_batch_size
+    return optim.lr * (math.sqrt(ratio) if optim.lr_scaling == "sqrt" else ratio)
 
 
 class Schedule:
-    """Linear warm-up, then step, cosine or constant.
+    """Warm-up, then the configured curve; see `ScheduleConfig`.
 
     Args:
-        config: epochs and shape.
+        config: times and shape.
         peak: learning rate after warm-up.
         steps_per_epoch: may be a fraction, as epochs need not end with a step.
     """
 
     def __init__(self, config: ScheduleConfig, peak: float, steps_per_epoch: float):
         self.config, self.peak = config, peak
-        self.total_steps = max(1, round(config.epochs * steps_per_epoch))
-        self.warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), self.total_steps - 1)
-        self.milestones = [round(epoch * steps_per_epoch) for epoch in config.milestones]
+        length = steps_of(config.epochs, steps_per_epoch)
+        #: how much longer the run is than the one that the recipe's times are for
+        stretch = 1.0 if config.made_for is None else length / steps_of(config.made_for, steps_per_epoch)
+        self.total_steps = max(1, round(length))
+        warmup = steps_of(config.warmup_epochs, steps_per_epoch) * min(1.0, stretch)
+        if config.name == "one_cycle" and not warmup:
+            warmup = ONE_CYCLE_RISE * length
+        self.warmup_steps = min(round(warmup), self.total_steps - 1)
+        self.milestones = [round(steps_of(time, steps_per_epoch) * stretch) for time in config.milestones]
+        if config.name == "step" and config.step_every is not None:
+            every = steps_of(config.step_every, steps_per_epoch) * stretch
+            self.milestones = [round(every * n) for n in range(1, math.ceil(self.total_steps / every))]
 
     def lr(self, step: int) -> float:
         """Learning rate of step 0 <= step < total_steps."""
         if step < self.warmup_steps:
-            start = self.config.warmup_start
-            return self.peak * (start + (1 - start) * step / self.warmup_steps)
-        if self.config.name == "step":
+            return self.peak * self._warmup(step / self.warmup_steps)
+        name, low = self.config.name, self.config.min_lr
+        if name == "constant":
+            return self.peak
+        if name in ("step", "multistep"):
             return self.peak * self.config.gamma ** sum(step >= milestone for milestone in self.milestones)
-        if self.config.name == "cosine":
-            done = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-            low = self.config.min_lr
-            return low + (self.peak - low) * (1 + math.cos(math.pi * done)) / 2
-        return self.peak
+        start = 0 if self.config.decay_from_start and name != "one_cycle" else self.warmup_steps
+        left = 1 - (step - start) / (self.total_steps - start)
+        if name in ("cosine", "one_cycle"):
+            left = (1 - math.cos(math.pi * left)) / 2
+        elif name == "polynomial":
+            left **= self.config.power
+        return low + (self.peak - low) * left
+
+    def _warmup(self, done: float) -> float:
+        """Share of the peak when this share of the warm-up is over."""
+        start = self.config.warmup_start
+        if self.config.warmup == "exponential":
+            return start ** (1 - done)
+        if self.config.name == "one_cycle":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return start + (1 - start) * done

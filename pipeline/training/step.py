@@ -10,10 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config import Config
 from pipeline.loader.stream import Batch
 from pipeline.model.build import Normalised
-from pipeline.model.heads import find_heads, frozen_norms
+from pipeline.model.heads import frozen_norms, in_heads
+from pipeline.training.clipping import clip_adaptive, clip_norm
 from pipeline.training.distributed import World
 from pipeline.training.loss import make_loss
-from pipeline.training.optimizer import make_optimizer
+from pipeline.training.optimizer import heads_for, make_optimizer
 
 #: torch 2.13 renamed DistributedDataParallel's switch for sending rank 0's buffers around at every step
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
@@ -55,15 +56,17 @@ class TrainStep:
         kinds = {buffer.dtype for buffer in self.model.buffers()}
         self.buffers = [[b for b in self.model.buffers() if b.dtype == kind] for kind in sorted(kinds, key=str)]
         self.loss = make_loss(config, self.model)
-        heads = find_heads(config.model.name) if config.optim.body_lr != 1 else ()
+        heads = heads_for(config)
         self.optimizer = make_optimizer(self.model, config.optim, heads)
+        #: the parameters that adaptive clipping is for
+        self.body = [p for name, p in self.model.named_parameters() if p.requires_grad and not in_heads(name, heads)]
         self.held = frozen_norms(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
 
     def __call__(self, batch: Batch, lr: float) -> torch.Tensor:
         """Train on a local batch. Returns float32 [4]: the mean loss over it, how many first guesses were right, the
-        norm of the averaged gradient, and fp16's loss scale (else 1), on the device and not yet read: nothing here
-        waits for it."""
+        norm of the averaged gradient before it is clipped, and fp16's loss scale (else 1), on the device and not yet
+        read: nothing here waits for it."""
         self.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -80,10 +83,15 @@ class TrainStep:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             logits = output[0] if isinstance(output, tuple) else output
-            hits += (logits.detach().argmax(1) == targets).sum()
+            labels = targets.argmax(1) if targets.is_floating_point() else targets
+            hits += (logits.detach().argmax(1) == labels).sum()
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained])
+        if self.config.optim.clip_adaptive is not None:
+            clip_adaptive([p for p in self.body if p.grad is not None], self.config.optim.clip_adaptive)
+        if self.config.optim.clip_norm is not None:
+            clip_norm(trained, self.config.optim.clip_norm)
         self._update(norm, before)
         return torch.stack([total, hits, norm, self.scaler.scale(torch.ones_like(norm))])
 
@@ -138,6 +146,7 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, dict]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = True  # also from a checkpoint of an optimizer that was not
+        if "fused" in self.optimizer.defaults:
+            for group in self.optimizer.param_groups:
+                group["fused"] = True  # also from a checkpoint of an optimizer that was not
         self.scaler.load_state_dict(state["optimizer"]["scaler"])

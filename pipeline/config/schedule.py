@@ -1,0 +1,78 @@
+"""The group `schedule`: the learning rate over the run, as a function of the step."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.fields import Check, at_least_zero, positive, share
+from pipeline.config.time import REMEDY, Time, is_time, parse_time, plain_time
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run. Times are epochs (90, "90ep") or batches ("5000ba").
+
+    A run of another length than its recipe (`--schedule.epochs`) follows the recipe's curve in its own time: milestones
+    move in proportion, and the warm-up shrinks with a shorter run but does not grow with a longer one.
+    """
+
+    name: Literal["step", "multistep", "cosine", "linear", "polynomial", "one_cycle", "constant"] = "step"
+    """After the warm-up: step: times gamma every step_every, or as multistep; multistep: times gamma at each milestone;
+    cosine, linear, polynomial: down to min_lr at the end; one_cycle: as cosine, the warm-up too, which is 30 percent of
+    the run unless given (Smith 2018); constant."""
+    epochs: Time = 90.0
+    """Length of the run."""
+    made_for: Time | None = None
+    """Length of the run that milestones and warm-up are given for; default: epochs, or what the recipe says where the
+    command line gives other epochs."""
+    warmup_epochs: Time = 0.0
+    """Warm-up, step by step, from warmup_start to the peak."""
+    warmup: Literal["linear", "exponential"] = "linear"
+    """exponential: each step multiplies the rate by the same factor."""
+    warmup_start: float = 0.1
+    """Learning rate of the first step as a share of the peak."""
+    milestones: tuple[Time, ...] = (30.0, 60.0)
+    """step, multistep: times at which the rate is multiplied by gamma, from the run's beginning."""
+    step_every: Time | None = None
+    """step: the rate is multiplied by gamma whenever so much time has passed, instead of at the milestones."""
+    gamma: float = 0.1
+    power: float = 2.0
+    """polynomial: the rate falls as (share of the run that is left) ** power."""
+    decay_from_start: bool = False
+    """cosine, linear, polynomial: the curve begins at step 0 and the warm-up covers its first part (timm); default: it
+    begins where the warm-up ends."""
+    min_lr: float = 0.0
+    """cosine, linear, polynomial, one_cycle: learning rate at the end."""
+
+    def __post_init__(self):
+        for name in ("epochs", "made_for", "warmup_epochs", "step_every"):
+            object.__setattr__(self, name, plain_time(getattr(self, name)))
+        object.__setattr__(self, "milestones", tuple(map(plain_time, self.milestones)))
+        if self.made_for == self.epochs:
+            object.__setattr__(self, "made_for", None)
+
+
+def check_schedule(c: ScheduleConfig) -> Iterator[Check]:
+    """Impossible values of the group `schedule`."""
+    yield "schedule.epochs", c.epochs, is_time(c.epochs, above=True), f"{REMEDY}, above 0"
+    yield "schedule.made_for", c.made_for, c.made_for is None or is_time(c.made_for, above=True), REMEDY
+    yield "schedule.warmup_epochs", c.warmup_epochs, is_time(c.warmup_epochs), f"{REMEDY}, 0 or more"
+    (warmup, unit), (epochs, other) = parse_time(c.warmup_epochs), parse_time(c.made_for or c.epochs)
+    shorter = warmup < epochs or unit != other
+    yield "schedule.warmup_epochs", c.warmup_epochs, shorter, "give 0 or more, below schedule.epochs"
+    yield share("schedule.warmup_start", c.warmup_start)
+    from_nothing = c.warmup == "exponential" and c.warmup_start == 0
+    yield "schedule.warmup_start", c.warmup_start, not from_nothing, "an exponential warm-up starts above 0"
+    yield positive("schedule.gamma", c.gamma)
+    yield positive("schedule.power", c.power)
+    yield at_least_zero("schedule.min_lr", c.min_lr)
+    milestones = list(c.milestones)
+    good = all(is_time(item, above=True) for item in milestones)
+    yield "schedule.milestones", milestones, good, f"{REMEDY}, each above 0"
+    times = [parse_time(item) for item in milestones]
+    rising = all(a[0] < b[0] or a[1] != b[1] for a, b in itertools.pairwise(times))
+    yield "schedule.milestones", milestones, rising, "give rising times above 0"
+    yield "schedule.step_every", c.step_every, c.step_every is None or is_time(c.step_every, above=True), REMEDY
+    of_no_use = c.step_every is not None and c.name != "step"
+    yield "schedule.step_every", c.step_every, not of_no_use, f"it is for --schedule.name step, not {c.name}; leave out"
