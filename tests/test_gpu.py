@@ -44,7 +44,7 @@ def test_resizing_on_the_gpu_gives_the_cpus_pixels(root):
         images[name] = torch.cat([batch.images.cpu() for batch in stream.batches(0, 4)]).numpy().astype(int)
         stream.close()
     difference = np.abs(images["cpu"] - images["cuda"])
-    assert difference.mean() <= 0.2 and difference.max() <= 3
+    assert difference.mean() <= 0.3 and difference.max() <= 16  # DALI's resize against torch's: as DALI on a CPU was
 
 
 def test_compiled_and_accumulated_steps_learn(root, tmp_path):

@@ -50,10 +50,9 @@ class Source:
                 self._shards[number] = os.open(self.split.path(sample), os.O_RDONLY)
             return self._shards[number]
 
-    def _read(self, sample: int) -> bytes:
-        record = self.split.records[sample]
-        if record["shard"] >= 0:
-            return os.pread(self._shard(sample, int(record["shard"])), int(record["size"]), int(record["offset"]))
+    def _read(self, sample: int, shard: int, offset: int, size: int) -> bytes:
+        if shard >= 0:
+            return os.pread(self._shard(sample, shard), size, offset)
         with open(self.split.path(sample), "rb") as file:  # noqa: PTH123 - the shorter way, for every sample
             return file.read()
 
@@ -63,9 +62,19 @@ class Source:
         Raises UnreadableSample where they are missing or not those that were indexed, and BrokenError where the data
         root itself is gone. Errors that pass (a network file system's) are tried again for some seconds.
         """
+        (row,) = self._rows(np.array([sample]))
+        return self._checked(*row)
+
+    def _rows(self, samples: np.ndarray) -> list[tuple[int, int, int, int, int]]:
+        """(sample, shard, offset, size, digest) of each: the index is asked once for all, not a field at a time."""
+        records = self.split.records[samples]
+        fields = (records[name].tolist() for name in ("shard", "offset", "size", "digest"))
+        return list(zip(samples.tolist(), *fields, strict=True))
+
+    def _checked(self, sample: int, shard: int, offset: int, size: int, digest: int) -> np.ndarray:
         for wait in (*_RETRY_AFTER_S, None):
             try:
-                data = self._read(sample)
+                data = self._read(sample, shard, offset, size)
                 break
             except (OSError, ValueError) as error:
                 if not self.split.root.is_dir():
@@ -73,27 +82,26 @@ class Source:
                 if wait is None or getattr(error, "errno", None) not in _PASSING:
                     raise UnreadableSample(sample, str(error)) from error
                 time.sleep(wait)
-        size = int(self.split.records["size"][sample])
         if len(data) != size:
             raise UnreadableSample(sample, f"has {len(data)} bytes, {size} when it was indexed")
-        if xxhash.xxh3_64_intdigest(data) != int(self.split.records["digest"][sample]):
+        if xxhash.xxh3_64_intdigest(data) != digest:
             raise UnreadableSample(sample, "its bytes have changed since it was indexed")
         return np.frombuffer(data, np.uint8)
 
-    def _read_part(self, samples: list[int]) -> list[np.ndarray | UnreadableSample]:
+    def _read_part(self, rows: list[tuple]) -> list[np.ndarray | UnreadableSample]:
         parts = []
-        for sample in samples:
+        for row in rows:
             try:
-                parts.append(self.read(sample))
+                parts.append(self._checked(*row))
             except UnreadableSample as error:
                 parts.append(error)
         return parts
 
     def read_batch(self, samples: np.ndarray) -> list[np.ndarray | UnreadableSample]:
         """The bytes of each sample, read by several threads; an unreadable one gives its exception in its place."""
-        ids = [int(sample) for sample in samples]
-        size = max(1, -(-len(ids) // self.threads))
-        parts = self.pool.map(self._read_part, (ids[i : i + size] for i in range(0, len(ids), size)))
+        rows = self._rows(samples)
+        size = max(1, -(-len(rows) // self.threads))
+        parts = self.pool.map(self._read_part, (rows[i : i + size] for i in range(0, len(rows), size)))
         return [item for part in parts for item in part]
 
     def describe(self, sample: int) -> str:
