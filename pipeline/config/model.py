@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from pipeline.config.fields import Check, at_least_zero, positive
+from pipeline.config.fields import Check, at_least_zero, below_one, positive
 
 #: pixels of the side that a network was made for, where that is not 224 (torchvision's published weights)
 INPUT_SIZES = {
@@ -33,6 +34,12 @@ class ModelConfig:
     these heads."""
     dropout: float = 0.0
     """Share of the values before the head that is dropped in training, besides what the network drops by itself."""
+    stochastic_depth: float = 0.0
+    """Probability that a sample skips the last residual branch in training (Huang et al. 2016); it falls linearly to 0
+    for the first."""
+    blurpool: Literal["none", "convs", "all"] = "none"
+    """Blur before subsampling (Zhang 2019). convs: before strided convolutions, as FFCV; all: in strided max pooling
+    too."""
     weights: str | None = None
     """Start from trained weights: torchvision's published ones by name (DEFAULT, IMAGENET1K_V1, ...), or a file. A head
     for other classes starts fresh."""
@@ -44,4 +51,5 @@ def check_model(c: ModelConfig) -> Iterator[Check]:
     """Impossible values of the group `model`."""
     yield positive("model.num_classes", c.num_classes, optional=True)
     yield at_least_zero("model.aux_weight", c.aux_weight or 0)
-    yield "model.dropout", c.dropout, 0 <= c.dropout < 1, "give a number from 0 to below 1"
+    yield below_one("model.dropout", c.dropout)
+    yield below_one("model.stochastic_depth", c.stochastic_depth)

@@ -10,6 +10,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.heads import drop_before_head, freeze
+from pipeline.model.regularise import add_blurpool, add_stochastic_depth
 from pipeline.model.weights import is_published
 
 #: weight of the auxiliary heads' losses as published: Szegedy et al. 2015 (GoogLeNet), 2016 (Inception v3: torchvision
@@ -41,6 +42,12 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
     if config.zero_init_residual:
         zero_init_residual(model)
+    if config.sync_batchnorm:  # before any hook is on a layer that this replaces
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.stochastic_depth:
+        add_stochastic_depth(model, config.name, config.stochastic_depth)
+    if config.blurpool != "none":
+        add_blurpool(model, config.name, config.blurpool == "all")
     if config.dropout:
         drop_before_head(model, config.name, config.dropout)
     if config.freeze:

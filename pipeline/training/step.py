@@ -40,8 +40,6 @@ class TrainStep:
         self.config, self.device = config, world.device
         local = config.train.global_batch_size // world.size
         self.micro = config.train.micro_batch_size or local
-        if config.model.sync_batchnorm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
         whole = Normalised(model, config.data.mean, config.data.std, config.train.channels_last).to(self.device)
         self.network = whole  # for evaluation: no gradients to exchange

@@ -1,0 +1,116 @@
+"""Stochastic depth and BlurPool for torchvision's networks, by hooks: names in state_dicts stay torchvision's."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torchvision.models.mobilenetv2 import InvertedResidual as InvertedResidualV2
+from torchvision.models.mobilenetv3 import InvertedResidual as InvertedResidualV3
+from torchvision.models.regnet import ResBottleneckBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.vision_transformer import EncoderBlock
+from torchvision.ops import StochasticDepth, stochastic_depth
+
+from pipeline.errors import UserError
+
+#: kind of residual block -> the parts whose output is added to the shortcut
+_BRANCHES = {
+    BasicBlock: ("bn2",),
+    Bottleneck: ("bn3",),
+    ResBottleneckBlock: ("f",),
+    InvertedResidualV2: ("conv",),
+    InvertedResidualV3: ("block",),
+    EncoderBlock: ("dropout", "mlp"),
+}
+_MIN_CHANNELS = 16  # an image itself is not blurred (FFCV, Composer)
+
+
+class _DropBranch:
+    """A forward hook: in training, this share of the batch goes without the branch, the rest is scaled up."""
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        return stochastic_depth(output, self.share, "row", module.training)
+
+
+def _blocks(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The branches of each residual block, block by block from the input."""
+    for module in model.modules():
+        names = _BRANCHES.get(type(module))
+        if isinstance(module, StochasticDepth):
+            yield [module]
+        elif names and getattr(module, "use_res_connect", True):
+            yield [getattr(module, name) for name in names]
+
+
+def add_stochastic_depth(model: nn.Module, name: str, rate: float) -> None:
+    """Drop whole residual branches in training, sample by sample (Huang et al. 2016): the first block's never, the
+    last one's with probability `rate`, linearly in between (as timm does for ResNets).
+
+    Networks that torchvision gives stochastic depth get this rate instead of their own. Raises UserError for a network
+    without residual blocks that are known.
+    """
+    blocks = list(_blocks(model))
+    if not blocks:
+        raise UserError(f"--model.stochastic_depth {rate}: no residual block is known in {name}; leave it at 0")
+    for number, branches in enumerate(blocks):
+        share = rate * number / max(1, len(blocks) - 1)
+        for branch in branches:
+            if isinstance(branch, StochasticDepth):
+                branch.p = share
+            elif share:
+                branch.register_forward_hook(_DropBranch(share))
+
+
+class Blur(nn.Module):
+    """[1 2 1] x [1 2 1] / 16 over each channel, zeros beyond the border; takes every `stride`-th place."""
+
+    def __init__(self, stride: int = 1):
+        super().__init__()
+        self.stride = stride
+        line = torch.tensor([1.0, 2.0, 1.0])
+        self.register_buffer("kernel", (torch.outer(line, line) / 16).view(1, 1, 3, 3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = x.shape[1]
+        return functional.conv2d(x, self.kernel.expand(channels, 1, 3, 3), None, self.stride, 1, groups=channels)
+
+
+class BlurMaxPool(nn.Module):
+    """Max pooling of stride 1, then `Blur` of the pool's stride (Zhang 2019, section 3.2)."""
+
+    def __init__(self, pool: nn.MaxPool2d):
+        super().__init__()
+        self.kernel_size, self.padding, self.blur = pool.kernel_size, pool.padding, Blur(_one(pool.stride))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blur(functional.max_pool2d(x, self.kernel_size, 1, self.padding))
+
+
+def _one(stride: int | tuple[int, ...]) -> int:
+    return max(stride) if isinstance(stride, tuple) else stride
+
+
+def _blur_input(conv: nn.Conv2d, inputs: tuple) -> tuple:
+    """A forward pre-hook of convolutions that have a `blur`."""
+    return conv.blur(inputs[0]), *inputs[1:]
+
+
+def add_blurpool(model: nn.Module, name: str, pools: bool) -> None:
+    """Blur what strided convolutions of at least 16 channels see (as FFCV and Composer), and with `pools` put
+    `BlurMaxPool` in place of strided max pooling. Raises UserError where there is neither."""
+    found = False
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d) and _one(module.stride) > 1 and module.in_channels >= _MIN_CHANNELS:
+            module.blur = Blur()  # its buffer is in no state_dict
+            module.register_forward_pre_hook(_blur_input)
+            found = True
+        for key, child in list(module.named_children()):
+            if pools and isinstance(child, nn.MaxPool2d) and _one(child.stride) > 1:
+                setattr(module, key, BlurMaxPool(child))
+                found = True
+    if not found:
+        raise UserError(f"--model.blurpool: {name} has no strided layer to blur; leave it at none")
