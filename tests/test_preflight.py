@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.insight.checks import check_nodes, count_fruitless
 from pipeline.insight.memory import estimate_step
 from pipeline.insight.node_facts import gather_facts
-from pipeline.insight.preflight import parse_time_limit
+from pipeline.insight.preflight import parse_time_limit, read_bench
 
 GIB = 1 << 10  # in MiB
 
@@ -137,6 +137,23 @@ def test_time_from_the_ledger_against_the_limit(preflight, data, tmp_path):
     )
     _, rows = preflight("--schedule.epochs", "2400", "--world_size", "4", "--time_limit", "2:00:00")
     assert rows["time"][1].startswith("7,200 steps of 0.25 s: 30 min 00 s (at the speed of 2 processes)")
+
+
+def test_time_from_a_bench_until_there_is_a_ledger(preflight, data, tmp_path):
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps({"images_per_s": 320.0, "world_size": 8}))
+    options = ["--schedule.epochs", "2400", "--world_size", "4", "--time_limit", "30:00"]
+    assert "known once some are done" in preflight(*options)[1]["time"][1]
+    _, rows = preflight(*options, "--bench", str(bench))
+    assert rows["time"][1].startswith(
+        "7,200 steps of 0.2 s by --bench: 24 min 00 s (at the speed of 8 processes), a time"
+    )
+    start_run(tmp_path / "run", data, "--schedule.epochs", "2400")
+    _, rows = preflight(*options, "--bench", str(bench))
+    assert rows["time"][1].startswith("7,200 steps of 0.25 s: 30 min")
+    bench.write_text("[]")
+    with pytest.raises(UserError, match="no JSON object with images_per_s"):
+        read_bench(bench)
 
 
 def test_memory_against_the_card(preflight):

@@ -228,8 +228,16 @@ def check_memory(config: Config, world_size: int, classes: int | None, card_mib:
     return Finding(PASS, "memory", text)
 
 
-def check_time(run_dir: Path | None, config: Config, world_size: int, data: dict, limit_s: float | None) -> Finding:
-    """How often will the time limit interrupt the run? Steps left times the seconds of the ledger's last steps."""
+def check_time(
+    run_dir: Path | None,
+    config: Config,
+    world_size: int,
+    data: dict,
+    limit_s: float | None,
+    bench: tuple[float, int] | None = None,
+) -> Finding:
+    """How often will the time limit interrupt the run? Steps left times the seconds of the ledger's last steps, or of
+    `bench`: images/s by so many processes together."""
     if not data.get("images"):
         return Finding(WARN, "time", "unknown without an index")
     total = round(steps_of(config.schedule.epochs, data["images"]["train"] / config.train.global_batch_size))
@@ -240,12 +248,18 @@ def check_time(run_dir: Path | None, config: Config, world_size: int, data: dict
     rows = read_tail(ledger) if ledger and ledger.exists() else []
     step_s = median_step_s(rows, config.train.global_batch_size)
     limit = f"a time limit of {duration(limit_s)}" if limit_s else "no time limit"
-    if step_s is None:
-        return Finding(PASS, "time", f"{left:,} steps; how long they take is known once some are done; {limit}")
-    starts = [row for row in read_rare(ledger) if row.get("event") in ("started", "resumed")]
-    there = starts[-1].get("world_size", world_size) if starts else world_size
+    there, source = world_size, ""
+    if step_s is not None:
+        starts = [row for row in read_rare(ledger) if row.get("event") in ("started", "resumed")]
+        there = starts[-1].get("world_size", world_size) if starts else world_size
+    elif bench is not None:
+        images_per_s, there = bench
+        step_s, source = config.train.global_batch_size / images_per_s, " by --bench"
+    else:
+        unknown = "how long they take is known once some are done, or by --bench"
+        return Finding(PASS, "time", f"{left:,} steps; {unknown}; {limit}")
     step_s *= there / world_size  # a larger world shares the same batch
-    text = f"{left:,} steps of {step_s:.3g} s: {duration(left * step_s)}"
+    text = f"{left:,} steps of {step_s:.3g} s{source}: {duration(left * step_s)}"
     if there != world_size:
         text += f" (at the speed of {there} process{'es' if there > 1 else ''})"
     if limit_s is None or left * step_s < limit_s:

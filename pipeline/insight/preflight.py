@@ -5,6 +5,7 @@ The batch script asks every node for its facts first and hands them over; by han
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -24,6 +25,8 @@ Would this job run? Takes what `pipeline train` takes, and needs no GPU. Exit co
   --world_size N       processes in all (default: the GPUs of this machine, or 1)
   --time_limit T       of the job, as Slurm writes it: MINUTES, [DAYS-]HH:MM:SS (default: none)
   --gpu_memory GIB     memory of each GPU (default: of this machine's GPUs)
+  --bench FILE         JSON with images_per_s, and world_size if not 1, as `pipeline estimate --run RUN --json` prints:
+                       the speed for the time estimate until the run has measured its own
   --node_facts         print this machine's facts as a JSON line, for --nodes_file
   --nodes_file FILE    facts of all the nodes of the job, a line each (default: look from this machine alone)
 
@@ -64,6 +67,20 @@ def read_nodes(path: Path) -> list[dict]:
     return sorted(facts, key=lambda node: node["node"])
 
 
+def read_bench(path: Path) -> tuple[float, int]:
+    """(images/s of all processes together, their number) of a bench file. Raises UserError."""
+    try:
+        content = json.loads(path.read_text())
+        rate, world = float(content["images_per_s"]), int(content.get("world_size", 1))
+    except OSError as error:
+        raise UserError(f"--bench {path}: {error.strerror}; give the file that a bench wrote") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--bench {path}: no JSON object with images_per_s and world_size") from error
+    if not (math.isfinite(rate) and rate > 0 and world > 0):
+        raise UserError(f"--bench {path}: {rate} images/s by {world} processes; both must be above 0")
+    return rate, world
+
+
 def find(config: Config, nodes: list[dict], options: argparse.Namespace) -> Iterator[Finding]:
     """All findings, in the order in which they are shown."""
     here = nodes[0] if nodes else gather_facts(config)
@@ -81,7 +98,8 @@ def find(config: Config, nodes: list[dict], options: argparse.Namespace) -> Iter
         options.gpu_memory * 1024 if options.gpu_memory else min((g["memory_mib"] for g in here["gpus"]), default=None)
     )
     yield checks.check_memory(config, world, here["data"].get("classes"), memory)
-    yield checks.check_time(run_dir, config, world, here["data"], parse_time_limit(options.time_limit))
+    bench = read_bench(Path(options.bench).expanduser()) if options.bench else None
+    yield checks.check_time(run_dir, config, world, here["data"], parse_time_limit(options.time_limit), bench)
     if "SLURM_JOB_ID" in os.environ and run_dir is not None:
         attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         yield checks.check_requeues(run_dir, os.environ["SLURM_JOB_ID"], attempt)
@@ -98,6 +116,7 @@ def main(argv: list[str]) -> int:
     own.add_argument("--world_size", "--world-size", type=int)
     own.add_argument("--time_limit", "--time-limit", default="")
     own.add_argument("--gpu_memory", "--gpu-memory", type=float)
+    own.add_argument("--bench")
     own.add_argument("--node_facts", "--node-facts", action="store_true")
     own.add_argument("--nodes_file", "--nodes-file")
     options, rest = own.parse_known_args(argv)
