@@ -59,7 +59,8 @@ class Resizer:
 
     def start(self, windows, planned: Planned) -> Resizing:
         """Begin with a batch. windows: of `decoded_windows`, a sequence of arrays uint8 [h, w, 3]."""
-        images = torch.empty((len(windows), self.size, self.size, 3), dtype=torch.uint8)
+        with torch.inference_mode(False):  # other threads fill it, and inference mode is a thread's own
+            images = torch.empty((len(windows), self.size, self.size, 3), dtype=torch.uint8)
         part = _is_part(planned).tolist()
         regions = planned.rois + np.tile(planned.windows[:, :2], 2)  # from the image's corner
 
