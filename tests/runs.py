@@ -112,7 +112,7 @@ def repeatable(run_dir: Path) -> list[dict]:
 
 
 def assert_same_state(one: Path, other: Path) -> None:
-    """Two checkpoint folders hold the same bits: weights, buffers, optimizer, scaler."""
+    """Two checkpoint folders hold the same bits: weights, buffers, optimizer, scaler, average."""
 
     def same(a, b, where):
         if isinstance(a, torch.Tensor):
@@ -128,7 +128,9 @@ def assert_same_state(one: Path, other: Path) -> None:
         else:
             assert a == b, where
 
-    for name in ("model.pt", "optimizer.pt"):
+    names = sorted(path.name for path in one.glob("*.pt"))
+    assert names == sorted(path.name for path in other.glob("*.pt"))
+    for name in names:
         same(*(torch.load(path / name, weights_only=True) for path in (one, other)), name)
 
 

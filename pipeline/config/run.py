@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.average import EmaConfig, EvaluationConfig, check_ema, check_evaluation
 from pipeline.config.data import DataConfig, check_data
 from pipeline.config.fields import Check, free
 from pipeline.config.model import INPUT_SIZES, ModelConfig, check_model
@@ -39,7 +40,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -61,7 +64,9 @@ def check_all(c: Config) -> Iterator[Check]:
     yield from check_model(c.model)
     yield from check_optim(c.optim)
     yield from check_schedule(c.schedule)
+    yield from check_ema(c.ema)
     yield from check_train(c.train)
+    yield from check_evaluation(c.evaluation)
     yield from check_guard(c.guard)
     yield from check_checkpoint(c.checkpoint)
     yield from check_tracking(c.tracking)

@@ -41,9 +41,9 @@ for _here, _there in (
 class StepMemory:
     """A step's memory in MiB.
 
-    weights: with buffers; optimizer: its state; kept: for backward, however many images (autocast's copies of the
-    weights, BatchNorm's batch statistics); image_mib: for backward, of each image; passing_mib: of each image, what
-    lives besides at the worst moment (gradients of activations, the image itself).
+    weights: with buffers, and their average if there is one; optimizer: its state; kept: for backward, however many
+    images (autocast's copies of the weights, BatchNorm's batch statistics); image_mib: for backward, of each image;
+    passing_mib: of each image, what lives besides at the worst moment (gradients of activations, the image itself).
     """
 
     weights_mib: float
@@ -260,7 +260,7 @@ def step_memory(tracer: Tracer, images: int) -> StepMemory:
     image, peak = (more.kept - few.kept) / 2, (more.peak - few.peak) / 2
     trained = sum(p.numel() * p.element_size() for p in tracer.model.parameters() if p.requires_grad)
     return StepMemory(
-        weights_mib=weight_bytes(tracer.model) / MIB,
+        weights_mib=weight_bytes(tracer.model) * (2 if tracer.config.ema.decay else 1) / MIB,
         gradients_mib=trained / MIB,
         optimizer_mib=optimizer_states(tracer.config) * trained / MIB,
         kept_mib=(few.kept - 2 * image) / MIB,

@@ -13,6 +13,7 @@ from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight import page
 from pipeline.insight.charts import Series, line_chart
 from pipeline.insight.status import duration
+from pipeline.tracking.ledger import top1_of
 
 ON_CPU = 1000  # validation images that are looked at where there is no GPU
 CLASSES, PAIRS, MISTAKES, LOOKS = 100, 20, 24, 8  # most that is shown of each
@@ -36,6 +37,9 @@ def charts(records: list) -> str:
                 series.append(Series(f"{name}training", x, record.column(train), colour, faint=True))
                 validation = record.column(val, "eval")
                 series.append(Series(f"{name}validation", x_eval, validation, 1 if alone else colour))
+                if alone and any(row.get(f"val_ema_{train}") is not None for row in record.evals):
+                    averaged = record.column(f"val_ema_{train}", "eval")
+                    series.append(Series("validation, averaged weights", x_eval, averaged, 3))
                 if alone and val == "val_top1":
                     series.append(Series("validation, top-5", x_eval, record.column("val_top5", "eval"), 2))
             drawn.append(line_chart(f"{title} against {against}", series, against, unit, zero=True))
@@ -57,7 +61,7 @@ def headline(record) -> str:
     """The large figures."""
     best = record.best
     items = [
-        ("top-1, best", f"{best['val_top1']:.2f} %" if best else "not yet"),
+        ("top-1, best", f"{top1_of(best):.2f} %" if best else "not yet"),
         ("top-5 there", f"{best['val_top5']:.2f} %" if best else "not yet"),
         ("epochs done", f"{record.train[-1]['epoch']:.2f}" if record.train else "0"),
         ("steps done", f"{record.train[-1]['step']:,}" if record.train else "0"),
@@ -239,9 +243,7 @@ def comparison(records: list) -> str:
     rows = []
     for record in records:
         best, done = record.best, record.train[-1] if record.train else {}
-        scores = (
-            [f"{best['val_top1']:.2f}", f"{best['val_top5']:.2f}", f"{best['epoch']:.2f}"] if best else ["", "", ""]
-        )
+        scores = [f"{top1_of(best):.2f}", f"{best['val_top5']:.2f}", f"{best['epoch']:.2f}"] if best else ["", "", ""]
         hours = duration(3600 * record.hours[-1]) if record.hours else ""
         rows.append([record.name, *scores, f"{done.get('epoch', 0):.2f}", hours])
     head = ["run", "top-1 %", "top-5 %", "at epoch", "epochs done", "training"]

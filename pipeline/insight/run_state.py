@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.config.time import steps_of
 from pipeline.errors import UserError
+from pipeline.tracking.ledger import top1_of
 
 TAIL_ROWS = 100  # training rows that rates are taken over
 TAIL_BYTES = 1 << 17  # holds them
@@ -134,7 +135,7 @@ def read_state(folder: Path, now: float | None = None) -> RunState:
     silent = max(0.0, now - max(_mtime(ledger), _mtime(folder / "config.yaml")))
     activity = _activity(start, tail, evals, step, last_step, per_epoch, settings)
     state, detail = _judge(folder, activity, silent, step_s)
-    best = max(evals, key=lambda row: row.get("val_top1", -math.inf), default={})
+    best = max(evals, key=top1_of, default={})
     latest = evals[-1] if evals else {}
     return RunState(
         run=str(folder),
@@ -146,7 +147,7 @@ def read_state(folder: Path, now: float | None = None) -> RunState:
         loss=tail[-1].get("loss") if tail else None,
         top1=latest.get("val_top1"),
         top1_step=latest.get("step"),
-        best_top1=best.get("val_top1"),
+        best_top1=top1_of(best) if best else None,
         best_step=best.get("step"),
         images_per_s=batch / step_s if step_s else None,
         step_s=step_s,

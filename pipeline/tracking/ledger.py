@@ -32,9 +32,14 @@ def last_steps(path: Path) -> dict[str, int]:
     return {row["kind"]: row["step"] for row in read_rows(path) if row.get("kind") in ("train", "eval")}
 
 
+def top1_of(row: dict) -> float:
+    """Percent that an "eval" row's better network got: the weights, or their average where there is one."""
+    return max(row.get("val_top1", -math.inf), row.get("val_ema_top1", -math.inf))
+
+
 def best_step(evaluations: Iterable[dict]) -> int | None:
-    """The step with the highest `val_top1` among "eval" rows, the earliest of equals; None without any."""
-    best = max(evaluations, key=lambda row: (row["val_top1"], -row["step"]), default=None)
+    """The step with the highest `top1_of` among "eval" rows, the earliest of equals; None without any."""
+    best = max(evaluations, key=lambda row: (top1_of(row), -row["step"]), default=None)
     return None if best is None else best["step"]
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -11,15 +12,62 @@ from pipeline.training.distributed import World
 from pipeline.training.preemption import StopRequest
 from pipeline.training.step import autocast
 
+BINS = 15  # of the calibration error, equally wide (Guo et al. 2017)
+
 
 @dataclass(frozen=True)
 class Scores:
-    """val_loss: mean cross-entropy. val_top1, val_top5: percent. images: how many were scored, over all ranks."""
+    """val_loss: mean cross-entropy. val_top1, val_top5: percent. val_ece: expected calibration error, percent. images:
+    how many were scored, over all ranks."""
 
     val_loss: float
     val_top1: float
     val_top5: float
+    val_ece: float
     images: int
+
+
+class Tally:
+    """Sums over images, on one device: loss and hits; confidence and hits in each of `BINS`; hits in each class."""
+
+    def __init__(self, classes: int, device: torch.device):
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+        self.bins = torch.zeros(BINS, 3, dtype=torch.float64, device=device)  # images, confidence, top-1
+        self.classes = torch.zeros(classes, 3, dtype=torch.float64, device=device)  # images, top-1, top-5
+
+    def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count a batch. logits: float32 [B, K]; targets: int64 [B]."""
+        self.sums += score(logits, targets)
+        sure, guesses = logits.softmax(1).max(1)
+        first = guesses == targets
+        among = (logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]).any(1)
+        ones = torch.ones_like(sure)
+        places = (sure * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # bin i: (i / 15, (i + 1) / 15]
+        self.bins.index_add_(0, places, torch.stack([ones, sure, first], 1).double())
+        self.classes.index_add_(0, targets, torch.stack([ones, first, among], 1).double())
+
+    def over(self, world: World) -> "Evaluation":
+        """The sums of all ranks. Collective."""
+        parts = [self.sums, self.bins.flatten(), self.classes.flatten()]
+        flat = np.array(world.sum(torch.cat(parts).tolist()))
+        bins = flat[4 : 4 + 3 * BINS].reshape(BINS, 3)
+        return Evaluation(flat[:4], bins, flat[4 + 3 * BINS :].reshape(-1, 3))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over all images, float64: [4], [BINS, 3] and [classes, 3] as in `Tally`."""
+
+    sums: np.ndarray
+    bins: np.ndarray
+    classes: np.ndarray
+
+    @property
+    def scores(self) -> Scores:
+        loss, top1, top5, images = self.sums.tolist()
+        error = np.abs(self.bins[:, 1] - self.bins[:, 2]).sum()  # each bin's gap, weighted by its images
+        many = max(images, 1)
+        return Scores(loss / many, 100 * top1 / many, 100 * top5 / many, 100 * float(error) / many, int(images))
 
 
 def share_buffers(model: nn.Module, world: World) -> None:
@@ -29,32 +77,62 @@ def share_buffers(model: nn.Module, world: World) -> None:
             torch.distributed.broadcast(buffer, src=0)
 
 
-def evaluate(network: nn.Module, stream: Stream, world: World, precision: str, stop: StopRequest) -> Scores | None:
-    """Score `network` (uint8 images in, logits out) on all batches of a validation stream. Collective.
+def predict(network: nn.Module, images: torch.Tensor, ids: torch.Tensor, flip: bool, crops: bool) -> torch.Tensor:
+    """Logits float32 [N, K] of a batch uint8 [B, H, W, 3] that holds N samples, each once or (`crops`) several times
+    in a row.
 
-    Returns None on all ranks if any of them was asked to stop meanwhile.
+    flip: the mean of each image's logits and its mirror image's. crops: the logarithm of the mean probability over a
+    sample's crops and their mirror images (Krizhevsky et al. 2012, section 4.1).
+    """
+    views = [network(images).float()]
+    if flip or crops:
+        views.append(network(images.flip(2)).float())
+    if not crops:
+        return torch.stack(views).mean(0)
+    chances = torch.stack([view.softmax(1) for view in views]).mean(0)
+    _, places, counts = ids.unique_consecutive(return_inverse=True, return_counts=True)
+    sums = chances.new_zeros(len(counts), chances.shape[1]).index_add_(0, places, chances)
+    return (sums / counts[:, None]).clamp(min=torch.finfo(sums.dtype).tiny).log()
+
+
+def evaluate(
+    network: nn.Module,
+    stream: Stream,
+    world: World,
+    precision: str,
+    stop: StopRequest,
+    classes: int,
+    flip: bool = False,
+    crops: bool = False,
+) -> Evaluation | None:
+    """Score `network` (uint8 images in, logits of `classes` classes out) on all batches of a validation stream; see
+    `predict`. Collective. Returns None on all ranks if any of them was asked to stop meanwhile.
     """
     was_training = network.training
     network.eval()
     share_buffers(network, world)
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, top-1, top-5, images
+    tally = Tally(classes, world.device)
     steps = stream.plan.steps(world.size)
     batches = stream.batches(0, steps)
     try:
-        with torch.inference_mode():
-            for _ in range(steps):  # the same number on every rank, though one may have no batch left
-                if world.any(bool(stop)):
-                    return None
-                batch = next(batches, None)
-                if batch is not None:
-                    with autocast(world.device, precision):
-                        logits = network(batch.images)
-                    sums += score(logits.float(), batch.targets)
+        for _ in range(steps):  # the same number on every rank, though one may have no batch left
+            if world.any(bool(stop)):
+                return None
+            batch = next(batches, None)
+            if batch is None:
+                continue
+            with torch.inference_mode(), autocast(world.device, precision):
+                logits = predict(network, batch.images, batch.ids, flip, crops)
+            targets = batch.targets
+            if crops:
+                first = torch.ones_like(batch.ids, dtype=torch.bool)
+                first[1:] = batch.ids[1:] != batch.ids[:-1]
+                targets = targets[first]
+            tally.add(logits, targets)
     finally:
         batches.close()
         network.train(was_training)
-    loss, top1, top5, images = world.sum(sums.tolist())
-    return Scores(loss / images, 100 * top1 / images, 100 * top5 / images, int(images))
+    return tally.over(world)
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import math
 import time
 
 import torch
+from torch import nn
 
 from pipeline.config import Config, identity
 from pipeline.dataset.index import Index
@@ -20,9 +21,10 @@ from pipeline.training.agreement import compare_parameters
 from pipeline.training.checkpoint import Snapshot, load_state, to_cpu
 from pipeline.training.data import check_labels, open_data
 from pipeline.training.distributed import Clock, World, seed_step
-from pipeline.training.evaluate import evaluate
+from pipeline.training.evaluate import Scores, evaluate
 from pipeline.training.guard import Guard
 from pipeline.training.preemption import StopRequest, interrupted_exit_code
+from pipeline.training.recalibrate import keeping_buffers, recalibrate
 from pipeline.training.records import Records, going_back, mark_finished
 from pipeline.training.report import Reports, StepReport, Wish
 from pipeline.training.run import RunFolder, open_run_folder
@@ -113,6 +115,7 @@ class Trainer:
             numbers = self.train_step(batch, self.lr(self.step))
             self.reports.push(self.step, numbers, batch.ids, self.wish(), waited, clock.lap())
             self.step += 1
+            self.train_step.average(self.step)
             self.take_in(self.reports.due())
             if self.step % self.config.guard.compare_every_steps == 0:
                 compare_parameters(self.model, self.world, self.step)
@@ -165,15 +168,31 @@ class Trainer:
         return self.world.any(self.records is not None and self.records.is_evaluated(self.step))
 
     def evaluate(self) -> None:
-        """Score the model on the validation set; nothing is recorded if somebody asks to stop meanwhile."""
+        """Score the weights, and their average, on the validation set; nothing is recorded if somebody asks to stop
+        meanwhile."""
         if self.saved_step != self.step:
             self.save()  # the best checkpoint must be one that was scored
-        stream = self.eval_stream
-        scores = evaluate(self.train_step.network, stream, self.world, self.config.train.precision, self.stop)
-        if scores is None:
-            self.asked_to_stop = True
-        elif self.records:
-            self.records.note_scores(self.step, scores)
+        found = {}
+        for name, network in self.train_step.networks.items():
+            found[name] = self.score(network)
+            if found[name] is None:
+                self.asked_to_stop = True
+                return
+        if self.records:
+            self.records.note_scores(self.step, found)
+
+    def score(self, network: nn.Module) -> Scores | None:
+        """The scores of a network; its buffers are afterwards what they were."""
+        settings, precision = self.config.evaluation, self.config.train.precision
+        last = range(max(0, self.step - settings.recalibrate_batches), self.step)
+        with keeping_buffers(network):
+            if settings.recalibrate_batches:
+                skip = frozenset(self.blacklist)
+                if not recalibrate(network, self.train_stream, last, skip, self.world, precision, self.stop):
+                    return None
+            stream, flip = self.eval_stream, settings.flip
+            evaluation = evaluate(network, stream, self.world, precision, self.stop, self.classes, flip)
+        return evaluation and evaluation.scores
 
     # --- saving and restoring
 
@@ -195,6 +214,7 @@ class Trainer:
         meta = {
             "identity": identity(self.config),
             "index_fingerprint": self.index.fingerprint,
+            "classes": list(self.index.synsets),
             "blacklist": [list(item) for item in sorted(self.blacklist.items())],
             "world_size": self.world.size,
             "torch": torch.__version__,
@@ -214,9 +234,10 @@ class Trainer:
         self.model = build_model(self.config.model, self.classes)
         if self.resumed_from is None:
             self.world.on_main(lambda: start_from(self.model, self.config.model))  # TrainStep gives it to all ranks
-        self.train_step = TrainStep(self.model, self.config, self.world)
+        self.train_step = TrainStep(self.model, self.config, self.world, self.schedule.warmup_steps)
         if self.resumed_from is not None:
-            self.train_step.load_state_dict(load_state(self.resumed_from))
+            parts = [name.removesuffix(".pt") for name in start.meta["files"]]
+            self.train_step.load_state_dict(load_state(self.resumed_from, parts))
         self.blacklist = dict(map(tuple, start.meta.get("blacklist", [])))
         self.guard.bad_since = start.meta.get("bad_since")
         self.step = start.meta.get("step", 0)

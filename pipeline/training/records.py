@@ -78,14 +78,17 @@ class Records:
         self.log(row)
         self.console.step(row)
 
-    def note_scores(self, step: int, scores: Scores) -> None:
-        """The ledger's row of an evaluation."""
-        epoch = self.epoch(step)
-        self.log({"kind": "eval", "step": step, "epoch": epoch, **dataclasses.asdict(scores)})
-        self.console.say(
-            f"epoch {epoch:.2f}, step {step}: validation loss {scores.val_loss:.4f}, "
-            f"top-1 {scores.val_top1:.2f} %, top-5 {scores.val_top5:.2f} % of {scores.images:,} images"
-        )
+    def note_scores(self, step: int, found: dict[str, Scores]) -> None:
+        """The ledger's row of an evaluation. found: "raw" and, where there is an average of the weights, "ema"."""
+        epoch, scores, average = self.epoch(step), found["raw"], found.get("ema")
+        row = {"kind": "eval", "step": step, "epoch": epoch, **dataclasses.asdict(scores)}
+        text = f"validation loss {scores.val_loss:.4f}, top-1 {scores.val_top1:.2f} %, top-5 {scores.val_top5:.2f} %"
+        if average is not None:
+            own = dataclasses.asdict(average)
+            row |= {key.replace("val_", "val_ema_"): value for key, value in own.items() if key != "images"}
+            text += f", with averaged weights {average.val_top1:.2f} %"
+        self.log(row)
+        self.console.say(f"epoch {epoch:.2f}, step {step}: {text} of {scores.images:,} images")
 
     def log(self, row: dict) -> None:
         """A row to the ledger, and to W&B, which is a view of it."""
@@ -147,8 +150,10 @@ class Records:
 
 def mark_finished(folder: RunFolder, scores: dict, verb: str, say: Callable[[str], None]) -> None:
     """The mark `finished`, from the ledger's last evaluation."""
-    folder.mark("finished", **{key: scores[key] for key in ("step", "val_top1", "val_top5")})
-    say(f"{verb}: {scores['step']} steps, top-1 {scores['val_top1']:.2f} %; {folder.path}")
+    keys = ("step", "val_top1", "val_top5", "val_ema_top1", "val_ema_top5")
+    folder.mark("finished", **{key: scores[key] for key in keys if key in scores})
+    average = f", with averaged weights {scores['val_ema_top1']:.2f} %" if "val_ema_top1" in scores else ""
+    say(f"{verb}: {scores['step']} steps, top-1 {scores['val_top1']:.2f} %{average}; {folder.path}")
 
 
 def _event_row(name: str, step: int, **facts) -> dict:

@@ -13,6 +13,7 @@ from pipeline.model.build import Normalised
 from pipeline.model.heads import frozen_norms, in_heads
 from pipeline.training.clipping import clip_adaptive, clip_norm
 from pipeline.training.distributed import World
+from pipeline.training.ema import WeightAverage
 from pipeline.training.loss import make_loss
 from pipeline.training.optimizer import heads_for, make_optimizer
 
@@ -36,7 +37,7 @@ class TrainStep:
     are rank 0's (Goyal et al. 2017: statistics per worker), sent to the others when somebody needs them.
     """
 
-    def __init__(self, model: nn.Module, config: Config, world: World):
+    def __init__(self, model: nn.Module, config: Config, world: World, warmup_steps: int = 0):
         self.config, self.device = config, world.device
         local = config.train.global_batch_size // world.size
         self.micro = config.train.micro_batch_size or local
@@ -50,6 +51,7 @@ class TrainStep:
             gradient_as_bucket_view=True,
             static_graph=True,
         )
+        self.ema = WeightAverage(whole, config, warmup_steps) if config.ema.decay else None  # of rank 0's weights, too
         self.forward = torch.compile(self.ddp) if config.train.compile else self.ddp
         kinds = {buffer.dtype for buffer in self.model.buffers()}
         self.buffers = [[b for b in self.model.buffers() if b.dtype == kind] for kind in sorted(kinds, key=str)]
@@ -105,6 +107,16 @@ class TrainStep:
             mended = torch.where(good, flat, kept).split([buffer.numel() for buffer in buffers])
             torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(mended, buffers, strict=True)])
 
+    def average(self, step: int) -> None:
+        """Let the weights' average follow, where there is one: `step` steps are done."""
+        if self.ema is not None:
+            self.ema.update(step)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """What there is to score: "raw", the network as it is trained, and "ema", its average, if there is one."""
+        return {"raw": self.network} | ({} if self.ema is None else {"ema": self.ema.network})
+
     def _flat_buffers(self) -> list[torch.Tensor]:
         """A copy of BatchNorm's statistics, one vector for each type."""
         return [torch.cat([buffer.reshape(-1) for buffer in buffers]) for buffers in self.buffers]
@@ -137,9 +149,11 @@ class TrainStep:
                 buffer.copy_(before)
 
     def state_dict(self) -> dict[str, dict]:
-        """{"model": ..., "optimizer": ...}: plain state_dicts of tensors and numbers; the scaler is in the second."""
+        """{"model": ..., "optimizer": ...}: plain state_dicts of tensors and numbers; the scaler is in the second. And
+        "ema", a state_dict as the first, if there is an average."""
         optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        return {"model": self.model.state_dict(), "optimizer": optimizer}
+        average = {} if self.ema is None else {"ema": self.ema.network.model.state_dict()}
+        return {"model": self.model.state_dict(), "optimizer": optimizer, **average}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         self.model.load_state_dict(state["model"])
@@ -148,3 +162,7 @@ class TrainStep:
             for group in self.optimizer.param_groups:
                 group["fused"] = True  # also from a checkpoint of an optimizer that was not
         self.scaler.load_state_dict(state["optimizer"]["scaler"])
+        if self.ema is not None and "ema" in state:
+            self.ema.network.model.load_state_dict(state["ema"])
+        elif self.ema is not None:  # a checkpoint of imported weights
+            self.ema.copy()
