@@ -41,7 +41,7 @@ def run_command(function: Callable[..., int | None], verb: str, argv: list[str])
     """
     parser = make_parser(f"pipeline {verb}", (function.__doc__ or "").strip().split("\n\n")[0])
     parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
-    flags = {f"--{name}" for name, kind in function.__annotations__.items() if kind is bool}
+    flags = {f"--{name}" for name, kind in function.__annotations__.items() if kind in (bool, bool | None)}
     arguments = parser.instantiate_classes(parser.parse_args(normalise(argv, flags)))
     code = function(**arguments.as_dict())
     return EXIT_OK if code is None else code

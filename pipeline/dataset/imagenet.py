@@ -89,6 +89,16 @@ def read_val_solution(path: Path) -> dict[str, str]:
     return labels
 
 
+def find_scored(root: Path) -> dict[str, Path]:
+    """As `find_splits`; where `root` holds no train/, {"val": folder}: its val/ or test/, or `root` itself, a folder
+    with one folder a class (as ImageNet-V2 comes). Raises UserError where `root` is no folder."""
+    if not root.is_dir():
+        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds the images")
+    if (root / CLS_LOC).is_dir() or (root / "train").is_dir():
+        return find_splits(root)
+    return {"val": next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), root)}
+
+
 def find_splits(root: Path) -> dict[str, Path]:
     """Where the training and validation images of `root` lie: {"train": folder, "val": folder}.
 

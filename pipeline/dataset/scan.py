@@ -172,24 +172,28 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def build_index(root: Path, folder: Path | None = None, processes: int | None = None) -> Index:
+def build_index(root: Path, folder: Path | None = None, processes: int | None = None, to_score: bool = False) -> Index:
     """Scan `root` (see `imagenet.find_splits`) and write its index; an index that is still true is only opened.
 
     Args:
         root: data root.
         folder: where the index goes; default `ROOT/index`.
         processes: default: every core that this process may use.
+        to_score: a validation split alone will do (`imagenet.find_scored`); where the root is that split, the index
+            goes beside it, to `ROOT.index`.
 
     Raises UserError for a tree that is not in class folders, an empty class, or a folder that can't be written.
     """
-    folder = folder or index_folder(root)
+    known = (root / PACKED).exists() or index_folder(root).joinpath("index.json").exists()
+    alone = to_score and not known and imagenet.find_scored(root) == {"val": root}
+    folder = folder or (root.resolve().with_name(f"{root.resolve().name}.index") if alone else index_folder(root))
     previous = _open_previous(folder)
     if previous is not None and not previous.folders:  # packed shards: there is no tree to scan
         return previous
     if previous is None and (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards without a sound index; run the same pack command again")
     root = root.resolve()
-    places = imagenet.find_splits(root)
+    places = (imagenet.find_scored if to_score else imagenet.find_splits)(root)
 
     def is_true(index: Index | None) -> bool:
         return index is not None and index.root == root and is_current(index, places.values())
@@ -205,10 +209,11 @@ def build_index(root: Path, folder: Path | None = None, processes: int | None = 
 
 def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | None, processes: int) -> Index:
     listings = {split: list_split(place, root) for split, place in places.items()}
-    classes = listings["train"].classes
+    whole = next(iter(listings))  # the split that every class is in: train, or the only one
+    classes = listings[whole].classes
     unknown = sorted(set(listings["val"].classes) - set(classes))
     if unknown:
-        raise UserError(f"{places['val']} has the class '{unknown[0]}' that {places['train']} has not; make them agree")
+        raise UserError(f"{places['val']} has the class '{unknown[0]}' that {places[whole]} has not; make them agree")
     splits, bad, done = {}, {}, False
     journal = Journal(folder / JOURNAL)
     try:
@@ -219,7 +224,7 @@ def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | N
                 raise UserError(f"{places[split]} has no readable image; fetch it again")
             records["label"] = np.searchsorted(classes, listing.classes)[records["label"]]
             missing = np.setdiff1d(np.arange(len(classes)), records["label"])
-            if split == "train" and len(missing):
+            if split == whole and len(missing):
                 raise UserError(f"class '{classes[missing[0]]}' has no readable image in {places[split]}; see {folder}")
             splits[split] = records, names
         words = imagenet.read_synset_words(root)

@@ -14,8 +14,8 @@ from pipeline.model.build import build_model
 from pipeline.model.weights import start_from
 from pipeline.tracking.ledger import best_step, read_rows
 from pipeline.training.checkpoint import load_state
-from pipeline.training.evaluate_run import find_checkpoint
 from pipeline.training.run import RunFolder
+from pipeline.training.subjects import find_checkpoint
 
 
 def number(value) -> float:

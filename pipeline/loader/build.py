@@ -9,7 +9,7 @@ import torch
 from pipeline.config import DataConfig, TrainConfig
 from pipeline.dataset.index import Index
 from pipeline.errors import UserError
-from pipeline.loader.plan import EvalPlan, TrainPlan
+from pipeline.loader.plan import EvalPlan, FiveCropPlan, TrainPlan
 from pipeline.loader.source import Source
 from pipeline.loader.stream import Stream
 
@@ -74,12 +74,23 @@ def make_train_stream(index: Index, plan: TrainPlan, data: DataConfig, place: Pl
     return _make_stream(index, "train", plan, data, data.image_size, plan.global_batch_size // place.size, place)
 
 
-def make_eval_stream(index: Index, data: DataConfig, batch_size: int, place: Place) -> Stream:
-    """The validation batches of a rank, at most `batch_size` images each."""
+def make_eval_stream(
+    index: Index, data: DataConfig, batch_size: int, place: Place, crops: bool = False, labels: np.ndarray | None = None
+) -> Stream:
+    """The validation batches of a rank, at most `batch_size` images each.
+
+    crops: five of each image (`FiveCropPlan`), in whole images and at least one. labels: int [n], instead of the
+    index's.
+    """
     records = index.splits["val"].records
     widths, heights = (np.ascontiguousarray(records[key], np.int64) for key in ("width", "height"))
-    plan = EvalPlan(widths, heights, batch_size, data.val_resize, data.val_size)
-    return _make_stream(index, "val", plan, data, data.val_size, batch_size, place)
+    if crops:
+        batch_size = FiveCropPlan.CROPS * max(1, batch_size // FiveCropPlan.CROPS)
+    plan = (FiveCropPlan if crops else EvalPlan)(widths, heights, batch_size, data.val_resize, data.val_size)
+    stream = _make_stream(index, "val", plan, data, data.val_size, batch_size, place)
+    if labels is not None:
+        stream.labels = np.ascontiguousarray(labels, np.int64)
+    return stream
 
 
 def _make_stream(

@@ -215,12 +215,16 @@ class EvalPlan:
         most = math.ceil(self.samples / world_size)
         return math.ceil(most / self.batch_size)
 
+    def corners(self, room_x: np.ndarray, room_y: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Left and top of the crops in the resized images, which are so many pixels larger than the crop."""
+        return np.rint(room_x / 2), np.rint(room_y / 2)
+
     def cut(self, ids: np.ndarray, epochs: np.ndarray) -> Planned:
         """The middle of these samples; `epochs` is only passed through."""
         w, h = self.widths[ids].astype(np.int64), self.heights[ids].astype(np.int64)
         short = np.minimum(w, h)
         new_w, new_h = (self.resize * w // short), (self.resize * h // short)
-        left, top = np.rint((new_w - self.size) / 2), np.rint((new_h - self.size) / 2)
+        left, top = self.corners(new_w - self.size, new_h - self.size, epochs)
         scale_x, scale_y = w / new_w, h / new_h
         x0, y0 = left * scale_x, top * scale_y
         x1, y1 = x0 + self.size * scale_x, y0 + self.size * scale_y
@@ -237,3 +241,26 @@ class EvalPlan:
         start = min(first + step * self.batch_size, last)
         ids = np.arange(start, min(start + self.batch_size, last), dtype=np.int64)
         return self.cut(ids, np.zeros_like(ids))
+
+
+class FiveCropPlan(EvalPlan):
+    """Each validation sample five times in a row: cropped from the middle and from the four corners (Krizhevsky et al.
+    2012, section 4.1). The crop's number takes the place of `epochs`. batch_size: in crops, a multiple of five."""
+
+    CROPS = 5
+
+    def steps(self, world_size: int) -> int:
+        return math.ceil(math.ceil(self.samples / world_size) / (self.batch_size // self.CROPS))
+
+    def corners(self, room_x: np.ndarray, room_y: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        middle_x, middle_y = super().corners(room_x, room_y, epochs)
+        left = np.where(epochs == 0, middle_x, np.where(epochs % 2 == 1, 0, room_x))
+        top = np.where(epochs == 0, middle_y, np.where(epochs <= 2, 0, room_y))
+        return left, top
+
+    def local(self, step: int, rank: int = 0, world_size: int = 1) -> Planned:
+        first, last = self.samples * rank // world_size, self.samples * (rank + 1) // world_size
+        many = self.batch_size // self.CROPS
+        start = min(first + step * many, last)
+        ids = np.arange(start, min(start + many, last), dtype=np.int64)
+        return self.cut(np.repeat(ids, self.CROPS), np.tile(np.arange(self.CROPS), len(ids)))

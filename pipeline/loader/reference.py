@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.functional import center_crop, hflip, resized_crop
+from torchvision.transforms.functional import center_crop, crop, hflip, resized_crop
 from torchvision.transforms.functional import resize as resize_image
 
 from pipeline.loader.stream import Samples, UndecodableSample
@@ -21,15 +21,29 @@ def cut_window(image: Image.Image, window: np.ndarray, flip: bool, size: int) ->
     return hflip(image) if flip else image
 
 
-def decode_sample(data: np.ndarray, window: np.ndarray, flip: bool, size: int, resize: int | None) -> np.ndarray:
+def decode_sample(
+    data: np.ndarray,
+    window: np.ndarray,
+    flip: bool,
+    size: int,
+    resize: int | None,
+    origin: np.ndarray | None = None,
+) -> np.ndarray:
     """One sample by torchvision's PIL transforms, uint8 [size, size, 3]: the window resized, or (with `resize`, for
-    validation) the shorter side resized and the middle cut out."""
+    validation) the shorter side resized and a crop cut out: the middle, or what begins at `origin` (x, y: in pixels of
+    the stored image)."""
     with Image.open(BytesIO(data)) as opened:
         image = opened.convert("RGB")
     if resize is None:
         image = cut_window(image, window, flip, size)
     else:
-        image = center_crop(resize_image(image, [resize]), [size, size])
+        width, height = image.size
+        image = resize_image(image, [resize])
+        if origin is None:
+            image = center_crop(image, [size, size])
+        else:
+            left, top = round(origin[0] * image.size[0] / width), round(origin[1] * image.size[1] / height)
+            image = crop(image, top, left, size, size)
     return np.asarray(image)
 
 
@@ -49,8 +63,9 @@ class ReferenceDecoder:
 
     def _submit(self, samples: Samples) -> tuple[Samples, list[Future]]:
         p = samples.planned
-        jobs = zip(samples.data, p.windows, p.flips, strict=True)
-        return samples, [self.pool.submit(decode_sample, *job, self.size, self.resize) for job in jobs]
+        origins = p.windows[:, :2] + p.rois[:, :2]
+        jobs = zip(samples.data, p.windows, p.flips, origins, strict=True)
+        return samples, [self.pool.submit(decode_sample, *job, self.size, self.resize, at) for *job, at in jobs]
 
     def _collect(self, samples: Samples, futures: list[Future]) -> torch.Tensor:
         images = np.empty((len(futures), self.size, self.size, 3), np.uint8)

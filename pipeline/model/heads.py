@@ -41,6 +41,11 @@ def is_auxiliary(head: str) -> bool:
     return head.lower().startswith("aux")
 
 
+def count_outputs(name: str, state: dict[str, torch.Tensor]) -> int:
+    """The number of classes of a state_dict of `name`, from the main head's shape."""
+    return len(next(state[f"{head}.weight"] for head in find_heads(name) if not is_auxiliary(head)))
+
+
 def in_heads(parameter: str, heads: tuple[str, ...]) -> bool:
     """Does a parameter's name belong to one of the heads, or to an auxiliary arm?"""
     return is_auxiliary(parameter) or parameter.rpartition(".")[0] in heads

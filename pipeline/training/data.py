@@ -16,17 +16,20 @@ from pipeline.training.distributed import World
 _VISIBLE_AFTER_S = 60
 
 
-def open_data(data: DataConfig, world: World, say: Callable[[str], None]) -> Index:
-    """The index of data.root. Collective. Raises UserError where there is no data set."""
+def open_data(data: DataConfig, world: World, say: Callable[[str], None], to_score: bool = False) -> Index:
+    """The index of data.root. Collective. Raises UserError where there is no data set.
+
+    to_score: a validation split alone will do; see `build_index`.
+    """
 
     def build() -> Path:
         if not data.root:
             raise UserError("--data.root is missing: give the folder that holds train/ and val/")
         root = Path(data.root).expanduser()
-        folder = Path(data.index).expanduser() if data.index else index_folder(root)
-        if not (folder / "index.json").exists() and root.is_dir():
-            say(f"no index at {folder}: building it (once)")
-        return build_index(root, folder).folder
+        folder = Path(data.index).expanduser() if data.index else None
+        if not ((folder or index_folder(root)) / "index.json").exists() and root.is_dir() and not to_score:
+            say(f"no index at {folder or index_folder(root)}: building it (once)")
+        return build_index(root, folder, to_score=to_score).folder
 
     return _open_here(world.on_main(build), world)
 

@@ -1,7 +1,9 @@
 """The verb `export`: a run's network for others, with its classes and preprocessing beside it."""
 
 import json
+import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,15 +13,22 @@ from pipeline.config import Config, load_config
 from pipeline.dataset.index import index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.model.build import build_model
+from pipeline.model.heads import count_outputs
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.checkpoint import load_state
-from pipeline.training.evaluate_run import find_checkpoint
 from pipeline.training.run import RunFolder
+from pipeline.training.subjects import FILES, find_checkpoint
 
 OPSET = 18
 
 
-def export(run: str, out: str, checkpoint: str = "best", data_root: str | None = None) -> int:
+def export(
+    run: str,
+    out: str,
+    checkpoint: str = "best",
+    weights: Literal["auto", "raw", "ema"] = "auto",
+    data_root: str | None = None,
+) -> int:
     """Write a run's network: torchvision's state_dict (.pth, .pt), safetensors, or ONNX, by OUT's name.
 
     Beside it goes OUT.json: classes, preprocessing, scores.
@@ -28,6 +37,7 @@ def export(run: str, out: str, checkpoint: str = "best", data_root: str | None =
         run: the run folder.
         out: file ending in .pth, .pt, .safetensors or .onnx.
         checkpoint: best (highest top-1 so far), last, or a checkpoint folder.
+        weights: raw: as they were trained; ema: their average; auto: what scored better, the average where neither did.
         data_root: where the data lies now, for the classes' names; default: where the run had it.
     """
     folder, target = RunFolder(Path(run).expanduser().resolve()), Path(out).expanduser()
@@ -38,30 +48,44 @@ def export(run: str, out: str, checkpoint: str = "best", data_root: str | None =
         raise UserError(f"{run} is no run folder: it has no config.yaml; give the --run_dir of a run")
     config = load_config(folder.config, verb="export")
     path, meta = find_checkpoint(folder, checkpoint)
-    state = load_state(path, ["model"])["model"]
+    scores = next((row for row in read_rows(folder.ledger) if _is_score_of(row, meta["step"])), {})
+    chosen = choose_weights(weights, scores, "ema.pt" in meta["files"], path)
+    state = load_state(path, [FILES[chosen]])[FILES[chosen]]
     classes = read_classes(config, data_root)
-    outputs = config.model.num_classes or (len(classes) if classes else count_outputs(config, state))
+    outputs = config.model.num_classes or (len(classes) if classes else count_outputs(config.model.name, state))
     model = build_model(config.model, outputs)
     model.load_state_dict(state)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         writers[target.suffix](model.eval(), config, target)
-        card = describe(config, outputs, classes, meta["step"], folder)
+        card = describe(config, outputs, classes, meta["step"], chosen, scores)
         target.with_name(target.name + ".json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}); give another place") from error
     size = target.stat().st_size / 1e6
-    print(f"{target}: {config.model.name} of step {meta['step']:,}, {size:,.1f} MB; {target.name}.json goes with it")
+    what = "averaged weights (EMA)" if chosen == "ema" else "weights"
+    print(
+        f"{target}: {config.model.name}, {what} of step {meta['step']:,}, {size:,.1f} MB; {target.name}.json beside it"
+    )
+    if config.evaluation.recalibrate_batches:
+        print("BatchNorm's statistics are the training's; the scores are with recalibrated ones")
     if classes is None:
         print(f"the classes' names are not in it: no index at {config.data.root or 'data.root'}; give --data_root")
     return EXIT_OK
 
 
-def count_outputs(config: Config, state: dict[str, torch.Tensor]) -> int:
-    """The number of classes, from the main head's shape."""
-    from pipeline.model.heads import find_heads, is_auxiliary
+def _is_score_of(row: dict, step: int) -> bool:
+    return row.get("kind") == "eval" and row["step"] == step
 
-    return len(next(state[f"{head}.weight"] for head in find_heads(config.model.name) if not is_auxiliary(head)))
+
+def choose_weights(wanted: str, scores: dict, averaged: bool, path: Path) -> str:
+    """ "raw" or "ema". Raises UserError where the average is wanted and there is none."""
+    if wanted == "ema" and not averaged:
+        raise UserError(f"{path} has no averaged weights (ema.decay was 0); give --weights raw")
+    if wanted != "auto":
+        return wanted
+    better = scores.get("val_ema_top1", math.inf) >= scores.get("val_top1", -math.inf)
+    return "ema" if averaged and better else "raw"
 
 
 def read_classes(config: Config, data_root: str | None) -> list[dict] | None:
@@ -76,10 +100,10 @@ def read_classes(config: Config, data_root: str | None) -> list[dict] | None:
     return [{"synset": s, "words": w} for s, w in zip(index.synsets, index.words, strict=True)]
 
 
-def describe(config: Config, outputs: int, classes: list[dict] | None, step: int, folder: RunFolder) -> dict:
-    """What somebody needs to use the weights."""
-    scores = [row for row in read_rows(folder.ledger) if row.get("kind") == "eval" and row["step"] == step]
-    data = config.data
+def describe(config: Config, outputs: int, classes: list[dict] | None, step: int, weights: str, scores: dict) -> dict:
+    """What somebody needs to use the weights, "raw" or "ema". scores: the step's row of the ledger, or {}."""
+    data, infix = config.data, "ema_" if weights == "ema" else ""
+    named = {f"val_{key}": f"val_{infix}{key}" for key in ("loss", "top1", "top5")}
     return {
         "model": config.model.name,
         "num_classes": outputs,
@@ -95,7 +119,8 @@ def describe(config: Config, outputs: int, classes: list[dict] | None, step: int
         },
         "output": "logits [B, num_classes]",
         "step": step,
-        "scores": {key: scores[-1][key] for key in ("val_loss", "val_top1", "val_top5")} if scores else None,
+        "weights": weights,
+        "scores": {key: scores[there] for key, there in named.items()} if scores else None,
     }
 
 

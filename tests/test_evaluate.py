@@ -1,0 +1,179 @@
+"""The verb `evaluate`: averaged and raw weights, sizes, crops, other folders, published weights, and what it writes."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms.functional import five_crop, resize
+
+from pipeline.__main__ import main
+from pipeline.dataset.index import open_index
+from pipeline.dataset.scan import build_index
+from pipeline.errors import UserError
+from pipeline.loader.plan import EvalPlan, FiveCropPlan
+from pipeline.loader.reference import ReferenceDecoder
+from pipeline.loader.stream import Samples
+from pipeline.training.class_map import class_positions
+
+
+@pytest.fixture(scope="module")
+def root(synthetic_root):
+    build_index(synthetic_root)
+    return synthetic_root
+
+
+@pytest.fixture(scope="module")
+def run(root, tmp_path_factory):
+    """A run of 4 steps with averaged weights."""
+    folder = tmp_path_factory.mktemp("scored") / "run"
+    options = ["--ema.decay", "0.9", "--ema.batch_size", "20", "--schedule.warmup_epochs", "0"]
+    runs.call(root, folder, *options, "--train.max_steps", "4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def numbered(root, tmp_path_factory):
+    """The validation images in folders 0, 1, 2, 3, and nothing else, as ImageNet-V2 comes."""
+    place = tmp_path_factory.mktemp("v2") / "matched-frequency"
+    index = open_index(root / "index")
+    val = index.splits["val"]
+    for sample in range(len(val)):
+        folder = place / str(int(val.records["label"][sample]))
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(val.path(sample), folder / f"{sample}.JPEG")
+    return place
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    """Run the verb; returns what its JSON says, or with `expect` the one line on stderr."""
+
+    def call(*options, expect: int = 0):
+        target = tmp_path / "scores.json"
+        code = main(["evaluate", *map(str, options), "--json", str(target)])
+        printed = capsys.readouterr()
+        assert code == expect, printed.err
+        return json.loads(target.read_text()) if not expect else printed.err.strip()
+
+    return call
+
+
+def test_raw_and_averaged_weights_at_several_sizes(run, evaluate, tmp_path):
+    table = tmp_path / "classes.csv"
+    found = evaluate(run, "--sizes", "32,48/64", "--per_class", table)
+    places = [(row["weights"], row["size"], row["resize"]) for row in found["results"]]
+    assert places == [("raw", 32, 36), ("raw", 48, 64), ("ema", 32, 36), ("ema", 48, 64)]
+    recorded = runs.rows(run, "eval")[-1]
+    for row, infix in ((found["results"][0], ""), (found["results"][2], "ema_")):
+        for key in ("loss", "top1", "top5", "ece"):
+            assert row[f"val_{key}"] == pytest.approx(recorded[f"val_{infix}{key}"], rel=1e-5), key
+    assert len({row["val_loss"] for row in found["results"]}) == 4
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 4 * 4 and {row["images"] for row in rows} == {"6"}
+    mean = sum(float(row["top1"]) for row in rows[:4]) / 4
+    assert mean == pytest.approx(found["results"][0]["val_top1"], abs=1e-3)
+
+
+def test_one_of_both_is_chosen(run, evaluate):
+    recorded = runs.rows(run, "eval")[-1]
+    assert evaluate(run, "--weights", "ema")["val_loss"] == pytest.approx(recorded["val_ema_loss"], rel=1e-5)
+    assert "torchvision:IMAGENET1K_V2" in evaluate(run, "--weights", "mean", expect=2)
+    assert "--sizes 32,x" in evaluate(run, "--sizes", "32,x", expect=2)
+
+
+def test_folders_of_numbers_are_the_outputs_own(run, numbered, evaluate):
+    own, other = evaluate(run, "--weights", "raw"), evaluate(run, "--weights", "raw", "--data_root", numbered)
+    assert [other[key] for key in ("val_top1", "images")] == [own[key] for key in ("val_top1", "images")]
+    assert other["val_loss"] == pytest.approx(own["val_loss"], rel=1e-5)
+    assert not (numbered / "index").exists() and (numbered.parent / "matched-frequency.index").exists()
+
+
+def test_recalibration_needs_the_runs_own_images(run, numbered, evaluate):
+    own, again = evaluate(run, "--weights", "raw"), evaluate(run, "--weights", "raw", "--recalibrate", 2)
+    assert again["val_loss"] != own["val_loss"]
+    assert "--recalibrate 2" in evaluate(run, "--recalibrate", 2, "--data_root", numbered, expect=2)
+
+
+def test_mirrored_and_ten_crops_are_other_scores(run, evaluate):
+    plain = evaluate(run, "--weights", "raw", "--sizes", "32/48")
+    losses = [
+        evaluate(run, "--weights", "raw", "--sizes", "32/48", how)["val_loss"] for how in ("--flip", "--ten_crop")
+    ]
+    assert len({plain["val_loss"], *losses}) == 3 and plain["images"] == 24
+
+
+def test_classes_are_matched_by_name_or_number_or_not_at_all():
+    known = ["n03", "n01", "n02"]
+    np.testing.assert_array_equal(class_positions(["n01", "n03"], known, 3, "root"), [1, 0])
+    np.testing.assert_array_equal(class_positions(["10", "2"], known, 1000, "root"), [10, 2])
+    np.testing.assert_array_equal(class_positions(["10", "2"], ["2", "10"], 2, "root"), [1, 0])
+    np.testing.assert_array_equal(class_positions(["a", "b"], None, 2, "root"), [0, 1])
+    with pytest.raises(UserError, match=r"root has the class 'n04'"):
+        class_positions(["n01", "n04"], known, 3, "root")
+    with pytest.raises(UserError, match=r"root has 2 classes.*LOC_synset_mapping"):
+        class_positions(["a", "b"], None, 1000, "root")
+
+
+def test_five_crops_are_torchvisions(root):
+    """The reference decoder's pixels of the planned crops, against five_crop of the resized image."""
+    split = open_index(root / "index").splits["val"]
+    widths, heights = (split.records[key].astype(np.int64) for key in ("width", "height"))
+    plan = FiveCropPlan(widths, heights, 10, 48, 32)
+    decoder = ReferenceDecoder(32, 1, resize=48)
+    planned = plan.local(1)
+    data = [np.frombuffer(split.read(int(sample)), np.uint8) for sample in planned.ids]
+    (images,) = decoder.decode([Samples(1, planned, data)])
+    decoder.close()
+    for position, sample in enumerate(planned.ids[::5]):
+        with Image.open(split.path(int(sample))) as opened:
+            whole = resize(opened.convert("RGB"), [48])
+        left_top, right_top, left_bottom, right_bottom, middle = map(np.asarray, five_crop(whole, [32, 32]))
+        expected = np.stack([middle, left_top, right_top, left_bottom, right_bottom])
+        np.testing.assert_array_equal(images[5 * position : 5 * position + 5], expected)
+    assert sum(len(plan.local(step, rank, 2)) for rank in (0, 1) for step in range(plan.steps(2))) == 5 * len(split)
+    np.testing.assert_array_equal(planned.windows[::5], EvalPlan(widths, heights, 2, 48, 32).local(1).windows)
+
+
+def test_published_weights_are_scored_with_their_own_preprocessing(numbered, evaluate, tmp_path, monkeypatch):
+    """A file in torch's cache under the published name; the same by torchvision's transforms in a loop."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    torch.manual_seed(4)
+    model = torchvision.models.resnet18()
+    place = tmp_path / "hub" / "checkpoints" / Path(weights.url).name
+    place.parent.mkdir(parents=True)
+    torch.save(model.state_dict(), place)
+    found = evaluate("--weights", "torchvision:IMAGENET1K_V1", "--model", "resnet18", "--data_root", numbered)
+    assert (found["published_top1"], found["size"], found["resize"]) == (69.758, 224, 256)
+    images, labels = [], []
+    for path in sorted(numbered.glob("*/*.JPEG")):
+        with Image.open(path) as opened:
+            images.append(weights.transforms()(opened.convert("RGB")))
+        labels.append(int(path.parent.name))
+    with torch.inference_mode():
+        logits = model.eval()(torch.stack(images))
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
+    assert found["val_loss"] == pytest.approx(expected, rel=1e-2) and found["images"] == 24
+    assert "IMAGENET1K_V1" in evaluate("--weights", "torchvision:V9", "--model", "resnet18", expect=2)
+
+
+def test_the_better_weights_are_exported_and_named(run, tmp_path, capsys):
+    row = runs.rows(run, "eval")[-1]
+    better = "ema" if row["val_ema_top1"] >= row["val_top1"] else "raw"
+    for wanted, chosen in (("auto", better), ("ema", "ema"), ("raw", "raw")):
+        target = tmp_path / f"{wanted}.pth"
+        assert main(["export", str(run), str(target), "--weights", wanted]) == 0
+        assert ("averaged weights (EMA)" in capsys.readouterr().out) == (chosen == "ema")
+        card = json.loads(target.with_name(target.name + ".json").read_text())
+        infix = "ema_" if chosen == "ema" else ""
+        assert card["weights"] == chosen and card["scores"]["val_loss"] == row[f"val_{infix}loss"]
+        state = torch.load(target, weights_only=True)
+        kept = torch.load(runs.checkpoint_at(run, 4) / f"{'ema' if infix else 'model'}.pt", weights_only=True)
+        assert all(torch.equal(state[key], kept[key]) for key in kept)
