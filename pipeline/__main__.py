@@ -1,6 +1,8 @@
 """The front door: one verb, one function. No logic lives here, and nothing heavy is imported before its verb."""
 
+import atexit
 import importlib
+import os
 import sys
 
 from pipeline.errors import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, BrokenError, UserError, complain
@@ -82,5 +84,24 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def run() -> None:
+    """A process's life: one verb. It ends without the interpreter taking itself apart, which with torch loaded takes a
+    second that a job told to go may not have, and in which other threads may still abort it."""
+    code: object = EXIT_BROKEN
+
+    def leave() -> None:
+        if "torch" in sys.modules:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else EXIT_OK if code is None else EXIT_BROKEN)
+
+    atexit.register(leave)  # registered first, so it is called last
+    try:
+        code = main()
+    except SystemExit as asked:
+        code = asked.code
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

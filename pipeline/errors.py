@@ -19,6 +19,8 @@ class UserError(ValueError):
     All ranks of a job meet it alike, so only rank 0 says it.
     """
 
+    alike = True
+
 
 class BrokenError(RuntimeError):
     """Something underneath failed; the message is one line that names it. Trying again may help.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import BrokenError, UserError
+from pipeline.imports import importing
 from pipeline.training.preemption import StopRequest, die_with_torchrun
 
 
@@ -21,10 +22,11 @@ def train(argv: list[str]) -> int:
 
     config = parse_config(argv)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from pipeline.training.distributed import start_world
-    from pipeline.training.lock import RunLock
-    from pipeline.training.loop import Trainer
-    from pipeline.training.run import make_run_folder
+    with importing():
+        from pipeline.training.distributed import start_world
+        from pipeline.training.lock import RunLock
+        from pipeline.training.loop import Trainer
+        from pipeline.training.run import make_run_folder
 
     world = start_world(config.train)
     lock = RunLock(Path(config.run_dir).expanduser().resolve())
@@ -34,6 +36,8 @@ def train(argv: list[str]) -> int:
     except (UserError, BrokenError) as error:
         if lock.held:
             leave_word(config.run_dir, error)
+        if error.alike:
+            world.meet()  # the first rank that is gone makes torchrun and Slurm end the others
         raise
     finally:
         lock.release()
@@ -45,7 +49,9 @@ def evaluate(argv: list[str]) -> int:
     die_with_torchrun()
     stop = StopRequest()
     from pipeline.command import run_command
-    from pipeline.training.evaluate_run import Request, evaluate_run
+
+    with importing():
+        from pipeline.training.evaluate_run import Request, evaluate_run
 
     def evaluate(
         run: str,

@@ -1,5 +1,6 @@
 """Ranks: the process group, this process's place in it, and what all ranks must know alike."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import BrokenError, UserError
 
 TIMEOUT = timedelta(minutes=30)
+MEETING = timedelta(seconds=30)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class World:
         if kind != "result":
             raise UserError(value) if kind == "user" else BrokenError(value, alike=True)
         return value
+
+    def meet(self) -> None:
+        """Wait for all ranks, but not for long. Collective, on the host."""
+        with contextlib.suppress(RuntimeError):  # late, or gone
+            dist.all_reduce(torch.zeros(1), async_op=True).wait(timeout=MEETING)
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -77,7 +77,9 @@ class Trainer:
         if self.world.on_main(self.was_finished):
             return EXIT_OK
         self.open()
-        self.train_step.warm_up()
+        self.asked_to_stop = self.world.any(bool(self.stop))  # while all was being loaded
+        if not self.asked_to_stop:
+            self.train_step.warm_up()
         try:
             while not self.asked_to_stop:
                 if self.guard.tripped is not None:
@@ -239,7 +241,7 @@ class Trainer:
             parts = [name.removesuffix(".pt") for name in start.meta["files"]]
             self.train_step.load_state_dict(load_state(self.resumed_from, parts))
         self.blacklist = dict(map(tuple, start.meta.get("blacklist", [])))
-        self.guard.bad_since = start.meta.get("bad_since")
+        self.guard.bad_since, self.guard.tripped = start.meta.get("bad_since"), None
         self.step = start.meta.get("step", 0)
         if self.step > self.last_step:
             raise UserError(
