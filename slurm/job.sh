@@ -31,14 +31,14 @@ log() { printf '[%(%F %T)T job %s] %s\n' -1 "$ATTEMPT" "$*" >&2; }
 
 # --- signals
 
-phase=preparing stop_reason='' stop_second=0
+phase=preparing stop_reason='' stop_ms=0
 
 request_stop() { # $1: why
     local first=$stop_reason
     stop_reason=$1
     log "$1"
     [[ -z $first ]] || return
-    stop_second=$SECONDS
+    stop_ms=$(date +%s%3N)
     if [[ $phase == preparing ]]; then
         end_background # nothing to save yet
     else
@@ -99,6 +99,19 @@ claim_run_dir() { # one job at a time trains in a run folder; `pipeline train` l
     fi
 }
 
+count_requeues() { # a job that is requeued again and again without a new checkpoint is broken
+    local job='' before='' count=0 now
+    now=$(printf '%s\n' "$RUN_DIR"/checkpoints/step-*/meta.json | tail -n 1)
+    now=${now%/meta.json} now=${now##*/}
+    [[ ! -e $RUN_DIR/.requeues ]] || read -r job before count <"$RUN_DIR/.requeues"
+    [[ $job == "$SLURM_JOB_ID" && $before == "$now" ]] && count=$((count + 1)) || count=0
+    echo "$SLURM_JOB_ID $now $count" >"$RUN_DIR/.requeues"
+    if ((count >= 3)); then
+        log "requeued $count times without a new step: see above what ended it, mend that, submit the same again"
+        exit 2
+    fi
+}
+
 preflight() { # OPTION ...: every node says what it sees, then one of them judges
     local nodes=$RUN_DIR/.nodes.$JOB limit
     limit=$(squeue --noheader --job "$JOB" --format=%l)
@@ -129,7 +142,18 @@ leave() { # $1: exit code of the last step. Requeues the job if it deserves it. 
     local code=$1
     trap '' USR1 TERM
     end_background
-    [[ -z $stop_reason ]] || log "$((SECONDS - stop_second)) s from the signal to the end of the step"
+    if [[ -z $stop_reason && $phase == training && -e $RUN_DIR/interrupted ]]; then # this shell was not told
+        if [[ -e $STOP_FILE && $(<"$STOP_FILE") != "$ATTEMPT "* ]]; then
+            log "stopped by $STOP_FILE, so it is not requeued: submit the same again to go on"
+            exit 75
+        fi
+        stop_reason=$(grep -o '"reason": "[^"]*"' "$RUN_DIR/interrupted" | cut -d'"' -f4)
+        stop_ms=$(date -r "$STOP_FILE" +%s%3N 2>/dev/null)
+    fi
+    if ((stop_ms)); then
+        stop_ms=$(($(date +%s%3N) - stop_ms))
+        log "$((stop_ms / 1000)).$((stop_ms % 1000 / 100)) s from the signal to the end of the step"
+    fi
     if [[ $phase == training ]]; then
         [[ ! -e $RUN_DIR/finished ]] || exit 0
         ! grep -qs '"exit_code": 2' "$RUN_DIR/failed" || code=2 # torchrun says 1 for whatever its workers say
@@ -138,7 +162,7 @@ leave() { # $1: exit code of the last step. Requeues the job if it deserves it. 
         exit 0 # a script without training has done its work
     elif ((code == 2)); then
         log "failed: the user's to mend, so it is not requeued"
-    elif [[ -n $stop_reason || $phase == training && -e $RUN_DIR/interrupted ]]; then
+    elif [[ -n $stop_reason ]]; then
         requeue
     elif ((code)); then
         log "failed with exit code $code; not requeued. Submitted again, it goes on from the last checkpoint."
@@ -154,7 +178,7 @@ requeue() {
         exit 0
     elif [[ $now =~ \ (JobState=RUNNING|Reason=TimeLimit)\  ]]; then
         [[ ! $now =~ \ PreemptTime=[0-9] ]] || stop_reason="preempted by Slurm"
-        log "requeued: ${stop_reason:-$(<"$RUN_DIR/interrupted")}"
+        log "requeued: $stop_reason"
         scontrol requeue "$JOB" && exit 0
         log "Slurm refuses to requeue it; submit the same again to go on"
     else # to requeue a job that somebody cancelled would revive it

@@ -41,6 +41,7 @@
 train=(--config "${CONFIG:=resnet152}" --run_dir "$RUN_DIR" "$@")
 
 claim_run_dir
+count_requeues
 preflight "${train[@]}" --data.root "$DATA_ROOT" || leave $?
 if [[ -n ${STAGE_DIR:-} ]]; then
     on_every_node stage "$DATA_ROOT" "$STAGE_DIR" || leave $?

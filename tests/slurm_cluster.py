@@ -57,7 +57,7 @@ PropagateResourceLimits=NONE
 ReturnToService=2
 JobRequeue=1
 SlurmdTimeout=10
-KillWait=10
+KillWait=30
 MinJobAge=3600
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -137,9 +137,9 @@ class Cluster:
             raise AssertionError(f"{shlex.join(command)}: exit {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout.strip()
 
-    def sbatch(self, *arguments: str | Path, cwd: Path, env: dict[str, str]) -> str:
+    def sbatch(self, *arguments: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
         """Submit from the folder `cwd`; returns the job's id. `env`: the job's environment besides PATH and HOME."""
-        environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | env
+        environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | (env or {})
         return self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=environment).split(";")[0]
 
     def show(self, job: str) -> dict[str, str]:

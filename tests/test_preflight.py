@@ -11,7 +11,7 @@ from pipeline.config import parse_config, to_yaml
 from pipeline.dataset.index import index_folder
 from pipeline.dataset.scan import build_index
 from pipeline.errors import UserError
-from pipeline.insight.checks import check_nodes, count_fruitless
+from pipeline.insight.checks import check_nodes
 from pipeline.insight.memory import estimate_step
 from pipeline.insight.node_facts import gather_facts
 from pipeline.insight.preflight import parse_time_limit, read_bench
@@ -37,7 +37,7 @@ def no_slurm(monkeypatch):
 @pytest.fixture
 def preflight(data, tmp_path, capsys):
     """Run it on the smoke recipe; returns (exit code, {about: (level, text)})."""
-    names = ("recipe", "versions", "GPUs", "nodes", "data", "run folder", "room", "W&B", "memory", "time", "requeues")
+    names = ("recipe", "versions", "GPUs", "nodes", "data", "run folder", "room", "W&B", "memory", "time")
 
     def call(*options: str, run_dir: Path = tmp_path / "run", root: Path = data):
         base = ["--config", "smoke", "--model.name", "resnet18", "--tracking.wandb", "disabled"]
@@ -216,43 +216,6 @@ def test_facts_travel_as_a_line(preflight, data, tmp_path, capsys):
     facts.write_text(f"a banner\n{line}{line}")
     code, rows = preflight("--nodes_file", str(facts))
     assert code == 0 and "2 answered alike" in rows["nodes"][1]
-
-
-@pytest.mark.parametrize(
-    "begun, checkpoint, attempt, fruitless",
-    [
-        ([], None, 0, 0),
-        ([], None, 3, 3),  # never came to train
-        ([0], 20, 1, 0),
-        ([0, 20], 20, 2, 1),
-        ([0, 20, 20, 20], 20, 4, 3),
-        ([0, 20, 20], 30, 3, 0),  # the last attempt got on
-        ([0, 20], 20, 4, 3),  # two more died before they came to train
-    ],
-)
-def test_requeues_without_a_new_step(tmp_path, begun, checkpoint, attempt, fruitless):
-    rows = [
-        {"kind": "event", "event": "resumed", "step": step, "slurm_job_id": "7", "slurm_restart_count": str(number)}
-        for number, step in enumerate(begun)
-    ]
-    rows.insert(0, {"kind": "event", "event": "started", "step": 0, "slurm_job_id": "6"})  # an earlier job
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if checkpoint is not None:
-        folder = tmp_path / f"checkpoints/step-{checkpoint:09d}"
-        folder.mkdir(parents=True)
-        (folder / "meta.json").write_text("{}")
-    assert count_fruitless(tmp_path, "7", attempt) == fruitless
-
-
-def test_three_requeues_without_a_new_step_stop(preflight, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    code, rows = preflight("--train.device", "cpu")
-    assert (code, rows["requeues"][0]) == (0, "WARN")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    code, rows = preflight("--train.device", "cpu")
-    assert (code, rows["requeues"][0]) == (2, "FAIL")
-    assert "3 times without a new step" in rows["requeues"][1]
 
 
 @pytest.mark.parametrize(

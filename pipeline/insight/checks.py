@@ -15,7 +15,6 @@ from pipeline.insight.status import duration
 from pipeline.tracking.wandb_view import has_key
 
 PASS, WARN, FAIL = "pass", "WARN", "FAIL"
-MAX_FRUITLESS = 3  # requeues without a new step
 GIB = 1 << 30
 
 
@@ -266,30 +265,3 @@ def check_time(
         return Finding(PASS, "time", f"{text}, {limit}")
     times = int(-(-left * step_s // limit_s))
     return Finding(PASS, "time", f"{text}, {limit}: {times} starts, requeued in between")
-
-
-def check_requeues(run_dir: Path, job: str, attempt: int) -> Finding:
-    """Has this job been requeued again and again without getting any further?"""
-    fruitless = count_fruitless(run_dir, job, attempt)
-    if fruitless >= MAX_FRUITLESS:
-        why = f"requeued {fruitless} times without a new step; see the log of what ended it, mend that, submit again"
-        return Finding(FAIL, "requeues", f"job {job} was {why}")
-    if fruitless:
-        return Finding(WARN, "requeues", f"{fruitless} without a new step; {MAX_FRUITLESS} stop the job")
-    return Finding(PASS, "requeues", f"{attempt} of this job, each with new steps" if attempt else "none yet")
-
-
-def count_fruitless(run_dir: Path, job: str, attempt: int) -> int:
-    """Requeues of a job since its last attempt that ended with a newer checkpoint than it began with.
-
-    attempt: Slurm's restart count, 0 for the first. The ledger says at which step each attempt of the job began.
-    """
-    checkpoint = newest_checkpoint(run_dir)
-    ledger = run_dir / "metrics.jsonl"
-    fruitful = -1
-    if checkpoint is not None and ledger.exists():
-        for row in read_rare(ledger):
-            begun = row.get("event") in ("started", "resumed") and row.get("slurm_job_id") == job
-            if begun and row["step"] < checkpoint[0]:
-                fruitful = int(row.get("slurm_restart_count", 0))
-    return max(0, attempt - 1 - fruitful)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.config import Config, parse_config
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
+from pipeline.imports import importing
 from pipeline.insight import checks
 from pipeline.insight.checks import FAIL, PASS, Finding
 from pipeline.insight.node_facts import gather_facts
@@ -100,9 +101,6 @@ def find(config: Config, nodes: list[dict], options: argparse.Namespace) -> Iter
     yield checks.check_memory(config, world, here["data"].get("classes"), memory)
     bench = read_bench(Path(options.bench).expanduser()) if options.bench else None
     yield checks.check_time(run_dir, config, world, here["data"], parse_time_limit(options.time_limit), bench)
-    if "SLURM_JOB_ID" in os.environ and run_dir is not None:
-        attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        yield checks.check_requeues(run_dir, os.environ["SLURM_JOB_ID"], attempt)
 
 
 def table(findings: list[Finding]) -> str:
@@ -126,7 +124,9 @@ def main(argv: list[str]) -> int:
     if options.node_facts:
         print(json.dumps(gather_facts(config)), flush=True)
         return EXIT_OK
-    findings = list(find(config, read_nodes(Path(options.nodes_file)) if options.nodes_file else [], options))
+    nodes = read_nodes(Path(options.nodes_file)) if options.nodes_file else []
+    with importing():
+        findings = list(find(config, nodes, options))
     print(table(findings), flush=True)
     failed = [finding for finding in findings if finding.level == FAIL]
     if failed:
