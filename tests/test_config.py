@@ -61,14 +61,14 @@ def test_broken_yaml_is_one_line(capsys, tmp_path):
 
 
 def test_overrides_come_after_the_recipe():
-    config = parse_config(["--config", "resnet152", "--optim.lr", "0.4", "--run-dir", "there", "--train.compile"])
+    config = parse_config(["--config", "resnet152-goyal", "--optim.lr", "0.4", "--run-dir", "there", "--train.compile"])
     assert (config.model.name, config.optim.lr, config.run_dir, config.train.compile) == (
         "resnet152",
         0.4,
         "there",
         True,
     )
-    assert config.schedule.milestones == (30.0, 60.0)
+    assert config.schedule.milestones == (30.0, 60.0, 80.0)
 
 
 def test_saved_configuration_reads_back(tmp_path):

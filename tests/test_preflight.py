@@ -167,7 +167,7 @@ def test_memory_against_the_card(preflight):
 
 def test_memory_of_resnet152_as_published():
     """Measured on an RTX A6000, fp32, batch 128: 25,118 MiB; predicted: 689.71 MiB fixed, 173.47 MiB an image."""
-    config = parse_config(["--config", "resnet152", "--train.precision", "fp32"])
+    config = parse_config(["--config", "resnet152-torchvision-v1", "--train.precision", "fp32"])
     step = estimate_step(config, 1000, 128)
     assert step.fixed_mib == pytest.approx(689.71, rel=0.01)
     assert step.image_mib == pytest.approx(173.47, rel=0.05)

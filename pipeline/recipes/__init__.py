@@ -1,21 +1,76 @@
 """The recipes: one YAML a result, with its source, published and measured figures; and the verb that lists them."""
 
+import statistics
+from pathlib import Path
+
 import yaml
 
 from pipeline.command import run_command
 
+NOT_IMAGENET = ("cifar10-", "smoke")  # beginnings of names
+_AT_ONCE = 16  # images: enough for the weights' share of the traffic to be small
 
-def recipes() -> None:
-    """List the recipes that come with the package."""
+
+def recipes(card: str | None = None) -> None:
+    """List the recipes that come with the package.
+
+    Args:
+        card: a GPU (h100, a100-80gb, ...): also the hours of it that each ImageNet recipe takes at least, by its
+            roofline (see `pipeline estimate`).
+    """
     from pipeline.config import recipe_names, recipes_folder
 
+    if card is not None:
+        from pipeline.insight.cards import find_card
+
+        find_card(card)  # is it known?
+    hours: dict[tuple, float] = {}
     width = max(map(len, recipe_names()))
     for name in recipe_names():
-        about = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text()).get("about", {})
+        written = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text())
+        about = written.get("about", {})
         print(f"{name:{width}} {about.get('what', '')}")
-        for key in ("published", "measured"):
+        facts = [f"{_length(written['schedule']['epochs'])}, batch {written['train']['global_batch_size']:,}"]
+        if card is not None and not name.startswith(NOT_IMAGENET):
+            facts.append(f"at least {_gpu_hours(name, card, hours):,.0f} GPU-hours on {card}")
+        print(f"{'':{width}} {'; '.join(facts)}")
+        for key in ("published", "measured", "missing"):
             if key in about:
-                print(f"{'':{width}} {key}: {about[key]}")
+                print(f"{'':{width}} {key}: {about[key]}", flush=True)
+
+
+def _length(epochs: float | str) -> str:
+    """A recipe's length in words."""
+    text = str(epochs)
+    if text.endswith("ba"):
+        return f"{int(text.removesuffix('ba')):,} steps"
+    number = float(text.removesuffix("ep"))
+    return f"{number:g} epoch{'' if number == 1 else 's'}"
+
+
+def _gpu_hours(name: str, card: str, known: dict[tuple, float]) -> float:
+    """The least hours of a card that training takes on ImageNet, all GPUs together; evaluation is not in it.
+
+    known: seconds an image of what was traced before, which this adds to.
+    """
+    from pipeline.config import load_config, resolve_recipe
+    from pipeline.config.time import epochs_of
+    from pipeline.insight.cards import find_card
+    from pipeline.insight.estimate import IMAGENET
+    from pipeline.insight.memory import Tracer
+
+    config = load_config(Path(resolve_recipe(name)), verb="recipes")
+    model, precision = config.model, config.train.precision
+    key = model.name, model.blurpool, precision, config.data.image_size
+    if key not in known:
+        peak = find_card(card)
+        step = Tracer(config, IMAGENET[1]).trace(_AT_ONCE)
+        known[key] = step.seconds(peak.half_tflops, peak.tflops, peak.gb_s) / step.images
+    images, batch = IMAGENET[0], config.train.global_batch_size
+    epochs = epochs_of(config.schedule.epochs, images / batch)
+    size_at = getattr(config.data, "size_at", lambda epoch: config.data.image_size)
+    sizes = [(size_at(epoch) / config.data.image_size) ** 2 for epoch in range(max(1, round(epochs)))]
+    return known[key] * images * epochs * statistics.fmean(sizes) / 3600
 
 
 def main(argv: list[str]) -> int:

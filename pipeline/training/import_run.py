@@ -19,7 +19,7 @@ from pipeline.training.run import RunFolder
 
 
 def import_weights(
-    file: str, run: str, name: str | None = None, config: str = "resnet152", data_root: str | None = None
+    file: str, run: str, name: str | None = None, config: str = "resnet152-torchvision-v1", data_root: str | None = None
 ) -> int:
     """Make a run folder of weights from elsewhere: the slides' resnet.pth, or torchvision's own.
 
