@@ -18,6 +18,7 @@
 #   NPROC_PER_NODE  processes a node [its GPUs]
 #   GRACE_S         seconds from a signal until the job goes without a new checkpoint [120]
 #   MAX_RESTARTS    times that crashed workers are started again in place [3]
+#   BENCH           JSON file with a measured speed, for preflight's time estimate until the run has its own [none]
 #   PIPELINE_HOME   the project's folder [where sbatch was called]
 #   PYTHON          interpreter [python]
 #
@@ -39,10 +40,11 @@
 . "$PIPELINE_HOME/slurm/job.sh" || exit 2
 
 train=(--config "${CONFIG:=resnet152}" --run_dir "$RUN_DIR" "$@")
+bench=(${BENCH:+--bench "$BENCH"})
 
 claim_run_dir
 count_requeues
-preflight "${train[@]}" --data.root "$DATA_ROOT" || leave $?
+preflight "${train[@]}" --data.root "$DATA_ROOT" "${bench[@]}" || leave $?
 if [[ -n ${STAGE_DIR:-} ]]; then
     on_every_node stage "$DATA_ROOT" "$STAGE_DIR" || leave $?
     DATA_ROOT=$STAGE_DIR

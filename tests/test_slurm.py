@@ -4,6 +4,7 @@ Each story is the life of a job or two, on a cluster of its own. Jobs mostly wai
 """
 
 import fcntl
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -228,6 +229,8 @@ RECORDER = """#!/bin/bash
 if [[ $* == *torch.distributed.run* ]]; then
     echo "$SLURMD_NODENAME $IN_CONTAINER $BY_SRUN $OMP_NUM_THREADS $*" >>"$RUN_DIR/calls"
     touch "$RUN_DIR/finished"
+else
+    echo "$*" >>"$RUN_DIR/preflight"
 fi
 """
 
@@ -246,7 +249,7 @@ def shapes_and_the_site_file(site: Site, _: Reference) -> None:
         (1, 1, ("--nodes=1", "--gpus-per-node=1"), {}),
         (1, 8, ("--nodes=1", "--gpus-per-node=8"), {}),
         (3, 8, ("--nodes=3", "--gpus-per-node=8"), {}),
-        (2, 4, ("--nodes=2", "--gpus-per-node=0", "--mincpus=16"), {"NPROC_PER_NODE": "4"}),
+        (2, 4, ("--nodes=2", "--gpus-per-node=0", "--mincpus=16"), {"NPROC_PER_NODE": "4", "BENCH": "/b.json"}),
     ]:
         job = site.submit(*places, run=f"{nodes}x{processes}", SITE_ENV=str(settings), **env)
         job.wait_end("COMPLETED")
@@ -258,6 +261,9 @@ def shapes_and_the_site_file(site: Site, _: Reference) -> None:
         assert (options["--nnodes"], options["--nproc-per-node"]) == (str(nodes), str(processes))
         assert options["--rdzv-endpoint"].startswith("n1:")
         endpoints.add(options["--rdzv-endpoint"])
+        asked = (job.run / "preflight").read_text().splitlines()
+        assert all(("--bench /b.json" in line) == ("BENCH" in env) for line in asked)
+        assert f"--world_size {nodes * processes}" in asked[-1]
     assert len(endpoints) == 4  # jobs on a node don't meet one another's
 
 
@@ -279,8 +285,10 @@ def told(request, tmp_path_factory):
         with Site(folder / name, data, nodes=3) as site:
             return STORIES[name](site, lambda: futures[reference].result())
 
+    if any("uninterrupted" in inspect.signature(STORIES[name]).parameters for name in names):
+        names.add(reference)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for name in [reference, *(name for name in STORIES if name in names - {reference})]:
+        for name in filter(names.__contains__, STORIES):  # the reference first: others wait for it
             futures[name] = pool.submit(tell, name)
         yield futures
         for future in futures.values():

@@ -157,6 +157,15 @@ def test_json_and_table(run, capsys):
         assert text in table, table
 
 
+def test_watch_shows_until_the_run_ends(run, capsys, monkeypatch):
+    train(run, 1, 25)
+    ends = iter([lambda: train(run, 26, LAST), lambda: (run / "finished").write_text("{}")])
+    monkeypatch.setattr(time, "sleep", lambda _: next(ends)())
+    assert main(["status", str(run), "--watch", "--json"]) == 0
+    seen = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["state"], row["step"]) for row in seen] == [("training", 25), ("evaluating", 40), ("finished", 40)]
+
+
 def test_no_run_folder_is_the_users_fault(tmp_path, capsys):
     assert main(["status", str(tmp_path / "nowhere")]) == 2
     assert "no run folder" in capsys.readouterr().err
