@@ -34,6 +34,11 @@ VERBS = {
     "status": ("pipeline.insight.status", "main", "how a run stands, also while it runs"),
     "report": ("pipeline.insight.report", "main", "a run, or several, as one page with its curves and pictures"),
     "chaos": ("pipeline.insight.chaos", "main", "kill a small training job at random moments: is anything lost?"),
+    "bench": (
+        "pipeline.insight.bench.cli",
+        "main",
+        "what each part of a run costs here, beside others' loaders and loops",
+    ),
     "recipes": ("pipeline.recipes", "main", "list the recipes that come with the package"),
     "fetch": (
         "pipeline.dataset.fetch",

@@ -79,7 +79,9 @@ def test_validation_pixels_are_torchvisions(index, loader):
     _, stream = streams(index, loader)
     transform = Compose([Resize(72), CenterCrop(64)])
     differences, ids = [], []
-    for batch in stream.batches(0, stream.plan.steps(1)):
+    with torch.inference_mode():  # as evaluation reads them
+        batches = list(stream.batches(0, stream.plan.steps(1)))
+    for batch in batches:
         ids += batch.ids.tolist()
         for i, sample in enumerate(batch.ids.tolist()):
             expected = np.asarray(transform(pixels(index, "val", sample)), int)

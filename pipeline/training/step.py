@@ -30,6 +30,18 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, _DTYPES[precision])
 
 
+def exchange_gradients(network: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The network whose backward averages gradients over all ranks. (A rank alone has nothing to average, and is spared
+    the copies into buckets.)"""
+    return DistributedDataParallel(
+        network,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        **{_SYNC_BUFFERS: False},
+        gradient_as_bucket_view=True,
+        static_graph=True,
+    )
+
+
 class TrainStep:
     """Model, optimizer and scaler of one rank, and the step that changes them.
 
@@ -44,15 +56,9 @@ class TrainStep:
         self.model = model
         whole = Normalised(model, config.data.mean, config.data.std, config.train.channels_last).to(self.device)
         self.network = whole  # for evaluation: no gradients to exchange
-        self.ddp = DistributedDataParallel(
-            whole,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            **{_SYNC_BUFFERS: False},
-            gradient_as_bucket_view=True,
-            static_graph=True,
-        )
+        self.exchanging = exchange_gradients(whole, self.device) if world.size > 1 else whole
         self.ema = WeightAverage(whole, config, warmup_steps) if config.ema.decay else None  # of rank 0's weights, too
-        self.forward = torch.compile(self.ddp) if config.train.compile else self.ddp
+        self.forward = torch.compile(self.exchanging) if config.train.compile else self.exchanging
         kinds = {buffer.dtype for buffer in self.model.buffers()}
         self.buffers = [[b for b in self.model.buffers() if b.dtype == kind] for kind in sorted(kinds, key=str)]
         self.loss = make_loss(config, self.model)
@@ -76,7 +82,7 @@ class TrainStep:
         pieces = list(zip(batch.images.split(self.micro), batch.targets.split(self.micro), strict=True))
         for number, (images, targets) in enumerate(pieces, 1):
             last = number == len(pieces)
-            with contextlib.nullcontext() if last else self.ddp.no_sync():
+            with contextlib.nullcontext() if last or self.network is self.exchanging else self.exchanging.no_sync():
                 with autocast(self.device, self.config.train.precision):
                     output = self.forward(images)
                     loss = self.loss(output, targets) * (len(images) / len(batch))
@@ -123,7 +129,7 @@ class TrainStep:
 
     def train(self) -> None:
         """Training mode; frozen normalisation layers keep their statistics."""
-        self.ddp.train()
+        self.exchanging.train()
         for norm in self.held:
             norm.eval()
 

@@ -1,0 +1,139 @@
+"""The training loops that `bench step` lets compete: this project's, and a bare one as a tutorial has it."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.config import CheckpointConfig, Config, DataConfig, ModelConfig, TrackingConfig, TrainConfig
+from pipeline.loader.stream import Batch
+from pipeline.training.distributed import World
+
+
+class ResidentStream:
+    """The ids and labels that a training stream of this rank would give, with the same images each time, on the device:
+    a loader that costs nothing."""
+
+    def __init__(self, stream, world: World, size: int):
+        self.plan, self.source, self.rank, self.world_size = stream.plan, stream.source, world.rank, world.size
+        self.labels, self.device = stream.labels, world.device
+        count = self.plan.global_batch_size // world.size
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+        self.images, self.inner = images.to(self.device), stream
+
+    def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Iterator[Batch]:
+        count = len(self.images)
+        for step in range(start, stop):
+            ids, _ = self.plan.positions(step, self.rank * count, (self.rank + 1) * count)
+            targets = torch.from_numpy(np.ascontiguousarray(self.labels[ids]))
+            yield Batch(self.images, targets.to(self.device), torch.from_numpy(ids).to(self.device))
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def make_data(folder: Path, images: int, size: int = 32) -> Path:
+    """A small tree of synthetic images, for benches that need no real ones."""
+    from pipeline.dataset.synthetic import Settings, generate_tree
+
+    generate_tree(folder, Settings(classes=2, train_per_class=-(-images // 2), val_per_class=2, size=size, oddities=0))
+    return folder
+
+
+def bench_config(folder: Path, model: str, size: int, batch: int, precision: str, **train) -> Config:
+    """A run in `folder` that saves and evaluates nothing by itself."""
+    root = make_data(folder / "data", batch)
+    return Config(
+        run_dir=str(folder / "run"),
+        data=DataConfig(root=str(root), image_size=size, loader="reference"),
+        model=ModelConfig(name=model, num_classes=1000),
+        train=TrainConfig(global_batch_size=batch, precision=precision, **train),
+        checkpoint=CheckpointConfig(every_minutes=None, every_epoch=False),
+        tracking=TrackingConfig(wandb="disabled", report=False, print_every_s=1e9),
+    )
+
+
+def open_trainer(config: Config, world: World):
+    """A trainer at step 0, ready to train."""
+    from pipeline.training.loop import Trainer
+    from pipeline.training.preemption import StopRequest
+    from pipeline.training.run import make_run_folder
+    from pipeline.training.start import Start
+
+    make_run_folder(config)
+    trainer = Trainer(config, world, StopRequest())
+    trainer.restore(Start())
+    trainer.open()
+    trainer.train_step.warm_up()
+    return trainer
+
+
+def ours(
+    model: str, size: int, batch: int, precision: str, steps: int, threads: int | None, options: dict
+) -> Callable[[], int]:
+    """This project's whole loop: step, reports, guard, ledger; only the loader is a `ResidentStream`."""
+    from pipeline.training.distributed import start_world
+
+    config = bench_config(Path(tempfile.mkdtemp(prefix="bench-step-")), model, size, batch, precision, **options)
+    world = start_world(config.train)
+    if threads:
+        torch.set_num_threads(threads)
+    trainer = open_trainer(config, world)
+    trainer.train_stream = ResidentStream(trainer.train_stream, world, size)
+
+    def one_round() -> int:
+        trainer.train_until(trainer.step + steps)
+        wait_for(world.device)
+        return steps
+
+    return one_round
+
+
+def bare(
+    model: str, size: int, batch: int, precision: str, steps: int, threads: int | None, options: dict
+) -> Callable[[], int]:
+    """Forward, backward, update, and nothing else: no report, no norm, no guard, no second rank."""
+    from torch import nn
+
+    from pipeline.config import OptimConfig
+    from pipeline.model.build import Normalised, build_model
+    from pipeline.training.step import autocast
+
+    if threads:
+        torch.set_num_threads(threads)
+    train = TrainConfig(precision=precision, **options)
+    device = torch.device("cuda" if train.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    data, optim = DataConfig(), OptimConfig()
+    network = build_model(replace(ModelConfig(), name=model), 1000)
+    network = Normalised(network, data.mean, data.std, train.channels_last).to(device).train()
+    forward = torch.compile(network) if train.compile else network
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=0.1, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    loss_of = nn.CrossEntropyLoss()
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8).to(device)
+    targets = torch.randint(0, 1000, (batch,)).to(device)
+
+    def one_round() -> int:
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(device, precision):
+                loss = loss_of(forward(images), targets)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        wait_for(device)
+        return steps
+
+    return one_round
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
