@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -11,15 +12,14 @@ from pipeline.errors import BrokenError, UserError
 from pipeline.training.checkpoint import (
     CheckpointWriter,
     DamagedCheckpoint,
-    Snapshot,
     check_fingerprints,
     find_newest_good,
     list_checkpoints,
     load_state,
-    to_cpu,
     verify_checkpoint,
     write_checkpoint,
 )
+from pipeline.training.snapshot import HostCopy, Snapshot
 
 META = {"identity": {"optim.lr": 0.1, "model.name": "resnet18"}, "index_fingerprint": "abc", "blacklist": []}
 
@@ -139,10 +139,45 @@ def test_loading_executes_nothing(tmp_path, monkeypatch):
 
 
 def test_snapshot_does_not_follow_the_training(tmp_path):
-    live = state(1)
-    copy = to_cpu(live)
+    live = state(1) | {"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "lr": [0.1, 0.2]}}
+    live["model"]["conv"] = torch.rand(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    live["model"]["strided"] = torch.arange(12.0).view(3, 4)[:, ::2]
+    conv = live["model"]["conv"].clone()
+    host = HostCopy(torch.device("cpu"), print)
+    copy, wait = host.take(live)
+    wait()
     live["model"]["w"].add_(1)
-    assert torch.equal(copy["model"]["w"], torch.ones(50))
+    live["model"]["conv"].zero_()
+    assert copy["model"]["strided"].tolist() == [[0, 2], [4, 6], [8, 10]]
+    live["optimizer"]["lr"][0] = 7
+    assert torch.equal(copy["model"]["w"], torch.ones(50)) and copy["optimizer"]["lr"] == [0.1, 0.2]
+    assert torch.equal(copy["model"]["conv"], conv) and copy["model"]["conv"].stride() == conv.stride()
+    again = write_checkpoint(tmp_path, 1, copy, META)
+    assert torch.equal(load_state(again)["model"]["conv"], conv)
+
+
+def test_a_second_snapshot_takes_no_new_memory():
+    live, host = state(1), HostCopy(torch.device("cpu"), print)
+    host.reserve(live)
+    places = [t.data_ptr() for t in host.host]
+    first, _ = host.take(live)
+    live["model"]["w"].add_(1)
+    second, _ = host.take(live)
+    assert first["model"]["w"].data_ptr() == second["model"]["w"].data_ptr() == places[0]
+    assert torch.equal(second["model"]["w"], live["model"]["w"])
+    assert host.bytes == sum(t.nbytes for t in host.host) > 0
+
+
+def test_a_snapshot_waits_for_the_one_being_written(tmp_path):
+    """The writer asks for the device's copy, and for the ledger, before it writes; a second save waits for it."""
+    told, go = [], threading.Event()
+    writer = CheckpointWriter(tmp_path, 2, set, print, before=lambda: told.append("ledger"))
+    writer.save(Snapshot(1, state(1), META, lambda: (go.wait(20), told.append("copied"))[1]))
+    assert steps(tmp_path) == []
+    go.set()
+    writer.save(Snapshot(2, state(2), META))
+    assert told[:2] == ["ledger", "copied"] and 1 in steps(tmp_path)
+    assert writer.close() and steps(tmp_path) == [2, 1]
 
 
 def test_a_checkpoint_moved_elsewhere_still_verifies(tmp_path):

@@ -11,7 +11,6 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +20,7 @@ import xxhash
 from pipeline.config import Config
 from pipeline.config import identity as settings_of
 from pipeline.errors import BrokenError, UserError
+from pipeline.training.snapshot import Snapshot
 
 FORMAT = 1
 META = "meta.json"
@@ -208,34 +208,22 @@ def compare_identity(there: dict, here: dict, whose: str) -> None:
         raise UserError(f"{whose} is of another recipe: {'; '.join(differing)}; give the same, or another --run_dir")
 
 
-@dataclass
-class Snapshot:
-    """Tensors copied to the CPU at one step, so that training may go on while they are written."""
-
-    step: int
-    state: dict[str, Any]
-    meta: dict
-
-
-def to_cpu(value: Any) -> Any:
-    """A deep copy with every tensor copied to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_cpu(item) for item in value)
-    return value
-
-
 class CheckpointWriter:
     """Writes snapshots behind the training and prunes old checkpoints (rank 0 only).
 
     One snapshot is written at a time; a second `save` waits for the first, so a slow disk slows training instead of
-    filling memory.
+    filling memory. `before` is called ahead of each, by the thread that writes.
     """
 
-    def __init__(self, folder: Path, keep: int, protected: Callable[[], set[int]], warn: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        protected: Callable[[], set[int]],
+        warn: Callable[[str], None],
+        before: Callable[[], None] = lambda: None,
+    ):
+        self.before = before
         self.folder, self.keep, self.protected, self.warn = folder, keep, protected, warn
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
@@ -252,6 +240,8 @@ class CheckpointWriter:
         self._writing = self._pool.submit(self._write, snapshot)
 
     def _write(self, snapshot: Snapshot) -> None:
+        self.before()
+        snapshot.wait()
         write_checkpoint(self.folder, snapshot.step, snapshot.state, snapshot.meta)
         self.prune()
 

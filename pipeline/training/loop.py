@@ -18,7 +18,7 @@ from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.agreement import compare_parameters
-from pipeline.training.checkpoint import Snapshot, load_state, to_cpu
+from pipeline.training.checkpoint import load_state
 from pipeline.training.data import check_labels, open_data
 from pipeline.training.distributed import Clock, World, seed_step
 from pipeline.training.evaluate import Scores, evaluate
@@ -222,7 +222,7 @@ class Trainer:
             "torch": torch.__version__,
             **self.guard.state(),
         }
-        self.records.save(Snapshot(self.step, to_cpu(self.train_step.state_dict()), meta))
+        self.records.save(self.step, self.train_step.state_dict(), meta)
 
     def find_start(self) -> Start:
         return find_start(self.config, self.folder, self.guard, self.index.fingerprint, self.console.warn)
@@ -283,7 +283,8 @@ class Trainer:
         self.eval_stream = make_eval_stream(self.index, data, eval_batch, world)
         if not world.is_main:
             return
-        self.records = Records(self.config, self.folder, self.plan, self.console, self.step, world.size)
+        self.records = Records(self.config, self.folder, self.plan, self.console, self.step, world)
+        self.records.host_copy.reserve(self.train_step.state_dict())
         name = "started" if self.resumed_from is None else "resumed"
         facts = {"last_step": self.last_step, "hardware": world.hardware, "torch": torch.__version__}
         self.records.event(name, self.step, world_size=world.size, **facts)

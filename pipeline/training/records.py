@@ -15,13 +15,15 @@ from pipeline.loader.plan import TrainPlan
 from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import Ledger, best_step, last_steps
 from pipeline.tracking.wandb_view import WandbView
-from pipeline.training.checkpoint import CheckpointWriter, Snapshot
+from pipeline.training.checkpoint import CheckpointWriter
+from pipeline.training.distributed import World
 from pipeline.training.evaluate import Scores
 from pipeline.training.final_report import write_report
 from pipeline.training.guard import Rollback, Spikes
 from pipeline.training.preemption import StopRequest
 from pipeline.training.report import StepReport
 from pipeline.training.run import RunFolder, slurm_facts
+from pipeline.training.snapshot import HostCopy, Snapshot
 
 
 class Records:
@@ -32,14 +34,12 @@ class Records:
         folder: its folder.
         plan: of its samples.
         console: where it is told of.
-        world_size: ranks of this start.
+        world: of this start.
     """
 
-    def __init__(
-        self, config: Config, folder: RunFolder, plan: TrainPlan, console: Console, step: int, world_size: int
-    ):
+    def __init__(self, config: Config, folder: RunFolder, plan: TrainPlan, console: Console, step: int, world: World):
         self.config, self.folder, self.plan, self.console = config, folder, plan, console
-        settings = identity(config) | {"world_size": world_size}
+        settings = identity(config) | {"world_size": world.size}
         self.wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), console.say)
         self.ledger = Ledger(folder.ledger, step)
         self.spikes = Spikes(config.guard.spike_factor, self.ledger.losses)
@@ -48,7 +48,9 @@ class Records:
             config.checkpoint.keep,
             protected=lambda: {best_step(self.ledger.evaluations)},
             warn=console.warn,
+            before=self.ledger.sync,
         )
+        self.host_copy = HostCopy(world.device, console.warn)
 
     def epoch(self, step: int) -> float:
         return step * self.plan.global_batch_size / self.plan.samples
@@ -103,10 +105,12 @@ class Records:
         """Does the ledger hold an evaluation of this step? (A kill in its midst: it is done again.)"""
         return any(row["step"] == step for row in self.ledger.evaluations)
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint behind the training. The ledger reaches the disk before it does."""
-        self.ledger.sync()
-        self.writer.save(snapshot)
+    def save(self, step: int, state: dict[str, dict], meta: dict) -> None:
+        """Copy a state and write it as a checkpoint behind the training; waits for the one before it. The ledger
+        reaches the disk before it does."""
+        self.writer.wait()  # the host's copy is free again
+        copy, wait = self.host_copy.take(state)
+        self.writer.save(Snapshot(step, copy, meta, wait))
 
     def go_back(self, made: Rollback) -> None:
         """Enter that the run goes back, before it does: rows and checkpoints of later steps go."""

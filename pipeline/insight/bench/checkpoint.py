@@ -1,0 +1,118 @@
+"""`bench checkpoint`: how long a save holds the training up, and what is done behind it."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.insight.bench.arena import Spread
+from pipeline.insight.bench.table import rows
+
+
+def checkpoint(
+    model: str = "resnet152",
+    folder: str | None = None,
+    rounds: int = 7,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+) -> dict:
+    """How long a step waits for a checkpoint, and how long the writing, digesting and reading back take behind it.
+
+    Args:
+        model: a torchvision classification model, with SGD and momentum.
+        folder: where to write; default: a temporary folder, which may be another disk than your runs'.
+        rounds: rounds that count, after one that does not.
+        device: where the model lives.
+    """
+    import torch
+
+    from pipeline.config import ModelConfig, OptimConfig
+    from pipeline.model.build import build_model
+    from pipeline.training.checkpoint import load_state, verify_checkpoint, write_checkpoint
+    from pipeline.training.optimizer import make_optimizer
+    from pipeline.training.snapshot import HostCopy
+
+    cuda = device != "cpu" and torch.cuda.is_available()
+    place = torch.device("cuda" if cuda else "cpu")
+    network = build_model(ModelConfig(name=model), 1000).to(place, memory_format=torch.channels_last)
+    optimizer = make_optimizer(network, OptimConfig())
+
+    def state() -> dict[str, Any]:
+        return {"model": network.state_dict(), "optimizer": {"optimizer": optimizer.state_dict()}}
+
+    host = HostCopy(place, print)
+    begun = time.perf_counter()
+    host.reserve(state())
+    reserve_s = time.perf_counter() - begun
+    parent = Path(folder).expanduser() if folder else None
+    if parent:
+        parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=parent))
+    seen: dict[str, list[float]] = {}
+
+    def timed(name: str, action: Callable[[], Any], counts: bool) -> Any:
+        if cuda:
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = action()
+        if counts:
+            seen.setdefault(f"{name}_ms", []).append(1e3 * (time.perf_counter() - wall))
+            seen.setdefault(f"{name}_cpu_ms", []).append(1e3 * (time.process_time() - cpu))
+        return result
+
+    def plain_copy() -> Any:
+        return _copied(state())
+
+    try:
+        for number in range(rounds + 1):
+            counts = number > 0
+            copy, wait = timed("stall", lambda: host.take(state()), counts)
+            timed("transfer", wait, counts)
+            timed("plain_copy", plain_copy, counts)
+            path = timed("write", lambda n=number, c=copy: write_checkpoint(scratch, n, c, {}), counts)
+            timed("verify", lambda p=path: verify_checkpoint(p), counts)
+            timed("load", lambda p=path: load_state(p), counts)
+            shutil.rmtree(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    spreads = {name: Spread.of(values) for name, values in seen.items()}
+    gigabytes = host.bytes / 1e9
+
+    def line(name: str) -> str:
+        s = spreads[f"{name}_ms"]
+        cpu = spreads[f"{name}_cpu_ms"].median
+        return f"{s.median:9.1f}   {s.least:9.1f} {s.greatest:9.1f}    {cpu:9.1f}    {gigabytes / s.median * 1e3:7.2f}"
+
+    head = f"{'ms: median':>9}   {'least':>9} {'greatest':>9}    {'CPU ms':>9}    {'GB/s':>7}"
+    print(f"{model} on {place.type}, SGD with momentum: {host.bytes:,} bytes; {len(os.sched_getaffinity(0))} cores")
+    print(
+        rows(
+            {
+                "": head,
+                "the training waits": line("stall"),
+                "to the host, behind it": line("transfer"),
+                "write, digest, fsync": line("write"),
+                "read and check": line("verify"),
+                "load": line("load"),
+                "tensor.to('cpu', copy)": line("plain_copy"),
+            }
+        )
+    )
+    print(f"  the host's memory was taken once, in {reserve_s:.2f} s; a save before the last is written waits for it")
+    values = {name: spread.plain(2) for name, spread in spreads.items()}
+    return {"model": model, "device": place.type, "bytes": host.bytes, "reserve_s": round(reserve_s, 3), **values}
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy with new memory for every tensor: what a save costs without `HostCopy`."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value

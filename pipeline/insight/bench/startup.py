@@ -1,0 +1,195 @@
+"""`bench startup`: from the start of a process to the first step after a resume, part by part; and the small verbs."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import BrokenError
+from pipeline.insight.bench.arena import Spread
+from pipeline.insight.bench.table import rows
+
+IMAGENET = 1_281_167
+LATE_STEP = 1_000_000
+
+
+def startup(model: str = "resnet152", size: int = 64, batch_size: int = 4, rounds: int = 5) -> dict:
+    """From the start of a process to the first step after a resume, part by part, and what the small verbs take.
+
+    Args:
+        model: a torchvision classification model.
+        size: pixels of an image's side.
+        batch_size: images a step; few, since the step itself is not the point.
+        rounds: processes started for each figure.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="bench-startup-"))
+    try:
+        run = json.loads(_child("prepare", str(scratch), model, str(size), str(batch_size))[0])
+        verbs = {
+            "--help": ["-m", "pipeline", "--help"],
+            "status RUN": ["-m", "pipeline", "status", run["run_dir"]],
+            "import torch": ["-c", "import torch"],
+            "import torchvision": ["-c", "import torchvision"],
+            "import nvidia.dali": ["-c", "import nvidia.dali"],
+            "python itself": ["-c", "pass"],
+        }
+        times = {name: _time_processes(argv, rounds) for name, argv in verbs.items()}
+        print("seconds from start to end of a process: median, least, greatest; CPU seconds")
+        print(rows({name: _line(spread, cpu) for name, (spread, cpu) in times.items()}))
+        parts: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            begun = time.time()
+            for name, seconds in json.loads(_child("resume", run["config"], str(begun))[0]).items():
+                parts.setdefault(name, []).append(seconds)
+        spreads = {name: Spread.of(values) for name, values in parts.items()}
+        print(f"\nfrom the start of the process to the first step after a resume ({model}), seconds")
+        print(rows({name: _line(spread) for name, spread in spreads.items()}))
+        plan = {name: Spread.of(values) for name, values in _time_plan(scratch / "index", rounds).items()}
+        print(f"\nthe order of {IMAGENET:,} samples, seconds (batches of 256)")
+        print(rows({name: _line(spread) for name, spread in plan.items()}))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {
+        "model": model,
+        "processes": {name: {**s.plain(3), "cpu_s": round(cpu, 3)} for name, (s, cpu) in times.items()},
+        "resume_parts": {name: s.plain(3) for name, s in spreads.items()},
+        "plan": {name: s.plain(4) for name, s in plan.items()},
+    }
+
+
+def _line(spread: Spread, cpu: float | None = None) -> str:
+    text = f"{spread.median:8.3f}   {spread.least:8.3f} {spread.greatest:8.3f}"
+    return text if cpu is None else f"{text}    {cpu:8.3f}"
+
+
+def _run(argv: list[str]) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BrokenError(f"bench startup: {' '.join(argv)[:80]}: {done.stderr.strip()[-300:]}")
+    return done
+
+
+def _time_processes(argv: list[str], rounds: int) -> tuple[Spread, float]:
+    """Wall seconds, and the median of CPU seconds, of a process from start to end."""
+    wall, cpu = [], []
+    for _ in range(rounds):
+        before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        _run(argv)
+        wall.append(time.perf_counter() - begun)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return Spread.of(wall), Spread.of(cpu).median
+
+
+def _child(*arguments: str) -> list[str]:
+    """The last line that this module, as a process of its own, prints for these arguments."""
+    return _run(["-W", "ignore", "-m", "pipeline.insight.bench.startup", *arguments]).stdout.splitlines()[-1:]
+
+
+def _prepare(scratch: Path, model: str, size: int, batch: int) -> dict[str, str]:
+    """A run of two steps with a checkpoint, to be resumed."""
+    from pipeline.config import to_yaml
+    from pipeline.insight.bench.loops import bench_config, open_trainer
+    from pipeline.training.distributed import start_world
+
+    config = bench_config(scratch, model, size, batch, "fp32", device="cpu")
+    world = start_world(config.train)
+    trainer = open_trainer(config, world)
+    trainer.train_until(2)
+    trainer.save()
+    trainer.close()
+    path = scratch / "bench.yaml"
+    path.write_text(to_yaml(config))
+    return {"run_dir": config.run_dir, "config": str(path)}
+
+
+def _resume(path: str, begun: float) -> dict[str, float]:
+    """Seconds of each part of a start, up to the end of the first step."""
+    seconds: dict[str, float] = {}
+    last = [begun]
+
+    def lap(name: str) -> None:
+        now = time.time()
+        seconds[name], last[0] = now - last[0], now
+
+    lap("python")
+    from pipeline.config import load_config
+
+    config = load_config(Path(path))
+    lap("configuration")
+    import torch
+
+    lap("import torch")
+    from pipeline.training.distributed import start_world
+
+    world = start_world(config.train)
+    lap("process group")
+    from pipeline.training.loop import Trainer
+    from pipeline.training.preemption import StopRequest
+
+    lap("import the rest")
+    trainer = Trainer(config, world, StopRequest())
+    lap("run folder, index, plan")
+    start = trainer.find_start()
+    lap("verify the checkpoint")
+    trainer.restore(start)
+    lap("model, optimizer, load")
+    trainer.open()
+    lap("loaders, ledger")
+    trainer.train_step.warm_up()
+    lap("warm-up")
+    batch = next(trainer.train_stream.batches(trainer.step, trainer.step + 1))
+    lap("first batch")
+    trainer.train_step(batch, 0.1)
+    lap("first step")
+    seconds["all"] = time.time() - begun
+    assert trainer.step == 2 and torch.is_tensor(batch.images)
+    return seconds
+
+
+def _time_plan(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds until a batch is planned: from a closed index, at the first step, an epoch's start, a late step."""
+    import numpy as np
+
+    from pipeline.config import DataConfig, TrainConfig
+    from pipeline.dataset.index import RECORD, open_index, write_index
+    from pipeline.loader.build import make_train_plan
+
+    records = np.zeros(IMAGENET, RECORD)
+    records["width"], records["height"], records["shard"] = 500, 375, 0
+    records["label"] = np.arange(IMAGENET) * 1000 // IMAGENET
+    classes = [(f"n{i:08d}", "") for i in range(1000)]
+    write_index(folder, folder, classes, {"train": (records, ["x"] * IMAGENET)}, {"train": ["x.tar"]})
+    taken: dict[str, list[float]] = {}
+
+    def timed(name: str, action: Callable[[], Any]) -> Any:
+        begun = time.perf_counter()
+        result = action()
+        taken.setdefault(name, []).append(time.perf_counter() - begun)
+        return result
+
+    data, train = DataConfig(image_size=224), TrainConfig(global_batch_size=256)
+    for _ in range(rounds):
+        index = timed("open the index", lambda: open_index(folder))
+        plan = timed("make the plan", lambda i=index: make_train_plan(i, data, train))
+        timed("first batch of a run", lambda p=plan: p.local(0))
+        timed("first batch of the next epoch", lambda p=plan: p.local(p.epoch_end(1)))
+        timed("first batch after a resume at step 1,000,000", lambda p=plan: p.local(LATE_STEP))
+        timed("any other batch", lambda p=plan: p.local(LATE_STEP + 1))
+    return taken
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    if what == "prepare":
+        print(json.dumps(_prepare(Path(rest[0]), rest[1], int(rest[2]), int(rest[3]))), flush=True)
+    else:
+        print(json.dumps(_resume(rest[0], float(rest[1]))), flush=True)
+    os._exit(0)  # the loaders' threads need no farewell
