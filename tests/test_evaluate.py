@@ -126,7 +126,7 @@ def test_five_crops_are_torchvisions(root):
     split = open_index(root / "index").splits["val"]
     widths, heights = (split.records[key].astype(np.int64) for key in ("width", "height"))
     plan = FiveCropPlan(widths, heights, 10, 48, 32)
-    decoder = ReferenceDecoder(32, 1, resize=48)
+    decoder = ReferenceDecoder(1, resize=48)
     planned = plan.local(1)
     data = [np.frombuffer(split.read(int(sample)), np.uint8) for sample in planned.ids]
     (images,) = decoder.decode([Samples(1, planned, data)])

@@ -97,11 +97,11 @@ def test_validation_pixels_are_torchvisions(index, loader):
 def test_decoding_a_window_is_exact(index, loader):
     """A window that needs no resizing comes out as PIL's crop, bit for bit."""
     size = 32
-    decoder = build.make_decoder(loader, size, 4, 1, CPU, 2)
+    decoder = build.make_decoder(loader, 4, 1, CPU, 2)
     ids = np.arange(4)
     windows = np.array([[3, 5, size, size]] * 4, np.int32)
     rois = np.array([[0, 0, size, size]] * 4, float)
-    planned = Planned(ids, np.zeros(4, int), windows, rois, np.zeros(4, bool))
+    planned = Planned(ids, np.zeros(4, int), windows, rois, np.zeros(4, bool), size)
     data = [np.fromfile(index.splits["train"].path(i), np.uint8) for i in ids]
     (images,) = decoder.decode([Samples(0, planned, data)])
     for i in ids:
@@ -209,12 +209,12 @@ def test_decoders_find_the_sample_they_refuse(loader, named, monkeypatch):
     """DALI's message names the sample, except where it does not."""
     if not named:
         monkeypatch.setattr("pipeline.loader.dali._sample_number", lambda message: None)
-    decoder = build.make_decoder(loader, 8, 3, 1, CPU, 1)
+    decoder = build.make_decoder(loader, 3, 1, CPU, 1)
     noise = BytesIO()
     Image.effect_noise((64, 64), 90).save(noise, "JPEG")
     good = np.frombuffer(noise.getvalue(), np.uint8)
     windows = np.array([[0, 0, 64, 64]] * 3, np.int32)
-    planned = Planned(np.arange(3), np.zeros(3, int), windows, windows.astype(float), np.zeros(3, bool))
+    planned = Planned(np.arange(3), np.zeros(3, int), windows, windows.astype(float), np.zeros(3, bool), 8)
     with pytest.raises(UndecodableSample) as caught:
         list(decoder.decode([Samples(6, planned, [good, good, good[: len(good) // 3]])]))
     assert (caught.value.step, caught.value.position) == (6, 2)

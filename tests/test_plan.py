@@ -6,7 +6,8 @@ import torch
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.loader.plan import EvalPlan, TrainPlan, batch_digest, hash_counter, splitmix64
+from pipeline.loader.hashing import hash_counter, splitmix64
+from pipeline.loader.plan import EvalPlan, TrainPlan, batch_digest
 
 
 def make_plan(samples=1000, batch=48, seed=7, **kwargs) -> TrainPlan:

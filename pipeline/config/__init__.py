@@ -5,6 +5,7 @@ when it goes on. All others are the run's identity: a change of one of them on t
 """
 
 from pipeline.config.average import EmaConfig, EvaluationConfig
+from pipeline.config.augment import AugmentConfig
 from pipeline.config.data import DataConfig
 from pipeline.config.model import INPUT_SIZES, ModelConfig
 from pipeline.config.optim import OptimConfig
@@ -24,6 +25,7 @@ from pipeline.config.train import TrainConfig
 
 __all__ = [
     "INPUT_SIZES",
+    "AugmentConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",

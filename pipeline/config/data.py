@@ -21,10 +21,19 @@ class DataConfig:
     image_size: int | None = None
     """Pixels of a training image's side; default: what the network was made for (299 for Inception v3, else mostly
     224)."""
+    start_size: int | None = None
+    """Progressive resizing: pixels of a training image's side until the ramp; image_size after it."""
+    ramp_epochs: tuple[float, float] | None = None
+    """Progressive resizing: the epochs at which the side begins and ends to grow; it changes between epochs, in
+    multiples of 32 pixels."""
     val_size: int | None = None
     """Pixels of a validation image's side, cropped from the middle; default: image_size."""
     val_resize: int | None = None
     """Pixels that a validation image's shorter side is resized to before the crop; default: val_size * 256 / 224."""
+    val_crop_ratio: float | None = None
+    """The same as a share: val_resize is val_size / val_crop_ratio, rounded down (timm's crop_pct)."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized (always with antialiasing), in training and validation."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """RandomResizedCrop: smallest and largest share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -42,10 +51,38 @@ class DataConfig:
     max_unreadable: int = free(100)
     """Samples that may turn out unreadable at run time (each is substituted) before the run stops."""
 
+    def size_at(self, epoch: int) -> int:
+        """Pixels of a training image's side in an epoch (0: the first). Between the epochs of the ramp it grows
+        linearly, rounded to a multiple of 32 (half to even), as in FFCV's ImageNet recipes; never beyond image_size."""
+        if self.start_size is None:
+            return self.image_size
+        first, last = self.ramp_epochs
+        if epoch <= first:
+            return self.start_size
+        if epoch >= last:
+            return self.image_size
+        exact = self.start_size + (self.image_size - self.start_size) * (epoch - first) / (last - first)
+        return min(max(32 * round(exact / 32), self.start_size), self.image_size)
+
+    def sizes(self) -> list[int]:
+        """All sizes that a training image's side may have, rising."""
+        if self.start_size is None:
+            return [self.image_size]
+        first, last = self.ramp_epochs
+        return sorted({self.size_at(epoch) for epoch in (0, *range(math.floor(first), math.ceil(last) + 2))})
+
 
 def check_data(c: DataConfig) -> Iterator[Check]:
     """Impossible values of the group `data`."""
     yield positive("data.image_size", c.image_size)
+    yield "data.start_size", c.start_size, (c.start_size is None) == (c.ramp_epochs is None), (
+        "give data.start_size and data.ramp_epochs, or neither"
+    )
+    if c.start_size is not None and c.ramp_epochs is not None:
+        small = 0 < c.start_size <= c.image_size
+        yield "data.start_size", c.start_size, small, f"give 1 to data.image_size {c.image_size}"
+        first, last = c.ramp_epochs
+        yield "data.ramp_epochs", [first, last], 0 <= first <= last < math.inf, "give two epochs, 0 <= first <= last"
     yield positive("data.val_size", c.val_size)
     yield "data.val_resize", c.val_resize, c.val_resize >= c.val_size, "give at least data.val_size"
     low, high = c.crop_area

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.average import EmaConfig, EvaluationConfig, check_ema, check_evaluation
+from pipeline.config.augment import AugmentConfig, check_augment
 from pipeline.config.data import DataConfig, check_data
 from pipeline.config.fields import Check, free
 from pipeline.config.model import INPUT_SIZES, ModelConfig, check_model
@@ -37,6 +38,7 @@ class Config:
     about: dict[str, Any] = field(default_factory=dict, metadata={"identity": False})
     """What the recipe says of itself: source, published and measured results."""
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -51,7 +53,17 @@ class Config:
         data = self.data
         size = data.image_size or INPUT_SIZES.get(self.model.name, 224)
         val_size = data.val_size or size
-        sizes = {"image_size": size, "val_size": val_size, "val_resize": data.val_resize or round(val_size * 256 / 224)}
+        resize = data.val_resize or round(val_size * 256 / 224)
+        ratio = data.val_crop_ratio
+        if ratio is not None:
+            if not 0 < ratio <= 1:
+                raise UserError(f"--data.val_crop_ratio is {ratio}: give a number above 0, at most 1")
+            if data.val_resize is not None:
+                raise UserError(
+                    f"--data.val_crop_ratio is {ratio}: data.val_resize is {data.val_resize}; give one, the other null"
+                )
+            resize = int(val_size / ratio)
+        sizes = {"image_size": size, "val_size": val_size, "val_resize": resize, "val_crop_ratio": None}
         object.__setattr__(self, "data", dataclasses.replace(data, **sizes))
         for name, value, good, remedy in check_all(self):
             if not good:
@@ -61,6 +73,7 @@ class Config:
 def check_all(c: Config) -> Iterator[Check]:
     """Each knob's impossible values, group by group."""
     yield from check_data(c.data)
+    yield from check_augment(c.augment, c.train.global_batch_size, c.train.micro_batch_size)
     yield from check_model(c.model)
     yield from check_optim(c.optim)
     yield from check_schedule(c.schedule)

@@ -64,7 +64,9 @@ def load_image(index: Index, config: Config, sample: int) -> np.ndarray | None:
     """A validation image as the network sees it, uint8 [size, size, 3]; None if it can't be read."""
     try:
         data = np.frombuffer(index.splits["val"].read(sample), np.uint8)
-        return decode_sample(data, None, False, config.data.val_size, config.data.val_resize)
+        return decode_sample(
+            data, None, False, config.data.val_size, config.data.val_resize, None, config.data.interpolation
+        )
     except (OSError, ValueError, SyntaxError):
         return None
 

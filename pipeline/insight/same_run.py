@@ -74,19 +74,20 @@ def check_samples(run: Path) -> list[str]:
     """Every sample once an epoch: the digest of each batch that was seen is that of the plan."""
     config = load_config(run / "config.yaml")
     index = open_index(Path(config.data.index or Path(config.data.root) / "index"))
-    plan = make_train_plan(index, config.data, config.train)
+    plan = make_train_plan(index, config.data, config.train, config.augment)
     rows = rows_of(run, "train")
-    seen: dict[int, set[int]] = {}
+    repeats = plan.augment.repeats  # so many epochs go over all samples, and see each so many times
+    seen: dict[int, set[tuple[int, int]]] = {}
     for row in rows:
-        ids, epochs = plan.positions(row["step"] - 1, 0, plan.global_batch_size)
+        ids, epochs, copies = plan.places(row["step"] - 1, 0, plan.global_batch_size)
         if plan.digest(row["step"] - 1, ids) != row["batch_digest"]:
             return [f"step {row['step']} saw another batch than planned"]
-        for sample, epoch in zip(ids.tolist(), epochs.tolist(), strict=True):
-            if sample in seen.setdefault(epoch, set()):
-                return [f"sample {sample} came twice in epoch {epoch}"]
-            seen[epoch].add(sample)
-    whole = plan.epochs_done(len(rows))
-    return [f"epoch {epoch} lacks samples" for epoch in range(whole) if len(seen[epoch]) != plan.samples]
+        for sample, number, copy in zip(ids.tolist(), (epochs // repeats).tolist(), copies.tolist(), strict=True):
+            if (sample, copy) in seen.setdefault(number, set()):
+                return [f"sample {sample} came too often in epoch {number * repeats}"]
+            seen[number].add((sample, copy))
+    whole = plan.epochs_done(len(rows)) // repeats
+    return [f"epoch {i * repeats} lacks samples" for i in range(whole) if len(seen[i]) != plan.samples * repeats]
 
 
 def check_files(disturbed: Path, undisturbed: Path) -> list[str]:

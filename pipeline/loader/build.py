@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pipeline.config import DataConfig, TrainConfig
+from pipeline.config import AugmentConfig, DataConfig, TrainConfig
 from pipeline.dataset.index import Index
 from pipeline.errors import UserError
 from pipeline.loader.plan import EvalPlan, FiveCropPlan, TrainPlan
@@ -49,29 +49,48 @@ def cores_per_rank(local_world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
-def make_train_plan(index: Index, data: DataConfig, train: TrainConfig) -> TrainPlan:
+def make_train_plan(
+    index: Index, data: DataConfig, train: TrainConfig, augment: AugmentConfig = AugmentConfig()
+) -> TrainPlan:
     """The plan of a run: a function of the index, the recipe and the seed alone."""
     records = index.splits["train"].records
     widths, heights = (np.ascontiguousarray(records[key], np.int64) for key in ("width", "height"))
-    return TrainPlan(widths, heights, train.global_batch_size, train.seed, data.crop_area, data.crop_ratio, data.flip)
+    return TrainPlan(
+        widths,
+        heights,
+        train.global_batch_size,
+        train.seed,
+        data.crop_area,
+        data.crop_ratio,
+        data.flip,
+        augment,
+        data.size_at,
+        sizes_change=len(data.sizes()) > 1,
+    )
 
 
 def make_decoder(
-    name: str, size: int, batch_size: int, threads: int, device: torch.device, prefetch: int, resize: int | None = None
+    name: str,
+    batch_size: int,
+    threads: int,
+    device: torch.device,
+    prefetch: int,
+    resize: int | None = None,
+    interpolation: str = "bilinear",
 ):
     """A decoder by name, "dali" or "reference". resize: of the shorter side in validation, None in training."""
     if name == "dali":
         from pipeline.loader.dali import DaliDecoder
 
-        return DaliDecoder(size, batch_size, threads, device, prefetch)
+        return DaliDecoder(batch_size, threads, device, prefetch, interpolation)
     from pipeline.loader.reference import ReferenceDecoder
 
-    return ReferenceDecoder(size, threads, prefetch, resize)
+    return ReferenceDecoder(threads, prefetch, resize, interpolation)
 
 
 def make_train_stream(index: Index, plan: TrainPlan, data: DataConfig, place: Place) -> Stream:
     """The training batches of a rank."""
-    return _make_stream(index, "train", plan, data, data.image_size, plan.global_batch_size // place.size, place)
+    return _make_stream(index, "train", plan, data, plan.global_batch_size // place.size, place)
 
 
 def make_eval_stream(
@@ -86,21 +105,25 @@ def make_eval_stream(
     widths, heights = (np.ascontiguousarray(records[key], np.int64) for key in ("width", "height"))
     if crops:
         batch_size = FiveCropPlan.CROPS * max(1, batch_size // FiveCropPlan.CROPS)
-    plan = (FiveCropPlan if crops else EvalPlan)(widths, heights, batch_size, data.val_resize, data.val_size)
-    stream = _make_stream(index, "val", plan, data, data.val_size, batch_size, place)
+    kind = FiveCropPlan if crops else EvalPlan
+    support = 2 if data.interpolation == "bicubic" else 1
+    plan = kind(widths, heights, batch_size, data.val_resize, data.val_size, support)
+    stream = _make_stream(index, "val", plan, data, batch_size, place)
     if labels is not None:
         stream.labels = np.ascontiguousarray(labels, np.int64)
     return stream
 
 
 def _make_stream(
-    index: Index, name: str, plan: TrainPlan | EvalPlan, data: DataConfig, size: int, batch_size: int, place: Place
+    index: Index, name: str, plan: TrainPlan | EvalPlan, data: DataConfig, batch_size: int, place: Place
 ) -> Stream:
     split = index.splits[name]
     threads = data.threads or cores_per_rank(place.local_size)
     name_of_loader, _ = choose_loader(data.loader)
     resize = data.val_resize if name == "val" else None
-    decoder = make_decoder(name_of_loader, size, batch_size, threads, place.device, data.prefetch, resize)
+    decoder = make_decoder(
+        name_of_loader, batch_size, threads, place.device, data.prefetch, resize, data.interpolation
+    )
     labels = split.records["label"]
     source = Source(split)
     return Stream(

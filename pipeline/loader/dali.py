@@ -22,18 +22,27 @@ class DaliDecoder:
     """A DALI pipeline fed from outside.
 
     Args:
-        size: side of the output in pixels.
         max_batch_size: largest batch that will come.
         threads: CPU threads of the pipeline.
         device: "cpu", or a CUDA device (resize there; batches are delivered there).
         prefetch: batches decoded ahead.
+        interpolation: "bilinear" or "bicubic".
+
+    The size of the output comes with each batch: images may grow from one to the next.
     """
 
-    def __init__(self, size: int, max_batch_size: int, threads: int, device: torch.device, prefetch: int = 2):
-        self.size, self.device = size, device
+    def __init__(
+        self,
+        max_batch_size: int,
+        threads: int,
+        device: torch.device,
+        prefetch: int = 2,
+        interpolation: str = "bilinear",
+    ):
+        self.interpolation, self.device = interpolation, device
         self.settings = {"batch_size": max_batch_size, "num_threads": threads, "prefetch_queue_depth": prefetch}
         self.on_gpu = device.type == "cuda"
-        self.resizer = None if self.on_gpu else Resizer(size, threads)
+        self.resizer = None if self.on_gpu else Resizer(threads, interpolation)
         self.pipeline = None
         self._feed: Iterator[Samples] = iter(())
         self._handed: deque[Samples] = deque()  # what DALI holds, oldest first
@@ -45,7 +54,8 @@ class DaliDecoder:
         windows, rois, flips = self._cut(samples.planned)
         boxes = (windows[:, [1, 0]], windows[:, [3, 2]])  # axes in the order y, x
         if self.on_gpu:
-            boxes += (rois[:, [1, 0]], rois[:, [3, 2]], flips)
+            sizes = np.full((len(flips), 2), samples.planned.size, np.float32)
+            boxes += (rois[:, [1, 0]], rois[:, [3, 2]], flips, sizes)
         return samples.data, *map(np.ascontiguousarray, boxes)
 
     def _cut(self, planned: Planned) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -56,8 +66,9 @@ class DaliDecoder:
     def _build(self):
         from nvidia.dali import fn, pipeline_def, types
 
-        types_of_rows = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT, types.INT32]
-        rows = 6 if self.on_gpu else 3
+        types_of_rows = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT]
+        rows = 7 if self.on_gpu else 3
+        kind = types.INTERP_CUBIC if self.interpolation == "bicubic" else types.INTERP_LINEAR
 
         @pipeline_def(device_id=self.device.index or 0 if self.on_gpu else None, exec_dynamic=True, **self.settings)
         def graph():
@@ -67,18 +78,18 @@ class DaliDecoder:
                 batch=True,
                 no_copy=False,
                 dtype=types_of_rows[:rows],
-                ndim=[1, 1, 1, 1, 1, 0][:rows],
+                ndim=[1, 1, 1, 1, 1, 0, 1][:rows],
             )
             images = fn.decoders.image_slice(
                 data, anchor, shape, axes=[0, 1], output_type=types.RGB, adjust_orientation=False, device="cpu"
             )
             if not self.on_gpu:
                 return images
-            roi_start, roi_end, flip = more
+            roi_start, roi_end, flip, size = more
             images = fn.resize(
                 images.gpu(),
-                size=[self.size, self.size],
-                interp_type=types.INTERP_LINEAR,
+                size=size,
+                interp_type=kind,
                 antialias=True,
                 roi_start=roi_start,
                 roi_end=roi_end,
@@ -113,7 +124,7 @@ class DaliDecoder:
                 raise UndecodableSample(samples.step, position, _reason(str(error))) from error
             samples = self._handed.popleft()
             if self.on_gpu:
-                yield self._to_torch(images)
+                yield self._to_torch(images, samples.planned.size)
                 continue
             resizing.append(self.resizer.start(images, samples.planned))
             if len(resizing) > 1:
@@ -121,7 +132,7 @@ class DaliDecoder:
 
     def _find_undecodable(self, samples: Samples) -> int | None:
         """The first position of a batch that fails when it is decoded alone: DALI's message does not always say."""
-        alone = DaliDecoder(self.size, 1, 1, self.device, 1)
+        alone = DaliDecoder(1, 1, self.device, 1, self.interpolation)
         for position in range(len(samples.data)):
             try:
                 list(alone.decode([samples.only(position)]))
@@ -129,11 +140,11 @@ class DaliDecoder:
                 return position
         return None
 
-    def _to_torch(self, images) -> torch.Tensor:
+    def _to_torch(self, images, size: int) -> torch.Tensor:
         """A copy of the GPU's output in memory of torch, ordered on torch's current stream."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        batch = torch.empty((len(images), self.size, self.size, 3), dtype=torch.uint8, device=self.device)
+        batch = torch.empty((len(images), size, size, 3), dtype=torch.uint8, device=self.device)
         feed_ndarray(images.as_tensor(), batch, cuda_stream=torch.cuda.current_stream(self.device))
         return batch
 

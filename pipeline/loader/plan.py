@@ -5,52 +5,48 @@ The samples of all epochs form one endless sequence, an epoch's permutation afte
 `global_batch_size` positions from s * global_batch_size on. So every sample comes exactly once an epoch, none is
 dropped or repeated, and a batch at an epoch's border holds the last samples of one epoch and the first of the next.
 
-The random numbers are splitmix64 (Steele, Lea, Flood 2014) over a counter of (seed, epoch, sample, draw): they follow
-the sample to whatever rank reads it, and do not depend on NumPy's version.
+The random numbers are a hash of (seed, epoch, sample, copy, draw): windows, flips, colours, geometry and erasing follow
+the sample to whatever rank reads it. Mixing is a hash of (seed, step, group): its groups are consecutive positions of
+the global batch that no rank splits, so a sample's partner is the same for any world size.
+
+With repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) a permutation lasts `repeats` epochs, and each of its
+samples stands in it `repeats` times in a row. So an epoch has as many positions and steps as ever, and sees one in
+`repeats` of the samples, each so many times; after `repeats` epochs every sample was seen so many times, exactly. (The
+samplers of timm and DeiT draw an epoch's samples anew instead.) In a batch the first copies of all its samples come
+first, then the second ones: copies of a sample lie far apart, mostly on other ranks, and are not mixed with each other.
+
+The digest of a batch is xxh3_64 over ids (int64), windows (int32) and flips (uint8) of the global batch, and then over
+what there is of: ops (uint8), amounts (float32), erased (int32), blends (float32), boxes (int32), shares (float32), and,
+where it changes over the run, the image's side (int32); little-endian, C order. What is not asked for adds nothing.
 """
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xxhash
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _CROP, _FLIP, _SUBSTITUTE, _AGAIN = (np.uint64(i) for i in range(1, 6))  # independent streams of one seed
+from pipeline.config import AugmentConfig
+from pipeline.loader.draws import Drawn, Mixing, draw_erased, draw_mixing
+from pipeline.loader.hashing import GOLDEN, hash_counter, splitmix64, uniform
+from pipeline.loader.policies import draw_ops
+
+_ORDER, _CROP, _FLIP, _SUBSTITUTE, _AGAIN, _POLICY, _JITTER, _ERASE, _MIX = (
+    np.uint64(i) for i in range(1, 10)
+)  # independent streams of one seed
 _TRIES = 10  # of RandomResizedCrop before it falls back to the middle, as in torchvision
-
-
-def splitmix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: uint64 -> uint64, a bijection that mixes every bit."""
-    x = np.asarray(x, np.uint64)
-    with np.errstate(over="ignore"):
-        x = x + _GOLDEN
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def hash_counter(*parts) -> np.ndarray:
-    """uint64 hash of the parts, each an integer or an array of them (broadcast together)."""
-    key = np.uint64(0)
-    for part in parts:
-        key = splitmix64(key ^ np.asarray(part).astype(np.uint64))
-    return key
-
-
-def uniform(bits: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1) from the upper 53 of 64 random bits."""
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be cut from B samples.
+    """What is to be cut from B samples, and what is done to the images.
 
     ids, epochs: int64 [B]. windows: int32 [B, 4], the part of the stored image to decode (left, top, width, height).
     rois: float64 [B, 4], the part of that window (left, top, right, bottom) which is resized to the output.
-    flips: bool [B].
+    flips: bool [B]. size: pixels of the output's side. copies: int64 [B], which of a sample's repetitions it is.
+    drawn, mixing: what is done to the images beside that, None where nothing is.
     """
 
     ids: np.ndarray
@@ -58,20 +54,37 @@ class Planned:
     windows: np.ndarray
     rois: np.ndarray
     flips: np.ndarray
+    size: int
+    copies: np.ndarray | None = None
+    drawn: Drawn | None = None
+    mixing: Mixing | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def only(self, position: int) -> "Planned":
-        """The plan of one sample of the batch, as a batch."""
+        """What is to be cut from one sample of the batch, as a batch."""
         here = slice(position, position + 1)
-        return Planned(self.ids[here], self.epochs[here], self.windows[here], self.rois[here], self.flips[here])
+        arrays = (self.ids, self.epochs, self.windows, self.rois, self.flips)
+        return Planned(*(array[here] for array in arrays), self.size)
 
 
-def batch_digest(ids: np.ndarray, windows: np.ndarray, flips: np.ndarray) -> str:
-    """xxh3_64 (hex) of a global batch: ids as int64, then windows as int32, then flips as uint8, little-endian."""
+def batch_digest(
+    ids: np.ndarray,
+    windows: np.ndarray,
+    flips: np.ndarray,
+    drawn: Drawn | None = None,
+    mixing: Mixing | None = None,
+    size: int | None = None,
+) -> str:
+    """The digest (hex) of a global batch; see the head of this file. size: where it changes over the run."""
     state = xxhash.xxh3_64()
-    for array, dtype in ((ids, "<i8"), (windows, "<i4"), (flips, "u1")):
+    parts = [(ids, "<i8"), (windows, "<i4"), (flips, "u1")]
+    for more in (drawn, mixing):
+        parts += [] if more is None else more.arrays()
+    if size is not None:
+        parts.append((np.array([size]), "<i4"))
+    for array, dtype in parts:
         state.update(np.ascontiguousarray(array, dtype).data)
     return state.hexdigest()
 
@@ -85,7 +98,7 @@ def random_resized_windows(
     """
     widths, heights = widths.astype(np.int64), heights.astype(np.int64)
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    counters = np.arange(4 * _TRIES, dtype=np.uint64) * _GOLDEN
+    counters = np.arange(4 * _TRIES, dtype=np.uint64) * GOLDEN
     draws = uniform(splitmix64(bits[:, None] + counters)).reshape(-1, _TRIES, 4)
     target = (area[0] + draws[..., 0] * (area[1] - area[0])) * (widths * heights)[:, None]
     aspect = np.exp(low + draws[..., 1] * (high - low))
@@ -116,6 +129,8 @@ class TrainPlan:
         global_batch_size: images a step over all ranks.
         seed: 0 to 2^63 - 1.
         area, ratio: RandomResizedCrop's ranges. flip: probability.
+        augment: what else is done to the images.
+        size_at: epoch -> pixels of the side of its images. sizes_change: whether that is not the same for all epochs.
     """
 
     def __init__(
@@ -127,26 +142,35 @@ class TrainPlan:
         area: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
+        augment: AugmentConfig = AugmentConfig(),
+        size_at: Callable[[int], int] = lambda epoch: 224,
+        sizes_change: bool = False,
     ):
         self.widths, self.heights, self.seed = widths, heights, seed
         self.global_batch_size, self.area, self.ratio, self.flip = global_batch_size, area, ratio, flip
+        self.augment, self.size_at, self.sizes_change = augment, size_at, sizes_change
         self.samples = len(widths)
+        slots = np.arange(global_batch_size)  # of the batch, from the sequence: first copies first, then second ones
+        self.layout = np.argsort(slots % augment.repeats, kind="stable")
         self.reshuffle([])
 
     def reshuffle(self, steps: list[int]) -> None:
-        """From each of these steps on, draw the rest of that epoch in another order; each sample still comes once."""
+        """From each of these steps on, draw the rest of that epoch's permutation in another order; each sample still
+        comes as often."""
         self.reshuffled_from = list(steps)
         self.permutation = functools.lru_cache(maxsize=2)(self._permutation)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        """The order of all samples in one epoch, int64 [n] (reached as `permutation`, which keeps two)."""
-        keys = hash_counter(self.seed, _ORDER, epoch, np.arange(self.samples))
+    def _permutation(self, number: int) -> np.ndarray:
+        """The order of all samples, int64 [n], in one epoch, or in so many epochs as a sample is repeated (reached as
+        `permutation`, which keeps two)."""
+        keys = hash_counter(self.seed, _ORDER, number, np.arange(self.samples))
         order = np.argsort(keys, kind="stable")
-        for number, step in enumerate(self.reshuffled_from):
-            place = step * self.global_batch_size - epoch * self.samples
+        for i, step in enumerate(self.reshuffled_from):
+            place = step * self.global_batch_size - number * self.samples * self.augment.repeats
+            place = -(-place // self.augment.repeats)
             if 0 <= place < self.samples:
                 rest = order[place:]
-                order[place:] = rest[np.argsort(hash_counter(self.seed, _AGAIN, number, rest), kind="stable")]
+                order[place:] = rest[np.argsort(hash_counter(self.seed, _AGAIN, i, rest), kind="stable")]
         return order
 
     def epoch_end(self, epoch: int) -> int:
@@ -161,36 +185,72 @@ class TrainPlan:
         """The number of steps of so many epochs, to the nearest whole step, at least one."""
         return max(1, round(epochs * self.samples / self.global_batch_size))
 
-    def positions(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, epochs), int64 [stop - start], of positions start..stop-1 of the global batch of `step`."""
-        positions = step * self.global_batch_size + np.arange(start, stop)
-        epochs, places = np.divmod(positions, self.samples)
-        ids = np.empty(len(positions), np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            ids[here] = self.permutation(int(epoch))[places[here]]
-        return ids, epochs
+    def size(self, step: int) -> int:
+        """Pixels of the side of the images of `step`: that of the epoch in which its first sample lies."""
+        return self.size_at(self.epochs_done(step))
 
-    def cut(self, ids: np.ndarray, epochs: np.ndarray) -> Planned:
-        """Windows and flips of these samples in these epochs: a hash of (seed, epoch, id)."""
+    def places(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, epochs, copies), int64 [stop - start], of positions start..stop-1 of the global batch of `step`."""
+        positions = step * self.global_batch_size + self.layout[start:stop]
+        numbers, places = np.divmod(positions, self.samples * self.augment.repeats)
+        places, copies = np.divmod(places, self.augment.repeats)
+        ids = np.empty(len(positions), np.int64)
+        for number in np.unique(numbers):
+            here = numbers == number
+            ids[here] = self.permutation(int(number))[places[here]]
+        return ids, positions // self.samples, copies
+
+    def positions(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, epochs) of `places`."""
+        return self.places(step, start, stop)[:2]
+
+    def _keys(self, stream: np.uint64, epochs: np.ndarray, ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
+        """uint64 [B], a hash of seed, epoch, sample and, where there are several, copy."""
+        keys = hash_counter(self.seed, stream, epochs, ids)
+        return keys if self.augment.repeats == 1 else hash_counter(keys, copies)
+
+    def cut(self, ids: np.ndarray, epochs: np.ndarray, copies: np.ndarray | None = None, size: int = 224) -> Planned:
+        """Windows, flips and changes of these samples in these epochs: a hash of (seed, epoch, id, copy)."""
+        copies = np.zeros_like(ids) if copies is None else copies
+        sample = epochs, ids, copies
         windows = random_resized_windows(
-            hash_counter(self.seed, _CROP, epochs, ids), self.widths[ids], self.heights[ids], self.area, self.ratio
+            self._keys(_CROP, *sample), self.widths[ids], self.heights[ids], self.area, self.ratio
         )
-        flips = uniform(hash_counter(self.seed, _FLIP, epochs, ids)) < self.flip
+        flips = uniform(self._keys(_FLIP, *sample)) < self.flip
         rois = np.zeros((len(ids), 4))
         rois[:, 2:] = windows[:, 2:]
-        return Planned(ids, epochs, windows, rois, flips)
+        drawn = None
+        if self.augment.draws:
+            keys, jitter = self._keys(_POLICY, *sample), self._keys(_JITTER, *sample)
+            ops, amounts = draw_ops(self.augment, keys, jitter, size) or (None, None)
+            erase = self.augment.erase > 0
+            drawn = Drawn(ops, amounts, draw_erased(self.augment, self._keys(_ERASE, *sample), size) if erase else None)
+        return Planned(ids, epochs, windows, rois, flips, size, copies, drawn)
+
+    def with_ids(self, planned: Planned, ids: np.ndarray) -> Planned:
+        """The same places of the same batch with other samples in them (after substitution)."""
+        return replace(self.cut(ids, planned.epochs, planned.copies, planned.size), mixing=planned.mixing)
+
+    def _slice(self, step: int, start: int, stop: int, ids: np.ndarray | None = None) -> Planned:
+        """What positions start..stop-1 of the global batch of `step` see. ids: instead of the planned samples."""
+        size = self.size(step)
+        planned_ids, epochs, copies = self.places(step, start, stop)
+        planned = self.cut(planned_ids if ids is None else ids, epochs, copies, size)
+        if not self.augment.mixes:
+            return planned
+        key = hash_counter(self.seed, _MIX, step)
+        return replace(planned, mixing=draw_mixing(self.augment, key, start, stop, size))
 
     def local(self, step: int, rank: int = 0, world_size: int = 1) -> Planned:
         """What `rank` of `world_size` sees in `step`: its slice of the global batch."""
         size = self.global_batch_size // world_size
-        return self.cut(*self.positions(step, rank * size, (rank + 1) * size))
+        return self._slice(step, rank * size, (rank + 1) * size)
 
     def digest(self, step: int, ids: np.ndarray) -> str:
         """`batch_digest` of the global batch of `step` whose ids, in order, were `ids` (after substitution)."""
-        _, epochs = self.positions(step, 0, self.global_batch_size)
-        planned = self.cut(ids, epochs)
-        return batch_digest(planned.ids, planned.windows, planned.flips)
+        planned = self._slice(step, 0, self.global_batch_size, ids)
+        size = planned.size if self.sizes_change else None
+        return batch_digest(planned.ids, planned.windows, planned.flips, planned.drawn, planned.mixing, size)
 
     def substitute(self, sample: int, attempt: int) -> int:
         """The sample that stands in for an unreadable one; attempt 0, 1, ... until one is readable."""
@@ -202,11 +262,14 @@ class EvalPlan:
 
     Geometry of torchvision's Resize(resize) and CenterCrop(size): the shorter side becomes `resize` pixels, the longer
     int(resize * longer / shorter), the crop's corner is rounded half to even. It is given as a region of the stored
-    image, with a margin as wide as the antialiasing filter reaches.
+    image, with a margin as wide as the antialiasing filter reaches: `support` pixels of the output (bilinear 1,
+    bicubic 2).
     """
 
-    def __init__(self, widths: np.ndarray, heights: np.ndarray, batch_size: int, resize: int, size: int):
-        self.widths, self.heights = widths, heights
+    def __init__(
+        self, widths: np.ndarray, heights: np.ndarray, batch_size: int, resize: int, size: int, support: int = 1
+    ):
+        self.widths, self.heights, self.support = widths, heights, support
         self.batch_size, self.resize, self.size = batch_size, resize, size
         self.samples = len(widths)
 
@@ -228,12 +291,12 @@ class EvalPlan:
         scale_x, scale_y = w / new_w, h / new_h
         x0, y0 = left * scale_x, top * scale_y
         x1, y1 = x0 + self.size * scale_x, y0 + self.size * scale_y
-        reach_x, reach_y = np.ceil(np.maximum(scale_x, 1)) + 1, np.ceil(np.maximum(scale_y, 1)) + 1
+        reach_x, reach_y = (np.ceil(self.support * np.maximum(scale, 1)) + 1 for scale in (scale_x, scale_y))
         wx0, wy0 = np.maximum(np.floor(x0 - reach_x), 0), np.maximum(np.floor(y0 - reach_y), 0)
         wx1, wy1 = np.minimum(np.ceil(x1 + reach_x), w), np.minimum(np.ceil(y1 + reach_y), h)
         windows = np.stack([wx0, wy0, wx1 - wx0, wy1 - wy0], 1).astype(np.int32)
         rois = np.stack([x0 - wx0, y0 - wy0, x1 - wx0, y1 - wy0], 1)
-        return Planned(ids, epochs, windows, rois, np.zeros(len(ids), bool))
+        return Planned(ids, epochs, windows, rois, np.zeros(len(ids), bool), self.size)
 
     def local(self, step: int, rank: int = 0, world_size: int = 1) -> Planned:
         """What `rank` of `world_size` scores in batch `step`; empty when its share is done."""

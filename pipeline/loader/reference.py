@@ -8,16 +8,19 @@ from io import BytesIO
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, crop, hflip, resized_crop
 from torchvision.transforms.functional import resize as resize_image
 
 from pipeline.loader.stream import Samples, UndecodableSample
 
 
-def cut_window(image: Image.Image, window: np.ndarray, flip: bool, size: int) -> Image.Image:
-    """Training: crop, antialiased bilinear resize, flip."""
+def cut_window(
+    image: Image.Image, window: np.ndarray, flip: bool, size: int, interpolation: str = "bilinear"
+) -> Image.Image:
+    """Training: crop, antialiased resize, flip."""
     left, top, width, height = (int(value) for value in window)
-    image = resized_crop(image, top, left, height, width, [size, size])
+    image = resized_crop(image, top, left, height, width, [size, size], InterpolationMode(interpolation))
     return hflip(image) if flip else image
 
 
@@ -28,6 +31,7 @@ def decode_sample(
     size: int,
     resize: int | None,
     origin: np.ndarray | None = None,
+    interpolation: str = "bilinear",
 ) -> np.ndarray:
     """One sample by torchvision's PIL transforms, uint8 [size, size, 3]: the window resized, or (with `resize`, for
     validation) the shorter side resized and a crop cut out: the middle, or what begins at `origin` (x, y: in pixels of
@@ -35,10 +39,10 @@ def decode_sample(
     with Image.open(BytesIO(data)) as opened:
         image = opened.convert("RGB")
     if resize is None:
-        image = cut_window(image, window, flip, size)
+        image = cut_window(image, window, flip, size, interpolation)
     else:
         width, height = image.size
-        image = resize_image(image, [resize])
+        image = resize_image(image, [resize], InterpolationMode(interpolation))
         if origin is None:
             image = center_crop(image, [size, size])
         else:
@@ -51,24 +55,28 @@ class ReferenceDecoder:
     """Decodes with `threads` threads (PIL lets go of the interpreter's lock while it decodes).
 
     Args:
-        size: side of the output in pixels.
         threads: decoding threads.
         prefetch: batches decoded ahead.
         resize: pixels of the shorter side before the middle is cut out (validation); None: the planned windows.
+        interpolation: "bilinear" or "bicubic".
+
+    The size of the output comes with each batch: images may grow from one to the next.
     """
 
-    def __init__(self, size: int, threads: int, prefetch: int = 2, resize: int | None = None):
-        self.size, self.prefetch, self.resize = size, prefetch, resize
+    def __init__(self, threads: int, prefetch: int = 2, resize: int | None = None, interpolation: str = "bilinear"):
+        self.prefetch, self.resize, self.interpolation = prefetch, resize, interpolation
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def _submit(self, samples: Samples) -> tuple[Samples, list[Future]]:
         p = samples.planned
         origins = p.windows[:, :2] + p.rois[:, :2]
         jobs = zip(samples.data, p.windows, p.flips, origins, strict=True)
-        return samples, [self.pool.submit(decode_sample, *job, self.size, self.resize, at) for *job, at in jobs]
+        how = p.size, self.resize
+        return samples, [self.pool.submit(decode_sample, *job, *how, at, self.interpolation) for *job, at in jobs]
 
     def _collect(self, samples: Samples, futures: list[Future]) -> torch.Tensor:
-        images = np.empty((len(futures), self.size, self.size, 3), np.uint8)
+        size = samples.planned.size
+        images = np.empty((len(futures), size, size, 3), np.uint8)
         for i, future in enumerate(futures):
             try:
                 images[i] = future.result()

@@ -1,4 +1,4 @@
-"""Resizing of decoded windows on the CPU: torch's antialiased bilinear filter on bytes, several images at a time.
+"""Resizing of decoded windows on the CPU: torch's antialiased filters on bytes, several images at a time.
 
 It is PIL's algorithm (two passes of fixed-point weights, rounded to bytes between them) with the processor's vector
 instructions, a fifth of PIL's time. An image at a time: windows differ in size.
@@ -13,7 +13,10 @@ import torch
 from pipeline.loader.plan import Planned
 
 _AT_ONCE = 8  # images a task: some milliseconds
-_resize = torch.ops.aten._upsample_bilinear2d_aa.default  # as torch.nn.functional.interpolate, which takes no factors
+_RESIZE = {  # as torch.nn.functional.interpolate, which takes no factors
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.default,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.default,
+}
 
 
 def decoded_windows(planned: Planned) -> np.ndarray:
@@ -51,43 +54,44 @@ class Resizing:
 
 
 class Resizer:
-    """Resizes batches of windows to `size` x `size` pixels with `threads` threads."""
+    """Resizes batches of windows to the planned size with `threads` threads, "bilinear" or "bicubic"."""
 
-    def __init__(self, size: int, threads: int):
-        self.size = size
+    def __init__(self, threads: int, interpolation: str = "bilinear"):
+        self._resize = _RESIZE[interpolation]
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
 
     def start(self, windows, planned: Planned) -> Resizing:
         """Begin with a batch. windows: of `decoded_windows`, a sequence of arrays uint8 [h, w, 3]."""
+        size = planned.size
         with torch.inference_mode(False):  # other threads fill it, and inference mode is a thread's own
-            images = torch.empty((len(windows), self.size, self.size, 3), dtype=torch.uint8)
+            images = torch.empty((len(windows), size, size, 3), dtype=torch.uint8)
         part = _is_part(planned).tolist()
         regions = planned.rois + np.tile(planned.windows[:, :2], 2)  # from the image's corner
 
         def work(first: int, last: int) -> None:
             for i in range(first, last):
                 window = torch.from_numpy(np.asarray(windows[i]))
-                image = self._cut_out(window, regions[i]) if part[i] else self._whole(window)
+                image = self._cut_out(window, regions[i], size) if part[i] else self._whole(window, size)
                 images[i] = image.flip(1) if planned.flips[i] else image
 
         count = len(windows)
         firsts = range(0, count, _AT_ONCE)
         return Resizing(images, [self.pool.submit(work, i, min(i + _AT_ONCE, count)) for i in firsts])
 
-    def _whole(self, window: torch.Tensor) -> torch.Tensor:
+    def _whole(self, window: torch.Tensor, size: int) -> torch.Tensor:
         """A window [h, w, 3] as [size, size, 3]."""
         planes = window[None].permute(0, 3, 1, 2)  # channels_last, as the fast kernel wants it
-        return _resize(planes, [self.size, self.size], False, None, None)[0].permute(1, 2, 0)
+        return self._resize(planes, [size, size], False, None, None)[0].permute(1, 2, 0)
 
-    def _cut_out(self, window: torch.Tensor, region: np.ndarray) -> torch.Tensor:
+    def _cut_out(self, window: torch.Tensor, region: np.ndarray, size: int) -> torch.Tensor:
         """The region (left, top, right, bottom) of an image, of which `window` is the upper left part, resized.
 
         The region begins at a whole pixel of the resized image (`EvalPlan`).
         """
-        factor_x, factor_y = (self.size / (region[2:] - region[:2])).tolist()
+        factor_x, factor_y = (size / (region[2:] - region[:2])).tolist()
         left, top = round(region[0] * factor_x), round(region[1] * factor_y)
         planes = window[None].permute(0, 3, 1, 2)
-        whole = _resize(planes, [top + self.size, left + self.size], False, factor_y, factor_x)
+        whole = self._resize(planes, [top + size, left + size], False, factor_y, factor_x)
         return whole[0, :, top:, left:].permute(1, 2, 0)
 
     def close(self) -> None:

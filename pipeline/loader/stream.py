@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import BrokenError
+from pipeline.loader.changes import Changes, Retouch, deliver
 from pipeline.loader.plan import EvalPlan, Planned, TrainPlan
 from pipeline.loader.source import Source, UnreadableSample
 
@@ -21,12 +22,15 @@ from pipeline.loader.source import Source, UnreadableSample
 class Batch:
     """One step's local batch, on the step's device.
 
-    images: uint8 [B, H, W, 3]. targets: int64 [B]. ids: int64 [B]. In validation B may be short, or 0.
+    images: uint8 [B, H, W, 3]. targets: int64 [B]. ids: int64 [B]. In validation B may be short, or 0. changes,
+    retouch: what the step has yet to do to the images, None where nothing is.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     ids: torch.Tensor
+    changes: Changes | None = None
+    retouch: Retouch | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -121,7 +125,7 @@ class Stream:
             return Samples(step, self.plan.cut(ids[keep], planned.epochs[keep]), [data[i] for i in keep])
         for i in bad:
             ids[i], data[i] = self._stand_in(int(ids[i]))
-        return Samples(step, self.plan.cut(ids, planned.epochs), data)
+        return Samples(step, self.plan.with_ids(planned, ids), data)
 
     def _prepare(self, step: int) -> Samples:
         planned = self.plan.local(step, self.rank, self.world_size)
@@ -177,11 +181,11 @@ class Stream:
         return self._mend(samples.step, samples.planned, data)
 
     def _batch(self, images: torch.Tensor, samples: Samples) -> Batch:
-        ids = torch.from_numpy(samples.planned.ids)
-        targets = torch.from_numpy(self.labels[samples.planned.ids])
-        if self.device.type == "cuda":
-            ids, targets = (t.pin_memory().to(self.device, non_blocking=True) for t in (ids, targets))
-        return Batch(images.to(self.device, non_blocking=True), targets, ids)
+        planned = samples.planned
+        ids, targets = (deliver(array, self.device) for array in (planned.ids, self.labels[planned.ids]))
+        changes = Changes.of(planned.drawn, planned.size, self.device)
+        retouch = Retouch.of(planned.drawn, planned.mixing, self.device)
+        return Batch(images.to(self.device, non_blocking=True), targets, ids, changes, retouch)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
