@@ -28,7 +28,8 @@ class AugmentConfig:
     fill: tuple[int, int, int] | None = None
     """Colour (0 to 255) of what they uncover; default: black."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Colour jitter of brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (-x to x of the circle)."""
+    """Colour jitter of brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (-x to x of the colour
+    circle)."""
     erase: float = 0.0
     """Probability that a rectangle of an image is erased (random erasing)."""
     erase_area: tuple[float, float] = (0.02, 0.33)
@@ -58,6 +59,10 @@ class AugmentConfig:
     def draws(self) -> bool:
         """Is anything drawn for each sample beside its window and flip?"""
         return self.policy != "none" or max(self.jitter) > 0 or self.erase > 0
+
+
+#: only cropped and flipped
+UNAUGMENTED = AugmentConfig()
 
 
 def check_augment(c: AugmentConfig, global_batch_size: int, micro_batch_size: int | None) -> Iterator[Check]:

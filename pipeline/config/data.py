@@ -75,8 +75,11 @@ class DataConfig:
 def check_data(c: DataConfig) -> Iterator[Check]:
     """Impossible values of the group `data`."""
     yield positive("data.image_size", c.image_size)
-    yield "data.start_size", c.start_size, (c.start_size is None) == (c.ramp_epochs is None), (
-        "give data.start_size and data.ramp_epochs, or neither"
+    yield (
+        "data.start_size",
+        c.start_size,
+        (c.start_size is None) == (c.ramp_epochs is None),
+        ("give data.start_size and data.ramp_epochs, or neither"),
     )
     if c.start_size is not None and c.ramp_epochs is not None:
         small = 0 < c.start_size <= c.image_size

@@ -6,7 +6,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pipeline.config import AugmentConfig, DataConfig, TrainConfig
+from pipeline.config import DataConfig, TrainConfig
+from pipeline.config.augment import UNAUGMENTED, AugmentConfig
 from pipeline.dataset.index import Index
 from pipeline.errors import UserError
 from pipeline.loader.plan import EvalPlan, FiveCropPlan, TrainPlan
@@ -50,7 +51,7 @@ def cores_per_rank(local_world_size: int) -> int:
 
 
 def make_train_plan(
-    index: Index, data: DataConfig, train: TrainConfig, augment: AugmentConfig = AugmentConfig()
+    index: Index, data: DataConfig, train: TrainConfig, augment: AugmentConfig = UNAUGMENTED
 ) -> TrainPlan:
     """The plan of a run: a function of the index, the recipe and the seed alone."""
     records = index.splits["train"].records
@@ -121,9 +122,7 @@ def _make_stream(
     threads = data.threads or cores_per_rank(place.local_size)
     name_of_loader, _ = choose_loader(data.loader)
     resize = data.val_resize if name == "val" else None
-    decoder = make_decoder(
-        name_of_loader, batch_size, threads, place.device, data.prefetch, resize, data.interpolation
-    )
+    decoder = make_decoder(name_of_loader, batch_size, threads, place.device, data.prefetch, resize, data.interpolation)
     labels = split.records["label"]
     source = Source(split)
     return Stream(

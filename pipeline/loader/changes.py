@@ -1,4 +1,4 @@
-"""What was drawn for a local batch, brought to the step's device: grouped by op, so that nothing has to be read back."""
+"""What was drawn for a local batch, brought to the step's device: grouped by op, so nothing has to be read back."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

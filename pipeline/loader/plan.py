@@ -9,15 +9,16 @@ The random numbers are a hash of (seed, epoch, sample, copy, draw): windows, fli
 the sample to whatever rank reads it. Mixing is a hash of (seed, step, group): its groups are consecutive positions of
 the global batch that no rank splits, so a sample's partner is the same for any world size.
 
-With repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) a permutation lasts `repeats` epochs, and each of its
-samples stands in it `repeats` times in a row. So an epoch has as many positions and steps as ever, and sees one in
+With repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) a permutation lasts `repeats` epochs, and each of
+its samples stands in it `repeats` times in a row. So an epoch has as many positions and steps as ever, and sees one in
 `repeats` of the samples, each so many times; after `repeats` epochs every sample was seen so many times, exactly. (The
 samplers of timm and DeiT draw an epoch's samples anew instead.) In a batch the first copies of all its samples come
 first, then the second ones: copies of a sample lie far apart, mostly on other ranks, and are not mixed with each other.
 
 The digest of a batch is xxh3_64 over ids (int64), windows (int32) and flips (uint8) of the global batch, and then over
-what there is of: ops (uint8), amounts (float32), erased (int32), blends (float32), boxes (int32), shares (float32), and,
-where it changes over the run, the image's side (int32); little-endian, C order. What is not asked for adds nothing.
+what there is of: ops (uint8), amounts (float32), erased (int32), blends (float32), boxes (int32), shares (float32),
+and, where it changes over the run, the image's side (int32); little-endian, C order. What is not asked for adds
+nothing.
 """
 
 import functools
@@ -28,7 +29,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
-from pipeline.config import AugmentConfig
+from pipeline.config.augment import UNAUGMENTED, AugmentConfig
 from pipeline.loader.draws import Drawn, Mixing, draw_erased, draw_mixing
 from pipeline.loader.hashing import GOLDEN, hash_counter, splitmix64, uniform
 from pipeline.loader.policies import draw_ops
@@ -142,7 +143,7 @@ class TrainPlan:
         area: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
-        augment: AugmentConfig = AugmentConfig(),
+        augment: AugmentConfig = UNAUGMENTED,
         size_at: Callable[[int], int] = lambda epoch: 224,
         sizes_change: bool = False,
     ):

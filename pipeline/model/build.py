@@ -92,8 +92,12 @@ class Normalised(nn.Module):
         shift = -torch.tensor(mean) / torch.tensor(std)
         self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]."""
         pixels = images.permute(0, 3, 1, 2)
         if not self.channels_last:
             pixels = pixels.contiguous()
-        return self.model(torch.addcmul(self.shift, pixels.float(), self.scale))
+        return torch.addcmul(self.shift, pixels.float(), self.scale)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(self.normalise(images))

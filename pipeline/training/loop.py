@@ -23,6 +23,7 @@ from pipeline.training.data import check_labels, open_data
 from pipeline.training.distributed import Clock, World, seed_step
 from pipeline.training.evaluate import Scores, evaluate
 from pipeline.training.guard import Guard
+from pipeline.training.mixing import check_mixing
 from pipeline.training.preemption import StopRequest, interrupted_exit_code
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
 from pipeline.training.records import Records, going_back, mark_finished
@@ -50,7 +51,7 @@ class Trainer:
         if world.local_rank == 0:  # one a node: a network file system may show it late on all nodes but its writer's
             stop.watch(self.folder.stop)
         self.index: Index = open_data(config.data, world, self.console.say)
-        self.plan = make_train_plan(self.index, config.data, config.train)
+        self.plan = make_train_plan(self.index, config.data, config.train, config.augment)
         self.schedule = Schedule(
             config.schedule,
             peak_lr(config.optim, config.train.global_batch_size),
@@ -79,7 +80,7 @@ class Trainer:
         self.open()
         self.asked_to_stop = self.world.any(bool(self.stop))  # while all was being loaded
         if not self.asked_to_stop:
-            self.train_step.warm_up()
+            self.train_step.warm_up(self.plan.size(self.step))
         try:
             while not self.asked_to_stop:
                 if self.guard.tripped is not None:
@@ -253,7 +254,7 @@ class Trainer:
     def roll_back(self) -> None:
         """Too many bad steps in a row: go back to the last checkpoint before them, and on from there another way."""
         self.restore(self.world.on_main(self.go_back))
-        self.train_step.warm_up()
+        self.train_step.warm_up(self.plan.size(self.step))
 
     def go_back(self) -> Start:
         """Enter into the books that the run goes back, and where to, before it does. Rank 0 only."""
@@ -338,3 +339,4 @@ def check_batch(config: Config, world_size: int) -> None:
             f"--train.global_batch_size {size} is not divisible by the {world_size} ranks; "
             f"give a multiple, e.g. {-(-size // world_size) * world_size}"
         )
+    check_mixing(config.augment, size, world_size)

@@ -8,13 +8,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import Config
+from pipeline.loader.changes import Retouch
 from pipeline.loader.stream import Batch
-from pipeline.model.build import Normalised
 from pipeline.model.heads import frozen_norms, in_heads
 from pipeline.training.clipping import clip_adaptive, clip_norm
 from pipeline.training.distributed import World
 from pipeline.training.ema import WeightAverage
+from pipeline.training.image_ops import change
 from pipeline.training.loss import make_loss
+from pipeline.training.mixing import Retouched, blank_retouch, soft_targets
 from pipeline.training.optimizer import heads_for, make_optimizer
 
 #: torch 2.13 renamed DistributedDataParallel's switch for sending rank 0's buffers around at every step
@@ -42,6 +44,16 @@ def exchange_gradients(network: nn.Module, device: torch.device) -> DistributedD
     )
 
 
+def compiled(module: nn.Module, sizes: list[int]) -> nn.Module:
+    """The module compiled, once for each size of image that is to come. (Left to itself torch.compile would make the
+    second one's code for any size, which is slower, and give up after eight.)"""
+    if len(sizes) == 1:
+        return torch.compile(module)
+    limit = 4 + 2 * len(sizes)  # a last micro batch may be smaller
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    return torch.compile(module, dynamic=False)
+
+
 class TrainStep:
     """Model, optimizer and scaler of one rank, and the step that changes them.
 
@@ -54,11 +66,12 @@ class TrainStep:
         local = config.train.global_batch_size // world.size
         self.micro = config.train.micro_batch_size or local
         self.model = model
-        whole = Normalised(model, config.data.mean, config.data.std, config.train.channels_last).to(self.device)
+        data, group = config.data, config.augment.mix_group
+        whole = Retouched(model, data.mean, data.std, config.train.channels_last, group).to(self.device)
         self.network = whole  # for evaluation: no gradients to exchange
         self.exchanging = exchange_gradients(whole, self.device) if world.size > 1 else whole
         self.ema = WeightAverage(whole, config, warmup_steps) if config.ema.decay else None  # of rank 0's weights, too
-        self.forward = torch.compile(self.exchanging) if config.train.compile else self.exchanging
+        self.forward = compiled(self.exchanging, data.sizes()) if config.train.compile else self.exchanging
         kinds = {buffer.dtype for buffer in self.model.buffers()}
         self.buffers = [[b for b in self.model.buffers() if b.dtype == kind] for kind in sorted(kinds, key=str)]
         self.loss = make_loss(config, self.model)
@@ -79,16 +92,18 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         before = self._flat_buffers()
         total, hits = torch.zeros((2,), device=self.device)
-        pieces = list(zip(batch.images.split(self.micro), batch.targets.split(self.micro), strict=True))
-        for number, (images, targets) in enumerate(pieces, 1):
+        pieces = self._pieces(batch)
+        for number, (images, targets, retouch) in enumerate(pieces, 1):
             last = number == len(pieces)
             with contextlib.nullcontext() if last or self.network is self.exchanging else self.exchanging.no_sync():
                 with autocast(self.device, self.config.train.precision):
-                    output = self.forward(images)
+                    output = self.forward(images, retouch)
+                    logits = output[0] if isinstance(output, tuple) else output
+                    if retouch is not None and retouch.shares is not None:
+                        targets = soft_targets(targets, retouch.shares, self.config.augment.mix_group, logits.shape[1])
                     loss = self.loss(output, targets) * (len(images) / len(batch))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-            logits = output[0] if isinstance(output, tuple) else output
             labels = targets.argmax(1) if targets.is_floating_point() else targets
             hits += (logits.detach().argmax(1) == labels).sum()
         self.scaler.unscale_(self.optimizer)
@@ -100,6 +115,16 @@ class TrainStep:
             clip_norm(trained, self.config.optim.clip_norm)
         self._update(norm, before)
         return torch.stack([total, hits, norm, self.scaler.scale(torch.ones_like(norm))])
+
+    def _pieces(self, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor, Retouch | None]]:
+        """(images, labels, erasing and mixing) of each part that goes through the network at once. Colours and geometry
+        are changed here: as bytes, before anything is compiled, as each op is for other images at every step."""
+        images, c = batch.images, self.config.augment
+        if batch.changes is not None:
+            images = change(images, batch.changes, c.interpolation, c.fill)
+        images, targets = images.split(self.micro), batch.targets.split(self.micro)
+        retouch = [None] * len(images) if batch.retouch is None else batch.retouch.split(self.micro)
+        return list(zip(images, targets, retouch, strict=True))
 
     def _update(self, norm: torch.Tensor, before: list[torch.Tensor]) -> None:
         """Change the weights, unless the gradient's norm is NaN or infinite: then they, the optimizer's state and
@@ -133,21 +158,23 @@ class TrainStep:
         for norm in self.held:
             norm.eval()
 
-    def warm_up(self) -> None:
-        """One forward and backward on a blank batch that leaves no trace.
+    def warm_up(self, size: int) -> None:
+        """Forward and backward on a blank batch of images of `size` pixels a side, that leave no trace.
 
         DistributedDataParallel lays its gradient buckets out anew after its first backward, and with more than two
         ranks the order of a sum follows from the layout. Done before the first step of every start, this makes a step's
         bits independent of where the run was resumed.
         """
-        size = self.config.data.image_size
         kept = [buffer.clone() for buffer in self.model.buffers()]
         count = self.micro if self.config.train.compile else min(self.micro, 2)  # a compiled step is made for its size
+        count += -count % self.config.augment.mix_group
         images = torch.zeros(count, size, size, 3, dtype=torch.uint8, device=self.device)
+        targets = torch.zeros(count, dtype=torch.int64, device=self.device)
+        retouch = blank_retouch(self.config.augment, count, self.device)
         self.train()
         for _ in range(2):
             with autocast(self.device, self.config.train.precision):
-                loss = self.loss(self.forward(images), torch.zeros(len(images), dtype=torch.int64, device=self.device))
+                loss = self.loss(self.forward(images, retouch), targets)
             self.scaler.scale(loss).backward()
             self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
