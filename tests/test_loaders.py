@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.functional import hflip, resized_crop
 
 from pipeline.config import DataConfig, TrainConfig
@@ -57,9 +57,10 @@ def pixels(index, split, sample):
     return Image.open(index.splits[split].path(sample)).convert("RGB")
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_training_pixels_are_torchvisions(index, loader):
-    stream, _ = streams(index, loader)
+def test_training_pixels_are_torchvisions(index, loader, interpolation):
+    stream, _ = streams(index, loader, interpolation=interpolation)
     differences = []
     for step, batch in enumerate(stream.batches(0, 8)):
         planned = stream.plan.local(step)
@@ -67,17 +68,20 @@ def test_training_pixels_are_torchvisions(index, loader):
         np.testing.assert_array_equal(batch.ids, planned.ids)
         np.testing.assert_array_equal(batch.targets, index.splits["train"].records["label"][planned.ids])
         for i, (left, top, width, height) in enumerate(planned.windows.tolist()):
-            image = resized_crop(pixels(index, "train", planned.ids[i]), top, left, height, width, [64, 64])
+            whole, box = pixels(index, "train", planned.ids[i]), (top, left, height, width)
+            image = resized_crop(whole, *box, [64, 64], InterpolationMode(interpolation))
             image = hflip(image) if planned.flips[i] else image
             differences.append(np.abs(np.asarray(image, int) - batch.images[i].numpy()))
-    assert np.mean(differences) <= (0.03 if loader == "dali" else 0.0) and np.max(differences) <= 2
+    assert np.mean(differences) <= (0.03 if loader == "dali" else 0.0)
+    assert np.max(differences) <= (2 if interpolation == "bilinear" else 6)
     stream.close()
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_validation_pixels_are_torchvisions(index, loader):
-    _, stream = streams(index, loader)
-    transform = Compose([Resize(72), CenterCrop(64)])
+def test_validation_pixels_are_torchvisions(index, loader, interpolation):
+    _, stream = streams(index, loader, interpolation=interpolation)
+    transform = Compose([Resize(72, InterpolationMode(interpolation)), CenterCrop(64)])
     differences, ids = [], []
     with torch.inference_mode():  # as evaluation reads them
         batches = list(stream.batches(0, stream.plan.steps(1)))
@@ -120,6 +124,26 @@ def test_any_step_can_be_first(index, loader):
     next(unfinished)
     unfinished.close()
     assert torch.equal(next(stream.batches(7, 8)).images, whole[7].images)
+    stream.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_images_grow_without_a_new_pipeline(index, loader):
+    """Progressive resizing: 32, 64 and 96 px in one stream, whose decoder is built once."""
+    growing = DataConfig(loader=loader, image_size=96, start_size=32, ramp_epochs=(0, 2))
+    plan = build.make_train_plan(index, growing, TrainConfig(global_batch_size=24, seed=3))
+    stream = build.make_train_stream(index, plan, growing, Place())
+    sizes, pipelines = [], set()
+    for first in (0, 4, 8):  # the loop begins a stream anew at each epoch
+        for batch in stream.batches(first, first + 4):
+            sizes.append(batch.images.shape[1])
+            (left, top, width, height), planned = plan.local(len(sizes) - 1).windows[0].tolist(), batch
+        pipelines.add(id(getattr(stream.decoder, "pipeline", None)))
+    assert sizes == [32] * 4 + [64] * 4 + [96] * 4 and len(pipelines) == 1
+    assert list(stream.batches(3, 5))[1].images.shape == (24, 64, 64, 3)  # and within a stream
+    image = resized_crop(pixels(index, "train", int(planned.ids[0])), top, left, height, width, [96, 96])
+    image = hflip(image) if plan.local(11).flips[0] else image
+    assert np.abs(np.asarray(image, int) - planned.images[0].numpy()).max() <= 2
     stream.close()
 
 

@@ -1,11 +1,15 @@
 """The plan is a pure function of (seed, step): same batches on any number of ranks, each sample once an epoch."""
 
+from collections import Counter, defaultdict
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
+from pipeline.config import AugmentConfig, DataConfig
 from pipeline.loader.hashing import hash_counter, splitmix64
 from pipeline.loader.plan import EvalPlan, TrainPlan, batch_digest
 
@@ -136,3 +140,97 @@ def test_substitutes_follow_from_the_sample_alone():
     first = [plan.substitute(5, attempt) for attempt in range(20)]
     assert first == [make_plan().substitute(5, attempt) for attempt in range(20)]
     assert len(set(first)) > 15 and all(0 <= sample < 1000 for sample in first)
+
+
+def test_repeated_augmentation_sees_every_sample_so_often():
+    """Three copies of a sample in a row of the sequence; three epochs see each of them three times, each otherwise."""
+    plan = make_plan(samples=100, batch=24, augment=AugmentConfig(repeats=3))
+    seen, windows = Counter(), defaultdict(set)
+    for step in range(plan.epoch_end(3)):
+        batch = plan.local(step)
+        for i, (sample, epoch, copy) in enumerate(zip(batch.ids, batch.epochs, batch.copies, strict=True)):
+            if epoch < 3:
+                seen[int(sample), int(copy)] += 1
+                windows[int(sample)].add((*batch.windows[i].tolist(), bool(batch.flips[i])))
+    assert set(seen.values()) == {1} and len(seen) == 300
+    assert np.mean([len(found) for found in windows.values()]) > 2.9
+    assert plan.epoch_end(1) == make_plan(samples=100, batch=24).epoch_end(1)  # an epoch has as many steps as ever
+    first = [plan.places(step, 0, 24) for step in range(plan.epoch_end(1))]
+    in_first = {int(i) for ids, epochs, _ in first for i, epoch in zip(ids, epochs, strict=True) if epoch == 0}
+    assert len(in_first) == 34  # of 100 samples
+
+
+def test_copies_lie_apart_in_a_batch_and_on_any_rank():
+    plan = make_plan(samples=1000, batch=48, augment=AugmentConfig(repeats=3))
+    batch = plan.local(5)
+    for sample in set(batch.ids.tolist()):
+        places = np.flatnonzero(batch.ids == sample)
+        assert len(places) <= 3 and (np.diff(places) >= 15).all()
+    joined = np.concatenate([plan.local(5, rank, 4).windows for rank in range(4)])
+    np.testing.assert_array_equal(joined, batch.windows)
+
+
+def test_repeats_go_on_in_another_order_when_asked_to():
+    plan, other = (make_plan(samples=100, batch=24, augment=AugmentConfig(repeats=3)) for _ in range(2))
+    other.reshuffle([4])
+    for step in range(4):
+        np.testing.assert_array_equal(plan.local(step).ids, other.local(step).ids)
+    assert not np.array_equal(plan.local(5).ids, other.local(5).ids)
+    seen = Counter()
+    for step in range(other.epoch_end(3)):
+        ids, epochs, _ = other.places(step, 0, 24)
+        seen.update(ids[epochs < 3].tolist())
+    assert set(seen.values()) == {3}
+
+
+def test_digest_covers_what_is_drawn_and_only_that():
+    everything = AugmentConfig(policy="trivialaugment", jitter=(0.1,) * 4, erase=0.5, mixup=0.2, cutmix=1.0)
+    plan, plain = make_plan(augment=everything), make_plan()
+    batch = plan.local(0)
+    digest = plan.digest(0, batch.ids)
+    assert digest == batch_digest(batch.ids, batch.windows, batch.flips, batch.drawn, batch.mixing)
+    without = batch_digest(batch.ids, batch.windows, batch.flips)
+    assert without == plain.digest(0, batch.ids) == DIGESTS[0]  # windows and flips are as without augmentation
+    drawn, mixing = batch.drawn, batch.mixing
+    for part, name in [(drawn, n) for n in ("ops", "amounts", "erased")] + [
+        (mixing, n) for n in ("blends", "boxes", "shares")
+    ]:
+        array = getattr(part, name).copy()
+        array[17] = array[17] + 1
+        changed = replace(part, **{name: array})
+        parts = (changed, mixing) if part is drawn else (drawn, changed)
+        assert digest != batch_digest(batch.ids, batch.windows, batch.flips, *parts), name
+
+
+def test_augmented_digests_never_change():
+    """As above: what is drawn is part of the format."""
+    everything = AugmentConfig(
+        policy="randaugment-timm", magnitude=7, magnitude_std=0.5, jitter=(0.1,) * 4, erase=0.5, mixup=0.2, cutmix=1.0,
+        repeats=3,
+    )  # fmt: skip
+    plan = make_plan(augment=everything)
+    assert plan.digest(12345, plan.local(12345).ids) == "662ea4441b1ae01b"
+
+
+SIZES = DataConfig(image_size=192, start_size=160, ramp_epochs=(65, 76))
+
+
+def test_sizes_grow_between_epochs_in_multiples_of_32():
+    """FFCV's 88 epochs: 160 up to epoch 70, where the line passes 176 (half to even: 5.5 is 6)."""
+    sizes = [SIZES.size_at(epoch) for epoch in range(88)]
+    assert sizes == [160] * 71 + [192] * 17
+    assert SIZES.sizes() == [160, 192]
+    ramp = DataConfig(image_size=224, start_size=100, ramp_epochs=(0, 8))
+    assert [ramp.size_at(epoch) for epoch in range(10)] == [100, 128, 128, 160, 160, 192, 192, 224, 224, 224]
+    assert ramp.sizes() == [100, 128, 160, 192, 224]
+    assert DataConfig(image_size=176).sizes() == [176]
+
+
+def test_the_plan_says_the_size_of_a_step_and_its_digest_holds_it():
+    data = DataConfig(image_size=96, start_size=64, ramp_epochs=(1, 1))
+    plan = make_plan(samples=100, batch=24, size_at=data.size_at, sizes_change=True)
+    sizes = [plan.local(step).size for step in range(12)]
+    assert sizes == [64] * 9 + [96] * 3  # two epochs are full after 9 steps
+    other = make_plan(samples=100, batch=24, size_at=lambda epoch: 96, sizes_change=True)
+    ids = plan.local(3).ids
+    assert plan.digest(3, ids) != other.digest(3, ids) and plan.digest(10, ids) == other.digest(10, ids)

@@ -91,8 +91,11 @@ class Resizer:
         factor_x, factor_y = (size / (region[2:] - region[:2])).tolist()
         left, top = round(region[0] * factor_x), round(region[1] * factor_y)
         planes = window[None].permute(0, 3, 1, 2)
-        whole = self._resize(planes, [top + size, left + size], False, factor_y, factor_x)
-        return whole[0, :, top:, left:].permute(1, 2, 0)
+        rows, columns = top + size, left + size
+        rows += rows == window.shape[0] and factor_y != 1  # torch takes as many out as in for nothing to do
+        columns += columns == window.shape[1] and factor_x != 1
+        whole = self._resize(planes, [rows, columns], False, factor_y, factor_x)
+        return whole[0, :, top : top + size, left : left + size].permute(1, 2, 0)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)

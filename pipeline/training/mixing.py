@@ -62,9 +62,15 @@ def blank_retouch(c: AugmentConfig, count: int, device: torch.device) -> Retouch
     """What erases and mixes nothing, in the form of what a step of this configuration gets for `count` images."""
     if not c.mixes and c.erase == 0:
         return None
-    nowhere, whole = torch.zeros(count, 4, dtype=torch.int32, device=device), torch.ones(count, device=device)
-    mixing = (whole, nowhere, whole) if c.mixes else (None, None, None)
-    return Retouch(nowhere if c.erase > 0 else None, *mixing)
+
+    def nowhere() -> torch.Tensor:
+        return torch.zeros(count, 4, dtype=torch.int32, device=device)
+
+    def whole() -> torch.Tensor:
+        return torch.ones(count, device=device)
+
+    mixing = (whole(), nowhere(), whole()) if c.mixes else (None, None, None)  # no tensor twice: compiled code asks
+    return Retouch(nowhere() if c.erase > 0 else None, *mixing)
 
 
 def check_mixing(c: AugmentConfig, global_batch_size: int, world_size: int) -> None:
