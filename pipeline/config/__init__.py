@@ -4,8 +4,8 @@ Fields made with `free(...)` say how a run is carried out (where, with how many 
 when it goes on. All others are the run's identity: a change of one of them on the same run folder is an error.
 """
 
-from pipeline.config.average import EmaConfig, EvaluationConfig
 from pipeline.config.augment import AugmentConfig
+from pipeline.config.average import EmaConfig, EvaluationConfig
 from pipeline.config.data import DataConfig
 from pipeline.config.model import INPUT_SIZES, ModelConfig
 from pipeline.config.optim import OptimConfig

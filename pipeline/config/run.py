@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.average import EmaConfig, EvaluationConfig, check_ema, check_evaluation
 from pipeline.config.augment import AugmentConfig, check_augment
+from pipeline.config.average import EmaConfig, EvaluationConfig, check_ema, check_evaluation
 from pipeline.config.data import DataConfig, check_data
 from pipeline.config.fields import Check, free
 from pipeline.config.model import INPUT_SIZES, ModelConfig, check_model
