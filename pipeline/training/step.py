@@ -158,13 +158,14 @@ class TrainStep:
         for norm in self.held:
             norm.eval()
 
-    def warm_up(self, size: int) -> None:
-        """Forward and backward on a blank batch of images of `size` pixels a side, that leave no trace.
+    def warm_up(self, size: int | None = None) -> None:
+        """Forward and backward on a blank batch that leave no trace. size: of its images; default: the largest.
 
         DistributedDataParallel lays its gradient buckets out anew after its first backward, and with more than two
         ranks the order of a sum follows from the layout. Done before the first step of every start, this makes a step's
         bits independent of where the run was resumed.
         """
+        size = size or self.config.data.image_size
         kept = [buffer.clone() for buffer in self.model.buffers()]
         count = self.micro if self.config.train.compile else min(self.micro, 2)  # a compiled step is made for its size
         count += -count % self.config.augment.mix_group
