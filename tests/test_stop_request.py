@@ -1,8 +1,10 @@
 """A request to stop that comes before the training is there to hear it is heard; one of an earlier start is not."""
 
 import pytest
+import runs
 
 from pipeline.training.run import RunFolder
+from pipeline.training.step import TrainStep
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,16 @@ def test_stop_file_at_the_start(tmp_path, monkeypatch, text, restart, stays):
     folder.clear_marks()
     assert folder.stop.exists() == stays
     assert not (tmp_path / "interrupted").exists()
+
+
+def test_asked_while_all_is_loaded_there_is_no_warm_up(synthetic_root, tmp_path, monkeypatch):
+    """Compiling the first step takes minutes that a job told to go does not have."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    monkeypatch.setattr(TrainStep, "warm_up", lambda _: pytest.fail("warmed up"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "stop").write_text("7.0 USR1 from Slurm")
+    printed = runs.call(synthetic_root, run, expect=75)
+    assert "interrupted (7.0 USR1 from Slurm): step 0" in printed
+    assert (run / "interrupted").exists() and not runs.rows(run, "train")
