@@ -115,9 +115,13 @@ count_requeues() { # a job that is requeued again and again without a new checkp
 preflight() { # OPTION ...: every node says what it sees, then one of them judges
     local nodes=$RUN_DIR/.nodes.$JOB limit
     limit=$(squeue --noheader --job "$JOB" --format=%l)
-    on_every_node preflight "$@" --node_facts >"$nodes" &&
-        run_step 1 "$PYTHON" -m pipeline preflight "$@" --nodes_file "$nodes" --time_limit "$limit" \
-            --world_size $((SLURM_NNODES * NPROC_PER_NODE))
+    on_every_node preflight "$@" --node_facts >"$nodes" || return
+    if (($(grep -c '^{"node"' "$nodes") < SLURM_NNODES)); then
+        log "not every node could start a step: see above"
+        return 1
+    fi
+    run_step 1 "$PYTHON" -m pipeline preflight "$@" --nodes_file "$nodes" --time_limit "$limit" \
+        --world_size $((SLURM_NNODES * NPROC_PER_NODE))
 }
 
 torchrun_on_every_node() { # VERB ...: `pipeline VERB ...` as a process a GPU

@@ -20,6 +20,7 @@ from typing import Any
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "setpriv", "ip", "mount", "hostname")
 SEARCH_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 CONTROLLER = "10.77.0.254"
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")  # a job's states that it does not leave by itself
 
 #: The first process of a namespace: adopts and reaps orphans, and lives until it is killed.
 INIT = "while :; do sleep 3600 & wait $!; done"
@@ -152,6 +153,8 @@ class Cluster:
 
         def reached():
             state = self.show(job)["JobState"]
+            if state in FINAL and state not in states:
+                raise AssertionError(f"{state} instead of {' or '.join(states)}: {self.show(job)}")
             return state if state in states else None
 
         return wait_for(reached, timeout_s, lambda: f"{' or '.join(states)}: {self.show(job)}")

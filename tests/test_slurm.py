@@ -159,8 +159,8 @@ def one_node_less_then_cancelled_then_submitted_again(site: Site, uninterrupted:
 @story
 def the_users_fault_and_a_crash_are_not_requeued(site: Site, _: Reference) -> None:
     """A typo fails in preflight; a loss that is no number fails when torchrun has tried as often as it may."""
-    typo = site.submit(run="typo", arguments=("--optim.learning_rate", "0.1"))
-    crash = site.submit("--nodes=1", run="crash", arguments=("--optim.lr", "1e30"), MAX_RESTARTS="0")
+    typo = site.submit("--nodelist=n1,n2", run="typo", arguments=("--optim.learning_rate", "0.1"))
+    crash = site.submit("--nodelist=n3", "--nodes=1", run="crash", arguments=("--optim.lr", "1e30"), MAX_RESTARTS="0")
     typo.wait_end("FAILED")
     assert (typo.show("ExitCode"), typo.restarts()) == ("2:0", 0)
     assert "learning_rate" in typo.log and not (typo.run / "metrics.jsonl").exists()
@@ -208,7 +208,8 @@ def a_second_job_and_a_checkpoint_that_takes_too_long(site: Site, _: Reference) 
 def sweep_and_evaluate(site: Site, uninterrupted: Reference) -> None:
     """A run folder for each combination, each requeued on its own; and the scores of a run on all processes."""
     arguments = ("optim.lr=0.01,0.02", "train.seed=7", "--train.max_steps", "30")
-    sweep = site.submit("--array=0-1", "--nodes=1", run="sweep", script="sweep.sh", arguments=arguments)
+    places = ("--array=0-1", "--nodes=1", "--gpus-per-node=8")  # a node for each task
+    sweep = site.submit(*places, run="sweep", script="sweep.sh", arguments=arguments, NPROC_PER_NODE="2")
     last = Job(site.cluster, site.folder / "sweep/optim.lr=0.02,train.seed=7", f"{sweep.id}_1")
     last.wait_steps(4)  # the array's last task, whose plain id is the array's
     last.early_signal()
@@ -237,6 +238,7 @@ if [[ $* == *torch.distributed.run* ]]; then
     touch "$RUN_DIR/finished"
 else
     echo "$*" >>"$RUN_DIR/preflight"
+    echo '{"node": "any"}'
 fi
 """
 

@@ -29,7 +29,9 @@ def tree(tmp_path_factory) -> Path:
 
 def submit(cluster, folder: Path, *arguments: str, **env: str) -> str:
     settings = {"PYTHON": sys.executable, "PIPELINE_HOME": str(ROOT), "SITE_ENV": "none", **env}
-    return cluster.sbatch("--cpus-per-task=2", "--output=%x-%A-%a.log", *arguments, cwd=folder, env=settings)
+    return cluster.sbatch(
+        "--exclusive", "--cpus-per-task=2", "--output=%x-%A-%a.log", *arguments, cwd=folder, env=settings
+    )
 
 
 def logs(folder: Path) -> str:
