@@ -9,6 +9,7 @@ from pipeline.config import DataConfig, TrainConfig
 from pipeline.dataset.scan import build_index
 from pipeline.loader import build
 from pipeline.training.distributed import World
+from pipeline.training.snapshot import HostCopy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -52,3 +53,41 @@ def test_compiled_and_accumulated_steps_learn(root, tmp_path):
     runs.train(root, run, "--train.compile", "--train.micro_batch_size", "5")
     losses = [row["loss"] for row in runs.rows(run, "train")]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+def test_a_snapshot_holds_the_state_of_its_step_though_the_next_one_goes_on():
+    device = torch.device("cuda", 0)
+    live = {"model": {"w": torch.ones(50_000_000, device=device), "step": torch.tensor(3.0)}}
+    for room in (True, False):
+        host = HostCopy(device, print)
+        host.has_room = room
+        copy, wait = host.take(live)
+        live["model"]["w"].add_(1)  # the next update, sent before the copy has arrived
+        wait()
+        assert copy["model"]["w"].is_pinned()
+        assert torch.equal(copy["model"]["w"] + 1, live["model"]["w"].cpu())
+
+
+@pytest.mark.parametrize("loader", ["reference", "dali"])
+def test_batches_arrive_ahead_and_whole(root, loader):
+    if loader == "dali" and build.dali_problem():
+        pytest.skip("no DALI")
+    index = build_index(root)
+    config = DataConfig(loader=loader, image_size=64, val_size=64, val_resize=72)
+    plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=16))
+    stream = build.make_train_stream(index, plan, config, World(0, 1, 0, 1, torch.device("cuda", 0)))
+    once, again = (torch.cat([batch.images for batch in stream.batches(0, 5)]).cpu() for _ in range(2))
+    assert torch.equal(once, again) and once.float().std() > 10
+    unfinished = stream.batches(0, 5)
+    batch = next(unfinished)
+    unfinished.close()
+    assert batch.images.is_cuda and batch.targets.is_cuda and torch.equal(batch.images.cpu(), once[:16])
+    stream.close()
+
+
+def test_recorded_steps_learn(root, tmp_path):
+    run = tmp_path / "run"
+    runs.train(root, run, "--train.compile", "--train.cuda_graphs", "--train.profile", "2")
+    losses = [row["loss"] for row in runs.rows(run, "train")]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert {path.suffix for path in (run / "profile").iterdir()} == {".gz", ".pickle"}

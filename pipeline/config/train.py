@@ -24,6 +24,16 @@ class TrainConfig:
     channels_last: bool = free(True)
     compile: bool = free(False)
     """torch.compile the model."""
+    cuda_graphs: bool = free(False)
+    """With compile, on CUDA: record the step's kernels as graphs and replay them."""
+    bucket_mb: float = free(25.0)
+    """MiB of gradients that are exchanged at once while the backward pass goes on. With more than two ranks the order
+    of sums follows from it."""
+    compress_gradients: Literal["bf16"] | None = None
+    """Exchange gradients in this type, half the bytes; default: as they are."""
+    profile: int | None = free(None)
+    """Watch so many steps, after the first three of a start: a trace, and on CUDA a snapshot of the memory, in
+    run_dir/profile."""
     seed: int = 0
     max_steps: int | None = free(None)
     """Stop after this many steps in all, in the midst of the schedule; default: to its end."""
@@ -39,4 +49,7 @@ def check_train(c: TrainConfig) -> Iterator[Check]:
     yield positive("train.eval_batch_size", c.eval_batch_size, optional=True)
     yield positive("train.eval_every_epochs", c.eval_every_epochs)
     yield positive("train.max_steps", c.max_steps, optional=True)
+    yield "train.cuda_graphs", c.cuda_graphs, c.compile or not c.cuda_graphs, "give train.compile, too"
+    yield positive("train.bucket_mb", c.bucket_mb)
+    yield positive("train.profile", c.profile, optional=True)
     yield "train.seed", c.seed, 0 <= c.seed < 2**63, "give a whole number from 0 to 2^63 - 1"

@@ -26,6 +26,9 @@ with --data.root, classes and images are the data set's, otherwise ImageNet's.
   --run RUN            epoch time from the last steps that this run measured
   --images_per_s R     epoch time from this speed of all GPUs together
   --conv_bias          give every convolution a bias, as the slides' ResNets have
+  --scale 1..1024      predict speed and time on so many GPUs from the step of one (--run, --images_per_s or --card)
+  --node_gpus N, --inside_gb_s R, --outside_gb_s R, --latency_us T
+                       for --scale: GPUs a node (8), links within it (200), of a node to others (50), a hop (15)
   --json               print one JSON object instead
 
 Options of train, which apply here too:
@@ -42,6 +45,11 @@ def options_parser() -> argparse.ArgumentParser:
     own.add_argument("--run")
     own.add_argument("--images_per_s", "--images-per-s", type=float)
     own.add_argument("--conv_bias", "--conv-bias", action="store_true")
+    own.add_argument("--scale")
+    own.add_argument("--node_gpus", "--node-gpus", type=int, default=8)
+    own.add_argument("--inside_gb_s", "--inside-gb-s", type=float, default=200.0)
+    own.add_argument("--outside_gb_s", "--outside-gb-s", type=float, default=50.0)
+    own.add_argument("--latency_us", "--latency-us", type=float, default=15.0)
     own.add_argument("--json", action="store_true")
     return own
 
@@ -134,6 +142,13 @@ def estimate(config: Config, options: argparse.Namespace) -> dict:
         facts |= {"images_per_s": rate[0], "images_per_s_from": rate[1], "epoch_s": images / rate[0]}
     if card is not None:
         facts["roofline_epoch_s"] = roofline_epoch_s(step, card, images, options.world_size)
+    if options.scale:
+        facts["scaling"] = scale(
+            config,
+            options,
+            facts,
+            step.seconds(card.half_tflops, card.tflops, card.gb_s) * local / at_once if card else None,
+        )
     if options.layers:
         rows = [layer for layer in step.layers.values() if layer.parameters or layer.flops or layer.kept]
         facts["layers"] = [
@@ -152,6 +167,35 @@ def estimate(config: Config, options: argparse.Namespace) -> dict:
             for kind, number, parameters, flops, kept in by_kind(step.layers)
         ]
     return facts
+
+
+def scale(config: Config, options: argparse.Namespace, facts: dict, roofline_s: float | None) -> dict:
+    """What `pipeline.insight.scaling` predicts. roofline_s: a step of one GPU by its roofline, if nothing is measured.
+
+    Raises UserError where nothing tells the time of a step.
+    """
+    from pipeline.insight.scaling import Links, parse_scale, scaling_facts
+
+    sizes = parse_scale(options.scale)
+    if min(options.node_gpus, options.inside_gb_s, options.outside_gb_s) <= 0 or options.latency_us < 0:
+        raise UserError("--node_gpus, --inside_gb_s and --outside_gb_s must be above 0, --latency_us 0 or more")
+    if "images_per_s" in facts:
+        alone_s = config.train.global_batch_size / facts["images_per_s"]
+        origin = f"{facts['images_per_s_from']}, {options.world_size} processes"
+    elif roofline_s is not None:
+        alone_s, origin = roofline_s, f"the roofline of {options.card}, which no kernel reaches"
+    else:
+        raise UserError("--scale needs the time of a step; give --run, --images_per_s or --card")
+    return scaling_facts(
+        sizes,
+        alone_s,
+        origin,
+        facts["local_batch"],
+        facts["trained_parameters"] * (2 if config.train.compress_gradients else 4),
+        Links(options.node_gpus, options.inside_gb_s, options.outside_gb_s, options.latency_us),
+        facts["training_images"],
+        config.train.bucket_mb * 2**20,
+    )
 
 
 def roofline_epoch_s(step, card: Card, images: int, world_size: int) -> float:
@@ -204,6 +248,10 @@ def render(facts: dict) -> str:
             f"An epoch of {many} takes at least {duration(facts['roofline_epoch_s'])} on {cards}, "
             f"{facts['images_at_once']} images at once (roofline: a bound, not a forecast)"
         )
+    if "scaling" in facts:
+        from pipeline.insight.scaling import scaling_lines
+
+        lines += ["", *scaling_lines(facts["scaling"])]
     if "layers" in facts:
         lines += ["", *_layer_lines(facts)]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import BrokenError
+from pipeline.loader.ahead import ahead
 from pipeline.loader.changes import Changes, Retouch, deliver
 from pipeline.loader.plan import EvalPlan, Planned, TrainPlan
 from pipeline.loader.source import Source, UnreadableSample
@@ -140,16 +141,20 @@ class Stream:
     def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Iterator[Batch]:
         """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`."""
         self._skip = skip
-        ahead: dict[int, Future] = {}  # being read
+        batches = self._batches(start, stop)
+        return ahead(batches, self.device) if self.device.type == "cuda" else batches
+
+    def _batches(self, start: int, stop: int) -> Iterator[Batch]:
+        reading: dict[int, Future] = {}
         handed: dict[int, Samples] = {}  # with the decoder, not yet delivered; in order
         mended: dict[int, Samples] = {}  # to be handed again after a decoder gave up
 
         def feed(first: int) -> Iterator[Samples]:
             for step in range(first, stop):
                 for coming in range(step, min(step + self.prefetch, stop)):
-                    if coming not in ahead and coming not in mended:
-                        ahead[coming] = self._pool.submit(self._prepare, coming)
-                samples = mended.pop(step) if step in mended else ahead.pop(step).result()
+                    if coming not in reading and coming not in mended:
+                        reading[coming] = self._pool.submit(self._prepare, coming)
+                samples = mended.pop(step) if step in mended else reading.pop(step).result()
                 if samples.data:
                     handed[step] = samples
                     yield samples
@@ -169,7 +174,7 @@ class Stream:
                     handed.clear()
                     position = error.step
         finally:
-            for future in ahead.values():
+            for future in reading.values():
                 future.cancel()
 
     def _without(self, samples: Samples, error: UndecodableSample) -> Samples:
@@ -185,7 +190,9 @@ class Stream:
         ids, targets = (deliver(array, self.device) for array in (planned.ids, self.labels[planned.ids]))
         changes = Changes.of(planned.drawn, planned.size, self.device)
         retouch = Retouch.of(planned.drawn, planned.mixing, self.device)
-        return Batch(images.to(self.device, non_blocking=True), targets, ids, changes, retouch)
+        if self.device.type == "cuda" and not images.is_cuda:
+            images = images.pin_memory().to(self.device, non_blocking=True)
+        return Batch(images, targets, ids, changes, retouch)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -25,6 +25,7 @@ from pipeline.training.evaluate import Scores, evaluate
 from pipeline.training.guard import Guard
 from pipeline.training.mixing import check_mixing
 from pipeline.training.preemption import StopRequest, interrupted_exit_code
+from pipeline.training.profile import Profiler
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
 from pipeline.training.records import Records, going_back, mark_finished
 from pipeline.training.report import Reports, StepReport, Wish
@@ -69,6 +70,7 @@ class Trainer:
         self.reports = Reports(world)
         self.blacklist: dict[int, int] = {}  # unreadable sample -> the step that met it
         self.records: Records | None = None  # rank 0's
+        self.profiler: Profiler | None = None  # rank 0's
         self.step = 0  # steps done
         self.asked_to_stop = self.asked_to_save = False  # agreed among all ranks
 
@@ -119,6 +121,8 @@ class Trainer:
             self.reports.push(self.step, numbers, batch.ids, self.wish(), waited, clock.lap())
             self.step += 1
             self.train_step.average(self.step)
+            if self.profiler and not self.profiler.step(self.step):
+                self.profiler = None
             self.take_in(self.reports.due())
             if self.step % self.config.guard.compare_every_steps == 0:
                 compare_parameters(self.model, self.world, self.step)
@@ -290,6 +294,8 @@ class Trainer:
         facts = {"last_step": self.last_step, "hardware": world.hardware, "torch": torch.__version__}
         self.records.event(name, self.step, world_size=world.size, **facts)
         self.introduce()
+        if self.config.train.profile:
+            self.profiler = Profiler(self.config.train.profile, self.folder.path / "profile", world, self.console.say)
         self.console.start(self.step, self.last_step)
 
     def introduce(self) -> None:
@@ -324,6 +330,8 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of loaders and books."""
+        if self.profiler:
+            self.profiler.close()
         self.train_stream.close()
         self.eval_stream.close()
         if self.records:

@@ -5,9 +5,10 @@ import inspect
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config import Config
+from pipeline.config import Config, TrainConfig
 from pipeline.loader.changes import Retouch
 from pipeline.loader.stream import Batch
 from pipeline.model.heads import frozen_norms, in_heads
@@ -32,26 +33,30 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, _DTYPES[precision])
 
 
-def exchange_gradients(network: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The network whose backward averages gradients over all ranks. (A rank alone has nothing to average, and is spared
-    the copies into buckets.)"""
-    return DistributedDataParallel(
+def exchange_gradients(network: nn.Module, train: TrainConfig, device: torch.device) -> DistributedDataParallel:
+    """The network whose backward averages gradients over all ranks, bucket by bucket while it goes on. (A rank alone
+    has nothing to average, and is spared the copies into buckets.)"""
+    exchanging = DistributedDataParallel(
         network,
         device_ids=[device.index] if device.type == "cuda" else None,
         **{_SYNC_BUFFERS: False},
+        bucket_cap_mb=train.bucket_mb,
         gradient_as_bucket_view=True,
         static_graph=True,
     )
+    if train.compress_gradients == "bf16":
+        exchanging.register_comm_hook(None, bf16_compress_hook)
+    return exchanging
 
 
-def compiled(module: nn.Module, sizes: list[int]) -> nn.Module:
+def compiled(module: nn.Module, sizes: list[int], mode: str | None = None) -> nn.Module:
     """The module compiled, once for each size of image that is to come. (Left to itself torch.compile would make the
     second one's code for any size, which is slower, and give up after eight.)"""
     if len(sizes) == 1:
-        return torch.compile(module)
+        return torch.compile(module, mode=mode)
     limit = 4 + 2 * len(sizes)  # a last micro batch may be smaller
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
-    return torch.compile(module, dynamic=False)
+    return torch.compile(module, dynamic=False, mode=mode)
 
 
 class TrainStep:
@@ -69,9 +74,12 @@ class TrainStep:
         data, group = config.data, config.augment.mix_group
         whole = Retouched(model, data.mean, data.std, config.train.channels_last, group).to(self.device)
         self.network = whole  # for evaluation: no gradients to exchange
-        self.exchanging = exchange_gradients(whole, self.device) if world.size > 1 else whole
+        self.exchanging = exchange_gradients(whole, config.train, self.device) if world.size > 1 else whole
         self.ema = WeightAverage(whole, config, warmup_steps) if config.ema.decay else None  # of rank 0's weights, too
-        self.forward = compiled(self.exchanging, data.sizes()) if config.train.compile else self.exchanging
+        self.graphs = config.train.cuda_graphs and self.device.type == "cuda"
+        self.forward = self.exchanging
+        if config.train.compile:
+            self.forward = compiled(self.exchanging, data.sizes(), "reduce-overhead" if self.graphs else None)
         kinds = {buffer.dtype for buffer in self.model.buffers()}
         self.buffers = [[b for b in self.model.buffers() if b.dtype == kind] for kind in sorted(kinds, key=str)]
         self.loss = make_loss(config, self.model)
@@ -90,6 +98,8 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self.optimizer.zero_grad(set_to_none=True)
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last replay gave is no longer needed
         before = self._flat_buffers()
         total, hits = torch.zeros((2,), device=self.device)
         pieces = self._pieces(batch)

@@ -25,6 +25,7 @@ class Contender:
     name: str
     make: Callable[..., Callable[[], int]]
     arguments: dict = field(default_factory=dict)
+    may_crash: bool = False  # then it is absent, with its exit code, and the others go on
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,23 @@ def compete(contenders: Sequence[Contender], rounds: int, warm_up: int = 1, abou
             process.start()
             there.close()
             members[contender.name] = (process, here)
-            kind, value = _answer(contender.name, here)
+            kind, value = _ask(contender, process, here)
             if kind == "absent":
                 outcomes[contender.name] = Outcome(absent=value)
             else:
                 taken[contender.name] = []
         with Progress(about or "measuring", (rounds + warm_up) * len(taken), "rounds") as progress:
             for number in range(rounds + warm_up):
-                for name, results in taken.items():
-                    members[name][1].send("round")
-                    result = _answer(name, members[name][1])[1]
-                    if number >= warm_up:
-                        results.append(result)
+                for contender in contenders:
+                    if contender.name in outcomes:
+                        continue
+                    process, here = members[contender.name]
+                    here.send("round")
+                    kind, value = _ask(contender, process, here)
+                    if kind == "absent":
+                        outcomes[contender.name] = Outcome(absent=value)
+                    elif number >= warm_up:
+                        taken[contender.name].append(value)
                     progress.advance(1)
     finally:
         for process, connection in members.values():
@@ -95,6 +101,8 @@ def compete(contenders: Sequence[Contender], rounds: int, warm_up: int = 1, abou
             if process.is_alive():
                 process.terminate()
     for name, results in taken.items():
+        if name in outcomes:
+            continue
         cpu, wall, rss = zip(*results, strict=True)
         outcomes[name] = Outcome(cpu, wall, (rss[0], rss[-1]))
     return {contender.name: outcomes[contender.name] for contender in contenders}
@@ -109,13 +117,17 @@ def ratios(outcomes: dict[str, Outcome], of: str, to: str, what: str = "cpu_ms")
     return Spread.of([theirs / ours for theirs, ours in pairs])
 
 
-def _answer(name: str, connection) -> tuple[str, object]:
+def _ask(contender: Contender, process, connection) -> tuple[str, object]:
+    """What the contender answers. Raises BrokenError where it fails, unless it may."""
     try:
         kind, value = connection.recv()
     except EOFError:
-        raise BrokenError(f"bench: {name} ended without a word") from None
+        process.join(20)
+        kind, value = "failed", f"its process ended with {process.exitcode}"
     if kind == "failed":
-        raise BrokenError(f"bench: {name} failed: {value}")
+        if contender.may_crash:
+            return "absent", str(value)
+        raise BrokenError(f"bench: {contender.name} failed: {value}")
     return kind, value
 
 

@@ -1,5 +1,6 @@
 """The verb `bench`: which bench is meant; its result as a table and as JSON."""
 
+import functools
 import importlib
 import json
 import shlex
@@ -16,6 +17,7 @@ BENCHES = {
     "train": "a whole run: is it data, compute, communication or checkpointing that holds it back?",
     "checkpoint": "how long a step waits for a checkpoint, and the writing behind it",
     "startup": "from the start of the process to the first step, part by part",
+    "overlap": "how much of the gradients' exchange hides behind computing, from a trace of --train.profile",
     "io": "reading the data set's files and shards, without decoding",
 }
 
@@ -54,11 +56,10 @@ def main(argv: list[str]) -> int:
     else:
         bench = getattr(module, name)
 
+        @functools.wraps(bench)
         def run(**options) -> None:
             results.append(bench(**options))
 
-        run.__signature__ = __import__("inspect").signature(bench)
-        run.__doc__, run.__annotations__ = bench.__doc__, bench.__annotations__
         run_command(run, f"bench {name}", rest)
     if results and results[0]:
         write_result(path, name, argv, results[0])
@@ -74,6 +75,7 @@ def write_result(path: Path, name: str, argv: list[str], result: dict) -> None:
         "command": shlex.join(["python", "-m", "pipeline", "bench", *argv]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": describe_machine(),
+        **{name: result[name] for name in ("images_per_s", "world_size") if name in result},  # for preflight
         "result": result,
     }
     try:

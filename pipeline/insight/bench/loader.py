@@ -17,6 +17,7 @@ def loader(
     threads: int | None = None,
     peers: bool = True,
     flat: int = 0,
+    gpu: bool = False,
 ) -> dict:
     """CPU time an image of the loader, beside torchvision's, timm's and FFCV's.
 
@@ -29,9 +30,10 @@ def loader(
         rounds: rounds that count, after one that does not.
         threads: decoding threads, and others' worker processes; default: the cores.
         peers: false: this project's loader alone.
+        gpu: also try the ways to decode for a GPU; a card's own decoder may crash, and that is said.
         flat: also read so many images in one go, and give the resident memory before and after.
     """
-    from pipeline.insight.bench import loaders
+    from pipeline.insight.bench import gpu_decoders, loaders
 
     for root in filter(None, (data, shards)):
         if not (Path(root).expanduser() / "index" / "index.json").exists():
@@ -53,7 +55,6 @@ def loader(
             return []
         return [
             other("torchvision", loaders.torchvision_loader, split, count),
-            other("torchvision, 0 workers", loaders.torchvision_loader, split, 0),
             other("timm", loaders.timm_loader, split, count),
             other("ffcv", loaders.ffcv_loader, split, count),
         ]
@@ -64,7 +65,14 @@ def loader(
     train.append(Contender("PIL decode alone", loaders.pil_decode, {"root": data, "images": images}))
     train += [own("ours, no DALI", data, "train", "reference"), *others("train")]
     validation = [own("ours", data, "val"), *others("val")]
-    for name, contenders in (("training", train), ("validation", validation)):
+    contests = {"training": train, "validation": validation}
+    if gpu:
+        common_gpu = {"root": data, **common, "threads": count}
+        contests["decoding for a GPU"] = [
+            Contender(way, gpu_decoders.decode_for_gpu, {**common_gpu, "way": way}, may_crash=True)
+            for way in gpu_decoders.WAYS
+        ]
+    for name, contenders in contests.items():
         outcomes = compete(contenders, rounds, about=f"bench loader, {name}")
         result["contests"][name] = _tell(name, outcomes)
     if flat:
@@ -75,10 +83,11 @@ def loader(
 
 def _tell(name: str, outcomes: dict[str, Outcome]) -> dict:
     """Print a contest; its plain values."""
-    print(f"\n{name}, CPU ms an image (median of rounds, least and greatest)")
-    print(contest_table(outcomes, "cpu_ms"))
+    for what, unit in (("cpu_ms", "CPU ms"), ("wall_ms", "ms")):
+        print(f"\n{name}, {unit} an image (median of rounds, least and greatest)")
+        print(contest_table(outcomes, what))
     pairs = [("ours", other) for other in outcomes if other != "ours"]
-    pairs += [("ours, shards", other) for other in ("torchvision", "torchvision, 0 workers") if other in outcomes]
+    pairs += [("ours, shards", other) for other in ("torchvision", "ffcv") if other in outcomes]
     pairs += [("windows only", "PIL decode alone")]
     told = {}
     for of, to in pairs:

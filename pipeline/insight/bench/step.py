@@ -17,7 +17,6 @@ def step(
     compile: bool = False,
     device: Literal["auto", "cuda", "cpu"] = "auto",
     batches: str | None = None,
-    card: str | None = None,
 ) -> dict:
     """What the training loop costs above a bare PyTorch loop with the same model, precision and batch.
 
@@ -31,15 +30,14 @@ def step(
         threads: of torch; default: the cores.
         compile: torch.compile in both loops.
         device: where to compute.
-        batches: instead, on a GPU, images/s and memory at these batches (64,128,256) in fp32, fp16 and bf16.
-        card: the GPU's name in `estimate`, for the roofline.
+        batches: instead, on a GPU, images/s, memory and the share of the roofline at these (64,128,256), by precision.
     """
     from pipeline.insight.bench import loops
 
     if batches:
         from pipeline.insight.bench.precision import precision_table
 
-        return precision_table(model, size, batches, compile, card)
+        return precision_table(model, size, batches, compile)
     options = {"device": device, "compile": compile}
     common = {
         "model": model, "size": size, "batch": batch_size, "precision": precision, "steps": steps, "threads": threads

@@ -1,0 +1,75 @@
+"""`bench overlap`: from a trace of `--train.profile`, how much of the gradients' exchange hides behind computing."""
+
+import gzip
+import json
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.insight.bench.table import rows
+
+Span = tuple[float, float]  # start and end, microseconds
+
+
+def joined(spans: list[Span]) -> list[Span]:
+    """The same time in spans that do not overlap, in order."""
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def length(spans: list[Span]) -> float:
+    return sum(end - start for start, end in joined(spans))
+
+
+def common(one: list[Span], other: list[Span]) -> float:
+    """How long both go on at once."""
+    return length(one) + length(other) - length([*one, *other])
+
+
+def read_spans(path: Path) -> tuple[list[Span], list[Span]]:
+    """(exchange, computing) in a trace: NCCL's kernels and all others, or on a CPU gloo's calls and torch's operators.
+
+    Raises UserError.
+    """
+    try:
+        opened = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        events = [event for event in json.loads(opened)["traceEvents"] if event.get("ph") == "X"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is no trace ({error}); give one that --train.profile wrote") from error
+    exchange, computing = [], []
+    on_gpu = any(event.get("cat") == "kernel" for event in events)
+    for event in events:
+        span, name, kind = (event["ts"], event["ts"] + event["dur"]), event["name"], event.get("cat")
+        if on_gpu and kind == "kernel":
+            (exchange if name.startswith("nccl") else computing).append(span)
+        elif not on_gpu and name.startswith("gloo:all_reduce"):
+            exchange.append(span)
+        elif not on_gpu and kind == "cpu_op" and name.startswith("aten::"):
+            computing.append(span)
+    return exchange, computing
+
+
+def overlap(trace: str) -> dict:
+    """How much of the gradients' exchange hides behind computing.
+
+    Args:
+        trace: what --train.profile wrote, of a run of several ranks.
+    """
+    exchange, computing = read_spans(Path(trace).expanduser())
+    if not exchange:
+        raise UserError(f"{trace} holds no exchange of gradients: the run had one rank")
+    took, hidden = length(exchange), common(exchange, computing)
+    print(
+        rows(
+            {
+                "exchange": f"{took / 1e3:10.1f} ms",
+                "computing": f"{length(computing) / 1e3:10.1f} ms",
+                "exchange while computing": f"{hidden / 1e3:10.1f} ms, {100 * hidden / took:.0f} % of it",
+            }
+        )
+    )
+    return {"exchange_ms": took / 1e3, "computing_ms": length(computing) / 1e3, "hidden_share": hidden / took}

@@ -1,0 +1,134 @@
+"""`bench step --batches`: speed and memory of this project's step on a GPU by precision and batch, with a roofline."""
+
+import dataclasses
+import time
+
+from pipeline.errors import BrokenError, UserError
+from pipeline.insight.bench.table import rows
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+_WARM_UP, _STEPS = 8, 20
+
+
+def parse_sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise UserError(f"--batches {text} is no list of sizes; give e.g. 64,128,256")
+    return sizes
+
+
+def measured_ceilings(device) -> dict[str, float]:
+    """What this GPU reaches: dense TFLOP/s of a large product in fp32 (TF32 where torch allows it) and bf16, and GB/s
+    of a copy (bytes read and written)."""
+    import torch
+
+    def seconds(action, repeats: int = 20) -> float:
+        for _ in range(3):
+            action()
+        torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            action()
+        torch.cuda.synchronize(device)
+        return (time.perf_counter() - begun) / repeats
+
+    n = 8192
+    found = {}
+    for name, kind in (("tflops", torch.float32), ("half_tflops", torch.bfloat16)):
+        a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
+        found[name] = 2 * n**3 / seconds(lambda a=a, b=b: a @ b) / 1e12
+    data = torch.empty(2**30, dtype=torch.uint8, device=device)
+    there = torch.empty_like(data)
+    found["gb_s"] = 2 * data.nbytes / seconds(lambda: there.copy_(data)) / 1e9
+    return found
+
+
+def one_step_s(model: str, size: int, batch: int, precision: str, compile: bool) -> tuple[float, float]:
+    """(seconds of a step, MiB that torch's allocator holds at most) on resident images. OutOfMemoryError passes on."""
+    import torch
+
+    from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
+    from pipeline.loader.stream import Batch
+    from pipeline.model.build import build_model
+    from pipeline.training.distributed import World
+    from pipeline.training.step import TrainStep
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    train = TrainConfig(global_batch_size=batch, precision=precision, compile=compile, cuda_graphs=compile)
+    config = Config(data=DataConfig(image_size=size), model=ModelConfig(name=model, num_classes=1000), train=train)
+    torch.backends.cudnn.benchmark = True
+    step = TrainStep(build_model(config.model, 1000), config, World(0, 1, 0, 1, device))
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+    targets = torch.randint(0, 1000, (batch,), device=device)
+    resident = Batch(images, targets, torch.arange(batch, device=device))
+    torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(_WARM_UP):
+        step(resident, 0.01)
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(_STEPS):
+        step(resident, 0.01)
+    torch.cuda.synchronize(device)
+    seconds = (time.perf_counter() - begun) / _STEPS
+    return seconds, torch.cuda.max_memory_reserved(device) / 2**20
+
+
+def precision_table(model: str, size: int, batches: str, compile: bool) -> dict:
+    """Images/s, memory and the share of the roofline by precision and batch. Raises BrokenError without a GPU."""
+    import torch
+
+    sizes = parse_sizes(batches)
+    if not torch.cuda.is_available():
+        raise BrokenError("bench step --batches needs a GPU; without it, the loop beside a bare one can be measured")
+    device = torch.device("cuda", torch.cuda.current_device())
+    ceilings = measured_ceilings(device)
+    print(f"{torch.cuda.get_device_name(device)}: measured " + ", ".join(f"{k} {v:,.0f}" for k, v in ceilings.items()))
+    table, lines = [], {}
+    for precision in PRECISIONS:
+        for batch in sizes:
+            row = _measure(model, size, batch, precision, compile, ceilings)
+            table.append(row)
+            lines[f"{precision} {batch}"] = _line(row)
+            print(f"  {precision} {batch:>5}  {_line(row)}", flush=True)
+    print(rows({"": f"{'images/s':>9}  {'MiB':>8}  of the roofline", **lines}))
+    return {"model": model, "size": size, "compile": compile, "ceilings": ceilings, "table": table}
+
+
+def _measure(model: str, size: int, batch: int, precision: str, compile: bool, ceilings: dict[str, float]) -> dict:
+    import torch
+
+    row = {"precision": precision, "batch": batch}
+    try:
+        seconds, mib = one_step_s(model, size, batch, precision, compile)
+    except torch.OutOfMemoryError:
+        return row | {"absent": "out of memory"}
+    finally:
+        torch.cuda.empty_cache()
+        torch._dynamo.reset()
+    roofline = roofline_s(model, size, batch, precision, ceilings)
+    return row | {
+        "images_per_s": round(batch / seconds, 1),
+        "memory_mib": round(mib),
+        "roofline_images_per_s": round(batch / roofline, 1),
+        "of_the_roofline": round(roofline / seconds, 3),
+    }
+
+
+def roofline_s(model: str, size: int, batch: int, precision: str, ceilings: dict[str, float]) -> float:
+    """The least time of a step at these ceilings: each kernel by itself, its FLOPs or its bytes, the slower of both."""
+    from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
+    from pipeline.insight.memory import Tracer
+
+    config = Config(data=DataConfig(image_size=size), model=ModelConfig(name=model), train=TrainConfig())
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+    step = Tracer(config, 1000).trace(batch)
+    return step.seconds(ceilings["half_tflops"], ceilings["tflops"], ceilings["gb_s"])
+
+
+def _line(row: dict) -> str:
+    if "absent" in row:
+        return row["absent"]
+    return f"{row['images_per_s']:9,.1f}  {row['memory_mib']:8,}  {100 * row['of_the_roofline']:5.1f} %"

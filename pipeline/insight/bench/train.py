@@ -1,0 +1,187 @@
+"""`bench train`: a run taken apart, on the machine and with the options that it is meant for; under torchrun, too.
+
+The same steps are timed with more and more of the run about them: the step alone, with the exchange of gradients, with
+loader, reports and ledger; and the loader and a save by themselves. The differences say what holds the run back.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.config import CheckpointConfig, Config, TrackingConfig, parse_config
+from pipeline.errors import UserError
+from pipeline.insight.bench.arena import Spread
+from pipeline.insight.bench.table import rows
+
+WORTH_A_WORD = 0.03  # of a step's time
+REMEDIES = {
+    "data": "more cores or --data.threads, shards with a reduced short side (pipeline pack --short_side 256), a disk "
+    "nearer by (pipeline stage); bench loader and bench io tell which",
+    "communication": "a larger local batch, --train.compress_gradients bf16, --train.bucket_mb, or a faster link; "
+    "--train.profile 10 shows what overlaps",
+    "checkpointing": "a larger --checkpoint.every_minutes, or a faster disk; bench checkpoint tells of a save",
+    "records": "look at --train.profile 10",
+}
+ABOUT = """usage: pipeline bench train --config NAME_OR_FILE --data.root ROOT [options of train] [these]
+
+Take a run apart: is it data, compute, communication or checkpointing that holds it back, and by how much? Takes what
+`pipeline train` takes, alone or under torchrun; nothing is left behind but the result.
+
+  --steps N            steps a round (default 10)
+  --rounds N           rounds that count, after one that does not (default 5)
+  --json FILE          where the result goes (pipeline preflight --bench FILE reads it)
+
+Options of train, which apply here too:
+"""
+
+
+def main(argv: list[str]) -> dict | None:
+    """The result; None on all ranks but the first."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--steps", type=int, default=10)
+    own.add_argument("--rounds", type=int, default=5)
+    try:
+        options, rest = own.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    if options.steps < 1 or options.rounds < 1:
+        raise UserError("--steps and --rounds must be 1 or more")
+    if {"-h", "--help"} & set(rest):
+        print(ABOUT)
+    config = parse_config(rest, "bench train")
+    from pipeline.training.distributed import start_world
+
+    world = start_world(config.train)
+    folder = world.on_main(lambda: tempfile.mkdtemp(prefix="bench-train-"))
+    try:
+        return take_apart(quiet(config, folder), world, options.steps, options.rounds, config.checkpoint.every_minutes)
+    finally:
+        if world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        world.close()
+
+
+def quiet(config: Config, folder: str) -> Config:
+    """The same run in another folder, which saves and tells nothing by itself."""
+    return dataclasses.replace(
+        config,
+        run_dir=str(Path(folder) / "run"),
+        resume="auto",
+        checkpoint=CheckpointConfig(every_minutes=None, every_epoch=False, keep=1),
+        tracking=TrackingConfig(wandb="disabled", report=False, print_every_s=1e9),
+    )
+
+
+def take_apart(config: Config, world, steps: int, rounds: int, save_every_minutes: float | None) -> dict | None:
+    """Time the parts in turn and judge. Collective."""
+    from pipeline.insight.bench.loops import ResidentStream, open_trainer, wait_for
+    from pipeline.tracking.ledger import read_rows
+
+    world.on_main(lambda: Path(config.run_dir).mkdir(parents=True, exist_ok=True))
+    trainer = open_trainer(config, world)
+    stream, step = trainer.train_stream, trainer.train_step
+    (batch,) = ResidentStream(stream, world, config.data.image_size).batches(0, 1)
+    alone = step.exchanging is step.network
+    seen: dict[str, list[float]] = {}
+
+    def timed(name: str, action: Callable[[], None], counts: bool, units: int = steps) -> None:
+        wait_for(world.device)
+        world.any(False)  # all ranks begin together
+        begun = time.perf_counter()
+        action()
+        wait_for(world.device)
+        if counts:
+            seen.setdefault(name, []).append((time.perf_counter() - begun) / units)
+
+    def compute() -> None:
+        for _ in range(steps):
+            with contextlib.nullcontext() if alone else step.exchanging.no_sync():
+                step(batch, 0.0)
+
+    def compute_and_exchange() -> None:
+        for _ in range(steps):
+            step(batch, 0.0)
+
+    def load(first: int) -> None:
+        for _ in stream.batches(first, first + steps):
+            pass
+
+    for number in range(rounds + 1):
+        counts = number > 0
+        timed("loader", lambda n=number: load(n * steps), counts)
+        timed("compute", compute, counts)
+        if not alone:
+            timed("compute, exchange", compute_and_exchange, counts)
+        timed("run", lambda: trainer.train_until(trainer.step + steps), counts)
+        timed("save", trainer.save, counts, units=1)
+        if trainer.records:
+            begun = time.perf_counter()
+            trainer.records.writer.wait()
+            seen.setdefault("written behind", []).append(time.perf_counter() - begun)
+    waits = [row["data_wait"] for row in read_rows(trainer.folder.ledger) if row.get("kind") == "train"][steps:]
+    trainer.close()
+    if not world.is_main:
+        return None
+    spreads = {name: Spread.of(values) for name, values in seen.items()}
+    return judge(config, world, spreads, Spread.of(waits).median, save_every_minutes)
+
+
+def judge(
+    config: Config, world, spreads: dict[str, Spread], data_wait: float, save_every_minutes: float | None
+) -> dict:
+    """Print and return the parts of a step, their shares, and what they come to. data_wait: share of a step."""
+    images = config.train.global_batch_size
+    run = spreads["run"].median
+    compute = spreads["compute"].median
+    step = spreads.get("compute, exchange", spreads["compute"]).median
+    save = spreads["save"].median / (60 * save_every_minutes) if save_every_minutes else 0.0
+    shares = {
+        "compute": min(1.0, compute / run),
+        "communication": max(0.0, step - compute) / run,
+        "data": data_wait,
+        "records": max(0.0, run - step - data_wait * run) / run,
+        "checkpointing": save,
+    }
+    loader_rate, step_rate = images / spreads["loader"].median, images / step
+    print(
+        f"{config.model.name}, {config.train.precision}, {images} images a step on {world.size} x {world.device.type}"
+    )
+    lines = {
+        name: f"{1e3 * s.median:10.1f}   {1e3 * s.least:10.1f} {1e3 * s.greatest:10.1f}" for name, s in spreads.items()
+    }
+    print(rows({"ms a step": f"{'median':>10}   {'least':>10} {'greatest':>10}", **lines}))
+    print(
+        f"  {images / run:,.1f} images/s; the loader off the shelf gives {loader_rate:,.1f}, "
+        f"{loader_rate / step_rate:.2f} times what the step eats\n"
+    )
+    print(rows({name: f"{100 * share:5.1f} %" for name, share in shares.items()}))
+    verdict = _verdict(shares)
+    print(f"\n{verdict}")
+    return {
+        "images_per_s": round(images / run, 2),
+        "world_size": world.size,
+        "model": config.model.name,
+        "precision": config.train.precision,
+        "global_batch_size": images,
+        "loader_images_per_s": round(loader_rate, 2),
+        "step_images_per_s": round(step_rate, 2),
+        "seconds": {name: spread.plain(5) for name, spread in spreads.items()},
+        "shares": {name: round(share, 4) for name, share in shares.items()},
+        "verdict": verdict,
+    }
+
+
+def _verdict(shares: dict[str, float]) -> str:
+    others = {name: share for name, share in shares.items() if name != "compute"}
+    worst = max(others, key=others.get)
+    if others[worst] < WORTH_A_WORD:
+        return f"compute holds this run back; of all else {worst} takes most, {100 * others[worst]:.1f} % of the time"
+    return (
+        f"{worst} holds this run back: without it, a step would take {100 * others[worst]:.0f} % less. "
+        f"What helps: {REMEDIES[worst]}"
+    )

@@ -1,0 +1,48 @@
+"""Batches brought to a CUDA device ahead of the step, by a stream of their own."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """The same batches: while one is trained on, the next one's bytes are on their way to `device`.
+
+    Whatever `batches` sends there, it sends on the current stream and without waiting; here that is not the stream of
+    the training.
+    """
+    stream = torch.cuda.Stream(device)
+
+    def bring() -> tuple[Any, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+            event = torch.cuda.Event()
+            event.record()
+        return batch, event
+
+    try:
+        batch, event = bring()
+        while batch is not None:
+            following = bring()
+            training = torch.cuda.current_stream(device)
+            training.wait_event(event)
+            for tensor in _tensors(batch):
+                tensor.record_stream(training)  # its memory is not another's before the step has read it
+            yield batch
+            batch, event = following
+    finally:
+        batches.close()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor on a device in a batch, however deep."""
+    if isinstance(value, torch.Tensor):
+        if value.is_cuda:
+            yield value
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(list(vars(value).values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

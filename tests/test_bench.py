@@ -1,0 +1,119 @@
+"""Benches: contenders take turns and are compared, a run is taken apart and judged, results are written down."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import runs
+
+from pipeline.__main__ import main
+from pipeline.config import load_config
+from pipeline.dataset.scan import build_index
+from pipeline.errors import BrokenError
+from pipeline.insight.bench import train as bench_train
+from pipeline.insight.bench.arena import Absent, Contender, Spread, compete, ratios
+from pipeline.insight.preflight import read_bench
+
+
+def burn(millions: int, log: str):
+    def one_round() -> int:
+        with open(log, "a") as file:  # noqa: PTH123
+            file.write(f"{millions}\n")
+        sum(range(millions * 1_000_000))
+        return 10
+
+    return one_round
+
+
+def not_here():
+    raise Absent("no such thing on this machine")
+
+
+def crash():
+    return lambda: os._exit(9)
+
+
+def test_contenders_take_turns_and_are_compared(tmp_path):
+    log = tmp_path / "turns"
+    contenders = [
+        Contender("one", burn, {"millions": 2, "log": str(log)}),
+        Contender("four", burn, {"millions": 8, "log": str(log)}),
+        Contender("absent", not_here),
+        Contender("crashing", crash, may_crash=True),
+    ]
+    outcomes = compete(contenders, rounds=3, warm_up=1)
+    assert log.read_text().split() == ["2", "8"] * 4
+    assert outcomes["absent"].absent == "no such thing on this machine" and "9" in outcomes["crashing"].absent
+    assert len(outcomes["one"].cpu_ms) == len(outcomes["one"].wall_ms) == 3
+    assert 2.5 < ratios(outcomes, "one", "four").median < 6.5
+    assert ratios(outcomes, "one", "absent") is None
+
+
+def test_a_contender_that_must_not_crash_ends_the_bench():
+    with pytest.raises(BrokenError, match="crashing failed"):
+        compete([Contender("crashing", crash)], rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "data_wait", "verdict"),
+    [
+        ({"run": 1.0, "compute": 0.99, "compute, exchange": 0.99}, 0.0, "compute holds this run back"),
+        ({"run": 1.0, "compute": 0.7, "compute, exchange": 0.98}, 0.0, "communication holds this run back"),
+        ({"run": 1.0, "compute": 0.6, "compute, exchange": 0.62}, 0.37, "data holds this run back"),
+        ({"run": 1.0, "compute": 0.8, "compute, exchange": 0.82}, 0.01, "records holds this run back"),
+        ({"run": 1.0, "compute": 0.98, "save": 30.0}, 0.01, "checkpointing holds this run back"),
+    ],
+)
+def test_the_verdict_names_what_takes_the_time(seconds, data_wait, verdict):
+    spreads = {name: Spread.of([value]) for name, value in ({"loader": 0.5, "save": 0.0} | seconds).items()}
+    world = SimpleNamespace(size=2, device=SimpleNamespace(type="cpu"))
+    result = bench_train.judge(load_config(runs.TINY), world, spreads, data_wait, save_every_minutes=5)
+    assert result["verdict"].startswith(verdict)
+    assert result["images_per_s"] == 20 and result["loader_images_per_s"] == 40
+
+
+def test_a_run_is_taken_apart_and_preflight_reads_the_result(synthetic_root, tmp_path, capsys):
+    build_index(synthetic_root)
+    path = tmp_path / "train.json"
+    own = ["--steps", "1", "--rounds", "1", "--json", str(path), "--train.device", "cpu"]
+    assert main(["bench", "train", "--config", str(runs.TINY), "--data.root", str(synthetic_root), *own]) == 0
+    page = json.loads(path.read_text())
+    assert set(page["result"]["seconds"]) == {"loader", "compute", "run", "save", "written behind"}
+    assert page["result"]["verdict"] in capsys.readouterr().out
+    assert "bench train" in page["command"] and page["machine"]["versions"]["torch"]
+    assert read_bench(path) == (page["result"]["images_per_s"], 1)
+
+
+def test_what_can_not_be_benched_is_one_line(tmp_path, capsys):
+    assert main(["bench", "speed"]) == 2
+    assert main(["bench", "loader", str(tmp_path)]) == 2
+    assert main(["bench", "io", str(tmp_path), "--threads", "x"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 3 and "has no index" in lines[1]
+
+
+def test_some_steps_are_profiled(synthetic_root, tmp_path):
+    import gzip
+
+    build_index(synthetic_root)
+    printed = runs.call(synthetic_root, tmp_path / "run", "--train.profile", "2", "--train.max_steps", "6")
+    (trace,) = (tmp_path / "run" / "profile").iterdir()
+    assert str(trace) in printed
+    names = [event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert len({name for name in names if name.startswith("ProfilerStep")}) == 2
+    assert any("convolution_backward" in name for name in names)
+
+
+def test_how_much_of_an_exchange_is_hidden(tmp_path, capsys):
+    def event(name, kind, start, end):
+        return {"ph": "X", "name": name, "cat": kind, "ts": start, "dur": end - start}
+
+    kernels = [("gemm", 0, 100), ("gemm", 50, 120), ("ncclDevKernel_AllReduce", 80, 160), ("gemm", 150, 155)]
+    trace = tmp_path / "trace.json"
+    trace.write_text(json.dumps({"traceEvents": [event(name, "kernel", *at) for name, *at in kernels]}))
+    assert main(["bench", "overlap", str(trace), "--json", str(tmp_path / "o.json")]) == 0
+    result = json.loads((tmp_path / "o.json").read_text())["result"]
+    assert result == {"exchange_ms": 0.08, "computing_ms": 0.125, "hidden_share": pytest.approx(45 / 80)}
+    trace.write_text("{}")
+    assert main(["bench", "overlap", str(trace)]) == 2
