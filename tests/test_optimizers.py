@@ -127,6 +127,13 @@ def test_adaptive_clipping_goes_unit_by_unit():
     clip_adaptive(list(model.parameters()), 0.2)  # a unit of norm 5 may have a gradient of norm 1, one at 0 of 0.0002
     expected = torch.tensor([[0.0, 1.0], [0.3, 0.4], [0.0, 0.0002]])
     torch.testing.assert_close(model.weight.grad, expected)
+    filters = nn.Conv2d(2, 2, 3)
+    filters.weight.data.fill_(1.0)
+    filters.weight.grad = torch.stack([torch.ones(2, 3, 3), torch.full((2, 3, 3), 0.1)])
+    filters.bias.data, filters.bias.grad = torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0])
+    clip_adaptive(list(filters.parameters()), 0.2)
+    torch.testing.assert_close(filters.weight.grad[:, 0, 0, 0], torch.tensor([0.2, 0.1]))
+    torch.testing.assert_close(filters.bias.grad, torch.tensor([0.6, 0.8]))  # a vector is one unit
 
 
 def test_biases_may_decay_though_norms_do_not():

@@ -13,9 +13,8 @@ def clip_norm(parameters: list[nn.Parameter], largest: float) -> None:
 
 def unit_norms(values: torch.Tensor) -> torch.Tensor:
     """Euclidean norm of each unit's part, broadcastable to `values`: of a row, a filter, or the whole of a vector."""
-    if values.ndim <= 1:
-        return values.norm()
-    return values.norm(dim=tuple(range(1, values.ndim)), keepdim=True)
+    dims = tuple(range(1, values.ndim)) or None
+    return torch.linalg.vector_norm(values, dim=dims, keepdim=dims is not None)
 
 
 @torch.no_grad()
