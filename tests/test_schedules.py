@@ -75,6 +75,14 @@ def test_other_epochs_rescale_the_recipe(tmp_path, epochs, warmup, milestones):
     assert schedule.lr(schedule.total_steps - 1) == pytest.approx(0.01)
 
 
+def test_the_ramp_of_the_images_size_moves_along():
+    def ramp(*argv):
+        return parse_config(["--config", "resnet50-ffcv-88", *argv]).data.ramp_epochs
+
+    assert ramp() == (65, 76) and ramp("--schedule.epochs", "44") == (32.5, 38)
+    assert ramp("--schedule.epochs", "44", "--data.ramp_epochs", "[1, 2]") == (1, 2)
+
+
 def test_the_same_epochs_in_other_words_are_the_same_recipe(tmp_path):
     assert config_of(tmp_path, "--schedule.epochs=90ep") == config_of(tmp_path)
     assert config_of(tmp_path, "--schedule.epochs", "18", "--schedule.made_for", "18").milestones == (30.0, 60.0)

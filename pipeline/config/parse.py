@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.command import make_parser, normalise
 from pipeline.config.run import Config
+from pipeline.config.time import parse_time
 from pipeline.errors import UserError
 
 
@@ -65,7 +66,20 @@ def parse_config(argv: list[str], verb: str = "train") -> Config:
         if shorter:  # the recipe's milestones and warm-up are for the recipe's epochs
             rest = _without(argv, "--schedule.epochs")
             values["schedule"]["made_for"] = parser.parse_args(rest).as_dict()["schedule"]["epochs"]
+            _stretch_ramp(values, argv)
     return from_dict(values)
+
+
+def _stretch_ramp(values: dict[str, Any], argv: list[str]) -> None:
+    """The ramp of the images' size moves with the run's length, unless it is given or the length is in batches."""
+    ramp, schedule = values["data"]["ramp_epochs"], values["schedule"]
+    given = any(item.partition("=")[0] == "--data.ramp_epochs" for item in argv)
+    try:
+        (there, unit), (here, other) = parse_time(schedule["made_for"]), parse_time(schedule["epochs"])
+    except ValueError:  # the checks say it
+        return
+    if ramp is not None and not given and unit == other == "ep" and there:
+        values["data"]["ramp_epochs"] = [round(epoch * here / there, 6) for epoch in ramp]
 
 
 def _without(argv: list[str], option: str) -> list[str]:

@@ -68,8 +68,7 @@ def _gpu_hours(name: str, card: str, known: dict[tuple, float]) -> float:
         known[key] = step.seconds(peak.half_tflops, peak.tflops, peak.gb_s) / step.images
     images, batch = IMAGENET[0], config.train.global_batch_size
     epochs = epochs_of(config.schedule.epochs, images / batch)
-    size_at = getattr(config.data, "size_at", lambda epoch: config.data.image_size)
-    sizes = [(size_at(epoch) / config.data.image_size) ** 2 for epoch in range(max(1, round(epochs)))]
+    sizes = [(config.data.size_at(epoch) / config.data.image_size) ** 2 for epoch in range(max(1, round(epochs)))]
     return known[key] * images * epochs * statistics.fmean(sizes) / 3600
 
 

@@ -107,6 +107,7 @@ def published_config(ask: Request, published: Published) -> Config:
         image_size=published.size,
         val_size=published.size,
         val_resize=published.resize,
+        interpolation="bicubic" if published.bicubic else "bilinear",
         mean=published.mean,
         std=published.std,
     )

@@ -111,7 +111,7 @@ def describe(config: Config, outputs: int, classes: list[dict] | None, step: int
         "preprocessing": {
             "input": "float32 [B, 3, H, W], RGB",
             "resize_shorter_side": data.val_resize,
-            "interpolation": "bilinear, antialiased",
+            "interpolation": f"{data.interpolation}, antialiased",
             "center_crop": data.val_size,
             "scale": "1 / 255",
             "mean": list(data.mean),
