@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_TRIES = 64  # of the rejection methods: the chance that none fits is below 2^-29
+_TRIES = 32  # of the rejection methods: the chance that none fits is 2^-32 at most
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:

@@ -10,19 +10,31 @@ from torchvision.transforms.v2 import functional as tv
 
 from pipeline.loader.changes import Changes
 
+_ON_A_CPU = 4  # images at a time: as many as its caches hold; a GPU takes all there are
 _RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114  # ITU-R 601-2, as in PIL and torchvision
 
 
 def change(images: torch.Tensor, changes: Changes, mode: str, fill: tuple[int, int, int] | None) -> torch.Tensor:
     """The images uint8 [B, H, W, 3], changed. mode: "nearest" or "bilinear"; fill: colour of what geometric changes
     uncover, None: black. Nothing here waits for the device."""
-    images = images.permute(0, 3, 1, 2).clone(memory_format=torch.preserve_format)
+    images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+    most = _ON_A_CPU if images.device.type == "cpu" else len(images)
     for groups in changes.rounds:
-        for op, rows, amounts in groups:
-            some = images.index_select(0, rows)
-            changed = affine(some, amounts, mode, fill) if op == "affine" else OPS[op](some, amounts)
-            images.index_copy_(0, rows, changed)
-    return images.permute(0, 2, 3, 1)
+        for op, *group in groups:
+            for rows, amounts in zip(*(part.split(most) for part in group), strict=True):
+                some = images.index_select(0, rows)
+                changed = affine(some, amounts, mode, fill) if op == "affine" else OPS[op](some, amounts)
+                _put(images, rows, changed)
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+def _put(images: torch.Tensor, rows: torch.Tensor, changed: torch.Tensor) -> None:
+    """images[rows] = changed. (On a CPU index_copy_ takes many times as long as copies.)"""
+    if images.device.type != "cpu":
+        images.index_copy_(0, rows, changed)
+        return
+    for row, image in zip(rows.tolist(), changed, strict=True):
+        images[row] = image
 
 
 def _each(amounts: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,8 @@ def retouch(pixels: torch.Tensor, how: Retouch, group: int) -> torch.Tensor:
         pixels = torch.where(inside(how.erased, *size), 0.0, pixels)
     if how.boxes is not None:
         others = partners(pixels, group)
-        share = how.blends.view(-1, 1, 1, 1)
-        pixels = torch.where(inside(how.boxes, *size), others, pixels * share + others * (1 - share))
+        blended = torch.lerp(others, pixels, how.blends.view(-1, 1, 1, 1))
+        pixels = torch.where(inside(how.boxes, *size), others, blended)
     return pixels
 
 
