@@ -98,8 +98,9 @@ class WandbView:
                 self.run = wandb.init(mode="offline", **arguments)
             except Exception as second:
                 self.say(f"W&B: {type(second).__name__}: {_first_line(second)}; metrics.jsonl has everything")
-        if self.run is not None:
-            self._try(self.run.define_metric, "val_top1", summary="max")
+        for name in ("val_top1", "val_ema_top1"):
+            if self.run is not None:
+                self._try(self.run.define_metric, name, summary="max")
 
     def _try(self, function, *arguments, **options) -> None:
         try:
