@@ -20,6 +20,12 @@ def root(synthetic_root):
     return synthetic_root
 
 
+def how(precision, processes):
+    """The options of a run. One kind of them exchanges compressed gradients, in several buckets."""
+    exchange = ["--train.compress_gradients", "bf16", "--train.bucket_mb", "5"]
+    return ["--train.precision", precision, *(exchange if (precision, processes) == ("fp32", 2) else [])]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(root, tmp_path_factory):
     """The run folder of an uninterrupted run, made once for each (precision, processes)."""
@@ -29,7 +35,7 @@ def undisturbed(root, tmp_path_factory):
         key = precision, processes
         if key not in made:
             made[key] = tmp_path_factory.mktemp("undisturbed") / f"{precision}-{processes}"
-            runs.train(root, made[key], "--train.precision", precision, processes=processes)
+            runs.train(root, made[key], *how(precision, processes), processes=processes)
         return made[key]
 
     return get
@@ -40,7 +46,7 @@ def undisturbed(root, tmp_path_factory):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_killed_twice_and_resumed_is_bit_identical(root, undisturbed, tmp_path, precision, processes):
     whole, cut = undisturbed(precision, processes), tmp_path / "cut"
-    options = ["--train.precision", precision]
+    options = how(precision, processes)
     runs.kill_once_saved(3, root, cut, *options, "--checkpoint.every_steps", "3", processes=processes)
     runs.kill_once_saved(10, root, cut, *options, "--checkpoint.every_epoch", "true", processes=processes)
     runs.train(root, cut, *options, processes=processes)
