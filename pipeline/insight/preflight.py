@@ -26,7 +26,7 @@ Would this job run? Takes what `pipeline train` takes, and needs no GPU. Exit co
   --world_size N       processes in all (default: the GPUs of this machine, or 1)
   --time_limit T       of the job, as Slurm writes it: MINUTES, [DAYS-]HH:MM:SS (default: none)
   --gpu_memory GIB     memory of each GPU (default: of this machine's GPUs)
-  --bench FILE         JSON with images_per_s, and world_size if not 1, as `pipeline estimate --run RUN --json` prints:
+  --bench FILE         JSON with images_per_s, and world_size if not 1, as `pipeline bench train --json FILE` writes it:
                        the speed for the time estimate until the run has measured its own
   --node_facts         print this machine's facts as a JSON line, for --nodes_file
   --nodes_file FILE    facts of all the nodes of the job, a line each (default: look from this machine alone)
