@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import runs
 import torch
+from torch import nn
 
-from pipeline.config import DataConfig, TrainConfig
+from pipeline.config import AugmentConfig, DataConfig, TrainConfig
 from pipeline.dataset.scan import build_index
 from pipeline.loader import build
 from pipeline.training.distributed import World
+from pipeline.training.image_ops import change
+from pipeline.training.mixing import Retouched
 from pipeline.training.snapshot import HostCopy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -46,6 +49,25 @@ def test_resizing_on_the_gpu_gives_the_cpus_pixels(root):
         stream.close()
     difference = np.abs(images["cpu"] - images["cuda"])
     assert difference.mean() <= 0.3 and difference.max() <= 16  # DALI's resize against torch's: as DALI on a CPU was
+
+
+def test_augmentation_on_the_gpu_gives_the_cpus_pixels(root):
+    """Bytes within a level where a sum is rounded the other way; erased and mixed as floats."""
+    index = build_index(root)
+    config = DataConfig(loader="reference", image_size=64, val_size=64, val_resize=72)
+    c = AugmentConfig(policy="randaugment-timm", ops=4, jitter=(0.3, 0.3, 0.3, 0.1), erase=0.5, mixup=0.2, cutmix=1.0)
+    plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=64), c)
+    changed, seen = {}, {}
+    for name in ("cpu", "cuda"):
+        device = torch.device(name, 0) if name == "cuda" else torch.device(name)
+        stream = build.make_train_stream(index, plan, config, World(0, 1, 0, 1, device))
+        (batch,) = stream.batches(0, 1)
+        stream.close()
+        whole = Retouched(nn.Identity(), config.mean, config.std, True, c.mix_group).to(device)
+        changed[name] = change(batch.images, batch.changes, "nearest", None).cpu().int()
+        seen[name] = whole(changed["cpu"].to(device, torch.uint8), batch.retouch).cpu()
+    assert (changed["cpu"] != changed["cuda"]).float().mean() <= 1e-3
+    torch.testing.assert_close(seen["cpu"], seen["cuda"])
 
 
 def test_compiled_and_accumulated_steps_learn(root, tmp_path):
