@@ -4,8 +4,10 @@ import atexit
 import importlib
 import os
 import sys
+import traceback
 
 from pipeline.errors import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, BrokenError, UserError, complain
+from pipeline.redact import redact
 
 #: verb -> (module, function taking the arguments after the verb and returning an exit code, one line of help)
 VERBS = {
@@ -33,6 +35,7 @@ VERBS = {
     "preflight": ("pipeline.insight.preflight", "main", "would this job run? Asked before it is queued; needs no GPU"),
     "status": ("pipeline.insight.status", "main", "how a run stands, also while it runs"),
     "report": ("pipeline.insight.report", "main", "a run, or several, as one page with its curves and pictures"),
+    "resend": ("pipeline.tracking.resend", "main", "a run's whole history to W&B, from its metrics.jsonl"),
     "chaos": ("pipeline.insight.chaos", "main", "kill a small training job at random moments: is anything lost?"),
     "bench": (
         "pipeline.insight.bench.cli",
@@ -100,6 +103,10 @@ def run() -> None:
             sys.stderr.flush()
             os._exit(code if isinstance(code, int) else EXIT_OK if code is None else EXIT_BROKEN)
 
+    def tell(*error) -> None:
+        sys.stderr.write(redact("".join(traceback.format_exception(*error))))
+
+    sys.excepthook = tell
     atexit.register(leave)  # registered first, so it is called last
     try:
         code = main()

@@ -7,6 +7,8 @@
 import os
 import sys
 
+from pipeline.redact import redact
+
 EXIT_OK = 0  #: finished; or nothing was left to do
 EXIT_BROKEN = 1  #: a node, a disk, a server or a program failed: trying again may help
 EXIT_USER = 2  #: an option, a path or a data set must be mended first: trying again does not help
@@ -38,4 +40,5 @@ def complain(who: str, error: UserError | BrokenError | str) -> None:
     rank = os.environ.get("RANK", "0")
     own = isinstance(error, BrokenError) and not error.alike
     if rank == "0" or own:
-        print(f"{who}: {f'rank {rank}: ' if own and rank != '0' else ''}{error}", file=sys.stderr, flush=True)
+        line = redact(f"{who}: {f'rank {rank}: ' if own and rank != '0' else ''}{error}")
+        print(line, file=sys.stderr, flush=True)

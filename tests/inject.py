@@ -45,5 +45,8 @@ def inject(fault: str, rank: int, step: int) -> None:
 
 
 if __name__ == "__main__":
-    inject(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-    sys.exit(main(sys.argv[4:]))
+    fault, rank = sys.argv[1], int(sys.argv[2])
+    if fault != "differ":
+        inject(fault, rank, int(sys.argv[3]))
+    other = ["--optim.lr", "0.3"] if fault == "differ" and int(os.environ["RANK"]) == rank else []
+    sys.exit(main([*sys.argv[4:], *other]))

@@ -54,6 +54,20 @@ def test_steps_sent_before_a_second_kill_are_not_sent_again(tmp_path):
     assert [row["_step"] for row in history(tmp_path)] == [11, 12]
 
 
+def test_an_evaluation_after_a_kill_comes_beside_the_next_step(tmp_path):
+    """W&B takes nothing for a step that it has: the kill came between a step's row and its evaluation's, and again."""
+    for first, last in (((1, {}), 4), ((4, {"train": 4}), 6), ((5, {"train": 6, "eval": 4}), 8)):
+        view = WandbView(TrackingConfig(wandb="offline"), tmp_path, {}, first[1], print)
+        if first[0] == 4:
+            view.log({"kind": "eval", "step": 4, "val_top1": 50.0})
+        for step in range(first[0], last + 1):
+            view.log({"kind": "train", "step": step, "loss": 0.1 * step})
+        view.close()
+    rows = history(tmp_path)
+    assert [row["_step"] for row in rows] == list(range(1, 9))
+    assert [row["_step"] for row in rows if "val_top1" in row] == [5]
+
+
 @pytest.mark.parametrize("way", ["raises", "namespace"])
 def test_trouble_with_wandb_is_said_once_and_borne(tmp_path, monkeypatch, way):
     said = []

@@ -23,6 +23,10 @@ def recipe_names() -> list[str]:
 def resolve_recipe(name: str) -> str:
     """The file of a recipe: a path as it is, a name from the package. Raises UserError for neither."""
     if Path(name).is_file():
+        try:
+            Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {name} is no text file ({error}); give a YAML file") from error
         return name
     packaged = recipes_folder() / f"{name}.yaml"
     if os.sep not in name and packaged.is_file():

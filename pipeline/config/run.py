@@ -85,14 +85,15 @@ def check_all(c: Config) -> Iterator[Check]:
     yield from check_tracking(c.tracking)
 
 
-def identity(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The run's identity as flat names: {"optim.lr": 0.1, ...}; fields made with `free` are left out."""
+def identity(config: Any, prefix: str = "", everything: bool = False) -> dict[str, Any]:
+    """The run's identity as flat names: {"optim.lr": 0.1, ...}; fields made with `free` are left out, unless
+    `everything` is asked for."""
     flat = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            flat |= identity(value, f"{prefix}{item.name}.")
-        elif item.metadata.get("identity", True):
+            flat |= identity(value, f"{prefix}{item.name}.", everything)
+        elif everything or item.metadata.get("identity", True):
             flat[prefix + item.name] = list(value) if isinstance(value, tuple) else value
     return flat
 

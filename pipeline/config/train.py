@@ -38,6 +38,8 @@ class TrainConfig:
     max_steps: int | None = free(None)
     """Stop after this many steps in all, in the midst of the schedule; default: to its end."""
     device: Literal["auto", "cuda", "cpu"] = free("auto")
+    timeout_s: float = free(600.0)
+    """Seconds without progress after which a rank counts as hung: it is named, and the job ends for a restart."""
     deterministic: bool = free(False)
     """On CUDA: only deterministic kernels (slower), so that resuming is bit-exact there too. On CPU it is always."""
 
@@ -52,4 +54,5 @@ def check_train(c: TrainConfig) -> Iterator[Check]:
     yield "train.cuda_graphs", c.cuda_graphs, c.compile or not c.cuda_graphs, "give train.compile, too"
     yield positive("train.bucket_mb", c.bucket_mb)
     yield positive("train.profile", c.profile, optional=True)
+    yield positive("train.timeout_s", c.timeout_s)
     yield "train.seed", c.seed, 0 <= c.seed < 2**63, "give a whole number from 0 to 2^63 - 1"

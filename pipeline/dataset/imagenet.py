@@ -59,7 +59,11 @@ def read_synset_words(root: Path) -> dict[str, str]:
     if path is None:
         return {}
     words = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({error}); fetch the file again") from error
+    for line in lines:
         synset, _, text = line.strip().partition(" ")
         if synset:
             words[synset] = text

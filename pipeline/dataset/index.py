@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tokenize import TokenError
 
 import numpy as np
 import xxhash
@@ -237,7 +238,7 @@ def open_index(folder: Path) -> Index:
         synsets, words = zip(*((str(s), str(w)) for s, w in meta["classes"]), strict=True)
         folders = {str(k): int(v) for k, v in meta["folders"].items()}
         return Index(folder, root, synsets, words, splits, str(meta["fingerprint"]), folders)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, SyntaxError, TokenError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"index {path} is damaged ({error}); {again}") from error

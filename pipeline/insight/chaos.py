@@ -44,7 +44,7 @@ def recipe(steps: int, model: str, device: str, wandb: str) -> dict:
             "deterministic": True,
         },
         "checkpoint": {"every_steps": 3, "every_minutes": None},
-        "tracking": {"wandb": wandb, "print_every_s": 3600.0},
+        "tracking": {"wandb": wandb, "print_every_s": 3600.0, "report": False},
     }
 
 
@@ -215,7 +215,7 @@ def try_run(work: Path, kills: int, processes: int, seed: int, model: str, devic
     work.mkdir(parents=True, exist_ok=True)
     generate_tree(work / "data", Settings(CLASSES, PER_CLASS, 6, seed=1, size=64, oddities=4))
     build_index(work / "data")
-    steps = 16 + 12 * kills
+    steps = 16 + 18 * kills
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe(steps, model, device, wandb)))
     calm = Job(work, "undisturbed", processes)
     begun = time.monotonic()

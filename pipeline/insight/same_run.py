@@ -16,7 +16,7 @@ from pipeline.tracking.ledger import read_rows
 from pipeline.training.checkpoint import list_checkpoints, load_state, verify_checkpoint
 
 TIMES = ("images_per_s", "data_wait")  # what differs from run to run by nature
-_EXPECTED = {"config.yaml", "metrics.jsonl", "finished", "checkpoints", "report", "wandb"}
+_EXPECTED = {"config.yaml", "metrics.jsonl", "finished", "checkpoints", "report", "wandb", "debug"}
 
 
 def rows_of(run: Path, kind: str) -> list[dict]:

@@ -17,6 +17,7 @@ from pipeline.dataset.index import Split
 from pipeline.errors import BrokenError
 
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # no fault of the file's
 _RETRY_AFTER_S = (0.1, 1.0, 5.0)  # a network file system's hiccup
 
 
@@ -42,6 +43,7 @@ class Source:
         self.threads = threads
         self._shards: dict[int, int] = {}
         self._lock = threading.Lock()
+        self._busy: dict[int, tuple[float, int]] = {}  # thread -> since when it reads which sample
 
     def _shard(self, sample: int, number: int) -> int:
         """The file descriptor of a shard, opened once."""
@@ -54,7 +56,7 @@ class Source:
         if shard >= 0:
             return os.pread(self._shard(sample, shard), size, offset)
         with open(self.split.path(sample), "rb") as file:  # noqa: PTH123 - the shorter way, for every sample
-            return file.read()
+            return file.read(size + 1)  # whatever has taken its place may be without end
 
     def read(self, sample: int) -> np.ndarray:
         """The sample's bytes, uint8 [size].
@@ -74,14 +76,19 @@ class Source:
     def _checked(self, sample: int, shard: int, offset: int, size: int, digest: int) -> np.ndarray:
         for wait in (*_RETRY_AFTER_S, None):
             try:
+                self._busy[threading.get_ident()] = time.monotonic(), sample
                 data = self._read(sample, shard, offset, size)
                 break
             except (OSError, ValueError) as error:
+                if getattr(error, "errno", None) in _OURS:
+                    raise
                 if not self.split.root.is_dir():
                     raise BrokenError(f"data root {self.split.root} is gone: {error}") from error
                 if wait is None or getattr(error, "errno", None) not in _PASSING:
                     raise UnreadableSample(sample, str(error)) from error
                 time.sleep(wait)
+            finally:
+                self._busy.pop(threading.get_ident(), None)
         if len(data) != size:
             raise UnreadableSample(sample, f"has {len(data)} bytes, {size} when it was indexed")
         if xxhash.xxh3_64_intdigest(data) != digest:
@@ -103,6 +110,11 @@ class Source:
         size = max(1, -(-len(rows) // self.threads))
         parts = self.pool.map(self._read_part, (rows[i : i + size] for i in range(0, len(rows), size)))
         return [item for part in parts for item in part]
+
+    def slowest(self) -> str:
+        """The file whose reading lasts longest at this moment, for messages; empty if none is being read."""
+        since, sample = min(list(self._busy.values()), default=(0.0, -1))
+        return "" if sample < 0 else f"reading {self.split.path(sample)} for {time.monotonic() - since:.0f} s"
 
     def describe(self, sample: int) -> str:
         """Where the sample lies, for messages."""

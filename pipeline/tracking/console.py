@@ -3,6 +3,8 @@
 import sys
 import time
 
+from pipeline.redact import redact
+
 
 class Console:
     """Progress of a run.
@@ -22,6 +24,7 @@ class Console:
         """Print one line."""
         if self.quiet:
             return
+        text = redact(text)
         if self.bar is not None:
             self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from pipeline.config import TrackingConfig
+from pipeline.redact import redact
 
 _INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 30, 60
 
@@ -34,6 +35,7 @@ class WandbView:
             return
         self.folder.mkdir(exist_ok=True)
         self.sent = self._high_water(self.folder / "sent.json", last_steps)
+        self.taken = self.sent["train"]  # W&B has this step, and takes nothing for it or an earlier one
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
@@ -68,18 +70,6 @@ class WandbView:
         identifier = self.folder / "run-id"
         if not identifier.exists():
             identifier.write_text(uuid.uuid4().hex[:8])
-        quiet = wandb.Settings(
-            init_timeout=_INIT_TIMEOUT_S,
-            finish_timeout=_FINISH_TIMEOUT_S,
-            console="off",
-            disable_git=True,
-            disable_code=True,
-            save_code=False,
-            x_disable_stats=True,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_transaction_log_flush_interval=1,
-        )
         arguments = {
             "project": config.project,
             "entity": config.entity,
@@ -87,14 +77,15 @@ class WandbView:
             "id": identifier.read_text().strip(),
             "resume": "allow",
             "dir": str(run_dir),
-            "config": settings,
-            "settings": quiet,
+            "config": {k: redact(v) if isinstance(v, str) else v for k, v in settings.items()},
+            "settings": quiet_settings(wandb),
         }
         try:
             self.run = wandb.init(mode=mode, **arguments)
         except Exception as error:  # whatever W&B raises, training goes on
             self.say(f"W&B: {type(error).__name__}: {_first_line(error)}; going on offline")
             try:
+                wandb.teardown()  # else the run's id counts as in use
                 self.run = wandb.init(mode="offline", **arguments)
             except Exception as second:
                 self.say(f"W&B: {type(second).__name__}: {_first_line(second)}; metrics.jsonl has everything")
@@ -116,7 +107,11 @@ class WandbView:
         if self.run is None or row["step"] <= self.sent[row["kind"]]:
             return
         self.sent[row["kind"]] = row["step"]  # a run that goes back repeats steps too
-        self._try(self.run.log, {k: v for k, v in row.items() if k not in ("kind", "step")}, step=row["step"])
+        step = row["step"]
+        if step <= self.taken:  # an evaluation that did not come to pass before a kill: beside the next training row
+            step = self.taken + 1
+            self._high_water(self.folder / "sent.json", {"train": step})
+        self._try(self.run.log, {k: v for k, v in row.items() if k not in ("kind", "step")}, step=step)
 
     def show(self, pictures: list[Path], step: int) -> None:
         """Send pictures (PNG files) with the last step's row."""
@@ -129,14 +124,36 @@ class WandbView:
         if self.run is not None and pictures:
             self._try(send)
 
+    def alert(self, text: str) -> None:
+        """Send a message to those whom W&B tells of this project."""
+        if self.run is not None:
+            self._try(self.run.alert, title="a run needs attention", text=redact(text), level="ERROR")
+
     def expect_rewind(self, last_steps: dict[str, int]) -> None:
         """The run is about to go back; `last_steps`: as for a start."""
         if self.run is not None:
             self.sent = self._high_water(self.folder / "sent.json", last_steps)
+            self.taken = max(self.taken, self.sent["train"])
 
     def close(self, exit_code: int = 0) -> None:
         if self.run is not None:
             self._try(self.run.finish, exit_code=exit_code)
+
+
+def quiet_settings(wandb):
+    """Settings by which W&B gets the numbers and the configuration alone, and says nothing by itself."""
+    return wandb.Settings(
+        init_timeout=_INIT_TIMEOUT_S,
+        finish_timeout=_FINISH_TIMEOUT_S,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_transaction_log_flush_interval=1,
+    )
 
 
 def has_key() -> bool:

@@ -131,6 +131,19 @@ def _digest_file(path: Path) -> str:
     return state.hexdigest()
 
 
+def _is_complete(meta: dict) -> bool:
+    """Has a manifest what loading looks at, in the right types? Its digest may be right though it is not ours."""
+    files = meta.get("files")
+    return (
+        isinstance(meta.get("step"), int)
+        and isinstance(files, dict)
+        and all(name == Path(name).name and isinstance(entry, dict) for name, entry in files.items())
+        and all(isinstance(entry.get("size"), int) and "xxh3_128" in entry for entry in files.values())
+        and isinstance(meta.get("identity", {}), dict)
+        and all(isinstance(meta.get(name, []), list) for name in ("blacklist", "rollbacks"))
+    )
+
+
 def read_meta(path: Path) -> dict:
     """The verified `meta.json` of a checkpoint folder. Raises DamagedCheckpoint."""
     try:
@@ -139,6 +152,8 @@ def read_meta(path: Path) -> dict:
             raise DamagedCheckpoint(f"checkpoint {path}: {META} is damaged")
         if meta["format"] != FORMAT:
             raise DamagedCheckpoint(f"checkpoint {path}: format {meta['format']}, this version reads {FORMAT}")
+        if not _is_complete(meta):
+            raise DamagedCheckpoint(f"checkpoint {path}: {META} lacks what a checkpoint must say, or says it otherwise")
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise DamagedCheckpoint(f"checkpoint {path}: {META} can't be read ({error})") from error
     return meta
@@ -187,10 +202,10 @@ def find_newest_good(
 
 def check_fingerprints(path: Path, meta: dict, identity: dict, index_fingerprint: str) -> None:
     """Raises UserError that names each value in which a checkpoint's recipe or data set differs from the wanted one."""
-    compare_identity(meta["identity"], identity, f"checkpoint {path}")
-    if meta["index_fingerprint"] != index_fingerprint:
+    compare_identity(meta.get("identity", {}), identity, f"checkpoint {path}")
+    if meta.get("index_fingerprint") != index_fingerprint:
         raise UserError(
-            f"checkpoint {path} was trained on another data set: index fingerprint {meta['index_fingerprint']}, "
+            f"checkpoint {path} was trained on another data set: index fingerprint {meta.get('index_fingerprint')}, "
             f"here {index_fingerprint}; give the same --data.root, or another --run_dir"
         )
 

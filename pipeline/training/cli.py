@@ -7,6 +7,7 @@ from typing import Literal
 
 from pipeline.errors import BrokenError, UserError
 from pipeline.imports import importing
+from pipeline.redact import redact
 from pipeline.training.preemption import StopRequest, die_with_torchrun
 
 
@@ -21,18 +22,34 @@ def train(argv: list[str]) -> int:
     from pipeline.config import parse_config
 
     config = parse_config(argv)
+    run_dir = Path(config.run_dir).expanduser().resolve()
+    from pipeline.training.watch import DEBUG, record_flights
+
+    record_flights(run_dir / DEBUG)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with importing():
-        from pipeline.training.distributed import start_world
+        from pipeline.training.agreement import program_and_settings, refuse_differences
+        from pipeline.training.distributed import meet_all, start_world
         from pipeline.training.lock import RunLock
         from pipeline.training.loop import Trainer
+        from pipeline.training.mishaps import told
         from pipeline.training.run import make_run_folder
 
     world = start_world(config.train)
-    lock = RunLock(Path(config.run_dir).expanduser().resolve())
+    lock = RunLock(run_dir)
+
+    def last_words(message: str) -> None:
+        if lock.held:
+            leave_word(config.run_dir, BrokenError(message))
+            lock.release()
+
+    world.watch.folder, world.watch.last_words = run_dir / DEBUG if config.run_dir else None, last_words
     try:
-        world.on_main(lambda: (make_run_folder(config), lock.acquire())[1])
-        return Trainer(config, world, stop).run()
+        meet_all(world)
+        with told(config, world):
+            refuse_differences(program_and_settings(config, world), world)
+            world.on_main(lambda: (make_run_folder(config), lock.acquire())[1])
+            return Trainer(config, world, stop).run()
     except (UserError, BrokenError) as error:
         if lock.held:
             leave_word(config.run_dir, error)
@@ -106,6 +123,6 @@ def leave_word(run_dir: str, error: UserError | BrokenError) -> None:
     code = EXIT_USER if isinstance(error, UserError) else EXIT_BROKEN
     if _on_main() and run_dir and (folder / "config.yaml").exists():
         try:
-            RunFolder(folder).mark("failed", exit_code=code, message=str(error))
+            RunFolder(folder).mark("failed", exit_code=code, message=redact(str(error)))
         except OSError as problem:
             print(f"could not mark {folder} as failed: {problem}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The data set of a run: its index opened on every rank, built first by rank 0 where it is missing."""
 
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def open_data(data: DataConfig, world: World, say: Callable[[str], None], to_sco
             say(f"no index at {folder or index_folder(root)}: building it (once)")
         return build_index(root, folder, to_score=to_score).folder
 
-    return _open_here(world.on_main(build), world)
+    return _open_here(world.on_main(build, limit_s=math.inf), world)
 
 
 def check_labels(index: Index, classes: int) -> None:

@@ -110,7 +110,8 @@ def evaluate(
     """
     was_training = network.training
     network.eval()
-    share_buffers(network, world)
+    with world.watch.together("the exchange of buffers"):
+        share_buffers(network, world)
     tally = Tally(classes, world.device)
     steps = stream.plan.steps(world.size)
     batches = stream.batches(0, steps)
@@ -118,6 +119,7 @@ def evaluate(
         for _ in range(steps):  # the same number on every rank, though one may have no batch left
             if world.any(bool(stop)):
                 return None
+            world.watch.at("waiting for validation images")
             batch = next(batches, None)
             if batch is None:
                 continue

@@ -1,28 +1,26 @@
 """The report at the end of a run, written by a process of its own: whatever becomes of it, the run is done."""
 
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.training.launcher import without_launcher
 from pipeline.training.preemption import StopRequest
 
 LIMIT_S = 1200.0
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 
 
 def write_report(folder: Path, device: str, stop: StopRequest, say: Callable[[str], None]) -> Path | None:
     """`pipeline report FOLDER` on "cuda" or "cpu". Says in one line where it is, or why there is none."""
     command = [sys.executable, "-m", "pipeline", "report", str(folder), "--device", device]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER)}
     say("writing the report")
     begun = time.monotonic()
     try:
         process = subprocess.Popen(
             command,
-            env=environment,
+            env=without_launcher(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

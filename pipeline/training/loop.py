@@ -17,7 +17,7 @@ from pipeline.model.build import build_model, count_parameters
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import read_rows
-from pipeline.training.agreement import compare_parameters
+from pipeline.training.agreement import compare_parameters, refuse_differences
 from pipeline.training.checkpoint import load_state
 from pipeline.training.data import check_labels, open_data
 from pipeline.training.distributed import Clock, World, seed_step
@@ -33,6 +33,7 @@ from pipeline.training.run import RunFolder, open_run_folder
 from pipeline.training.schedule import Schedule, peak_lr
 from pipeline.training.start import Start, find_start, find_way_back
 from pipeline.training.step import TrainStep
+from pipeline.training.stragglers import Stragglers
 
 
 class Trainer:
@@ -46,12 +47,14 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, stop: StopRequest):
         self.config, self.world, self.stop = config, world, stop
+        self.watch = world.watch
         self.console = Console(config.tracking.print_every_s, quiet=not world.is_main)
         check_batch(config, world.size)
         self.folder: RunFolder = world.on_main(lambda: open_run_folder(config))
         if world.local_rank == 0:  # one a node: a network file system may show it late on all nodes but its writer's
             stop.watch(self.folder.stop)
         self.index: Index = open_data(config.data, world, self.console.say)
+        refuse_differences({"the data set's fingerprint": self.index.fingerprint}, world)
         self.plan = make_train_plan(self.index, config.data, config.train, config.augment)
         self.schedule = Schedule(
             config.schedule,
@@ -68,6 +71,7 @@ class Trainer:
         check_labels(self.index, self.classes)
         self.guard = Guard(config.guard, config.train.precision)
         self.reports = Reports(world)
+        self.stragglers = Stragglers(world.size)
         self.blacklist: dict[int, int] = {}  # unreadable sample -> the step that met it
         self.records: Records | None = None  # rank 0's
         self.profiler: Profiler | None = None  # rank 0's
@@ -82,7 +86,7 @@ class Trainer:
         self.open()
         self.asked_to_stop = self.world.any(bool(self.stop))  # while all was being loaded
         if not self.asked_to_stop:
-            self.train_step.warm_up(self.plan.size(self.step))
+            self.warm_up()
         try:
             while not self.asked_to_stop:
                 if self.guard.tripped is not None:
@@ -96,6 +100,10 @@ class Trainer:
             return self.interrupted()
         finally:
             self.close()
+
+    def warm_up(self) -> None:
+        with self.watch.together("the first forward and backward, which leave no trace"):
+            self.train_step.warm_up(self.plan.size(self.step))
 
     def next_pause(self) -> int:
         """The step at which the loader starts anew (an epoch's end) or an evaluation is due."""
@@ -114,11 +122,14 @@ class Trainer:
         batches = self.train_stream.batches(self.step, pause, skip)
         clock = Clock()
         while self.step < pause and not self.asked_to_stop and self.guard.tripped is None:
+            self.watch.at("waiting for images", self.step + 1)
             batch = next(batches)
             waited = clock.peek()
             seed_step(self.config.train.seed, self.step, self.world.rank)
-            numbers = self.train_step(batch, self.lr(self.step))
-            self.reports.push(self.step, numbers, batch.ids, self.wish(), waited, clock.lap())
+            with self.watch.together("forward, backward and the exchange of gradients"):
+                numbers = self.train_step(batch, self.lr(self.step))
+            own = waited + self.train_step.own_time.take()
+            self.reports.push(self.step, numbers, batch.ids, self.wish(), waited, clock.lap(), own)
             self.step += 1
             self.train_step.average(self.step)
             if self.profiler and not self.profiler.step(self.step):
@@ -163,6 +174,9 @@ class Trainer:
             warning = self.guard.note(report)
             if warning:
                 self.console.warn(warning)
+            slow = self.stragglers.note(report.own_s)
+            if slow and self.records:
+                self.records.note_slow(report.step + 1, slow, self.watch.names[slow.rank])
 
     # --- evaluation
 
@@ -218,6 +232,7 @@ class Trainer:
         self.saved_step, self.saved_at, self.asked_to_save = self.step, time.monotonic(), False
         if self.records is None:
             return
+        self.watch.at("saving")
         meta = {
             "identity": identity(self.config),
             "index_fingerprint": self.index.fingerprint,
@@ -241,7 +256,8 @@ class Trainer:
         self.model = build_model(self.config.model, self.classes)
         if self.resumed_from is None:
             self.world.on_main(lambda: start_from(self.model, self.config.model))  # TrainStep gives it to all ranks
-        self.train_step = TrainStep(self.model, self.config, self.world, self.schedule.warmup_steps)
+        with self.watch.together("giving the weights to all"):
+            self.train_step = TrainStep(self.model, self.config, self.world, self.schedule.warmup_steps)
         if self.resumed_from is not None:
             parts = [name.removesuffix(".pt") for name in start.meta["files"]]
             self.train_step.load_state_dict(load_state(self.resumed_from, parts))
@@ -258,7 +274,7 @@ class Trainer:
     def roll_back(self) -> None:
         """Too many bad steps in a row: go back to the last checkpoint before them, and on from there another way."""
         self.restore(self.world.on_main(self.go_back))
-        self.train_step.warm_up(self.plan.size(self.step))
+        self.warm_up()
 
     def go_back(self) -> Start:
         """Enter into the books that the run goes back, and where to, before it does. Rank 0 only."""
@@ -286,6 +302,7 @@ class Trainer:
         eval_batch = self.config.train.eval_batch_size or min(local, self.config.train.micro_batch_size or local)
         self.train_stream = make_train_stream(self.index, self.plan, data, world)
         self.eval_stream = make_eval_stream(self.index, data, eval_batch, world)
+        self.watch.detail = lambda: self.train_stream.source.slowest() or self.eval_stream.source.slowest()
         if not world.is_main:
             return
         self.records = Records(self.config, self.folder, self.plan, self.console, self.step, world)
@@ -316,6 +333,7 @@ class Trainer:
         """The last step is done and scored."""
         if self.records:
             self.records.finish(self.step)
+            self.watch.at("the report", limit_s=math.inf)
             if self.config.tracking.report:
                 self.records.report(self.step, self.world.device.type, self.stop)
         return EXIT_OK

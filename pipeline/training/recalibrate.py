@@ -56,8 +56,8 @@ def recalibrate(
                     return False
                 with autocast(world.device, precision):
                     network(batch.images)
-            for norm in norms:
-                for statistic in (norm.running_mean, norm.running_var):
+            with world.watch.together("the mean of BatchNorm's statistics"):
+                for statistic in (s for norm in norms for s in (norm.running_mean, norm.running_var)):
                     torch.distributed.all_reduce(statistic)
                     statistic /= world.size
     finally:

@@ -24,6 +24,7 @@ from pipeline.training.preemption import StopRequest
 from pipeline.training.report import StepReport
 from pipeline.training.run import RunFolder, slurm_facts
 from pipeline.training.snapshot import HostCopy, Snapshot
+from pipeline.training.stragglers import Slow
 
 
 class Records:
@@ -47,7 +48,7 @@ class Records:
             folder.checkpoints,
             config.checkpoint.keep,
             protected=lambda: {best_step(self.ledger.evaluations)},
-            warn=console.warn,
+            warn=self.alarm,
             before=self.ledger.sync,
         )
         self.host_copy = HostCopy(world.device, console.warn)
@@ -80,6 +81,14 @@ class Records:
         self.log(row)
         self.console.step(row)
 
+    def note_slow(self, step: int, slow: Slow, name: str) -> None:
+        """A rank that holds up the others."""
+        self.event("straggler", step, rank=slow.rank, name=name, own_s=slow.own_s, median_s=slow.median_s)
+        self.console.warn(
+            f"step {step}: {name} is slow: {slow.own_s:.3f} s a step for images and forward, "
+            f"the median rank {slow.median_s:.3f} s"
+        )
+
     def note_scores(self, step: int, found: dict[str, Scores]) -> None:
         """The ledger's row of an evaluation. found: "raw" and, where there is an average of the weights, "ema"."""
         epoch, scores, average = self.epoch(step), found["raw"], found.get("ema")
@@ -91,6 +100,11 @@ class Records:
             text += f", with averaged weights {average.val_top1:.2f} %"
         self.log(row)
         self.console.say(f"epoch {epoch:.2f}, step {step}: {text} of {scores.images:,} images")
+
+    def alarm(self, text: str) -> None:
+        """Warn, also those who only look at W&B."""
+        self.console.warn(text)
+        self.wandb.alert(text)
 
     def log(self, row: dict) -> None:
         """A row to the ledger, and to W&B, which is a view of it."""

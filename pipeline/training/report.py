@@ -5,7 +5,7 @@ waits; and since every rank reads the same reports at the same distance, all dec
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from pipeline.training.distributed import World
 
-_LOSS, _HITS, _NORM, _SCALE, _WISH, _WAIT, _TIME, _HEAD = range(8)
+_LOSS, _HITS, _NORM, _SCALE, _WISH, _WAIT, _TIME, _OWN, _HEAD = range(9)
 
 
 class Wish(IntEnum):
@@ -28,7 +28,7 @@ class Wish(IntEnum):
 class StepReport:
     """One step over all ranks. loss: mean over the global batch. top1: percent of its images. grad_norm: of the mean
     gradient. scale: of fp16's loss, else 1. wish: the greatest of all ranks. wait_s, step_s: seconds, of the rank that
-    waited longest and of rank 0. ids: int64 [global_batch_size]."""
+    waited longest and of rank 0. ids: int64 [global_batch_size]. own_s: float64 [ranks], see `stragglers`."""
 
     step: int
     loss: float
@@ -39,6 +39,7 @@ class StepReport:
     wait_s: float
     step_s: float
     ids: torch.Tensor
+    own_s: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
 
 
 class Reports:
@@ -57,9 +58,10 @@ class Reports:
         wish: Wish,
         wait_s: float,
         step_s: float,
+        own_s: float = 0.0,
     ) -> None:
         """Send this rank's report. numbers: [4] as `TrainStep` gives them; ids: int64 [local batch]; on the device."""
-        host = torch.tensor([0.0, 0.0, 0.0, 0.0, float(wish), wait_s, step_s], dtype=torch.float64)
+        host = torch.tensor([0.0, 0.0, 0.0, 0.0, float(wish), wait_s, step_s, own_s], dtype=torch.float64)
         if self.world.device.type == "cuda":
             host = host.pin_memory()
         mine = torch.empty(_HEAD + len(ids), dtype=torch.float64, device=self.world.device)
@@ -67,7 +69,8 @@ class Reports:
         mine[: len(numbers)] = numbers
         mine[_HEAD:] = ids  # exact: ids are far below 2^53
         everyone = torch.empty(self.world.size * len(mine), dtype=torch.float64, device=self.world.device)
-        dist.all_gather_into_tensor(everyone, mine)
+        with self.world.watch.together("the exchange of reports"):
+            dist.all_gather_into_tensor(everyone, mine)
         event = None
         if self.world.device.type == "cuda":
             landing = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
@@ -85,7 +88,8 @@ class Reports:
 
     def _read(self, step: int, everyone: torch.Tensor, event: torch.cuda.Event | None) -> StepReport:
         if event is not None:
-            event.synchronize()
+            with self.world.watch.together("the steps before this one on the GPU"):
+                event.synchronize()
         table = everyone.view(self.world.size, -1)
         return StepReport(
             step=step,
@@ -97,4 +101,5 @@ class Reports:
             wait_s=table[:, _WAIT].max().item(),
             step_s=table[0, _TIME].item(),
             ids=table[:, _HEAD:].reshape(-1).to(torch.int64),
+            own_s=table[:, _OWN].clone(),
         )

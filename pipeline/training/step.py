@@ -19,6 +19,7 @@ from pipeline.training.image_ops import change
 from pipeline.training.loss import make_loss
 from pipeline.training.mixing import Retouched, blank_retouch, soft_targets
 from pipeline.training.optimizer import heads_for, make_optimizer
+from pipeline.training.stragglers import OwnTime
 
 #: torch 2.13 renamed DistributedDataParallel's switch for sending rank 0's buffers around at every step
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
@@ -75,6 +76,7 @@ class TrainStep:
         whole = Retouched(model, data.mean, data.std, config.train.channels_last, group).to(self.device)
         self.network = whole  # for evaluation: no gradients to exchange
         self.exchanging = exchange_gradients(whole, config.train, self.device) if world.size > 1 else whole
+        self.own_time = OwnTime(self.device)
         self.ema = WeightAverage(whole, config, warmup_steps) if config.ema.decay else None  # of rank 0's weights, too
         self.graphs = config.train.cuda_graphs and self.device.type == "cuda"
         self.forward = self.exchanging
@@ -107,7 +109,8 @@ class TrainStep:
             last = number == len(pieces)
             with contextlib.nullcontext() if last or self.network is self.exchanging else self.exchanging.no_sync():
                 with autocast(self.device, self.config.train.precision):
-                    output = self.forward(images, retouch)
+                    with self.own_time.measure():
+                        output = self.forward(images, retouch)
                     logits = output[0] if isinstance(output, tuple) else output
                     if retouch is not None and retouch.shares is not None:
                         targets = soft_targets(targets, retouch.shares, self.config.augment.mix_group, logits.shape[1])

@@ -1,0 +1,74 @@
+"""The verb `resend`: a run's whole history to W&B, from its `metrics.jsonl`, which has every step once.
+
+For runs whose W&B rows are incomplete: a server that was down or refused, a process that was killed before its last
+rows were on the disk. It makes a W&B run of its own, as W&B takes no step that is older than its last.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pipeline.command import run_command
+from pipeline.config import load_config
+from pipeline.config.run import identity
+from pipeline.errors import EXIT_OK, BrokenError, UserError
+from pipeline.progress import Progress
+from pipeline.tracking.ledger import read_rows
+
+
+def resend(
+    run: str,
+    mode: Literal["online", "offline"] = "online",
+    project: str | None = None,
+    entity: str | None = None,
+    name: str | None = None,
+) -> int:
+    """Send a run's whole history to W&B, as a new W&B run, from its metrics.jsonl.
+
+    Args:
+        run: the run folder.
+        mode: online; or offline, for a later `wandb sync`.
+        project: default: as the run had it.
+        entity: default: as the run had it.
+        name: of the new W&B run; default: the run's, with "-resent".
+    """
+    folder = Path(run).expanduser().resolve()
+    ledger = folder / "metrics.jsonl"
+    if not ledger.exists():
+        raise UserError(f"{folder} has no metrics.jsonl; give a run folder")
+    config = load_config(folder / "config.yaml")
+    tracking = config.tracking
+    rows = [row for row in read_rows(ledger) if row.get("kind") in ("train", "eval") and "step" in row]
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    try:
+        import wandb
+
+        from pipeline.tracking.wandb_view import quiet_settings
+
+        sent = wandb.init(
+            project=project or tracking.project,
+            entity=entity or tracking.entity,
+            name=name or f"{tracking.name or folder.name}-resent",
+            dir=str(folder),
+            config=identity(config),
+            mode=mode,
+            settings=quiet_settings(wandb),
+        )
+    except ImportError as error:
+        raise UserError(f"W&B can't be imported ({error}); pip install wandb") from error
+    except wandb.errors.Error as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise BrokenError(f"W&B: {first}; try again, or give --mode offline and later: wandb sync") from error
+    sent.define_metric("val_top1", summary="max")
+    with Progress("sending", len(rows), "rows") as progress:
+        for row in sorted(rows, key=lambda row: row["step"]):  # stable: a step's evaluation comes after it
+            sent.log({key: value for key, value in row.items() if key not in ("kind", "step")}, step=row["step"])
+            progress.advance()
+    sent.finish()
+    print(f"{len(rows)} rows: {sent.url or sent.dir}")
+    return EXIT_OK
+
+
+def main(argv: list[str]) -> int:
+    return run_command(resend, "resend", argv)

@@ -1,0 +1,136 @@
+"""What runs out underneath is one line that says what was asked for, what was there, and what to do."""
+
+import contextlib
+import errno
+import os
+import re
+import resource
+import socket
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import runs
+import torch
+
+from pipeline.config import Config, TrainConfig, load_config, to_yaml
+from pipeline.dataset.scan import build_index
+from pipeline.errors import BrokenError, UserError
+from pipeline.loader.source import Source
+from pipeline.training import mishaps
+from pipeline.training.distributed import World, start_world
+from pipeline.training.mishaps import explain, fitting, told
+
+WORLD = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def root(synthetic_root):
+    build_index(synthetic_root)
+    return synthetic_root
+
+
+def broken(function) -> str:
+    """The one line that a rank ends with when `function` breaks."""
+    with pytest.raises(BrokenError) as error, told(Config(run_dir="/nowhere"), WORLD):
+        function()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_host_memory(monkeypatch):
+    monkeypatch.setattr(mishaps, "fitting", lambda config, room: f"; {room:.0f} MiB are room")
+    line = broken(lambda: torch.empty(1 << 50))
+    assert "out of host memory on rank 0: 4194304.0 GiB asked for" in line and "GiB are free; " in line
+    assert "Unable to allocate" in broken(lambda: np.empty(1 << 58, np.uint8))
+
+
+def test_gpu_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 80 << 30))
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of ...")
+    line = explain(error, Config(), replace(WORLD, device=torch.device("cuda", 0)))
+    assert line == "out of GPU memory on rank 0: 20.50 GiB asked for, 3.0 of its 80.0 GiB are free"
+
+
+def test_the_batch_that_fits_is_asked_of_estimate(tmp_path):
+    config = load_config(runs.TINY, ["--run_dir", str(tmp_path)])
+    assert "--card_mib 2000" in fitting(config, 2000)  # there is no saved configuration yet: how to ask
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    line = fitting(config, 2000)
+    batch = int(line.rsplit(" or less", 1)[0].rsplit(" ", 1)[1])
+    assert batch > 1 and f"{batch} images at once fit: give --train.micro_batch_size {batch} or less" in line
+
+
+@contextlib.contextmanager
+def few_file_handles():
+    """As many as are open now, and no more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), before[1]))
+    held = []
+    with contextlib.suppress(OSError):
+        while True:
+            held.append(os.dup(0))
+    try:
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_too_few_file_handles_are_no_bad_image(root):
+    """They end the run: the images are not substituted, as unreadable ones are."""
+    source = Source(build_index(root).splits["train"])
+    source.pool.submit(int).result()
+    with few_file_handles(), pytest.raises(OSError) as error:
+        source.read_batch(np.arange(8))
+    source.close()
+    assert error.value.errno == errno.EMFILE
+    assert "too few file handles" in explain(error.value, Config(), WORLD)
+    assert "ulimit -n" in explain(error.value, Config(), WORLD)
+
+
+def test_a_port_that_is_taken(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(BrokenError, match=rf"127.0.0.1:{port} .*--rdzv-endpoint or --master-port"):
+            start_world(TrainConfig(device="cpu"))
+
+
+def test_small_shared_memory(monkeypatch):
+    monkeypatch.setattr(mishaps, "_shm_free", lambda: 64 << 20)
+    error = torch.distributed.DistBackendError("NCCL error: unhandled system error")
+    line = explain(error, Config(), WORLD)
+    assert "/dev/shm has 64 MiB free" in line and "--shm-size" in line
+
+
+def test_a_user_error_and_the_unknown_stay_what_they_are():
+    for error in (UserError("give another"), ZeroDivisionError("?"), RuntimeError("shapes [2] and [3] differ")):
+        with pytest.raises(type(error), match=re.escape(str(error))), told(Config(), WORLD):
+            raise error
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_full_tmp_does_not_matter(root, tmp_path):
+    """W&B and torch keep their scratch files there."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", tmp_path], check=True)
+    try:
+        with contextlib.suppress(OSError):
+            (tmp_path / "full").write_bytes(bytes(1 << 20))
+        run = root.parent / "run-with-full-tmp"
+        options = ["--train.max_steps", "2", "--tracking.wandb", "offline"]
+        done = subprocess.run(
+            runs.command(root, run, *options),
+            env=runs.environment() | {"TMPDIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and len(runs.rows(run, "train")) == 2, done.stdout + done.stderr
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
