@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import load_config
+from pipeline.dataset.decode import Content, inspect
 from pipeline.dataset.imagenet import SYNSET_MAPPING, VAL_SOLUTION, read_synset_words, read_val_solution
 from pipeline.dataset.index import open_index
 from pipeline.dataset.pack import pack
@@ -186,3 +189,13 @@ def test_ledgers(tmp_path_factory, data):
         ledger.append({"kind": "train", "step": 3})
         ledger.close()
         assert [row["step"] for row in read_rows(path) if row.get("kind") == "train"][-1] == 3
+
+
+def test_an_image_of_300_megapixels_is_refused_before_it_takes_memory():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 15_000, 8, 2, 0, 0, 0)
+    picture = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    seen = inspect(Content(picture, 0))
+    assert "300000000 pixels" in seen.reason and seen.width == 0
