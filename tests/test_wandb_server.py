@@ -52,7 +52,7 @@ def train(run_dir, said, first=1, disturb=lambda view: None) -> float:
 def kept(run_dir) -> list[int]:
     """The steps in W&B's files of this run, online or not: what `wandb sync` sends."""
     for file in (run_dir / "wandb").glob("run-*"):
-        file.rename(file.with_name(f"offline-{file.name}"))
+        file.rename(file.with_name(f"offline-{file.name}-online"))
     return [row["_step"] for row in history(run_dir)]
 
 

@@ -219,7 +219,7 @@ def test_a_file_system_that_hangs_stops_the_run_and_names_the_file(root, tmp_pat
     """Reading a pipe that nobody writes blocks as a dead network file system does."""
     data = shutil.copytree(root, tmp_path / "data")
     path = put_pipe(build_index(data).splits["train"].path(7))
-    line, *_ = complaints(runs.train(data, tmp_path / "run", *TINY, "--train.timeout_s", "20", expect=1))
+    line, *_ = complaints(runs.train(data, tmp_path / "run", *TINY, "--train.timeout_s", "12", expect=1))
     assert "waiting for images" in line and f"reading {path} for" in line and "counts as hung" in line
 
 
