@@ -12,6 +12,7 @@ from pipeline.tracking.ledger import best_step, read_rows
 from pipeline.training.ema import WeightAverage, effective_decay
 from pipeline.training.evaluate import Evaluation, Tally, predict
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
+from pipeline.training.watch import Watch
 
 OPTIONS = ["--ema.decay", "0.5", "--ema.batch_size", "20", "--ema.every_steps", "2", "--schedule.warmup_epochs", "4ba"]
 OPTIONS += ["--evaluation.flip", "--evaluation.recalibrate_batches", "2", "--train.eval_every_epochs", "1"]
@@ -106,7 +107,7 @@ class Batches:
 
 
 class Alone:
-    size, device = 1, torch.device("cpu")
+    size, device, watch = 1, torch.device("cpu"), Watch()
 
     def any(self, flag):
         return flag

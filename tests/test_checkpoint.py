@@ -112,6 +112,36 @@ def test_a_full_disk_leaves_the_older_one_and_training(tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a folder read-only")
+def test_a_disk_that_turns_read_only_leaves_the_older_one_and_training(tmp_path):
+    folder, warnings = tmp_path / "checkpoints", []
+    writer = CheckpointWriter(folder, 2, set, warnings.append)
+    writer.save(Snapshot(1, state(1), META))
+    assert writer.wait()
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        writer.save(Snapshot(2, state(2), META))
+        assert not writer.wait()
+        assert "Read-only file system" in warnings[0] and "next save tries again" in warnings[0]
+        assert steps(folder) == [1] and verify_checkpoint(folder / "step-000000001")
+        subprocess.run(["mount", "-o", "remount,rw,bind", folder], check=True)
+        writer.save(Snapshot(3, state(3), META))
+        assert writer.close() and steps(folder) == [3, 1]
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_folder_that_vanishes_is_made_again(tmp_path):
+    folder, warnings = tmp_path / "run/checkpoints", []
+    writer = CheckpointWriter(folder, 2, set, warnings.append)
+    writer.save(Snapshot(1, state(1), META))
+    assert writer.wait()
+    shutil.rmtree(tmp_path / "run")
+    writer.save(Snapshot(2, state(2), META))
+    assert writer.close() and steps(folder) == [2] and not warnings
+
+
 def test_another_recipe_or_data_set_is_an_error_that_names_the_values(tmp_path):
     meta = verify_checkpoint(write_checkpoint(tmp_path, 1, state(1), META))
     check_fingerprints(tmp_path, meta, META["identity"], "abc")

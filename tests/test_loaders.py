@@ -12,6 +12,9 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from torchvision.transforms.functional import hflip, resized_crop
 
 from pipeline.config import DataConfig, TrainConfig
+from pipeline.dataset.index import open_index
+from pipeline.dataset.pack import pack_tree
+from pipeline.dataset.pack_plan import Options
 from pipeline.dataset.scan import build_index
 from pipeline.errors import BrokenError
 from pipeline.loader import build
@@ -263,6 +266,17 @@ def test_a_data_root_that_is_gone_is_no_bad_sample(own_root):
     own_root.rename(own_root.with_name("elsewhere"))
     with pytest.raises(BrokenError, match="is gone"):
         list(stream.batches(0, 1))
+    stream.close()
+
+
+def test_a_shard_replaced_by_another_stops_the_run(synthetic_root, tmp_path):
+    """One with images of the same kind, sound in itself."""
+    pack_tree(synthetic_root, tmp_path / "shards", Options())
+    train, val = (next((tmp_path / "shards").glob(f"{split}-*.tar")) for split in ("train", "val"))
+    shutil.copy(val, train)
+    stream, _ = streams(open_index(tmp_path / "shards/index"), "reference", max_unreadable=3)
+    with pytest.raises(BrokenError, match=r"more than 3 unreadable samples, the last one train-.*pipeline verify"):
+        next(stream.batches(0, 8))
     stream.close()
 
 

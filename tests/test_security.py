@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import call
 
 import pipeline
 from pipeline.errors import UserError
@@ -73,3 +74,21 @@ def test_credentials_are_hidden(monkeypatch):
         f"could not reach https://me:hunter2hunter@host/x with {SECRETS['KAGGLE_KEY']}; AKIAIOSFODNN7EXAMPLE; epoch 3"
     )
     assert redact(text) == f"could not reach https://{MASK}@host/x with {MASK}; {MASK}; epoch 3"
+
+
+def test_a_run_keeps_no_credential_and_minds_the_umask(synthetic_root, tmp_path, monkeypatch):
+    """Every file of a run with its report and W&B's files."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    before = os.umask(0o027)
+    try:
+        options = ["--train.max_steps", "2", "--tracking.report", "true", "--tracking.wandb", "offline"]
+        printed = call(synthetic_root, tmp_path / "run", *options)
+    finally:
+        os.umask(before)
+    paths = [path for path in (tmp_path / "run").rglob("*") if not path.is_symlink()]
+    names = {path.name for path in paths}
+    assert {"metrics.jsonl", "config.yaml", "finished", "model.pt", "index.html"} <= names
+    assert [str(path) for path in paths if path.stat().st_mode & 0o027] == []
+    kept = {str(path): path.read_bytes() for path in paths if path.is_file()} | {"printed": printed.encode()}
+    assert [where for where, data in kept.items() for value in SECRETS.values() if value.encode() in data] == []
