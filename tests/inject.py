@@ -5,6 +5,7 @@ Everything else is the real thing; only the fault is made.
 
 import os
 import sys
+import time
 
 import torch
 
@@ -29,7 +30,18 @@ def flip_bit(train_step: TrainStep) -> None:
     weight.data[0, 0, 0, :1].view(torch.int32).bitwise_xor_(1 << 20)
 
 
-FAULTS = {"nan": spoil_gradient, "flip": flip_bit, "die": lambda _: os._exit(9)}
+def slow_down(train_step: TrainStep) -> None:
+    """From now on each forward of this rank takes a twentieth of a second more."""
+    real = train_step.forward
+
+    def forward(*arguments):
+        time.sleep(0.05)
+        return real(*arguments)
+
+    train_step.forward = forward
+
+
+FAULTS = {"nan": spoil_gradient, "flip": flip_bit, "die": lambda _: os._exit(9), "slow": slow_down}
 
 
 def inject(fault: str, rank: int, step: int) -> None:

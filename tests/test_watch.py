@@ -186,6 +186,16 @@ def test_a_rank_that_died_is_named(root, tmp_path):
     assert json.loads((run / "failed").read_text())["exit_code"] == 1
 
 
+def test_a_slow_rank_is_named_and_training_goes_on(root, tmp_path):
+    run = tmp_path / "run"
+    program = ["-m", "tests.inject", "slow", "1", "1"]
+    length = ["--schedule.epochs", f"{WINDOW + 2}ba"]
+    output = runs.train(root, run, *TINY, *length, processes=2, program=program)
+    (row,) = (row for row in runs.rows(run, "event") if row["event"] == "straggler")
+    assert (row["rank"], row["step"]) == (1, WINDOW) and row["own_s"] > 0.05
+    assert f"warning: step {WINDOW}: rank 1 (" in output and "is slow" in output
+
+
 def test_ranks_with_other_settings_refuse_to_start(root, tmp_path):
     run = tmp_path / "run"
     program = ["-m", "tests.inject", "differ", "1", "0"]

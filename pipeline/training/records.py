@@ -81,11 +81,11 @@ class Records:
         self.log(row)
         self.console.step(row)
 
-    def note_slow(self, step: int, slow: Slow, name: str) -> None:
+    def note_slow(self, step: int, slow: Slow, who: str) -> None:
         """A rank that holds up the others."""
-        self.event("straggler", step, rank=slow.rank, name=name, own_s=slow.own_s, median_s=slow.median_s)
+        self.event("straggler", step, rank=slow.rank, who=who, own_s=slow.own_s, median_s=slow.median_s)
         self.console.warn(
-            f"step {step}: {name} is slow: {slow.own_s:.3f} s a step for images and forward, "
+            f"step {step}: {who} is slow: {slow.own_s:.3f} s a step for images and forward, "
             f"the median rank {slow.median_s:.3f} s"
         )
 
