@@ -9,13 +9,23 @@ import torch
 
 from pipeline.__main__ import main
 from pipeline.insight import same_run
-from pipeline.insight.disturbance import PHASES, WAYS, draw
+from pipeline.insight.disturbance import LATEST, PHASES, WAYS, Disturbance, Moment, draw
 
 
 def test_every_way_and_phase_comes_up():
     made = draw(random.Random(1), 30, 5.0)
     assert {what.way for what in made} == set(WAYS) and {what.phase for what in made} == set(PHASES)
     assert made == draw(random.Random(1), 30, 5.0) != draw(random.Random(2), 30, 5.0)
+
+
+def test_a_phase_that_was_missed_holds_up_no_fault(tmp_path):
+    """A start-up that is over before the moment drawn in it."""
+    steps = [7]
+    moment = Moment(Disturbance("kill all", "start-up", 1000.0, 1, 0.2, 0.5), tmp_path, lambda: steps[0], lambda: False)
+    steps[0] += LATEST - 1
+    assert not moment.is_due()
+    steps[0] += 1
+    assert moment.is_due() and moment.what.phase == "training"
 
 
 @pytest.mark.slow

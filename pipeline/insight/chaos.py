@@ -19,7 +19,7 @@ import yaml
 
 from pipeline.command import run_command
 from pipeline.errors import EXIT_BROKEN, EXIT_OK, BrokenError, UserError
-from pipeline.insight.disturbance import Disturbance, Moment, descendants, draw, send, strike
+from pipeline.insight.disturbance import LATEST, Disturbance, Moment, descendants, draw, send, strike
 from pipeline.progress import Progress
 from pipeline.tracking.ledger import read_rows
 
@@ -215,7 +215,7 @@ def try_run(work: Path, kills: int, processes: int, seed: int, model: str, devic
     work.mkdir(parents=True, exist_ok=True)
     generate_tree(work / "data", Settings(CLASSES, PER_CLASS, 6, seed=1, size=64, oddities=4))
     build_index(work / "data")
-    steps = 16 + (18 if kills > 9 else 12) * kills  # enough for all of them to strike
+    steps = 16 + (LATEST + 3) * kills  # enough for all of them to strike
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe(steps, model, device, wandb)))
     calm = Job(work, "undisturbed", processes)
     begun = time.monotonic()

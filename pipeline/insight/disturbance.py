@@ -6,11 +6,13 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 WAYS = ("kill a rank", "kill torchrun", "kill all", "terminate", "suspend a rank")
 PHASES = ("start-up", "training", "saving", "renaming", "pruning", "evaluating")
+
+LATEST = 15  # steps after the fault before it; each phase comes up within 12
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Moment:
         self.begun, self.first = time.monotonic(), None
         self.known = self._saved()
         self.reached: float | None = None
+        self.latest = last_step() + LATEST
 
     def _saved(self) -> set[str]:
         return {path.name for path in self.checkpoints.glob("step-*")}
@@ -146,7 +149,10 @@ class Moment:
         return bool(new) or any(self.checkpoints.glob(".step-*.old.tmp"))
 
     def is_due(self) -> bool:
-        """Has the phase been reached, and the delay passed?"""
+        """Has the phase been reached, and the delay passed? Or has it been missed (a start-up quicker than thought)?"""
+        if self.last_step() >= self.latest:
+            self.what = replace(self.what, phase="training")
+            return True
         if self.reached is None and self._in_phase():
             self.reached = self.begun if self.what.phase == "start-up" else time.monotonic()
         return self.reached is not None and time.monotonic() >= self.reached + self.what.delay
