@@ -1,9 +1,11 @@
 """Checkpoints are written whole or not at all, and a damaged one is never loaded."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +132,50 @@ def test_a_disk_that_turns_read_only_leaves_the_older_one_and_training(tmp_path)
         assert writer.close() and steps(folder) == [3, 1]
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+BLKIO = Path("/sys/fs/cgroup/blkio")
+
+
+@contextlib.contextmanager
+def slow_disk(tmp_path):
+    """A file system that takes 1 MB/s from this process. Skips where this machine can't make one."""
+    if os.geteuid() != 0 or not (BLKIO / "blkio.throttle.io_serviced").exists() or shutil.which("mkfs.ext2") is None:
+        pytest.skip("needs root, loop devices, mkfs.ext2 and cgroup v1's blkio")
+    image, place, group = tmp_path / "disk.img", tmp_path / "disk", BLKIO / f"slow-{os.getpid()}"
+    place.mkdir()
+    subprocess.run(["truncate", "-s", "32M", image], check=True)
+    subprocess.run(["mkfs.ext2", "-q", image], check=True)
+    if subprocess.run(["mount", "-o", "loop", image, place], check=False).returncode:
+        pytest.skip("no loop device to be had")
+    try:
+        device = place.stat().st_dev
+        try:
+            group.mkdir()
+            (group / "blkio.throttle.write_bps_device").write_text(f"{os.major(device)}:{os.minor(device)} 1000000")
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+        except OSError as error:
+            pytest.skip(f"no limit can be set on a disk here ({error})")
+        yield place
+    finally:
+        if group.exists():
+            with contextlib.suppress(OSError):
+                (BLKIO / "cgroup.procs").write_text(str(os.getpid()))
+            group.rmdir()
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_slow_disk_holds_up_only_the_next_save(tmp_path):
+    large = {"model": {"w": torch.rand(500_000)}, "optimizer": {}}  # 2 MB: some two seconds
+    with slow_disk(tmp_path) as disk:
+        folder, warnings = disk / "checkpoints", []
+        writer = CheckpointWriter(folder, 2, set, warnings.append)
+        writer.save(Snapshot(1, large, META))
+        assert list_checkpoints(folder) == []  # training goes on meanwhile
+        writer.save(Snapshot(2, large, META))
+        assert steps(folder) == [1]  # the second waited for the first
+        assert writer.close() and steps(folder) == [2, 1] and not warnings
+        assert verify_checkpoint(folder / "step-000000002")
 
 
 def test_a_folder_that_vanishes_is_made_again(tmp_path):
