@@ -38,7 +38,9 @@ def command(
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    """Of a training process: not that of this one's W&B, which leaves a process of its own and says so there."""
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return own | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
 def train(*arguments, expect: int = 0, **options) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from runs import call
 
 import pipeline
@@ -86,6 +87,7 @@ def test_a_run_keeps_no_credential_and_minds_the_umask(synthetic_root, tmp_path,
         printed = call(synthetic_root, tmp_path / "run", *options)
     finally:
         os.umask(before)
+        wandb.teardown()
     paths = [path for path in (tmp_path / "run").rglob("*") if not path.is_symlink()]
     names = {path.name for path in paths}
     assert {"metrics.jsonl", "config.yaml", "finished", "model.pt", "index.html"} <= names
