@@ -7,24 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from complaints import complaint
 
 from pipeline.config import Config, identity, load_config, parse_config, recipe_names, recipes_folder, to_yaml
-from pipeline.errors import UserError
-
-
-def complaint(capsys, *argv) -> str:
-    """The one line on stderr, and exit code 2, that a command line earns."""
-    try:
-        parse_config(list(argv))
-    except UserError as error:
-        line = str(error)
-    except SystemExit as error:
-        assert error.code == 2
-        line = capsys.readouterr().err.strip()
-    else:
-        raise AssertionError("no complaint")
-    assert "\n" not in line
-    return line
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_no_validation_pixel_is_off_by_two_where_sums_lie_halfway():
     plan = EvalPlan(np.array([500]), np.array([320]), 1, 256, 224)
     planned = plan.cut(np.array([0]), np.array([0]))
     left, top, width, height = decoded_windows(planned)[0]
-    window = np.asarray(image)[top : top + height, left : left + width]
+    window = np.array(image)[top : top + height, left : left + width]
     resizer = Resizer(1)
     (found,) = resizer.start([window], planned).result()
     resizer.close()

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -144,14 +144,7 @@ def timm_loader(root: str, split: str, size: int, batch: int, images: int, worke
     )
     loader = prefetching.loader
 
-    def one_round() -> int:
-        count = 0
-        while count < images:
-            for _, targets in loader:
-                count += len(targets)
-        return count
-
-    return one_round
+    return _rounds(loader, images)
 
 
 def ffcv_loader(root: str, split: str, size: int, batch: int, images: int, workers: int) -> Callable[[], int]:
@@ -183,6 +176,12 @@ def ffcv_loader(root: str, split: str, size: int, batch: int, images: int, worke
         drop_last=False,
         pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
     )
+
+    return _rounds(loader, images)
+
+
+def _rounds(loader: Iterable, images: int) -> Callable[[], int]:
+    """Whole passes over a loader of (images, targets) until `images` have come; returns how many did."""
 
     def one_round() -> int:
         count = 0
