@@ -7,6 +7,11 @@ pipeline_env test
 if [ -x scripts/install_test_tools.sh ]; then
     scripts/install_test_tools.sh
 fi
+free=$(df -Pk "${TMPDIR:-/tmp}" | awk 'NR == 2 { print int($4 / 1024) }')
+if ((free < 3000)); then
+    echo "${TMPDIR:-/tmp} has $free MB free; the tests need 3000: make room, or set TMPDIR" >&2
+    exit 1
+fi
 ruff format --check .
 ruff check .
 exec python -m pytest "$@"
