@@ -103,10 +103,12 @@ class Resizer:
         rows += rows == window.shape[0] and factor_y != 1  # torch takes as many out as in for nothing to do
         columns += columns == window.shape[1] and factor_x != 1
         if self.bytes_only or not (_has_ties(factor_x) or _has_ties(factor_y)):
-            whole = self._resize(planes, [rows, columns], False, factor_y, factor_x)
-        else:
-            whole = self._resize(planes.float(), [rows, columns], False, factor_y, factor_x).round().byte()
-        return whole[0, :, top : top + size, left : left + size].permute(1, 2, 0)
+            whole = self._resize(planes, [rows, columns], False, factor_y, factor_x)[..., left : left + size]
+        else:  # the second pass on no more than is cut out
+            exact = planes.to(torch.float32, memory_format=torch.contiguous_format)
+            wide = self._resize(exact, [window.shape[0], columns], False, 1, factor_x)[..., left : left + size]
+            whole = self._resize(wide, [rows, size], False, factor_y, 1).round().byte()
+        return whole[0, :, top : top + size].permute(1, 2, 0)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)

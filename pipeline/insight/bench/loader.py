@@ -73,7 +73,7 @@ def loader(
             for way in gpu_decoders.WAYS
         ]
     for name, contenders in contests.items():
-        outcomes = compete(contenders, rounds, about=f"bench loader, {name}")
+        outcomes = compete(contenders, rounds, warm_up=3, about=f"bench loader, {name}")  # buffers grow at first
         result["contests"][name] = _tell(name, outcomes)
     if flat:
         result["memory"] = memory_over(data, size, batch_size, flat, count)
