@@ -49,6 +49,9 @@ class CheckpointConfig:
     """Save at the end of each epoch."""
     keep: int = free(2)
     """Newest checkpoints kept, beside the best one."""
+    wait_minutes: float = free(30.0)
+    """Training goes on for so long while the run folder can't be written, with its rows kept in memory; then the run
+    ends with exit code 1, to be started again, perhaps elsewhere."""
 
 
 def check_checkpoint(c: CheckpointConfig) -> Iterator[Check]:
@@ -56,6 +59,7 @@ def check_checkpoint(c: CheckpointConfig) -> Iterator[Check]:
     yield positive("checkpoint.every_steps", c.every_steps, optional=True)
     yield positive("checkpoint.every_minutes", c.every_minutes, optional=True)
     yield positive("checkpoint.keep", c.keep)
+    yield positive("checkpoint.wait_minutes", c.wait_minutes)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A restart repeats steps that W&B has already got. The highest steps that the led
 """
 
 import json
+import logging
 import netrc
 import os
 import uuid
@@ -12,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from pipeline.config import TrackingConfig
+from pipeline.files import write_whole
 from pipeline.redact import redact
 
 _INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 30, 60
@@ -43,6 +45,7 @@ class WandbView:
         except ImportError as error:
             say(f"W&B: can't be imported ({error}); metrics.jsonl has everything")
             return
+        logging.raiseExceptions = False  # its log lies in the run folder: a disk that refuses it is no matter
         if not hasattr(wandb, "init"):
             say("W&B: not installed; metrics.jsonl has everything")
             return
@@ -56,9 +59,7 @@ class WandbView:
         except (OSError, ValueError, TypeError, AttributeError):
             before = {}
         sent = {kind: max(before.get(kind, 0), last_steps.get(kind, 0)) for kind in ("train", "eval")}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(sent))
-        temporary.replace(path)
+        write_whole(path, json.dumps(sent))
         return sent
 
     def _start(self, wandb, config: TrackingConfig, run_dir: Path, settings: dict) -> None:
@@ -69,7 +70,7 @@ class WandbView:
                 self.say("W&B: no key, so offline; upload later with: wandb sync " + str(self.folder / "offline-*"))
         identifier = self.folder / "run-id"
         if not identifier.exists():
-            identifier.write_text(uuid.uuid4().hex[:8])
+            write_whole(identifier, uuid.uuid4().hex[:8])
         arguments = {
             "project": config.project,
             "entity": config.entity,

@@ -52,6 +52,7 @@ class RunLock:
         self.folder, self.say = folder, say
         self.path = folder / "lock"
         self.held = False
+        self._device = 0  # the file system of the folder
         self._ended = threading.Event()
         self._me: dict = {}
 
@@ -73,7 +74,7 @@ class RunLock:
             self._sweep()
         except OSError as error:
             raise BrokenError(f"the lock {self.path} can't be written ({error.strerror})", alike=True) from error
-        self.held = True
+        self.held, self._device = True, self.folder.stat().st_dev
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def _take(self, path: Path) -> None:
@@ -106,7 +107,10 @@ class RunLock:
     def _temporary(self) -> Path:
         """Our name in a file of its own."""
         path = self.folder / f".lock.{self._me['token']}.tmp"
-        path.write_text(json.dumps(self._me) + "\n")
+        with path.open("w") as file:
+            file.write(json.dumps(self._me) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # an empty lock after a power cut would have to be watched for a minute
         return path
 
     def _link(self, path: Path) -> bool:
@@ -191,7 +195,7 @@ class RunLock:
         while not self._ended.wait(HEARTBEAT_S):
             with contextlib.suppress(OSError):  # a file system that is away for a while
                 owner = self._read(self.path)
-                if owner is None and self.folder.is_dir():
+                if owner is None and self.folder.stat().st_dev == self._device:  # else: it is not mounted
                     self._link(self.path)
                 elif owner is not None and owner.get("token") != self._me["token"]:
                     who = f"host {owner.get('host')}, pid {owner.get('pid')}"

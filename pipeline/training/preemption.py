@@ -47,10 +47,10 @@ class StopRequest:
             text = self._file.read_text().strip()
             if text or time.time() - self._file.stat().st_mtime > 1:
                 self.ask(text[:200] or "stop file")
-        except FileNotFoundError:
-            pass
-        except (OSError, UnicodeDecodeError):
+        except (PermissionError, IsADirectoryError, UnicodeDecodeError):
             self.ask("stop file")
+        except OSError:  # none, or a file system that is away
+            pass
 
     def __bool__(self) -> bool:
         if self.reason is None and self._file is not None:

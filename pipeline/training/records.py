@@ -20,6 +20,7 @@ from pipeline.training.distributed import World
 from pipeline.training.evaluate import Scores
 from pipeline.training.final_report import write_report
 from pipeline.training.guard import Rollback, Spikes
+from pipeline.training.outage import Outage
 from pipeline.training.preemption import StopRequest
 from pipeline.training.report import StepReport
 from pipeline.training.run import RunFolder, slurm_facts
@@ -52,6 +53,8 @@ class Records:
             before=self.ledger.sync,
         )
         self.host_copy = HostCopy(world.device, console.warn)
+        self.outage = Outage(folder.path, 60 * config.checkpoint.wait_minutes, self.alarm)
+        self.owes_save = False  # was the run folder away?
 
     def epoch(self, step: int) -> float:
         return step * self.plan.global_batch_size / self.plan.samples
@@ -107,9 +110,14 @@ class Records:
         self.wandb.alert(text)
 
     def log(self, row: dict) -> None:
-        """A row to the ledger, and to W&B, which is a view of it."""
+        """A row to the ledger, and to W&B, which is a view of it. Raises BrokenError where the disk refuses for too
+        long."""
         self.ledger.append(row)
         self.wandb.log(row)
+        if self.outage.note(self.ledger.refusal, row["step"]):
+            self.owes_save = True
+            if not self.folder.config.exists():  # the whole folder was removed
+                self.folder.save_config(self.config)
 
     def event(self, name: str, step: int, **facts) -> None:
         """Enter into the ledger what happened to the run."""
@@ -122,6 +130,7 @@ class Records:
     def save(self, step: int, state: dict[str, dict], meta: dict) -> None:
         """Copy a state and write it as a checkpoint behind the training; waits for the one before it. The ledger
         reaches the disk before it does."""
+        self.owes_save = False
         self.writer.wait()  # the host's copy is free again
         copy, wait = self.host_copy.take(state)
         self.writer.save(Snapshot(step, copy, meta, wait))
@@ -138,6 +147,7 @@ class Records:
         if not self.writer.wait():
             raise BrokenError(f"the last checkpoint could not be written to {self.folder.checkpoints}; start again")
         self.event("finished", step)
+        self.ledger.sync()
         mark_finished(self.folder, self.ledger.evaluations[-1], "finished", self.console.say)
 
     def report(self, step: int, device: str, stop: StopRequest) -> None:
@@ -162,7 +172,10 @@ class Records:
     def close(self) -> None:
         """Let go of files and W&B; a checkpoint that is being written is finished first."""
         self.writer.close()
-        self.ledger.close()
+        try:
+            self.ledger.close()
+        except OSError as error:
+            self.console.warn(f"the last rows can't be written ({error}); their steps will be done again")
         self.wandb.close()
 
 

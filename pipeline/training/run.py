@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.config import Config, identity, load_config, to_yaml
 from pipeline.errors import UserError
+from pipeline.files import write_whole
 from pipeline.training.checkpoint import compare_identity, list_checkpoints
 
 
@@ -38,15 +39,17 @@ class RunFolder:
     def stop(self) -> Path:
         return self.path / "stop"
 
+    def save_config(self, config: Config) -> None:
+        """Write `config.yaml` atomically."""
+        write_whole(self.config, to_yaml(config))
+
     def mark(self, name: str, **facts) -> None:
         """Write the marker `name` atomically; of interrupted, finished and failed only one stands."""
         for other in ("interrupted", "finished", "failed"):
             if other != name:
                 (self.path / other).unlink(missing_ok=True)
         facts = {"state": name, **facts, "time": time.time(), "host": socket.gethostname()}
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(facts) + "\n")
-        temporary.replace(self.path / name)
+        write_whole(self.path / name, json.dumps(facts) + "\n")
 
     def clear_marks(self) -> None:
         """Remove the marks of the start before this one. A request to stop that was meant for this one stays."""
@@ -91,9 +94,7 @@ def open_run_folder(config: Config) -> RunFolder:
     for leftover in folder.path.glob(".*.tmp"):  # of starts that were killed
         if not leftover.name.startswith(".lock."):
             leftover.unlink(missing_ok=True)
-    temporary = folder.path / ".config.tmp"
-    temporary.write_text(to_yaml(config))
-    temporary.replace(folder.config)
+    folder.save_config(config)
     folder.clear_marks()
     return folder
 
