@@ -4,6 +4,7 @@ import atexit
 import importlib
 import os
 import sys
+import threading
 import traceback
 
 from pipeline.errors import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, BrokenError, UserError, complain
@@ -107,6 +108,7 @@ def run() -> None:
         sys.stderr.write(redact("".join(traceback.format_exception(*error))))
 
     sys.excepthook = tell
+    threading.excepthook = lambda found: tell(*found[:3])
     atexit.register(leave)  # registered first, so it is called last
     try:
         code = main()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import runs
+import wandb
+from wandb_server import KEY, WandbServer
 
 from pipeline.dataset.scan import build_index
 from pipeline.tracking import ledger as ledgers
@@ -97,6 +99,30 @@ def test_a_run_folder_that_is_unmounted_for_a_while(root, tmp_path, at_step):
         assert (place / "run/finished").exists()
     finally:
         subprocess.run(["umount", "-l", place, disk], check=True)
+
+
+@AS_ROOT
+def test_a_failed_save_is_told_to_wandb_and_the_next_one_is_tried(root, tmp_path, at_step, monkeypatch):
+    server, folder = WandbServer(), tmp_path / "run/checkpoints"
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    wandb.teardown()  # its process keeps the address of the server before
+
+    def lock_up() -> None:
+        mount("--bind", folder, folder)
+        mount("-o", "remount,ro,bind", folder)
+
+    at_step |= {3: lock_up, 6: lambda: subprocess.run(["umount", "-l", folder], check=True)}
+    try:
+        printed = runs.call(root, tmp_path / "run", *OPTIONS, "--tracking.wandb", "online")
+        assert "the checkpoint could not be written" in printed and steps(tmp_path / "run") == list(range(1, 13))
+        assert [step for step, _ in list_checkpoints(folder)] == [12, 8]
+        alerts = [text for text in server.asked if "notifyScriptableRunAlert" in text]
+        assert len(alerts) == 1 and "Read-only file system" in alerts[0] and str(folder) in alerts[0]
+        assert server.steps() == list(range(1, 13))
+    finally:
+        wandb.teardown()
+        server.stop()
 
 
 def test_a_run_folder_that_is_removed_is_made_again(root, tmp_path, at_step):

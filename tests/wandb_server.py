@@ -97,6 +97,8 @@ def reply(asked: dict, url: str) -> dict:
         bucket = {"id": "b", "name": name, "displayName": given.get("displayName") or name, "description": None}
         bucket |= {"config": "{}", "sweepName": None, "historyLineCount": 0, "project": project}
         return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+    if "notifyScriptableRunAlert" in query:
+        return {"notifyScriptableRunAlert": {"success": True}}
     if "createRunFiles" in query:
         files = [{"name": name, "uploadUrl": f"{url}/upload"} for name in given.get("files") or []]
         return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}

@@ -6,6 +6,8 @@ from io import BytesIO
 
 import numpy as np
 
+from pipeline.redact import redact
+
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1c2024; --soft: #60646c; --rule: #dcdee2; --card: #ffffff;
   --c0: #2563c9; --c1: #c2410c; --c2: #15803d; --c3: #7c3aed; --c4: #b4860b; --c5: #be185d; --bar: #d7e3f7; }
@@ -58,8 +60,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(title: str, body: list[str]) -> str:
-    """The whole document. title: plain text; body: HTML."""
-    return (
+    """The whole document, without credentials. title: plain text; body: HTML."""
+    return redact(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'

@@ -4,6 +4,7 @@
 `finished` and `failed` say how the last start ended (JSON).
 """
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 from pipeline.config import Config, identity, load_config, to_yaml
 from pipeline.errors import UserError
 from pipeline.files import write_whole
+from pipeline.redact import redact
 from pipeline.training.checkpoint import compare_identity, list_checkpoints
 
 
@@ -40,8 +42,9 @@ class RunFolder:
         return self.path / "stop"
 
     def save_config(self, config: Config) -> None:
-        """Write `config.yaml` atomically."""
-        write_whole(self.config, to_yaml(config))
+        """Write `config.yaml` atomically. What a recipe says of itself may name its source: without credentials."""
+        about = json.loads(redact(json.dumps(config.about)))
+        write_whole(self.config, to_yaml(dataclasses.replace(config, about=about)))
 
     def mark(self, name: str, **facts) -> None:
         """Write the marker `name` atomically; of interrupted, finished and failed only one stands."""

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import EXIT_BROKEN
+from pipeline.redact import redact
 
 DEBUG = "debug"  # folder in the run folder: what ranks that hung or broke leave for those who look into it
 BEAT_S = 2.0  # between two signs of life
@@ -122,7 +123,7 @@ class Watch:
             self._said, self._warned = None, WARN_AFTER_S
         if not mark.together and mark.age_s > self._warned and mark.limit_s < math.inf:
             self._said, self._warned = (self._since, mark.what), 2 * mark.age_s
-            print(f"warning: {self._sentence(self.rank, mark)}", file=sys.stderr, flush=True)
+            print(redact(f"warning: {self._sentence(self.rank, mark)}"), file=sys.stderr, flush=True)
 
     def _sentence(self, rank: int, mark: Mark) -> str:
         detail = self.detail() if rank == self.rank and not mark.together else ""
@@ -183,7 +184,7 @@ class Watch:
         """Tell the others why this rank ends. True if it is the first to do so."""
         if self.store is None:
             return True
-        mine = f"{self.names[self.rank]} has ended: {message}"
+        mine = redact(f"{self.names[self.rank]} has ended: {message}")  # here: the key may be in this environment alone
         with contextlib.suppress(RuntimeError):
             return self.store.compare_set("gone", "", mine).decode() == mine
         return False
@@ -229,7 +230,7 @@ class Watch:
         if own:
             self.leave(message)
         if own or self.rank == self.speaker():
-            print(f"pipeline train: {message}", file=sys.stderr, flush=True)
+            print(redact(f"pipeline train: {message}"), file=sys.stderr, flush=True)
         self.last_words(message)
         self.dump()
 
