@@ -49,8 +49,9 @@ def test_depth_grows_linearly_and_sleeps_in_evaluation():
 
 def test_networks_with_stochastic_depth_of_their_own_take_the_rate():
     with torch.device("meta"):
-        shares = [m.p for m in build("convnext_tiny", stochastic_depth=0.4).modules() if isinstance(m, StochasticDepth)]
-    assert len(shares) == 18 and shares == pytest.approx([0.4 * n / 17 for n in range(18)])
+        layers = [m for m in build("convnext_tiny", stochastic_depth=0.4).modules() if isinstance(m, StochasticDepth)]
+    shares = [hook.share for layer in layers for hook in layer._forward_hooks.values()]
+    assert len(layers) == 18 and shares == pytest.approx([0.4 * n / 17 for n in range(1, 18)])
 
 
 @pytest.mark.parametrize("name", ["vit_b_32", "regnet_y_400mf", "mobilenet_v2", "mobilenet_v3_small", "swin_t"])

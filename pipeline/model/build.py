@@ -9,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.model.drops import tie_drops
 from pipeline.model.heads import drop_before_head, freeze
 from pipeline.model.regularise import add_blurpool, add_stochastic_depth
 from pipeline.model.weights import is_published
@@ -27,7 +28,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     """The model with fresh weights, drawn from torch's global generator.
 
     num_classes: outputs of the head. Takes float [B, 3, H, W], gives logits [B, num_classes]; in training GoogLeNet and
-    Inception v3 give a tuple, the logits first and then the auxiliary heads'. `start_from` loads `config.weights`.
+    Inception v3 give a tuple, the logits first and then the auxiliary heads'. `start_from` loads `config.weights`. Its
+    attribute `places` holds the keys that drop-out and stochastic depth follow; None where nothing is dropped.
     Raises UserError for a name that torchvision does not know, or an option that the model has no use for.
     """
     names = model_names()
@@ -52,6 +54,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         drop_before_head(model, config.name, config.dropout)
     if config.freeze:
         freeze(model, config.name, config.freeze)
+    model.places = tie_drops(model)
     return model
 
 

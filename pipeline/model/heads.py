@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.errors import UserError
+from pipeline.model.drops import DropInput
 
 BODY = "body"  #: as a pattern of --model.freeze: everything but the heads
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
@@ -83,18 +84,8 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, NORMS) and is_frozen(module)]
 
 
-class _DropInput:
-    """A forward pre-hook: drop-out on what goes into a layer. State_dicts keep their names."""
-
-    def __init__(self, share: float):
-        self.share = share
-
-    def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
-        return nn.functional.dropout(inputs[0], self.share, module.training), *inputs[1:]
-
-
 def drop_before_head(model: nn.Module, name: str, share: float) -> None:
     """Drop this share of the values that go into the main head, in training only."""
     for head in find_heads(name):
         if not is_auxiliary(head):
-            model.get_submodule(head).register_forward_pre_hook(_DropInput(share))
+            model.get_submodule(head).register_forward_pre_hook(DropInput(share, rows=False))

@@ -10,9 +10,10 @@ from torchvision.models.mobilenetv3 import InvertedResidual as InvertedResidualV
 from torchvision.models.regnet import ResBottleneckBlock
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
-from torchvision.ops import StochasticDepth, stochastic_depth
+from torchvision.ops import StochasticDepth
 
 from pipeline.errors import UserError
+from pipeline.model.drops import Drop
 
 #: kind of residual block -> the parts whose output is added to the shortcut
 _BRANCHES = {
@@ -24,16 +25,6 @@ _BRANCHES = {
     EncoderBlock: ("dropout", "mlp"),
 }
 _MIN_CHANNELS = 16  # an image itself is not blurred (FFCV, Composer)
-
-
-class _DropBranch:
-    """A forward hook: in training, this share of the batch goes without the branch, the rest is scaled up."""
-
-    def __init__(self, share: float):
-        self.share = share
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        return stochastic_depth(output, self.share, "row", module.training)
 
 
 def _blocks(model: nn.Module) -> Iterator[list[nn.Module]]:
@@ -62,7 +53,7 @@ def add_stochastic_depth(model: nn.Module, name: str, rate: float) -> None:
             if isinstance(branch, StochasticDepth):
                 branch.p = share
             elif share:
-                branch.register_forward_hook(_DropBranch(share))
+                branch.register_forward_hook(Drop(share, rows=True))
 
 
 class Blur(nn.Module):

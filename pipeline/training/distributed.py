@@ -159,7 +159,8 @@ def meet_all(world: World) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators for one step: drop-out and the like follow from (seed, step, rank), not from history."""
+    """Seed torch's generators for one step: what a layer draws from them follows from (seed, step, rank), not from
+    history. (Drop-out and stochastic depth do not even depend on the rank: `model.drops`.)"""
     from pipeline.loader.plan import hash_counter
 
     torch.manual_seed(int(hash_counter(seed, 0x5EED, step, rank)) >> 1)

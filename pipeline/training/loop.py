@@ -127,7 +127,7 @@ class Trainer:
             waited = clock.peek()
             seed_step(self.config.train.seed, self.step, self.world.rank)
             with self.watch.together("forward, backward and the exchange of gradients"):
-                numbers = self.train_step(batch, self.lr(self.step))
+                numbers = self.train_step(batch, self.lr(self.step), self.step)
             own = waited + self.train_step.own_time.take()
             self.reports.push(self.step, numbers, batch.ids, self.wish(), waited, clock.lap(), own)
             self.step += 1

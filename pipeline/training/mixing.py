@@ -47,13 +47,17 @@ def soft_targets(targets: torch.Tensor, shares: torch.Tensor, group: int, classe
 
 
 class Retouched(Normalised):
-    """`Normalised`, which also erases and mixes when it is told what."""
+    """`Normalised`, which also erases and mixes when it is told what. keys: int64 [B], which `model.drops` follows."""
 
     def __init__(self, model: nn.Module, mean: tuple, std: tuple, channels_last: bool, group: int):
         super().__init__(model, mean, std, channels_last)
         self.group = group
 
-    def forward(self, images: torch.Tensor, how: Retouch | None = None) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, how: Retouch | None = None, keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if keys is not None:
+            self.model.places.keys = keys
         pixels = self.normalise(images)
         return self.model(pixels if how is None else retouch(pixels, how, self.group))
 

@@ -3,13 +3,15 @@
 import contextlib
 import inspect
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import Config, TrainConfig
-from pipeline.loader.changes import Retouch
+from pipeline.loader.changes import Retouch, deliver
+from pipeline.loader.hashing import hash_counter
 from pipeline.loader.stream import Batch
 from pipeline.model.heads import frozen_norms, in_heads
 from pipeline.training.clipping import clip_adaptive, clip_norm
@@ -24,6 +26,7 @@ from pipeline.training.stragglers import OwnTime
 #: torch 2.13 renamed DistributedDataParallel's switch for sending rank 0's buffers around at every step
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+_DROPS = 0xD809  # the stream of random numbers that tells what is dropped
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,7 +71,7 @@ class TrainStep:
     """
 
     def __init__(self, model: nn.Module, config: Config, world: World, warmup_steps: int = 0):
-        self.config, self.device = config, world.device
+        self.config, self.device, self.rank = config, world.device, world.rank
         local = config.train.global_batch_size // world.size
         self.micro = config.train.micro_batch_size or local
         self.model = model
@@ -92,10 +95,10 @@ class TrainStep:
         self.held = frozen_norms(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
 
-    def __call__(self, batch: Batch, lr: float) -> torch.Tensor:
-        """Train on a local batch. Returns float32 [4]: the mean loss over it, how many first guesses were right, the
-        norm of the averaged gradient before it is clipped, and fp16's loss scale (else 1), on the device and not yet
-        read: nothing here waits for it."""
+    def __call__(self, batch: Batch, lr: float, step: int = 0) -> torch.Tensor:
+        """Train on a local batch, in step number `step`. Returns float32 [4]: the mean loss over it, how many first
+        guesses were right, the norm of the averaged gradient before it is clipped, and fp16's loss scale (else 1), on
+        the device and not yet read: nothing here waits for it."""
         self.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -104,13 +107,13 @@ class TrainStep:
             torch.compiler.cudagraph_mark_step_begin()  # what the last replay gave is no longer needed
         before = self._flat_buffers()
         total, hits = torch.zeros((2,), device=self.device)
-        pieces = self._pieces(batch)
-        for number, (images, targets, retouch) in enumerate(pieces, 1):
+        pieces = self._pieces(batch, step)
+        for number, (images, targets, retouch, keys) in enumerate(pieces, 1):
             last = number == len(pieces)
             with contextlib.nullcontext() if last or self.network is self.exchanging else self.exchanging.no_sync():
                 with autocast(self.device, self.config.train.precision):
                     with self.own_time.measure():
-                        output = self.forward(images, retouch)
+                        output = self.forward(images, retouch, keys)
                     logits = output[0] if isinstance(output, tuple) else output
                     if retouch is not None and retouch.shares is not None:
                         targets = soft_targets(targets, retouch.shares, self.config.augment.mix_group, logits.shape[1])
@@ -129,15 +132,29 @@ class TrainStep:
         self._update(norm, before)
         return torch.stack([total, hits, norm, self.scaler.scale(torch.ones_like(norm))])
 
-    def _pieces(self, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor, Retouch | None]]:
-        """(images, labels, erasing and mixing) of each part that goes through the network at once. Colours and geometry
-        are changed here: as bytes, before anything is compiled, as each op is for other images at every step."""
+    def _pieces(
+        self, batch: Batch, step: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor, Retouch | None, torch.Tensor | None]]:
+        """(images, labels, erasing and mixing, keys of what is dropped) of each part that goes through the network at
+        once. Colours and geometry are changed here: as bytes, before anything is compiled, as each op is for other
+        images at every step."""
         images, c = batch.images, self.config.augment
         if batch.changes is not None:
             images = change(images, batch.changes, c.interpolation, c.fill)
         images, targets = images.split(self.micro), batch.targets.split(self.micro)
         retouch = [None] * len(images) if batch.retouch is None else batch.retouch.split(self.micro)
-        return list(zip(images, targets, retouch, strict=True))
+        keys = self._place_keys(step, len(batch))
+        keys = [None] * len(images) if keys is None else keys.split(self.micro)
+        return list(zip(images, targets, retouch, keys, strict=True))
+
+    def _place_keys(self, step: int, count: int) -> torch.Tensor | None:
+        """int64 [count] on the device: a hash of seed, step and the places of the local batch in the global one; None
+        for a network that drops nothing."""
+        if self.model.places is None:
+            return None
+        places = np.arange(self.rank * count, (self.rank + 1) * count)
+        hashed = hash_counter(self.config.train.seed, _DROPS, step, places) >> np.uint64(32)
+        return deliver(hashed.astype(np.int64), self.device)
 
     def _update(self, norm: torch.Tensor, before: list[torch.Tensor]) -> None:
         """Change the weights, unless the gradient's norm is NaN or infinite: then they, the optimizer's state and
@@ -188,7 +205,7 @@ class TrainStep:
         self.train()
         for _ in range(2):
             with autocast(self.device, self.config.train.precision):
-                loss = self.loss(self.forward(images, retouch), targets)
+                loss = self.loss(self.forward(images, retouch, self._place_keys(0, count)), targets)
             self.scaler.scale(loss).backward()
             self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

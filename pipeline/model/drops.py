@@ -1,0 +1,83 @@
+"""Drop-out and stochastic depth that follow from the sample's place in the global batch, by hooks.
+
+What is dropped is a hash of the place's key (a function of seed, step and place), the layer's number and the element:
+it depends on no generator's history, and not on how many ranks share the batch. Without keys torch's generator is used.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torchvision.ops import StochasticDepth, stochastic_depth
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+class PlaceKeys:
+    """What the drops of a network share. keys: int64 [B], 0 to 2^32 - 1, one for each sample that goes through it now;
+    None: there are none."""
+
+    keys: torch.Tensor | None = None
+
+
+def _times(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """x * factor modulo 2^32, in halves: no int64 overflows on the way."""
+    return ((x & 0xFFFF) * factor + ((((x >> 16) * factor) & 0xFFFF) << 16)) & _MASK
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of 32-bit numbers (in int64) that mixes every bit: Wellons' "lowbias32" (2018)."""
+    x = _times(x ^ (x >> 16), 0x7FEB352D)
+    x = _times(x ^ (x >> 15), 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def keyed_uniform(keys: torch.Tensor, number: int, count: int) -> torch.Tensor:
+    """float32 [B, count] in [0, 1): so many draws for each key (int64 [B]), other ones for each `number`."""
+    own = _mix(keys ^ ((number + 1) * _GOLDEN & _MASK))
+    places = torch.arange(count, device=keys.device)
+    return (_mix(own[:, None] ^ _times(places, _GOLDEN)) >> 8) * 2.0**-24
+
+
+class Drop:
+    """A forward hook: in training this share of the values of a layer's output becomes 0, or with `rows` of the
+    samples, and the rest is scaled up."""
+
+    def __init__(self, share: float, rows: bool):
+        self.share, self.rows = share, rows
+        self.places, self.number = PlaceKeys(), 0
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        return self.drop(output) if module.training else output
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [B, ...]."""
+        if self.places.keys is None:
+            return stochastic_depth(x, self.share, "row") if self.rows else nn.functional.dropout(x, self.share)
+        shape = [1] * (x.ndim - 1) if self.rows else x.shape[1:]
+        kept = keyed_uniform(self.places.keys, self.number, math.prod(shape)) >= self.share
+        return x * (kept.to(x.dtype) / (1 - self.share)).view(len(x), *shape)
+
+
+class DropInput(Drop):
+    """A forward pre-hook: the same for a layer's first input."""
+
+    def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
+        return (self.drop(inputs[0]), *inputs[1:]) if module.training else inputs
+
+
+def tie_drops(model: nn.Module) -> PlaceKeys | None:
+    """Let hooks do what the model's own drop-out and stochastic depth layers do, number all drops from the input on,
+    and give them one `PlaceKeys`. None: nothing is ever dropped."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | StochasticDepth) and module.p > 0:
+            module.register_forward_hook(Drop(module.p, isinstance(module, StochasticDepth)))
+            module.p = 0.0
+    places, number = PlaceKeys(), 0
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if isinstance(hook, Drop):
+                hook.places, hook.number = places, number
+                number += 1
+    return places if number else None
