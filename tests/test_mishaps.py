@@ -1,13 +1,16 @@
 """What runs out underneath is one line that says what was asked for, what was there, and what to do."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
 import resource
 import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,8 @@ from pipeline.training import mishaps
 from pipeline.training.distributed import World, start_world
 from pipeline.training.mishaps import explain, fitting, told
 
+CLONE_NEWNS = 0x20000  # <sched.h>
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 
 
@@ -103,11 +108,56 @@ def test_a_port_that_is_taken(monkeypatch):
             start_world(TrainConfig(device="cpu"))
 
 
-def test_small_shared_memory(monkeypatch):
-    monkeypatch.setattr(mishaps, "_shm_free", lambda: 64 << 20)
+def in_a_container(function):
+    """What `function` returns in a mount namespace whose /dev/shm has 1 MiB: a thread's own, gone with it."""
+
+    def inside():
+        if ctypes.CDLL(None).unshare(CLONE_NEWNS):
+            return None
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"], check=True)
+        return function()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(inside).result()
+
+
+@AS_ROOT
+def test_small_shared_memory():
     error = torch.distributed.DistBackendError("NCCL error: unhandled system error")
-    line = explain(error, Config(), WORLD)
-    assert "/dev/shm has 64 MiB free" in line and "--shm-size" in line
+    line = in_a_container(lambda: explain(error, Config(), WORLD)) or pytest.skip("no mount namespace to be had")
+    assert "/dev/shm has 1 MiB free" in line and "--shm-size" in line
+    assert "/dev/shm" not in explain(error, Config(), WORLD)
+
+
+@contextlib.contextmanager
+def little_memory():
+    """Too little for another thread's stack."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_too_little_memory_is_no_bad_image(root):
+    """It ends the run in one line, though it came up amid DALI's decoding."""
+    pytest.importorskip("nvidia.dali")
+    from pipeline.loader.dali import DaliDecoder
+
+    source = Source(build_index(root).splits["train"])
+    decoder = DaliDecoder(8, 1, torch.device("cpu"))
+
+    def batches():
+        with little_memory():
+            yield source.read_batch(np.arange(8))
+
+    line = broken(lambda: next(decoder.decode(batches())))
+    source.close()
+    decoder.close()
+    assert "out of host memory on rank 0: " in line and "can't start new thread" in line and "ulimit -u" in line
 
 
 def test_a_user_error_and_the_unknown_stay_what_they_are():
@@ -116,17 +166,19 @@ def test_a_user_error_and_the_unknown_stay_what_they_are():
             raise error
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
-def test_a_full_tmp_does_not_matter(root, tmp_path):
-    """W&B and torch keep their scratch files there."""
+@AS_ROOT
+def test_a_full_tmp_and_a_full_shm_do_not_matter(root, tmp_path):
+    """W&B and torch keep their scratch files there; two ranks on CPUs share no memory."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", tmp_path], check=True)
     try:
         with contextlib.suppress(OSError):
             (tmp_path / "full").write_bytes(bytes(1 << 20))
         run = root.parent / "run-with-full-tmp"
         options = ["--train.max_steps", "2", "--tracking.wandb", "offline"]
+        full = 'mount -t tmpfs -o size=4k tmpfs /dev/shm; echo > /dev/shm/full; exec "$@"'
+        command = runs.command(root, run, *options, processes=2)
         done = subprocess.run(
-            runs.command(root, run, *options),
+            ["unshare", "--mount", "bash", "-c", full, "bash", *command],
             env=runs.environment() | {"TMPDIR": str(tmp_path)},
             capture_output=True,
             text=True,

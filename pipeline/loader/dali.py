@@ -17,6 +17,8 @@ from pipeline.loader.plan import Planned
 from pipeline.loader.resize import Resizer, Resizing, decoded_windows
 from pipeline.loader.stream import Samples, UndecodableSample
 
+_OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|cannot allocate memory|can't start new thread", re.IGNORECASE)
+
 
 class DaliDecoder:
     """A DALI pipeline fed from outside.
@@ -45,11 +47,16 @@ class DaliDecoder:
         self.resizer = None if self.on_gpu else Resizer(threads, interpolation)
         self.pipeline = None
         self._feed: Iterator[Samples] = iter(())
+        self._feed_failed: RuntimeError | None = None
         self._handed: deque[Samples] = deque()  # what DALI holds, oldest first
 
     def _next(self):
         """DALI's callback: the next batch as lists and arrays of one row a sample."""
-        samples = next(self._feed)
+        try:
+            samples = next(self._feed)
+        except RuntimeError as error:
+            self._feed_failed = error
+            raise
         self._handed.append(samples)
         windows, rois, flips = self._cut(samples.planned)
         boxes = (windows[:, [1, 0]], windows[:, [3, 2]])  # axes in the order y, x
@@ -114,6 +121,10 @@ class DaliDecoder:
                 yield from (batch.result() for batch in resizing)
                 return
             except RuntimeError as error:  # a failed pipeline is dead for good
+                if _OUT_OF_MEMORY.search(str(error)):  # no image's fault: none is substituted for it
+                    raise (torch.OutOfMemoryError if self.on_gpu else MemoryError)(_reason(str(error))) from error
+                if error is self._feed_failed:
+                    raise
                 yield from (batch.result() for batch in resizing)
                 samples = self._handed[0]
                 position = _sample_number(str(error))
@@ -163,5 +174,5 @@ def _sample_number(message: str) -> int | None:
 def _reason(message: str) -> str:
     """The line of DALI's long message that says what was wrong."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    telling = (line for line in lines if "sample #" in line or "failure" in line)
+    telling = (line for line in lines if "sample #" in line or "failure" in line or _OUT_OF_MEMORY.search(line))
     return next(telling, lines[-1] if lines else "")

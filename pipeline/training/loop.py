@@ -154,6 +154,8 @@ class Trainer:
         every = self.config.checkpoint.every_minutes
         if self.world.is_main and every and time.monotonic() - self.saved_at > 60 * every:
             return Wish.SAVE
+        if self.records and self.records.owes_save:
+            return Wish.SAVE
         return Wish.NONE
 
     def take_in(self, reports: list[StepReport]) -> None:

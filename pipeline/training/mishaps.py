@@ -24,6 +24,7 @@ MIB = 1 << 20
 SMALL_SHM = 256 * MIB  # NCCL takes about 10 MiB for each pair of GPUs
 _ESTIMATE_LIMIT_S, _LIMIT_S = 120.0, 300.0
 _HOST_MEMORY = re.compile(r"DefaultCPUAllocator: .*?(\d+) bytes")
+_NO_THREAD = "can't start new thread"  # no room for its stack, mostly
 _GPU_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)")
 _CONTACT_LOST = re.compile(
     r"gloo|NCCL|Connection (reset|closed)|Broken pipe|Socket Timeout|connectFullMesh|c10d", re.IGNORECASE
@@ -98,18 +99,24 @@ def _lost_contact(error: BaseException) -> bool:
 def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and _HOST_MEMORY.search(str(error)) is not None
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    return isinstance(error, RuntimeError) and (_HOST_MEMORY.search(text) is not None or _NO_THREAD in text)
 
 
 def _memory(error: BaseException, world: World) -> str:
     """What was asked for, and what was there."""
-    found = _GPU_ASKED.search(str(error)) if isinstance(error, torch.OutOfMemoryError) else None
-    if found:
+    if isinstance(error, torch.OutOfMemoryError):
+        found = _GPU_ASKED.search(str(error))
+        asked = f"{found[1]} asked for" if found else first_line(error)
         free, total = torch.cuda.mem_get_info(world.device)
         there = f"{free / 2**30:.1f} of its {total / 2**30:.1f} GiB are free"
-        return f"out of GPU memory on {world.watch.names[world.rank]}: {found[1]} asked for, {there}"
+        return f"out of GPU memory on {world.watch.names[world.rank]}: {asked}, {there}"
     host = _HOST_MEMORY.search(str(error))
     asked = f"{int(host[1]) / 2**30:.1f} GiB asked for" if host else first_line(error) or "none left"
+    if _NO_THREAD in str(error):
+        asked += " (or too many processes: ulimit -u)"
     return (
         f"out of host memory on {world.watch.names[world.rank]}: {asked}, {_host_available() / 2**30:.1f} GiB are free"
     )
