@@ -6,8 +6,10 @@ import errno
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +130,25 @@ def test_small_shared_memory():
     line = in_a_container(lambda: explain(error, Config(), WORLD)) or pytest.skip("no mount namespace to be had")
     assert "/dev/shm has 1 MiB free" in line and "--shm-size" in line
     assert "/dev/shm" not in explain(error, Config(), WORLD)
+
+
+@AS_ROOT
+def test_a_process_that_the_kernel_killed_for_memory_is_told_of():
+    """A cgroup of 20 MB; its rank has died, as far as the others can see."""
+    group = Path("/sys/fs/cgroup/memory") / f"tests-{os.getpid()}"
+    if not group.parent.is_dir():
+        pytest.skip("needs cgroup v1's memory")
+    error = RuntimeError("Connection closed by peer")
+    assert "killed" not in explain(error, Config(), WORLD)
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text("20000000")
+        program = f"open('{group}/cgroup.procs', 'w').write('0'); bytearray(1 << 28)"
+        assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    finally:
+        group.rmdir()
+    line = explain(error, Config(), WORLD)
+    assert line.startswith("before the first step: contact") and "has killed 1 for want of host memory" in line
 
 
 @contextlib.contextmanager

@@ -77,11 +77,27 @@ def explain(error: BaseException, config: Config, world: World) -> str | None:
             f"{SMALL_SHM // MIB}; start the container with --shm-size=8g, or set NCCL_SHM_DISABLE=1"
         )
     if _lost_contact(error):
-        return f"step {world.watch.step}: contact to the other ranks was lost: {world.watch.missing()}"
+        when = "before the first step" if world.watch.step is None else f"step {world.watch.step}"
+        return f"{when}: contact to the other ranks was lost: {world.watch.missing()}{_killed_for_memory()}"
     if isinstance(error, OSError) and number in _DISK:
         where = error.filename or config.run_dir
         return f"{where} can't be read or written any more ({error.strerror}); mend that and start again"
     return None
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel of this machine has killed for want of memory."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+_OOM_KILLS_BEFORE = _oom_kills()
+
+
+def _killed_for_memory() -> str:
+    """The rest of a sentence on a rank that died: was it killed for want of memory?"""
+    killed = _oom_kills() - _OOM_KILLS_BEFORE
+    return f" (here the kernel has killed {killed} for want of host memory since the start)" if killed else ""
 
 
 def first_line(error: BaseException) -> str:
