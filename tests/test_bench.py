@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -77,12 +80,26 @@ def test_a_run_is_taken_apart_and_preflight_reads_the_result(synthetic_root, tmp
     build_index(synthetic_root)
     path = tmp_path / "train.json"
     own = ["--steps", "1", "--rounds", "1", "--json", str(path), "--train.device", "cpu"]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert main(["bench", "train", "--config", str(runs.TINY), "--data.root", str(synthetic_root), *own]) == 0
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]  # Ctrl-C ends a bench
     page = json.loads(path.read_text())
     assert set(page["result"]["seconds"]) == {"loader", "compute", "run", "save", "written behind"}
     assert page["result"]["verdict"] in capsys.readouterr().out
     assert "bench train" in page["command"] and page["machine"]["versions"]["torch"]
     assert read_bench(path) == (page["result"]["images_per_s"], 1)
+
+
+def test_two_ranks_are_taken_apart_under_torchrun(synthetic_root, tmp_path):
+    build_index(synthetic_root)
+    path = tmp_path / "train.json"
+    bench = ["bench", "train", "--config", str(runs.TINY), "--data.root", str(synthetic_root), "--steps", "1"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, *launch, "-m", "pipeline", *bench, "--rounds", "1", "--json", str(path)]
+    subprocess.run(command, env=runs.environment(), check=True, timeout=200)
+    result = json.loads(path.read_text())["result"]
+    assert result["world_size"] == 2 and result["seconds"]["compute, exchange"]["median"] > 0
+    assert result["shares"].keys() == {"compute", "communication", "data", "records", "checkpointing"}
 
 
 def test_what_can_not_be_benched_is_one_line(tmp_path, capsys):

@@ -65,7 +65,7 @@ def open_trainer(config: Config, world: World):
     from pipeline.training.start import Start
 
     make_run_folder(config)
-    trainer = Trainer(config, world, StopRequest())
+    trainer = Trainer(config, world, StopRequest(install=False))
     trainer.restore(Start())
     trainer.open()
     trainer.train_step.warm_up()

@@ -135,7 +135,7 @@ def _resume(path: str, begun: float) -> dict[str, float]:
     from pipeline.training.preemption import StopRequest
 
     lap("import the rest")
-    trainer = Trainer(config, world, StopRequest())
+    trainer = Trainer(config, world, StopRequest(install=False))
     lap("run folder, index, plan")
     start = trainer.find_start()
     lap("verify the checkpoint")
