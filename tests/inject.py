@@ -48,10 +48,10 @@ def inject(fault: str, rank: int, step: int) -> None:
     """Let the fault happen before the training step `step` (from 0) of a start, on one rank."""
     real, steps = TrainStep.__call__, iter(range(10**9))
 
-    def call(self, batch, lr):
+    def call(self, *arguments):
         if next(steps) == step and int(os.environ.get("RANK", 0)) == rank:
             FAULTS[fault](self)
-        return real(self, batch, lr)
+        return real(self, *arguments)
 
     TrainStep.__call__ = call
 
