@@ -1,10 +1,11 @@
 """What each feature does for ResNet-18 on CIFAR-10 at 64 px in equal epochs: one run with it, one without.
 
-    python benchmarks/ablate_cifar10.py DATA OUT [--epochs 1] [--seeds 3] [--only base ema ...]
+    python benchmarks/ablate_cifar10.py DATA OUT [--epochs 1] [--seeds 3] [--only base BCE ...]
 
 DATA: CIFAR-10 as JPEG class folders (`pipeline fetch cifar10 DATA`). OUT: a folder a run; a run that is there is not
-made again, and one that was killed goes on, so the whole can be stopped and started at will. Prints the table of all
-runs that are finished, as Markdown, and writes it with the ledgers' last scores into OUT/ablations.json.
+made again, and one that was killed goes on, so the whole can be stopped and started at will. What only changes the
+scoring is not trained again: base's last checkpoint is scored. Prints the table of all runs that are finished, as
+Markdown, and writes their last scores into OUT/ablations.json.
 """
 
 import argparse
@@ -45,8 +46,13 @@ FEATURES: dict[str, list[str]] = {
     "LAMB 0.005": ["--optim.name", "lamb", "--optim.lr", "0.005", "--optim.weight_decay", "0.02"],
     "AdamW 0.001": ["--optim.name", "adamw", "--optim.lr", "0.001", "--optim.weight_decay", "0.05"],
     "clip to 1.0": ["--optim.clip_norm", "1.0"],
-    "scored with mirror images": ["--evaluation.flip", "true"],
-    "BatchNorm recalibrated": ["--evaluation.recalibrate_batches", "50"],
+}
+
+#: feature -> the options of `evaluate` that score base with it
+SCORINGS: dict[str, list[str]] = {
+    "scored with mirror images": ["--flip", "true"],
+    "BatchNorm recalibrated": ["--recalibrate", "50"],
+    "scored at 72 px": ["--sizes", "72"],
 }
 
 
@@ -62,8 +68,19 @@ def train(data: str, folder: Path, options: list[str], seed: int, epochs: str) -
     subprocess.run(command, cwd=HOME, check=True)
 
 
+def score(base: Path, folder: Path, options: list[str]) -> None:
+    """The last checkpoint of base's run, scored another way."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "pipeline", "evaluate", str(base), "--checkpoint", "last", *options]
+    subprocess.run([*command, "--json", str(folder / "scores.json")], cwd=HOME, check=True)
+
+
 def scores(folder: Path) -> dict | None:
     """The last evaluation of a finished run."""
+    if (folder / "scores.json").exists():
+        return {
+            key: value for key, value in json.loads((folder / "scores.json").read_text()).items() if key != "results"
+        }
     if not (folder / "finished").exists():
         return None
     return [row for row in read_rows(folder / "metrics.jsonl") if row.get("kind") == "eval"][-1]
@@ -71,7 +88,9 @@ def scores(folder: Path) -> dict | None:
 
 def table(out: Path, seeds: int) -> tuple[str, dict]:
     """The finished runs as Markdown, and as numbers: feature -> {seed: row}."""
-    found = {name: {seed: scores(folder_of(out, name, seed)) for seed in range(seeds)} for name in FEATURES}
+    found = {
+        name: {seed: scores(folder_of(out, name, seed)) for seed in range(seeds)} for name in (*FEATURES, *SCORINGS)
+    }
     found = {name: {seed: row for seed, row in rows.items() if row} for name, rows in found.items()}
     lines = ["| feature | seeds | top-1 | against base, same seeds | averaged weights |", "|---|---|---|---|---|"]
     for name, rows in found.items():
@@ -94,15 +113,19 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--epochs", default="1")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=list(FEATURES), default=list(FEATURES))
+    parser.add_argument("--only", nargs="+", choices=[*FEATURES, *SCORINGS], default=[*FEATURES, *SCORINGS])
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     for seed in range(given.seeds):
-        for name in FEATURES:
+        for name in (*FEATURES, *SCORINGS):
             folder = folder_of(given.out, name, seed)
-            if name in given.only and scores(folder) is None:
-                print(f"== {name}, seed {seed}", flush=True)
+            if name not in given.only or scores(folder) is not None:
+                continue
+            print(f"== {name}, seed {seed}", flush=True)
+            if name in FEATURES:
                 train(given.data, folder, FEATURES[name], seed, given.epochs)
+            else:
+                score(folder_of(given.out, "base", seed), folder, SCORINGS[name])
             text, found = table(given.out, given.seeds)
             facts = {"machine": platform.processor() or platform.machine(), "epochs": given.epochs, "runs": found}
             (given.out / "ablations.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -96,6 +96,24 @@ def test_a_compiled_network_takes_new_keys_without_a_new_compilation():
             assert torch.equal(compiled(x, keys(8, seed)), net(x, keys(8, seed)))
 
 
+def test_the_networks_mode_counts_and_not_a_layers():
+    """BatchNorm is in training mode by itself when its statistics are computed anew, in evaluation mode when frozen."""
+    model = build_model(ModelConfig(name="resnet18", stochastic_depth=0.9), 5).eval()
+    plain = torchvision.models.resnet18(num_classes=5).eval()
+    plain.load_state_dict(model.state_dict())
+    norms = [module for network in (model, plain) for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    model.places.keys, images = keys(2), torch.rand(4, 3, 32, 32)
+    for norm in norms:
+        norm.train()
+    assert torch.equal(model(images), plain(images))
+    for network in (model, plain):
+        network.train()
+    model.places.keys = keys(4)
+    for norm in norms:
+        norm.eval()
+    assert not torch.allclose(model(images), plain(images))
+
+
 @pytest.mark.slow
 def test_two_ranks_drop_what_one_does(synthetic_root, tmp_path):
     """A network without BatchNorm, half of whose last values are dropped: the losses agree to rounding."""

@@ -16,9 +16,14 @@ _GOLDEN = 0x9E3779B9
 
 class PlaceKeys:
     """What the drops of a network share. keys: int64 [B], 0 to 2^32 - 1, one for each sample that goes through it now;
-    None: there are none."""
+    None: there are none. network: drops while it is in training mode, whatever mode the layers are in (frozen ones are
+    in evaluation mode, and BatchNorm alone in training mode when its statistics are computed anew)."""
 
     keys: torch.Tensor | None = None
+    network: nn.Module | None = None
+
+    def drops(self) -> bool:
+        return self.network is not None and self.network.training
 
 
 def _times(x: torch.Tensor, factor: int) -> torch.Tensor:
@@ -49,7 +54,7 @@ class Drop:
         self.places, self.number = PlaceKeys(), 0
 
     def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        return self.drop(output) if module.training else output
+        return self.drop(output) if self.places.drops() else output
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
         """x: [B, ...]."""
@@ -64,7 +69,7 @@ class DropInput(Drop):
     """A forward pre-hook: the same for a layer's first input."""
 
     def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
-        return (self.drop(inputs[0]), *inputs[1:]) if module.training else inputs
+        return (self.drop(inputs[0]), *inputs[1:]) if self.places.drops() else inputs
 
 
 def tie_drops(model: nn.Module) -> PlaceKeys | None:
@@ -75,6 +80,7 @@ def tie_drops(model: nn.Module) -> PlaceKeys | None:
             module.register_forward_hook(Drop(module.p, isinstance(module, StochasticDepth)))
             module.p = 0.0
     places, number = PlaceKeys(), 0
+    places.network = model
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if isinstance(hook, Drop):

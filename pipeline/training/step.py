@@ -150,7 +150,7 @@ class TrainStep:
     def _place_keys(self, step: int, count: int) -> torch.Tensor | None:
         """int64 [count] on the device: a hash of seed, step and the places of the local batch in the global one; None
         for a network that drops nothing."""
-        if self.model.places is None:
+        if getattr(self.model, "places", None) is None:
             return None
         places = np.arange(self.rank * count, (self.rank + 1) * count)
         hashed = hash_counter(self.config.train.seed, _DROPS, step, places) >> np.uint64(32)

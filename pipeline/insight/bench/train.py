@@ -116,6 +116,7 @@ def take_apart(config: Config, world, steps: int, rounds: int, save_every_minute
         timed("loader", lambda n=number: load(n * steps), counts)
         timed("compute", compute, counts)
         if not alone:
+            step.optimizer.state.clear()  # each rank's momentum is of its own gradients now
             timed("compute, exchange", compute_and_exchange, counts)
         timed("run", lambda: trainer.train_until(trainer.step + steps), counts)
         timed("save", trainer.save, counts, units=1)
