@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parents[1]
@@ -43,8 +44,12 @@ def measure_link(target: str, size_mb: float) -> None:
 
 
 def torchrun(*arguments: str, processes: int) -> None:
+    """Start so many ranks on as many cores."""
+    cores = sorted(os.sched_getaffinity(0))[:processes]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    subprocess.run([*launch, *arguments], cwd=HOME, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    own = os.environ | {"OMP_NUM_THREADS": "1"}
+    pin = partial(os.sched_setaffinity, 0, cores)
+    subprocess.run([*launch, *arguments], cwd=HOME, env=own, check=True, preexec_fn=pin)
 
 
 def main() -> None:
@@ -101,7 +106,9 @@ def main() -> None:
     }
     print("\n".join(f"  {name:<38}{value:>10}" for name, value in summary.items()))
     if given.json:
-        command = f"python benchmarks/scaling_two_ranks.py DATA --config {given.config} --rounds {given.rounds}"
+        command = (
+            f"python benchmarks/scaling_two_ranks.py DATA --rounds {given.rounds} --local_batch {given.local_batch}"
+        )
         facts = {
             "command": command,
             "machine": describe_machine(),
