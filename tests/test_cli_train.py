@@ -73,6 +73,18 @@ def test_a_run_folder_of_another_recipe(root, run):
     assert "optim.lr is 0.05 there and 0.3 here" in line and "model.name is resnet18 there and resnet34 here" in line
 
 
+def test_images_too_small_for_the_network_leave_the_folder_free_for_the_right_size(root, tmp_path):
+    folder, network = (
+        tmp_path / "run",
+        ["--model.name", "alexnet", "--model.zero_init_residual", "false", "--train.max_steps", "1"],
+    )
+    line = complaint(runs.call(root, folder, *network, "--data.image_size", "32", expect=2))
+    assert "--data.image_size 32: alexnet can't take such images; give at least 63" in line
+    line = complaint(runs.call(root, folder, "--model.num_classes", "2", expect=2))  # found when the folder is there
+    assert "--model.num_classes 2" in line and (folder / "config.yaml").exists()
+    runs.call(root, folder, *network, "--data.image_size", "64", "--data.val_size", "64", "--data.val_resize", "64")
+
+
 def test_a_run_folder_of_another_data_set(root, run, tmp_path):
     data = shutil.copytree(root, tmp_path / "data")
     image = next((data / "ILSVRC/Data/CLS-LOC/train").glob("*/*"))

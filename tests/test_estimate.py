@@ -54,6 +54,19 @@ def test_the_lectures_parameters(name, classes, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "multiply_adds"),  # as torchvision publishes them
+    [("regnet_y_400mf", 4_344_144, 0.402e9), ("efficientnet_b0", 5_288_548, 0.386e9), ("vgg16", 138_357_544, 15.47e9)],
+)
+def test_training_takes_three_forward_passes_whatever_the_convolutions_groups(
+    estimate, name, parameters, multiply_adds
+):
+    facts = estimate("--model.name", name, "--batches", "1")
+    assert facts["parameters"] == parameters
+    assert facts["forward_flops"] == pytest.approx(2 * multiply_adds, rel=5e-3)
+    assert facts["training_flops"] == pytest.approx(3 * facts["forward_flops"], rel=0.03)
+
+
 def small(*options: str):
     return parse_config(["--model.name", "resnet18", "--data.image_size", "64", *options])
 

@@ -11,8 +11,10 @@ from torch import nn
 from pipeline.config import ModelConfig, OptimConfig, from_dict, parse_config
 from pipeline.dataset.scan import build_index
 from pipeline.errors import UserError
+from pipeline.model.blank import without_data
 from pipeline.model.build import build_model
 from pipeline.model.heads import find_heads, frozen_norms
+from pipeline.model.sizes import check_image_sizes
 from pipeline.model.weights import start_from
 from pipeline.training.loss import make_loss
 from pipeline.training.optimizer import parameter_groups
@@ -46,6 +48,38 @@ def test_inception_has_the_lectures_parameters_and_both_heads_for_the_classes():
         outputs = model(torch.empty(2, 3, 299, 299))
         assert [tuple(output.shape) for output in outputs] == [(2, 10), (2, 10)]
         assert tuple(model.eval()(torch.empty(2, 3, 299, 299)).shape) == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "vit_b_16", "swin_v2_t", "mobilenet_v3_small"])
+def test_a_network_without_data_has_the_shapes_of_the_real_one(name):
+    """RegNet computes its widths with tensors, so these have to be real."""
+    with without_data():
+        blank = torchvision.models.get_model(name, weights=None)
+    real = torchvision.models.get_model(name, weights=None)
+    assert all(tensor.is_meta for tensor in blank.state_dict().values())
+    assert {k: v.shape for k, v in blank.state_dict().items()} == {k: v.shape for k, v in real.state_dict().items()}
+    assert not any(tensor.is_meta for tensor in real.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("inception_v3 image_size=298", "--data.image_size 298: inception_v3 with its auxiliary head can't take such"),
+        ("inception_v3 image_size=298", "give at least 299, or --model.aux_weight 0"),
+        ("inception_v3 image_size=299 val_size=74", "--data.val_size 74: .* give at least 75"),
+        ("vit_b_16 image_size=192", "--data.image_size 192: vit_b_16 can't take such images; give 224"),
+        ("vgg16 start_size=20 ramp_epochs=[1,2]", "--data.start_size 20: vgg16 .* give at least 32"),
+    ],
+)
+def test_a_size_that_the_network_cannot_take_is_said_with_one_that_it_can(options, said):
+    name, *sizes = options.split()
+    with pytest.raises(UserError, match=said):
+        check_image_sizes(parse_config(["--model.name", name, *(f"--data.{size}" for size in sizes)]))
+
+
+def test_sizes_that_the_network_takes_pass():
+    for options in (["inception_v3"], ["vit_b_16"], ["inception_v3", "--model.aux_weight=0", "--data.image_size=96"]):
+        check_image_sizes(parse_config(["--model.name", *options]))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config, identity, load_config
+from pipeline.config import Config, identity
 from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 from pipeline.insight.node_facts import nearest_existing
@@ -28,12 +28,18 @@ class Finding:
 
 
 def check_recipe(config: Config, world_size: int) -> Finding:
-    """Can the global batch be shared among the processes?"""
+    """Can the global batch be shared among the processes, and does the network take the images?"""
+    from pipeline.model.sizes import check_image_sizes
+
     batch = config.train.global_batch_size
     about = f"{config.model.name}, global batch {batch} over {world_size} process{'es' if world_size > 1 else ''}"
     if batch % world_size:
         fitting = -(-batch // world_size) * world_size
         return Finding(FAIL, "recipe", f"{about}: not divisible; give --train.global_batch_size {fitting}")
+    try:
+        check_image_sizes(config)
+    except UserError as error:
+        return Finding(FAIL, "recipe", str(error))
     local = batch // world_size
     micro = min(config.train.micro_batch_size or local, local)
     if micro < 2 and config.train.micro_batch_size != 1:
@@ -138,14 +144,13 @@ def _check_identity(run_dir: Path, config: Config, data: dict, checkpoint: tuple
     from pipeline.training.checkpoint import (
         DamagedCheckpoint,
         check_fingerprints,
-        compare_identity,
         folder_name,
         read_meta,
     )
+    from pipeline.training.run import RunFolder
 
     try:
-        if (run_dir / "config.yaml").exists():
-            compare_identity(identity(load_config(run_dir / "config.yaml")), identity(config), f"run folder {run_dir}")
+        RunFolder(run_dir).check_recipe(config)
         if checkpoint is not None and data["fingerprint"]:
             path = run_dir / "checkpoints" / folder_name(checkpoint[0])
             check_fingerprints(path, read_meta(path), identity(config), data["fingerprint"])
@@ -176,11 +181,10 @@ def _check_room(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int
 
 def estimate_checkpoint(config: Config, classes: int) -> int:
     """Bytes of a checkpoint: weights and the optimizer's state, in float32."""
-    import torch
-
+    from pipeline.model.blank import without_data
     from pipeline.model.build import build_model
 
-    with torch.device("meta"):
+    with without_data():
         model = build_model(config.model, config.model.num_classes or classes)
     values = sum(parameter.numel() for parameter in model.parameters())
     return 4 * values * (2 if config.optim.name == "sgd" else 3)

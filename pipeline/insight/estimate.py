@@ -94,6 +94,7 @@ def measured_rate(options: argparse.Namespace) -> tuple[float, str] | None:
 def estimate(config: Config, options: argparse.Namespace) -> dict:
     """All that the verb shows, as plain values. Bytes are in MiB, times in seconds, FLOPs of one image."""
     from pipeline.insight.memory import MIB, Tracer, by_kind, optimizer_states, step_memory, weight_bytes
+    from pipeline.model.sizes import check_image_sizes
 
     batches = parse_batches(options.batches)
     images, classes = data_set(config)
@@ -105,6 +106,7 @@ def estimate(config: Config, options: argparse.Namespace) -> dict:
     local = config.train.global_batch_size // options.world_size
     at_once = min(config.train.micro_batch_size or local, local)
     rate = measured_rate(options)
+    check_image_sizes(config)
     tracer = Tracer(config, classes, options.conv_bias)
     memory = step_memory(tracer, at_once)
     step = tracer.trace(at_once)

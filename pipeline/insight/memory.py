@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.config import Config
+from pipeline.model.blank import without_data
 from pipeline.model.build import Normalised, build_model
-from pipeline.model.heads import BlankDraws, frozen_norms
+from pipeline.model.heads import frozen_norms
 from pipeline.training.loss import make_loss
 from pipeline.training.step import autocast
 
@@ -35,6 +36,17 @@ for _here, _there in (
     ("_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward"),
 ):
     _FLOPS[getattr(_aten, _here)] = flop_registry[getattr(_aten, _there)]
+
+
+def _convolution_backward_flops(grad, images, weight, *rest, out_val=None) -> int:
+    """Each of the gradients of input and weight takes what the forward pass took. (torch's own count forgets that in a
+    grouped convolution a filter sees its group's channels alone: 14 times too much for EfficientNet-B0.)"""
+    _, _, _, _, transposed, _, _, wanted = rest
+    places = images if transposed else grad
+    return 2 * places.numel() * weight[0].numel() * sum(wanted[:2])
+
+
+_FLOPS[_aten.convolution_backward] = _convolution_backward_flops
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,7 @@ class Trace:
 
 
 def build_fake(config: Config, num_classes: int, conv_bias: bool = False) -> Normalised:
-    """The network of a run under the current fake mode."""
+    """The network of a run, in `without_data`."""
     model = build_model(config.model, num_classes)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -185,7 +197,7 @@ class Tracer:
 
     def __init__(self, config: Config, num_classes: int, conv_bias: bool = False):
         self.config, self.fake = config, FakeTensorMode()
-        with self.fake, BlankDraws():
+        with without_data(self.fake):
             self.network = build_fake(config, num_classes, conv_bias)
         self.model = self.network.model
         for parameter in self.model.parameters():  # gradients count as fixed: each goes as soon as it is there

@@ -16,12 +16,21 @@ from pipeline.model.weights import is_published
 
 #: weight of the auxiliary heads' losses as published: Szegedy et al. 2015 (GoogLeNet), 2016 (Inception v3: torchvision
 #: has the one arm, and the weight of its reference)
-_AUXILIARY_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
+AUXILIARY_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
 
 
 def model_names() -> list[str]:
     """The classification models of the installed torchvision."""
     return torchvision.models.list_models(module=torchvision.models)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a model that torchvision does not know."""
+    names = model_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "torchvision.models.list_models() lists them"
+        raise UserError(f"--model.name {name} is no torchvision classification model; {hint}")
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -32,13 +41,9 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     attribute `places` holds the keys that drop-out and stochastic depth follow; None where nothing is dropped.
     Raises UserError for a name that torchvision does not know, or an option that the model has no use for.
     """
-    names = model_names()
-    if config.name not in names:
-        close = difflib.get_close_matches(config.name, names, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "torchvision.models.list_models() lists them"
-        raise UserError(f"--model.name {config.name} is no torchvision classification model; {hint}")
+    check_name(config.name)
     extra = {}
-    if config.name in _AUXILIARY_WEIGHTS:
+    if config.name in AUXILIARY_WEIGHTS:
         extra = {"aux_logits": auxiliary_weight(config) > 0, "init_weights": True}
         extra["transform_input"] = is_published(config)  # these weights expect other means than the rest
     model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
@@ -60,9 +65,9 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
 def auxiliary_weight(config: ModelConfig) -> float:
     """The weight of the auxiliary heads' losses; 0: there are none."""
-    published = _AUXILIARY_WEIGHTS.get(config.name)
+    published = AUXILIARY_WEIGHTS.get(config.name)
     if published is None and config.aux_weight:
-        names = " and ".join(_AUXILIARY_WEIGHTS)
+        names = " and ".join(AUXILIARY_WEIGHTS)
         raise UserError(f"--model.aux_weight {config.aux_weight}: {config.name} has no auxiliary head; {names} have")
     return (published or 0.0) if config.aux_weight is None else config.aux_weight
 

@@ -8,21 +8,13 @@ import functools
 import torch
 import torchvision
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.errors import UserError
+from pipeline.model.blank import without_data
 from pipeline.model.drops import DropInput
 
 BODY = "body"  #: as a pattern of --model.freeze: everything but the heads
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
-
-
-class BlankDraws(TorchDispatchMode):
-    """For building without data: initialisers that draw until all values fit ask about values, of which there are
-    none; they are told 'done'."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return 0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
 @functools.cache
@@ -30,7 +22,7 @@ def find_heads(name: str) -> tuple[str, ...]:
     """Module names of a torchvision classifier's heads, auxiliary ones too: `fc`, `classifier.6`, `heads.head`, ..."""
     shapes = []
     for classes in (3, 5):
-        with torch.device("meta"), BlankDraws():
+        with without_data():
             model = torchvision.models.get_model(name, weights=None, num_classes=classes)
         shapes.append({key: value.shape for key, value in model.named_parameters()})
     differing = [key for key, shape in shapes[0].items() if shape != shapes[1][key]]

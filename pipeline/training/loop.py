@@ -14,6 +14,7 @@ from pipeline.dataset.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.loader.build import choose_loader, make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.build import build_model, count_parameters
+from pipeline.model.sizes import check_image_sizes
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import read_rows
@@ -50,6 +51,7 @@ class Trainer:
         self.watch = world.watch
         self.console = Console(config.tracking.print_every_s, quiet=not world.is_main)
         check_batch(config, world.size)
+        world.on_main(lambda: check_image_sizes(config))
         self.folder: RunFolder = world.on_main(lambda: open_run_folder(config))
         if world.local_rank == 0:  # one a node: a network file system may show it late on all nodes but its writer's
             stop.watch(self.folder.stop)

@@ -41,6 +41,13 @@ class RunFolder:
     def stop(self) -> Path:
         return self.path / "stop"
 
+    def check_recipe(self, config: Config) -> None:
+        """Raises UserError if a run of another recipe has begun here. One that broke off before its ledger's first row,
+        over a wrong option say, has not."""
+        begun = self.ledger.exists() or list_checkpoints(self.checkpoints)
+        if begun and self.config.exists():
+            compare_identity(identity(load_config(self.config)), identity(config), f"run folder {self.path}")
+
     def save_config(self, config: Config) -> None:
         """Write `config.yaml` atomically. What a recipe says of itself may name its source: without credentials."""
         about = json.loads(redact(json.dumps(config.about)))
@@ -87,9 +94,7 @@ def open_run_folder(config: Config) -> RunFolder:
     Raises UserError where it is of another recipe, or has checkpoints though `--resume never` is given.
     """
     folder = make_run_folder(config)
-    if folder.config.exists():
-        saved = load_config(folder.config)
-        compare_identity(identity(saved), identity(config), f"run folder {folder.path}")
+    folder.check_recipe(config)
     if config.resume == "never" and list_checkpoints(folder.checkpoints):
         raise UserError(
             f"--resume never: run folder {folder.path} has checkpoints; remove them or give another --run_dir"

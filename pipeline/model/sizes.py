@@ -1,0 +1,70 @@
+"""Which images a network takes: tried with tensors that have a shape and no data, so that nothing is computed."""
+
+from functools import cache
+
+import torch
+import torchvision
+from torch import nn
+
+from pipeline.config import INPUT_SIZES, Config, ModelConfig
+from pipeline.errors import UserError
+from pipeline.model.blank import without_data
+from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight, check_name
+
+
+def check_image_sizes(config: Config) -> None:
+    """Raises UserError, with the remedy, if the network is unknown, or can't take the run's images."""
+    check_name(config.model.name)
+    data, probe = config.data, SizeProbe(config.model)
+    for size in data.sizes():
+        if not probe.takes(size, training=True):
+            option = "start_size" if size == data.start_size else "image_size"
+            without = probe.heads and probe.takes(size, training=False)
+            what = f"{config.model.name} with its auxiliary head" if without else config.model.name
+            remedy = probe.fitting(size, training=True) + (", or --model.aux_weight 0" if without else "")
+            raise UserError(f"--data.{option} {size}: {what} can't take such images; give {remedy}")
+    if not probe.takes(data.val_size, training=False):
+        remedy = probe.fitting(data.val_size, training=False)
+        raise UserError(f"--data.val_size {data.val_size}: {config.model.name} can't take such images; give {remedy}")
+
+
+class SizeProbe:
+    """Tries images on a network. It is built when it is first needed: never where only the size that it was made for is
+    asked for, which it takes."""
+
+    def __init__(self, config: ModelConfig):
+        self.name, self.made_for = config.name, INPUT_SIZES.get(config.name, 224)
+        self.heads = auxiliary_weight(config) > 0
+        self.takes = cache(self._takes)
+        self._network = cache(self._build)
+
+    def _build(self, heads: bool) -> nn.Module:
+        extra = {"aux_logits": heads, "init_weights": False} if self.name in AUXILIARY_WEIGHTS else {}
+        with without_data():
+            return torchvision.models.get_model(self.name, weights=None, **extra)
+
+    def _takes(self, size: int, training: bool) -> bool:
+        """Can it compute size x size pixels? training: with its auxiliary heads, if it has any."""
+        if size == self.made_for:
+            return True
+        network = self._network(self.heads and training).eval()
+        network.training = training  # of the whole, which asks the heads then; not of BatchNorm, which averages
+        try:
+            with torch.no_grad():
+                network(torch.empty(2, 3, size, size, device="meta"))
+        except (RuntimeError, ValueError, AssertionError):  # a layer with nothing left to see; a vision transformer
+            return False
+        return True
+
+    def fitting(self, size: int, training: bool) -> str:
+        """What to give in place of a size that the network can't take: "at least 75", or "224"."""
+        refused, taken = size, self.made_for
+        if taken < refused or not self.takes(taken + 32, training):
+            return str(taken)
+        while taken - refused > 1:
+            middle = (taken + refused) // 2
+            if self.takes(middle, training):
+                taken = middle
+            else:
+                refused = middle
+        return f"at least {taken}"
