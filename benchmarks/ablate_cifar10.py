@@ -22,37 +22,36 @@ sys.path.insert(0, str(HOME))
 from pipeline.tracking.ledger import read_rows  # noqa: E402
 
 #: feature -> the options that turn it on, on top of the recipe cifar10-resnet18; the most often used come first
-FEATURES: dict[str, list[str]] = {
-    "base": [],
-    "label smoothing 0.1": ["--optim.label_smoothing", "0.1"],
-    "mixup 0.2": ["--augment.mixup", "0.2"],
-    "CutMix 1.0": ["--augment.cutmix", "1.0"],
-    "RandAugment 2, 9": ["--augment.policy", "randaugment"],
-    "TrivialAugment": ["--augment.policy", "trivialaugment"],
-    "erasing 0.1": ["--augment.erase", "0.1"],
-    "EMA 0.99 of batch 64": ["--ema.decay", "0.99", "--ema.batch_size", "64"],
-    "stochastic depth 0.05": ["--model.stochastic_depth", "0.05"],
-    "BlurPool": ["--model.blurpool", "convs"],
-    "zero-init residual": ["--model.zero_init_residual", "true"],
-    "growing from 32 px": ["--data.start_size", "32", "--data.ramp_epochs", "[0.2,0.7]"],
-    "linear schedule": ["--schedule.name", "linear"],
-    "BCE": ["--optim.loss", "bce"],
-    "bicubic": ["--data.interpolation", "bicubic"],
-    "no Nesterov": ["--optim.nesterov", "false"],
-    "weight decay on norms": ["--optim.norm_weight_decay", "0.0005"],
-    "AutoAugment": ["--augment.policy", "autoaugment"],
-    "colour jitter 0.4": ["--augment.jitter", "[0.4,0.4,0.4,0.1]"],
-    "2 repeats": ["--augment.repeats", "2"],
-    "LAMB 0.005": ["--optim.name", "lamb", "--optim.lr", "0.005", "--optim.weight_decay", "0.02"],
-    "AdamW 0.001": ["--optim.name", "adamw", "--optim.lr", "0.001", "--optim.weight_decay", "0.05"],
-    "clip to 1.0": ["--optim.clip_norm", "1.0"],
+FEATURES: dict[str, str] = {
+    "base": "",
+    "label smoothing 0.1": "--optim.label_smoothing 0.1",
+    "mixup 0.2": "--augment.mixup 0.2",
+    "CutMix 1.0": "--augment.cutmix 1.0",
+    "RandAugment 2, 9": "--augment.policy randaugment",
+    "TrivialAugment": "--augment.policy trivialaugment",
+    "erasing 0.1": "--augment.erase 0.1",
+    "EMA 0.99 of batch 64": "--ema.decay 0.99 --ema.batch_size 64",
+    "stochastic depth 0.05": "--model.stochastic_depth 0.05",
+    "BlurPool": "--model.blurpool convs",
+    "zero-init residual": "--model.zero_init_residual true",
+    "linear schedule": "--schedule.name linear",
+    "BCE": "--optim.loss bce",
+    "bicubic": "--data.interpolation bicubic",
+    "no Nesterov": "--optim.nesterov false",
+    "weight decay on norms": "--optim.norm_weight_decay 0.0005",
+    "AutoAugment": "--augment.policy autoaugment",
+    "colour jitter 0.4": "--augment.jitter [0.4,0.4,0.4,0.1]",
+    "2 repeats": "--augment.repeats 2",
+    "LAMB 0.005": "--optim.name lamb --optim.nesterov false --optim.lr 0.005 --optim.weight_decay 0.02",
+    "AdamW 0.001": "--optim.name adamw --optim.nesterov false --optim.lr 0.001 --optim.weight_decay 0.05",
+    "clip to 1.0": "--optim.clip_norm 1.0",
 }
 
 #: feature -> the options of `evaluate` that score base with it
-SCORINGS: dict[str, list[str]] = {
-    "scored with mirror images": ["--flip", "true"],
-    "BatchNorm recalibrated": ["--recalibrate", "50"],
-    "scored at 72 px": ["--sizes", "72"],
+SCORINGS: dict[str, str] = {
+    "scored with mirror images": "--flip true",
+    "BatchNorm recalibrated": "--recalibrate 50",
+    "scored at 72 px": "--sizes 72",
 }
 
 
@@ -123,9 +122,9 @@ def main() -> None:
                 continue
             print(f"== {name}, seed {seed}", flush=True)
             if name in FEATURES:
-                train(given.data, folder, FEATURES[name], seed, given.epochs)
+                train(given.data, folder, FEATURES[name].split(), seed, given.epochs)
             else:
-                score(folder_of(given.out, "base", seed), folder, SCORINGS[name])
+                score(folder_of(given.out, "base", seed), folder, SCORINGS[name].split())
             text, found = table(given.out, given.seeds)
             facts = {"machine": platform.processor() or platform.machine(), "epochs": given.epochs, "runs": found}
             (given.out / "ablations.json").write_text(json.dumps(facts, indent=1) + "\n")

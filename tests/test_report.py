@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.__main__ import main
 from pipeline.dataset.scan import build_index
 from pipeline.insight.charts import Series, line_chart, thin, ticks
-from pipeline.insight.filters import grad_cam, picture_first
+from pipeline.insight.filters import before_after, grad_cam, picture_first
 from pipeline.insight.predictions import Predictions, spread
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -97,6 +97,13 @@ def test_the_kernels_before_training_are_the_seeds(finished, html):
     high = max(networks.before.conv1.weight.max(), networks.after.conv1.weight.max()).item()
     expected = picture_first(networks.before.conv1.weight.detach().numpy(), low, high)
     assert np.array_equal(np.asarray(first), expected)
+
+
+def test_a_vision_transformers_patches_do_not_fill_the_page():
+    patches = [torch.nn.Conv2d(3, 768, 32) for _ in range(2)]
+    ((caption, pictures),) = before_after(*map(torch.nn.Sequential, patches))
+    assert "768 kernels, the first 96 shown, 32x32" in caption
+    assert max(side for picture in pictures.values() for side in picture.shape) < 1000
 
 
 def test_the_pictures_go_to_wandb(finished):

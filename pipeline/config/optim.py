@@ -66,7 +66,12 @@ def check_optim(c: OptimConfig) -> Iterator[Check]:
     yield positive("optim.lr_batch_size", c.lr_batch_size, optional=True)
     yield "optim.momentum", c.momentum, 0 <= c.momentum < 1, "give a number from 0 to below 1"
     nesterov = not c.nesterov or (c.momentum > 0 and c.name == "sgd")
-    yield "optim.nesterov", c.nesterov, nesterov, "it needs sgd with optim.momentum above 0; leave nesterov off"
+    yield (
+        "optim.nesterov",
+        c.nesterov,
+        nesterov,
+        "it is for sgd with optim.momentum above 0; give --optim.nesterov false",
+    )
     yield (
         "optim.betas",
         list(c.betas),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 COLUMNS = 8  # of the grid, as in the lectures
-TILE = 7  # pixels of a kernel's weight, at least
+TILE = 49  # pixels of a kernel's side on the picture, about
+MOST = 96  # tiles of a picture: a vision transformer's 768 patches of 32 x 32 would fill a wall
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ def picture_first(kernels: np.ndarray, low: float, high: float) -> np.ndarray:
     tiles = kernels.transpose(0, 2, 3, 1)
     if tiles.shape[-1] != 3:
         tiles = tiles.mean(-1, keepdims=True).repeat(3, -1)
-    return grid(_to_bytes(tiles, low, high), COLUMNS, max(TILE, 42 // tiles.shape[1]))
+    return grid(_to_bytes(tiles, low, high), COLUMNS, max(2, TILE // tiles.shape[1]))
 
 
 def picture_second(kernel: np.ndarray, low: float, high: float) -> np.ndarray:
     """The channels of one kernel [c, h, w] as grey tiles."""
     tiles = kernel[..., None].repeat(3, -1)
-    return grid(_to_bytes(tiles, low, high), COLUMNS, max(TILE, 42 // tiles.shape[1]))
+    return grid(_to_bytes(tiles, low, high), COLUMNS, max(2, TILE // tiles.shape[1]))
 
 
 def before_after(before: nn.Module, after: nn.Module) -> list[tuple[str, dict[str, np.ndarray]]]:
@@ -64,11 +65,14 @@ def before_after(before: nn.Module, after: nn.Module) -> list[tuple[str, dict[st
     shown = []
     for number, (old, new) in enumerate(zip(convolutions(before), convolutions(after), strict=True)):
         a, b = (old.weights, new.weights) if number == 0 else (old.weights[0], new.weights[0])
+        count, a, b = len(a), a[:MOST], b[:MOST]
         draw = picture_first if number == 0 else picture_second
         low, high = float(min(a.min(), b.min())), float(max(a.max(), b.max()))
         most = float(np.abs(b - a).max()) or 1.0
         pictures = {"before": draw(a, low, high), "after": draw(b, low, high), "difference": draw(b - a, -most, most)}
-        what = f"{len(old.weights)} kernels" if number == 0 else f"the {len(a)} channels of its first kernel"
+        what = f"{count} kernels" if number == 0 else f"the {count} channels of its first kernel"
+        if count > MOST:
+            what += f", the first {MOST} shown"
         size = "x".join(map(str, old.weights.shape[2:]))
         shown.append((f"{old.name}: {what}, {size}; largest change {most:.3g}", pictures))
     return shown
