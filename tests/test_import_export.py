@@ -189,3 +189,20 @@ def test_export_says_what_is_wrong(imported, tmp_path, capsys):
     assert "--checkpoint last" in capsys.readouterr().err
     assert main(["import", "nowhere.pth", str(tmp_path / "run")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_network_that_asks_for_its_modules_versions_goes_all_the_way(synthetic_root, tmp_path, capsys):
+    """MNASNet refuses a state_dict that does not say which version of its modules wrote it."""
+    small = ["--data.image_size", "32", "--data.val_size", "32", "--data.val_resize", "32"]
+    options = ["--model.name", "mnasnet0_5", "--model.zero_init_residual", "false", "--ema.decay", "0.5", *small]
+    build_index(synthetic_root)
+    runs.call(synthetic_root, tmp_path / "run", *options, "--checkpoint.every_steps", "1", "--train.max_steps", "1")
+    runs.call(synthetic_root, tmp_path / "run", *options, "--checkpoint.every_steps", "1", "--train.max_steps", "2")
+    assert [row["step"] for row in runs.rows(tmp_path / "run", "train")] == [1, 2]
+    assert main(["evaluate", str(tmp_path / "run"), "--checkpoint", "last"]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+    exported(tmp_path / "run", tmp_path / "out.pth")
+    model = torchvision.models.mnasnet0_5(num_classes=4)
+    model.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
+    weights = ["--model.weights", str(tmp_path / "run" / "checkpoints" / "step-000000002")]
+    runs.call(synthetic_root, tmp_path / "other", *options, *weights, "--train.max_steps", "1")

@@ -11,7 +11,7 @@ from pipeline.config import Config, identity, load_config
 from pipeline.dataset.index import Index, index_folder, open_index
 from pipeline.errors import BrokenError, UserError
 from pipeline.model.build import build_model
-from pipeline.model.weights import start_from
+from pipeline.model.weights import load_whole, start_from
 from pipeline.tracking.ledger import best_step, read_rows
 from pipeline.training.checkpoint import load_state
 from pipeline.training.run import RunFolder
@@ -113,5 +113,5 @@ def load_networks(record: Record, classes: int | None) -> Networks:
     except (UserError, BrokenError) as error:
         raise UserError(f"the initial weights can't be made again: {error}") from error
     after = build_model(config, outputs)
-    after.load_state_dict(state)
+    load_whole(after, state)
     return Networks(before.requires_grad_(True), after.requires_grad_(True), meta["step"])

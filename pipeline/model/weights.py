@@ -1,6 +1,7 @@
 """Starting from trained weights: torchvision's published ones by name, or a file. Never unpickles."""
 
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -84,12 +85,20 @@ def _safetensors_error() -> type[Exception]:
     return SafetensorError
 
 
+def load_whole(model: nn.Module, state: dict[str, torch.Tensor], strict: bool = True) -> None:
+    """`model.load_state_dict(state)`. A state without the versions of its modules, as checkpoints and safetensors files
+    are, counts as written by this version of theirs: some (MNASNet's) refuse one that does not say."""
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(state, "_metadata", None) or model.state_dict()._metadata
+    model.load_state_dict(versioned, strict=strict)
+
+
 def load_body(model: nn.Module, state: dict[str, torch.Tensor], name: str, source: str) -> None:
     """Load `state` strictly, but for the heads: one for another number of classes is left fresh, as are auxiliary arms
     that one side has not. Raises UserError that names what does not fit."""
     own = model.state_dict()
     heads = find_heads(name)
-    usable, wrong = {}, []
+    usable, wrong = OrderedDict(), []
     for key, value in state.items():
         if key not in own:
             if not key.lower().startswith("aux"):
@@ -104,4 +113,5 @@ def load_body(model: nn.Module, state: dict[str, torch.Tensor], name: str, sourc
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{source} does not fit --model.name {name}: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(usable, strict=False)
+    usable._metadata = getattr(state, "_metadata", None)
+    load_whole(model, usable, strict=False)

@@ -14,6 +14,7 @@ from pipeline.dataset.index import index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.model.build import build_model
 from pipeline.model.heads import count_outputs
+from pipeline.model.weights import load_whole
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.checkpoint import load_state
 from pipeline.training.run import RunFolder
@@ -54,7 +55,7 @@ def export(
     classes = read_classes(config, data_root)
     outputs = config.model.num_classes or (len(classes) if classes else count_outputs(config.model.name, state))
     model = build_model(config.model, outputs)
-    model.load_state_dict(state)
+    load_whole(model, state)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         writers[target.suffix](model.eval(), config, target)
@@ -126,7 +127,10 @@ def describe(config: Config, outputs: int, classes: list[dict] | None, step: int
 
 def write_state(model: nn.Module, config: Config, path: Path) -> None:
     """A plain state_dict: `load_state_dict` of torchvision's model takes it, strictly."""
-    torch.save({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    state = model.state_dict()  # its modules' versions, an attribute, go along: MNASNet refuses weights without
+    for key in state:
+        state[key] = state[key].contiguous()
+    torch.save(state, path)
 
 
 def write_safetensors(model: nn.Module, config: Config, path: Path) -> None:

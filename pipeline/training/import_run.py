@@ -12,7 +12,7 @@ from pipeline.errors import EXIT_OK, UserError
 from pipeline.model.build import build_model, count_parameters
 from pipeline.model.heads import find_heads
 from pipeline.model.slides import fold, guess_name, is_slides
-from pipeline.model.weights import read_state
+from pipeline.model.weights import load_whole, read_state
 from pipeline.training.checkpoint import write_checkpoint
 from pipeline.training.optimizer import heads_for, make_optimizer
 from pipeline.training.run import RunFolder
@@ -61,7 +61,7 @@ def import_weights(
 def load_strictly(model: torch.nn.Module, state: dict, file: str, name: str) -> None:
     """Load a whole state_dict. Raises UserError in one line for one that differs."""
     try:
-        model.load_state_dict(state)
+        load_whole(model, state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
         raise UserError(f"{file} is no state_dict of {name}: {' '.join(lines)[:300]}") from error

@@ -14,6 +14,7 @@ from pipeline.loader.changes import Retouch, deliver
 from pipeline.loader.hashing import hash_counter
 from pipeline.loader.stream import Batch
 from pipeline.model.heads import frozen_norms, in_heads
+from pipeline.model.weights import load_whole
 from pipeline.training.clipping import clip_adaptive, clip_norm
 from pipeline.training.distributed import World
 from pipeline.training.ema import WeightAverage
@@ -220,13 +221,13 @@ class TrainStep:
         return {"model": self.model.state_dict(), "optimizer": optimizer, **average}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        self.model.load_state_dict(state["model"])
+        load_whole(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
         if "fused" in self.optimizer.defaults:
             for group in self.optimizer.param_groups:
                 group["fused"] = True  # also from a checkpoint of an optimizer that was not
         self.scaler.load_state_dict(state["optimizer"]["scaler"])
         if self.ema is not None and "ema" in state:
-            self.ema.network.model.load_state_dict(state["ema"])
+            load_whole(self.ema.network.model, state["ema"])
         elif self.ema is not None:  # a checkpoint of imported weights
             self.ema.copy()

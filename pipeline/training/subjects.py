@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.model.build import Normalised, build_model
 from pipeline.model.heads import count_outputs
 from pipeline.model.published import Published
-from pipeline.model.weights import start_from
+from pipeline.model.weights import load_whole, start_from
 from pipeline.tracking.ledger import best_step, read_rows
 from pipeline.training.checkpoint import (
     DamagedCheckpoint,
@@ -87,7 +87,7 @@ def load_run(weights: str, checkpoint: str, config: Config, folder: RunFolder, w
         state = load_state(path, [FILES[name]])[FILES[name]]
         outputs = count_outputs(config.model.name, state)
         model = build_model(config.model, outputs)
-        model.load_state_dict(state)
+        load_whole(model, state)
         networks[name] = normalised(model, config, world)
     return Subject(networks, outputs, meta.get("classes") or classes_of(folder), path, meta)
 
