@@ -1,5 +1,6 @@
 """Which images a network takes: tried with tensors that have a shape and no data, so that nothing is computed."""
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -23,9 +24,16 @@ def check_image_sizes(config: Config) -> None:
             what = f"{config.model.name} with its auxiliary head" if without else config.model.name
             remedy = probe.fitting(size, training=True) + (", or --model.aux_weight 0" if without else "")
             raise UserError(f"--data.{option} {size}: {what} can't take such images; give {remedy}")
-    if not probe.takes(data.val_size, training=False):
-        remedy = probe.fitting(data.val_size, training=False)
-        raise UserError(f"--data.val_size {data.val_size}: {config.model.name} can't take such images; give {remedy}")
+    check_to_score(config.model, [data.val_size], f"--data.val_size {data.val_size}", probe)
+
+
+def check_to_score(config: ModelConfig, sizes: Iterable[int], option: str, probe: "SizeProbe | None" = None) -> None:
+    """Raises UserError, which begins with `option`, if the network can't score images of one of these sizes."""
+    probe = probe or SizeProbe(config)
+    for size in sizes:
+        if not probe.takes(size, training=False):
+            remedy = probe.fitting(size, training=False)
+            raise UserError(f"{option}: {config.name} can't take images of {size} px; give {remedy}")
 
 
 class SizeProbe:

@@ -15,6 +15,7 @@ from pipeline.dataset.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.published import PREFIX, Published, find_published
+from pipeline.model.sizes import check_to_score
 from pipeline.training.class_map import class_positions
 from pipeline.training.data import open_data
 from pipeline.training.distributed import World, start_world
@@ -73,6 +74,7 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     config = published_config(ask, published) if published else load_config(folder.config, verb="evaluate")
     config = relocated(config, ask.data_root, ask.batch_size, ask.device)
     sizes = parse_sizes(ask.sizes, config.data)
+    check_to_score(config.model, (size for size, _ in sizes), f"--sizes {ask.sizes}" if ask.sizes else "the run's size")
     world = start_world(config.train)
     try:
         index = open_data(config.data, world, print, to_score=True)
