@@ -80,6 +80,16 @@ def test_a_size_that_the_network_cannot_take_is_said_with_one_that_it_can(option
         check_image_sizes(parse_config(["--model.name", name, *(f"--data.{size}" for size in sizes)]))
 
 
+def test_a_vision_transformer_is_built_for_the_images_of_the_weights_that_it_starts_from():
+    finer = ["--model.name", "vit_b_16", "--model.weights", "IMAGENET1K_SWAG_E2E_V1"]
+    with without_data():
+        model = build_model(parse_config(finer).model, 1000)
+    assert model.encoder.pos_embedding.shape[1] == 1 + (384 // 16) ** 2
+    check_image_sizes(parse_config([*finer, "--data.image_size", "384"]))
+    with pytest.raises(UserError, match=r"--data.image_size 224: vit_b_16 can't take such images; give 384"):
+        check_image_sizes(parse_config(finer))
+
+
 def test_sizes_that_the_network_takes_pass():
     for options in (["inception_v3"], ["vit_b_16"], ["inception_v3", "--model.aux_weight=0", "--data.image_size=96"]):
         check_image_sizes(parse_config(["--model.name", *options]))

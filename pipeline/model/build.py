@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from pipeline.config import ModelConfig
+from pipeline.config import INPUT_SIZES, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.drops import tie_drops
 from pipeline.model.heads import drop_before_head, freeze
@@ -46,6 +46,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     if config.name in AUXILIARY_WEIGHTS:
         extra = {"aux_logits": auxiliary_weight(config) > 0, "init_weights": True}
         extra["transform_input"] = is_published(config)  # these weights expect other means than the rest
+    if config.name.startswith("vit_"):
+        extra["image_size"] = built_for(config)
     model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
     if config.zero_init_residual:
         zero_init_residual(model)
@@ -61,6 +63,16 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         freeze(model, config.name, config.freeze)
     model.places = tie_drops(model)
     return model
+
+
+def built_for(config: ModelConfig) -> int:
+    """Pixels of the side of the images that the network is made for; a vision transformer takes no others. It follows
+    the published weights that it starts from (384 for some), or is torchvision's."""
+    if config.name.startswith("vit_") and is_published(config):
+        known = torchvision.models.get_model_weights(config.name)
+        if config.weights in known.__members__:
+            return known[config.weights].meta["min_size"][0]
+    return INPUT_SIZES.get(config.name, 224)
 
 
 def auxiliary_weight(config: ModelConfig) -> float:

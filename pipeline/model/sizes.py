@@ -7,10 +7,10 @@ import torch
 import torchvision
 from torch import nn
 
-from pipeline.config import INPUT_SIZES, Config, ModelConfig
+from pipeline.config import Config, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.blank import without_data
-from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight, check_name
+from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight, built_for, check_name
 
 
 def check_image_sizes(config: Config) -> None:
@@ -41,13 +41,15 @@ class SizeProbe:
     asked for, which it takes."""
 
     def __init__(self, config: ModelConfig):
-        self.name, self.made_for = config.name, INPUT_SIZES.get(config.name, 224)
+        self.name, self.made_for = config.name, built_for(config)
         self.heads = auxiliary_weight(config) > 0
         self.takes = cache(self._takes)
         self._network = cache(self._build)
 
     def _build(self, heads: bool) -> nn.Module:
         extra = {"aux_logits": heads, "init_weights": False} if self.name in AUXILIARY_WEIGHTS else {}
+        if self.name.startswith("vit_"):
+            extra["image_size"] = self.made_for
         with without_data():
             return torchvision.models.get_model(self.name, weights=None, **extra)
 
