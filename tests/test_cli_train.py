@@ -73,6 +73,16 @@ def test_a_run_folder_of_another_recipe(root, run):
     assert "optim.lr is 0.05 there and 0.3 here" in line and "model.name is resnet18 there and resnet34 here" in line
 
 
+def test_a_piece_of_one_image_and_one_pixel(root, tmp_path):
+    line = complaint(runs.call(root, tmp_path / "run", "--train.micro_batch_size", "19", expect=2))
+    assert "--train.micro_batch_size 19 leaves one image of the 20 of a rank to itself" in line and "32 px" in line
+
+
+def test_synchronised_batchnorm_is_for_gpus(root, tmp_path):
+    line = complaint(runs.call(root, tmp_path / "run", "--model.sync_batchnorm", "--train.device", "cpu", expect=2))
+    assert "--model.sync_batchnorm needs GPUs" in line
+
+
 def test_images_too_small_for_the_network_leave_the_folder_free_for_the_right_size(root, tmp_path):
     folder, network = (
         tmp_path / "run",

@@ -76,6 +76,21 @@ def test_layers_of_torchvision_follow_the_keys_and_a_copy_has_its_own():
     assert tie_drops(nn.Sequential(nn.ReLU())) is None
 
 
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
+def test_the_two_branches_of_a_swin_block_are_dropped_by_draws_of_their_own(name):
+    model = build_model(ModelConfig(name=name, stochastic_depth=0.5), 3).train()
+    model.places.keys = keys(400)
+    block = model.features[-1][-1]  # where the rate is 0.5
+    ends = (block.attn, block.mlp) if name == "swin_t" else (block.norm1, block.norm2)
+    dropped = []
+    for end in ends:
+        (hook,) = end._forward_hooks.values()
+        dropped.append(hook(end, (), torch.ones(400, 1, 1, 2))[:, 0, 0, 0] == 0)
+    assert block.stochastic_depth.p == 0 and not block.stochastic_depth._forward_hooks
+    assert all(0.4 < each.float().mean() < 0.6 for each in dropped)
+    assert 0.15 < (dropped[0] & dropped[1]).float().mean() < 0.35
+
+
 def test_a_compiled_network_takes_new_keys_without_a_new_compilation():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5)).train()
     places = tie_drops(model)

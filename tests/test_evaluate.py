@@ -95,6 +95,15 @@ def test_folders_of_numbers_are_the_outputs_own(run, numbered, evaluate):
     assert not (numbered / "index").exists() and (numbered.parent / "matched-frequency.index").exists()
 
 
+def test_recalibration_sees_what_the_run_saw(root, evaluate, tmp_path):
+    """Of the run's augmentation the number of copies decides which images its last batches held."""
+    options = ["--augment.repeats", "2", "--evaluation.recalibrate_batches", "2", "--train.micro_batch_size", "7"]
+    runs.call(root, tmp_path / "run", *options, "--train.max_steps", "3")
+    found = evaluate(tmp_path / "run", "--checkpoint", "last", "--weights", "raw")
+    assert found["val_loss"] == pytest.approx(runs.rows(tmp_path / "run", "eval")[-1]["val_loss"], rel=1e-5)
+    assert "--recalibrate -1: give" in evaluate(tmp_path / "run", "--recalibrate", "-1", expect=2)
+
+
 def test_recalibration_needs_the_runs_own_images(run, numbered, evaluate):
     own, again = evaluate(run, "--weights", "raw"), evaluate(run, "--weights", "raw", "--recalibrate", 2)
     assert again["val_loss"] != own["val_loss"]

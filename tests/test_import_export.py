@@ -10,9 +10,11 @@ import torchvision
 from torch import nn
 
 from pipeline.__main__ import main
+from pipeline.config import load_config, parse_config
 from pipeline.dataset.scan import build_index
 from pipeline.errors import UserError
 from pipeline.model.slides import fold, guess_name
+from pipeline.training.export_run import expected_means
 
 
 class SlidesBlock(nn.Module):
@@ -182,6 +184,30 @@ def test_a_bias_that_cannot_be_folded():
         fold({"a.downsample.0.weight": torch.ones(1, 1, 1, 1), "a.downsample.0.bias": torch.ones(1)})
 
 
+def test_means_go_with_googlenets_and_inceptions_weights(synthetic_root, tmp_path):
+    """torchvision's published ones expect 0.5; what `export` writes says what it expects, and `import` reads it."""
+    build_index(synthetic_root)
+    model = torchvision.models.googlenet(num_classes=4, init_weights=False)
+    torch.save(model.state_dict(), tmp_path / "theirs.pth")
+    assert main(["import", str(tmp_path / "theirs.pth"), str(tmp_path / "one"), "--name", "googlenet"]) == 0
+    assert load_config(tmp_path / "one" / "config.yaml").data.mean == (0.5, 0.5, 0.5)
+    card = exported(tmp_path / "one", tmp_path / "ours.pth")
+    assert card["preprocessing"]["mean"] == card["preprocessing"]["std"] == [0.5, 0.5, 0.5]
+    card["preprocessing"] |= {"mean": [0.1, 0.2, 0.3], "center_crop": 96, "resize_shorter_side": 100}
+    (tmp_path / "ours.pth.json").write_text(json.dumps(card))
+    assert main(["import", str(tmp_path / "ours.pth"), str(tmp_path / "two"), "--name", "googlenet"]) == 0
+    data = load_config(tmp_path / "two" / "config.yaml").data
+    assert (data.mean, data.val_size, data.val_resize) == ((0.1, 0.2, 0.3), 96, 100)
+    from_published = parse_config(["--model.name", "googlenet", "--model.weights", "IMAGENET1K_V1"])
+    mean, std = expected_means(from_published)
+    pixels = torch.rand(1, 3, 2, 2)
+    own = (pixels - torch.tensor(from_published.data.mean).view(3, 1, 1)) / torch.tensor(from_published.data.std).view(
+        3, 1, 1
+    )
+    theirs = torchvision.models.googlenet(transform_input=True, init_weights=False)._transform_input(own)
+    torch.testing.assert_close(theirs, (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+
+
 def test_export_says_what_is_wrong(imported, tmp_path, capsys):
     assert main(["export", str(imported), str(tmp_path / "model.h5")]) == 2
     assert ".safetensors" in capsys.readouterr().err
@@ -189,6 +215,9 @@ def test_export_says_what_is_wrong(imported, tmp_path, capsys):
     assert "--checkpoint last" in capsys.readouterr().err
     assert main(["import", "nowhere.pth", str(tmp_path / "run")]) == 2
     assert "no such file" in capsys.readouterr().err
+    torch.save({0: torch.ones(1)}, tmp_path / "numbers.pth")
+    assert main(["import", str(tmp_path / "numbers.pth"), str(tmp_path / "run")]) == 2
+    assert "holds no state_dict" in capsys.readouterr().err
 
 
 def test_a_network_that_asks_for_its_modules_versions_goes_all_the_way(synthetic_root, tmp_path, capsys):

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from pipeline.config import OptimConfig
+from pipeline.model.blank import without_data
 from pipeline.model.depth import layer_numbers
 from pipeline.model.heads import find_heads
 from pipeline.training.clipping import clip_adaptive, clip_norm
@@ -143,17 +144,33 @@ def test_biases_may_decay_though_norms_do_not():
     assert sum(len(group["params"]) for group in groups) == 62
 
 
+def test_attentions_own_bias_is_a_bias_and_swins_table_of_positions_is_none():
+    with without_data():
+        model = nn.Sequential(torchvision.models.vit_b_32().encoder, torchvision.models.swin_t().features[1])
+    groups = parameter_groups(model, OptimConfig(weight_decay=0.5, norm_weight_decay=0.0, bias_weight_decay=0.0))
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    found = {name: decays[id(p)] for name, p in model.named_parameters() if "in_proj" in name or "table" in name}
+    assert {decay for name, decay in found.items() if name.endswith("in_proj_bias")} == {0.0}
+    assert {decay for name, decay in found.items() if name.endswith(("in_proj_weight", "_table"))} == {0.5}
+
+
 @pytest.mark.parametrize(
     ("name", "some", "last"),
     [
         ("resnet18", {"conv1.weight": 0, "bn1.bias": 0, "layer1.0.conv1.weight": 1, "layer2.1.bn2.weight": 4}, 9),
         ("vit_b_16", {"class_token": 0, "encoder.pos_embedding": 0, "conv_proj.bias": 0}, 13),
         ("densenet121", {"features.norm0.weight": 0, "features.denseblock1.denselayer2.conv2.weight": 2}, 62),
+        (
+            "googlenet",
+            {"conv1.conv.weight": 0, "inception3a.branch2.0.conv.weight": 3, "inception3b.branch1.bn.bias": 4},
+            14,
+        ),
+        ("regnet_y_400mf", {"stem.0.weight": 0, "trunk_output.block1.block1-0.proj.0.weight": 1}, 17),
         ("convnext_tiny", {"features.0.0.weight": 0, "features.1.0.block.0.weight": 1}, 22),
     ],
 )
 def test_layers_are_counted_from_the_input(name, some, last):
-    with torch.device("meta"):
+    with without_data():
         model = torchvision.models.get_model(name)
     numbers = layer_numbers(model, find_heads(name))
     assert {key: numbers[key] for key in some} == some

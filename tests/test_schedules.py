@@ -5,7 +5,7 @@ import math
 import pytest
 from test_config import complaint
 
-from pipeline.config import OptimConfig, ScheduleConfig, parse_config
+from pipeline.config import OptimConfig, ScheduleConfig, parse_config, to_yaml
 from pipeline.training.schedule import Schedule, peak_lr
 
 
@@ -81,6 +81,28 @@ def test_the_ramp_of_the_images_size_moves_along():
 
     assert ramp() == (65, 76) and ramp("--schedule.epochs", "44") == (32.5, 38)
     assert ramp("--schedule.epochs", "44", "--data.ramp_epochs", "[1, 2]") == (1, 2)
+
+
+def test_a_time_given_beside_the_length_stands_as_it_is(tmp_path, capsys):
+    shorter = ["--schedule.epochs", "9"]
+    both = config_of(tmp_path, *shorter, "--schedule.warmup_epochs", "2", "--schedule.milestones=[3,6]")
+    assert (both.warmup_epochs, both.milestones, both.made_for) == (2, (3, 6), None)
+    one = config_of(tmp_path, *shorter, "--schedule.warmup_epochs", "2")
+    assert (one.warmup_epochs, one.milestones) == (2, (3, 6))  # the recipe's 30 and 60 of 90
+    longer = config_of(tmp_path, "--schedule.epochs", "180", "--schedule.milestones", "[90]")
+    assert (longer.warmup_epochs, longer.milestones) == (5, (90,))
+    line = complaint(
+        capsys, "--config", "resnet152-goyal", "--schedule.epochs", "900ba", "--schedule.warmup_epochs", "9"
+    )
+    assert "--schedule.warmup_epochs" in line and "--schedule.made_for" in line
+
+
+def test_a_saved_recipe_follows_another_length_again(tmp_path):
+    once = parse_config(["--config", "resnet50-ffcv-88", "--schedule.epochs", "44"])
+    (tmp_path / "saved.yaml").write_text(to_yaml(once))
+    again = parse_config(["--config", str(tmp_path / "saved.yaml"), "--schedule.epochs", "22"])
+    straight = parse_config(["--config", "resnet50-ffcv-88", "--schedule.epochs", "22"])
+    assert again.data.ramp_epochs == straight.data.ramp_epochs == (16.25, 19) and again.schedule == straight.schedule
 
 
 def test_the_same_epochs_in_other_words_are_the_same_recipe(tmp_path):

@@ -98,7 +98,8 @@ def check_data(c: DataConfig) -> Iterator[Check]:
     low, high = c.crop_ratio
     yield "data.crop_ratio", [low, high], 0 < low <= high < math.inf, "give two ratios, 0 < smallest <= largest"
     yield share("data.flip", c.flip)
-    yield "data.std", list(c.std), min(c.std) > 0, "give three numbers above 0"
+    yield "data.mean", list(c.mean), all(map(math.isfinite, c.mean)), "give three numbers"
+    yield "data.std", list(c.std), min(c.std) > 0 and all(map(math.isfinite, c.std)), "give three numbers above 0"
     yield positive("data.threads", c.threads, optional=True)
     yield positive("data.prefetch", c.prefetch)
     yield at_least_zero("data.max_unreadable", c.max_unreadable)

@@ -8,8 +8,11 @@ from typing import Any
 
 from pipeline.command import make_parser, normalise
 from pipeline.config.run import Config
-from pipeline.config.time import parse_time
+from pipeline.config.time import Time, is_time, parse_time
 from pipeline.errors import UserError
+
+#: the schedule's times that follow its length; the warm-up shrinks with a shorter run, and does not grow with a longer
+_TIMES, _SHRINKS = ("warmup_epochs", "milestones", "step_every"), ("warmup_epochs",)
 
 
 def recipes_folder() -> Path:
@@ -65,25 +68,46 @@ def parse_config(argv: list[str], verb: str = "train") -> Config:
             argv[i] = f"--config={resolve_recipe(argument.removeprefix('--config='))}"
     parser = make_config_parser(f"pipeline {verb}")
     values = parser.parse_args(argv).as_dict()
-    if values["schedule"]["made_for"] is None:
-        shorter = [item for item in argv if item.partition("=")[0] == "--schedule.epochs"]
-        if shorter:  # the recipe's milestones and warm-up are for the recipe's epochs
-            rest = _without(argv, "--schedule.epochs")
-            values["schedule"]["made_for"] = parser.parse_args(rest).as_dict()["schedule"]["epochs"]
-            _stretch_ramp(values, argv)
+    given = {item.partition("=")[0].removeprefix("--") for item in argv if item.startswith("--")}
+    if "schedule.epochs" in given and "schedule.made_for" not in given:
+        rest = _without(argv, "--schedule.epochs")
+        _follow_length(values, parser.parse_args(rest).as_dict()["schedule"]["epochs"], given)
     return from_dict(values)
 
 
-def _stretch_ramp(values: dict[str, Any], argv: list[str]) -> None:
-    """The ramp of the images' size moves with the run's length, unless it is given or the length is in batches."""
-    ramp, schedule = values["data"]["ramp_epochs"], values["schedule"]
-    given = any(item.partition("=")[0] == "--data.ramp_epochs" for item in argv)
+def _follow_length(values: dict[str, Any], own: Time, given: set[str]) -> None:
+    """Let a recipe's times follow a command line's other length; `own` is the recipe's. What is given beside it stands
+    as it is. Raises UserError where that leaves times that can't be worked out."""
+    schedule, data = values["schedule"], values["data"]
+    made_for = schedule["made_for"] if schedule["made_for"] is not None else own
+    schedule["made_for"] = made_for
     try:
-        (there, unit), (here, other) = parse_time(schedule["made_for"]), parse_time(schedule["epochs"])
+        (length, unit), (was, own_unit), (base, base_unit) = map(parse_time, (schedule["epochs"], own, made_for))
     except ValueError:  # the checks say it
         return
-    if ramp is not None and not given and unit == other == "ep" and there:
-        values["data"]["ramp_epochs"] = [round(epoch * here / there, 6) for epoch in ramp]
+    if data["ramp_epochs"] is not None and "data.ramp_epochs" not in given and unit == own_unit == "ep" and was:
+        data["ramp_epochs"] = [round(epoch * length / was, 6) for epoch in data["ramp_epochs"]]
+    fixed = sorted(f"schedule.{name}" for name in _TIMES if f"schedule.{name}" in given)
+    if not fixed:
+        return  # all follow: `Schedule` does it, which knows how many batches an epoch has
+    if unit != base_unit or not base:
+        raise UserError(
+            f"--{fixed[0]} beside --schedule.epochs {schedule['epochs']}, of a recipe for {made_for}: "
+            "give --schedule.made_for too, the length that all these times are for"
+        )
+    for name in _TIMES:
+        if f"schedule.{name}" not in given:
+            schedule[name] = _stretched(schedule[name], min(1, length / base) if name in _SHRINKS else length / base)
+    schedule["made_for"] = None
+
+
+def _stretched(time: Any, factor: float) -> Any:
+    if isinstance(time, list | tuple):
+        return [_stretched(part, factor) for part in time]
+    if time is None or not is_time(time):
+        return time
+    number, unit = parse_time(time)
+    return f"{round(number * factor)}ba" if unit == "ba" else round(number * factor, 6)
 
 
 def _without(argv: list[str], option: str) -> list[str]:

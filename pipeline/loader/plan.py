@@ -13,7 +13,8 @@ With repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) a permutatio
 its samples stands in it `repeats` times in a row. So an epoch has as many positions and steps as ever, and sees one in
 `repeats` of the samples, each so many times; after `repeats` epochs every sample was seen so many times, exactly. (The
 samplers of timm and DeiT draw an epoch's samples anew instead.) In a batch the first copies of all its samples come
-first, then the second ones: copies of a sample lie far apart, mostly on other ranks, and are not mixed with each other.
+first, then the second ones: copies of a sample lie far apart, mostly on other ranks, and are not mixed with each other
+while a mixing group is no longer than a copy's share of the batch.
 
 The digest of a batch is xxh3_64 over ids (int64), windows (int32) and flips (uint8) of the global batch, and then over
 what there is of: ops (uint8), amounts (float32), erased (int32), blends (float32), boxes (int32), shares (float32),

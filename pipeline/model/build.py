@@ -45,7 +45,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     extra = {}
     if config.name in AUXILIARY_WEIGHTS:
         extra = {"aux_logits": auxiliary_weight(config) > 0, "init_weights": True}
-        extra["transform_input"] = is_published(config)  # these weights expect other means than the rest
+        extra["transform_input"] = transforms_input(config)
     if config.name.startswith("vit_"):
         extra["image_size"] = built_for(config)
     model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
@@ -63,6 +63,12 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         freeze(model, config.name, config.freeze)
     model.places = tie_drops(model)
     return model
+
+
+def transforms_input(config: ModelConfig) -> bool:
+    """Does the network convert ImageNet's usual means to the 0.5 that its published weights expect? GoogLeNet's and
+    Inception v3's do, where a run starts from them."""
+    return config.name in AUXILIARY_WEIGHTS and is_published(config)
 
 
 def built_for(config: ModelConfig) -> int:

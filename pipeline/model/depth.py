@@ -3,17 +3,18 @@
 from collections.abc import Iterator
 
 from torch import nn
+from torchvision.models.regnet import AnyStage
+from torchvision.models.vision_transformer import Encoder
 
 from pipeline.model.heads import NORMS, in_heads
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, AnyStage, Encoder)
 
 
 def _walk(module: nn.Module, place: str) -> Iterator[tuple[str, nn.Module]]:
     """The layers and blocks of a network in their order: containers are opened, blocks are not."""
     for name, child in module.named_children():
-        holds = type(child) in _CONTAINERS or isinstance(child, nn.ModuleDict)
-        if holds or (not place and any(type(part) in _CONTAINERS for part in child.children())):  # ViT's encoder
+        if type(child) in _CONTAINERS or isinstance(child, nn.ModuleDict):
             yield from _walk(child, f"{place}{name}.")
         elif any(True for _ in child.parameters()):
             yield f"{place}{name}", child

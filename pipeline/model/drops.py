@@ -8,6 +8,8 @@ import math
 
 import torch
 from torch import nn
+from torchvision.models.maxvit import PartitionAttentionLayer
+from torchvision.models.swin_transformer import SwinTransformerBlock, SwinTransformerBlockV2
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 _MASK = 0xFFFFFFFF
@@ -72,9 +74,23 @@ class DropInput(Drop):
         return (self.drop(inputs[0]), *inputs[1:]) if self.places.drops() else inputs
 
 
+#: block -> its StochasticDepth, and the ends of the two branches that both go through it
+_SHARED = {
+    SwinTransformerBlock: ("stochastic_depth", ("attn", "mlp")),
+    SwinTransformerBlockV2: ("stochastic_depth", ("norm1", "norm2")),
+    PartitionAttentionLayer: ("stochastic_dropout", ("attn_layer", "mlp_layer")),
+}
+
+
 def tie_drops(model: nn.Module) -> PlaceKeys | None:
     """Let hooks do what the model's own drop-out and stochastic depth layers do, number all drops from the input on,
     and give them one `PlaceKeys`. None: nothing is ever dropped."""
+    for block in model.modules():
+        name, ends = _SHARED.get(type(block), ("", ()))
+        if ends and getattr(block, name).p > 0:  # each branch has its own draws
+            for end in ends:
+                getattr(block, end).register_forward_hook(Drop(getattr(block, name).p, rows=True))
+            getattr(block, name).p = 0.0
     for module in model.modules():
         if isinstance(module, nn.Dropout | StochasticDepth) and module.p > 0:
             module.register_forward_hook(Drop(module.p, isinstance(module, StochasticDepth)))

@@ -36,6 +36,23 @@ def check_to_score(config: ModelConfig, sizes: Iterable[int], option: str, probe
             raise UserError(f"{option}: {config.name} can't take images of {size} px; give {remedy}")
 
 
+def check_smallest_piece(config: Config, local_batch_size: int) -> None:
+    """Raises UserError if a rank's batch of so many images leaves BatchNorm one image, and of that one pixel, which has
+    no variance."""
+    micro = min(config.train.micro_batch_size or local_batch_size, local_batch_size)
+    if 1 not in (micro, local_batch_size % micro):
+        return
+    probe = SizeProbe(config.model)
+    for size in config.data.sizes():
+        if not probe.trains_on_one(size):
+            name = "train.micro_batch_size" if config.train.micro_batch_size else "train.global_batch_size"
+            value = config.train.micro_batch_size or config.train.global_batch_size
+            raise UserError(
+                f"--{name} {value} leaves one image of the {local_batch_size} of a rank to itself, and "
+                f"{config.model.name}'s BatchNorm has nothing to average in one image of {size} px; give another"
+            )
+
+
 class SizeProbe:
     """Tries images on a network. It is built when it is first needed: never where only the size that it was made for is
     asked for, which it takes."""
@@ -63,6 +80,16 @@ class SizeProbe:
             with torch.no_grad():
                 network(torch.empty(2, 3, size, size, device="meta"))
         except (RuntimeError, ValueError, AssertionError):  # a layer with nothing left to see; a vision transformer
+            return False
+        return True
+
+    def trains_on_one(self, size: int) -> bool:
+        """Can a training step be computed of a single image?"""
+        network = self._network(self.heads).train()
+        try:
+            with torch.no_grad():
+                network(torch.empty(1, 3, size, size, device="meta"))
+        except ValueError:  # torch's word for it
             return False
         return True
 

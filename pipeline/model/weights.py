@@ -74,7 +74,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):  # as torchvision's references save
         state = state["model"]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state_dict (name -> tensor); save model.state_dict()")
     return state
 

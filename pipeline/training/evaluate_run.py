@@ -20,6 +20,7 @@ from pipeline.training.class_map import class_positions
 from pipeline.training.data import open_data
 from pipeline.training.distributed import World, start_world
 from pipeline.training.evaluate import Evaluation, evaluate
+from pipeline.training.guard import rollbacks_of
 from pipeline.training.preemption import StopRequest, interrupted_exit_code
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
 from pipeline.training.run import RunFolder
@@ -74,6 +75,8 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     config = published_config(ask, published) if published else load_config(folder.config, verb="evaluate")
     config = relocated(config, ask.data_root, ask.batch_size, ask.device)
     sizes = parse_sizes(ask.sizes, config.data)
+    if ask.recalibrate is not None and ask.recalibrate < 0:
+        raise UserError(f"--recalibrate {ask.recalibrate}: give a number of training batches, or 0 for none")
     check_to_score(config.model, (size for size, _ in sizes), f"--sizes {ask.sizes}" if ask.sizes else "the run's size")
     world = start_world(config.train)
     try:
@@ -179,13 +182,16 @@ def recalibrated(
     """BatchNorm's statistics anew over the last `count` training batches; False if any rank was asked to stop."""
     if subject.meta.get("index_fingerprint") != index.fingerprint:
         raise UserError(f"--recalibrate {count} needs the run's own data set, {index.root} is another; give 0")
-    plan = make_train_plan(index, config.data, config.train)
+    plan = make_train_plan(index, config.data, config.train, config.augment)
+    plan.reshuffle([made.to for made in rollbacks_of(subject.meta) if made.reshuffle])
     stream = make_train_stream(index, plan, config.data, world)
     step = subject.meta["step"]
     skip = frozenset(sample for sample, _ in subject.meta["blacklist"])
     try:
         last = range(max(0, step - count), max(step, 1))
-        return recalibrate(network, stream, last, skip, world, config.train.precision, stop)
+        return recalibrate(
+            network, stream, last, skip, world, config.train.precision, stop, config.train.micro_batch_size
+        )
     finally:
         stream.close()
 

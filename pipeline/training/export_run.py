@@ -12,7 +12,7 @@ from pipeline.command import run_command
 from pipeline.config import Config, load_config
 from pipeline.dataset.index import index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
-from pipeline.model.build import build_model
+from pipeline.model.build import build_model, transforms_input
 from pipeline.model.heads import count_outputs
 from pipeline.model.weights import load_whole
 from pipeline.tracking.ledger import read_rows
@@ -53,13 +53,18 @@ def export(
     chosen = choose_weights(weights, scores, "ema.pt" in meta["files"], path)
     state = load_state(path, [FILES[chosen]])[FILES[chosen]]
     classes = read_classes(config, data_root)
-    outputs = config.model.num_classes or (len(classes) if classes else count_outputs(config.model.name, state))
+    outputs = count_outputs(config.model.name, state)
+    if classes and len(classes) > outputs:
+        raise UserError(
+            f"--data_root {data_root or config.data.root} has {len(classes)} classes, the network {outputs}; "
+            "give the data set that it was trained on"
+        )
     model = build_model(config.model, outputs)
     load_whole(model, state)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         writers[target.suffix](model.eval(), config, target)
-        card = describe(config, outputs, classes, meta["step"], chosen, scores)
+        card = describe(config, outputs, classes, meta["step"], chosen, scores, inside=target.suffix == ".onnx")
         target.with_name(target.name + ".json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}); give another place") from error
@@ -101,9 +106,28 @@ def read_classes(config: Config, data_root: str | None) -> list[dict] | None:
     return [{"synset": s, "words": w} for s, w in zip(index.synsets, index.words, strict=True)]
 
 
-def describe(config: Config, outputs: int, classes: list[dict] | None, step: int, weights: str, scores: dict) -> dict:
-    """What somebody needs to use the weights, "raw" or "ema". scores: the step's row of the ledger, or {}."""
+def expected_means(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel that a state_dict's plain network expects.
+
+    The published GoogLeNet and Inception v3 are for means and deviations of 0.5; a run that starts from them keeps its
+    own and lets the network convert them (`transform_input`), which is no part of a state_dict.
+    """
+    mean, std = config.data.mean, config.data.std
+    if not transforms_input(config.model):
+        return mean, std
+    channels = list(zip(mean, std, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True))  # torchvision's figures
+    stds = [s * 0.5 / there for _, s, _, there in channels]
+    means = [m + (0.5 - there) / 0.5 * s for (m, _, there, _), s in zip(channels, stds, strict=True)]
+    return tuple(round(m, 6) for m in means), tuple(round(s, 6) for s in stds)
+
+
+def describe(
+    config: Config, outputs: int, classes: list[dict] | None, step: int, weights: str, scores: dict, inside: bool
+) -> dict:
+    """What somebody needs to use the weights, "raw" or "ema". scores: the step's row of the ledger, or {}. inside: what
+    the network does to its input by itself is in the file (ONNX)."""
     data, infix = config.data, "ema_" if weights == "ema" else ""
+    mean, std = (data.mean, data.std) if inside else expected_means(config)
     named = {f"val_{key}": f"val_{infix}{key}" for key in ("loss", "top1", "top5")}
     return {
         "model": config.model.name,
@@ -115,8 +139,8 @@ def describe(config: Config, outputs: int, classes: list[dict] | None, step: int
             "interpolation": f"{data.interpolation}, antialiased",
             "center_crop": data.val_size,
             "scale": "1 / 255",
-            "mean": list(data.mean),
-            "std": list(data.std),
+            "mean": list(mean),
+            "std": list(std),
         },
         "output": "logits [B, num_classes]",
         "step": step,

@@ -27,6 +27,11 @@ class Rollback:
     reshuffle: bool
 
 
+def rollbacks_of(meta: dict) -> list[Rollback]:
+    """The history that a checkpoint's meta tells."""
+    return [Rollback(*item) for item in meta.get("rollbacks", [])]
+
+
 class Guard:
     """What the numbers of the steps so far mean for the run. The same on all ranks.
 
@@ -94,7 +99,7 @@ class Guard:
 
     def belongs(self, meta: dict) -> bool:
         """Is a checkpoint part of this history, and not of a way that was given up?"""
-        known = [Rollback(*item) for item in meta.get("rollbacks", [])]
+        known = rollbacks_of(meta)
         return all(rollback in known for rollback in self.rollbacks if rollback.to < meta["step"])
 
     def state(self) -> dict:

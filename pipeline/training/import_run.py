@@ -1,6 +1,7 @@
 """The verb `import`: weights from elsewhere as a run folder that `evaluate` and `export` take."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from pipeline.command import run_command
 from pipeline.config import identity, load_config, resolve_recipe, to_yaml
 from pipeline.dataset.index import index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
-from pipeline.model.build import build_model, count_parameters
+from pipeline.model.build import AUXILIARY_WEIGHTS, build_model, count_parameters
 from pipeline.model.heads import find_heads
 from pipeline.model.slides import fold, guess_name, is_slides
 from pipeline.model.weights import load_whole, read_state
@@ -27,7 +28,7 @@ def import_weights(
         file: state_dict as .pth, .pt or .safetensors; it is read without unpickling.
         run: the run folder to make; it must not be one yet.
         name: torchvision's name of the network; default: ResNet-50, -101 or -152, by what the file holds.
-        config: recipe whose sizes and means go with the weights.
+        config: recipe whose sizes and means go with the weights, unless FILE.json, as `export` writes it, has them.
         data_root: data set to score them on.
     """
     folder = RunFolder(Path(run).expanduser().resolve())
@@ -44,7 +45,7 @@ def import_weights(
     if head is None:
         raise UserError(f"{file} has no head of {name} ({', '.join(find_heads(name))}); give --name")
     model_config = dataclasses.replace(settings.model, num_classes=len(state[head]))
-    data = dataclasses.replace(settings.data, root=data_root or "")
+    data = dataclasses.replace(settings.data, root=data_root or "", **preprocessing_of(Path(file).expanduser(), name))
     settings = dataclasses.replace(settings, model=model_config, data=data, run_dir=str(folder.path))
     model = build_model(model_config, len(state[head]))
     load_strictly(model, state, file, name)
@@ -56,6 +57,20 @@ def import_weights(
         f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {run}/checkpoints/..."
     )
     return EXIT_OK
+
+
+def preprocessing_of(file: Path, name: str) -> dict:
+    """Options of `data` that belong to weights: those of the card that `export` writes beside them; for GoogLeNet and
+    Inception v3 without one the means and deviations of torchvision's weights, 0.5; {}: the recipe's."""
+    card = file.with_name(file.name + ".json")
+    if card.is_file():
+        try:
+            said = json.loads(card.read_text())["preprocessing"]
+            sizes = {"val_size": int(said["center_crop"]), "val_resize": int(said["resize_shorter_side"])}
+            return {"mean": tuple(map(float, said["mean"])), "std": tuple(map(float, said["std"])), **sizes}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{card} is no card of an export ({error!r}); mend or remove it") from error
+    return {"mean": (0.5,) * 3, "std": (0.5,) * 3} if name in AUXILIARY_WEIGHTS else {}
 
 
 def load_strictly(model: torch.nn.Module, state: dict, file: str, name: str) -> None:

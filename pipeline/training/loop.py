@@ -14,7 +14,7 @@ from pipeline.dataset.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.loader.build import choose_loader, make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.build import build_model, count_parameters
-from pipeline.model.sizes import check_image_sizes
+from pipeline.model.sizes import check_image_sizes, check_smallest_piece
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import read_rows
@@ -51,7 +51,7 @@ class Trainer:
         self.watch = world.watch
         self.console = Console(config.tracking.print_every_s, quiet=not world.is_main)
         check_batch(config, world.size)
-        world.on_main(lambda: check_image_sizes(config))
+        world.on_main(lambda: check_network(config, world))
         self.folder: RunFolder = world.on_main(lambda: open_run_folder(config))
         if world.local_rank == 0:  # one a node: a network file system may show it late on all nodes but its writer's
             stop.watch(self.folder.stop)
@@ -209,11 +209,12 @@ class Trainer:
     def score(self, network: nn.Module) -> Scores | None:
         """The scores of a network; its buffers are afterwards what they were."""
         settings, precision = self.config.evaluation, self.config.train.precision
+        at_once = self.config.train.micro_batch_size
         last = range(max(0, self.step - settings.recalibrate_batches), self.step)
         with keeping_buffers(network):
             if settings.recalibrate_batches:
                 skip = frozenset(self.blacklist)
-                if not recalibrate(network, self.train_stream, last, skip, self.world, precision, self.stop):
+                if not recalibrate(network, self.train_stream, last, skip, self.world, precision, self.stop, at_once):
                     return None
             stream, flip = self.eval_stream, settings.flip
             evaluation = evaluate(network, stream, self.world, precision, self.stop, self.classes, flip)
@@ -359,6 +360,14 @@ class Trainer:
         if self.records:
             self.records.close()
         self.console.close()
+
+
+def check_network(config: Config, world: World) -> None:
+    """Raises UserError if the network can't be trained on these images, so many at once, or on this device."""
+    check_image_sizes(config)
+    check_smallest_piece(config, config.train.global_batch_size // world.size)
+    if config.model.sync_batchnorm and world.device.type == "cpu":
+        raise UserError("--model.sync_batchnorm needs GPUs, torch has none for CPUs; give --model.sync_batchnorm false")
 
 
 def check_batch(config: Config, world_size: int) -> None:

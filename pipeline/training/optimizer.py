@@ -21,11 +21,18 @@ def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, n
                 yield f"{place}.{name}" if place else name, parameter, module
 
 
+def is_bias(name: str) -> bool:
+    """Is a parameter of this name a bias? Attention calls one of its own `in_proj_bias`; Swin's position tables end
+    otherwise."""
+    last = name.rpartition(".")[2]
+    return last == "bias" or last.endswith("_bias")
+
+
 def decay_of(config: OptimConfig, name: str, module: nn.Module) -> float:
     """The weight decay of a module's parameter: norms by the module's type, biases by their name."""
     if isinstance(module, NORMS):
         return config.norm_weight_decay
-    if name.rpartition(".")[2] == "bias":
+    if is_bias(name):
         given = config.bias_weight_decay
         return config.norm_weight_decay if given is None else given
     return config.weight_decay
@@ -44,7 +51,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, heads: tuple[str, ..
         factor = config.body_lr if config.body_lr != 1 and not in_heads(name, heads) else 1.0
         if numbers:
             factor *= config.layer_decay ** (last - numbers[name])
-        small = isinstance(module, NORMS) or name.rpartition(".")[2] == "bias"
+        small = isinstance(module, NORMS) or is_bias(name)
         groups.setdefault((decay_of(config, name, module), factor, small), []).append(parameter)
     return [{"params": chosen, "weight_decay": d, "lr_factor": f} for (d, f, _), chosen in groups.items()]
 

@@ -34,10 +34,12 @@ def recalibrate(
     world: World,
     precision: str,
     stop: StopRequest,
+    at_once: int | None = None,
 ) -> bool:
     """Set BatchNorm's running statistics to the mean over the batches of these training steps. Collective.
 
-    Each rank looks at its slice, and the ranks' statistics are averaged. Layers whose parameters are frozen take part.
+    Each rank looks at its slice, in pieces of `at_once` images as in training (default: whole), and the ranks'
+    statistics are averaged. Layers whose parameters are frozen take part.
     Returns False on all ranks if any of them was asked to stop meanwhile.
     """
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -54,8 +56,9 @@ def recalibrate(
             for batch in batches:
                 if world.any(bool(stop)):
                     return False
-                with autocast(world.device, precision):
-                    network(batch.images)
+                for images in batch.images.split(at_once or len(batch.images)):
+                    with autocast(world.device, precision):
+                        network(images)
             with world.watch.together("the mean of BatchNorm's statistics"):
                 for statistic in (s for norm in norms for s in (norm.running_mean, norm.running_var)):
                     torch.distributed.all_reduce(statistic)

@@ -13,7 +13,7 @@ from pipeline.training.checkpoint import (
     find_newest_good,
     verify_checkpoint,
 )
-from pipeline.training.guard import Guard, Rollback
+from pipeline.training.guard import Guard, Rollback, rollbacks_of
 from pipeline.training.run import RunFolder
 
 
@@ -42,7 +42,7 @@ def find_start(
     if found is None:
         return Start(rollbacks=guard.rollbacks)
     check_fingerprints(*found, identity(config), index_fingerprint)
-    return Start(*found, guard.rollbacks or [Rollback(*item) for item in found[1].get("rollbacks", [])])
+    return Start(*found, guard.rollbacks or rollbacks_of(found[1]))
 
 
 def find_way_back(folder: RunFolder, guard: Guard, warn: Callable[[str], None]) -> tuple[Path | None, dict]:
