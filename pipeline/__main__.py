@@ -3,6 +3,7 @@
 import atexit
 import importlib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -81,16 +82,32 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER
     module, function, _ = VERBS[verb]
     try:
-        return getattr(importlib.import_module(module), function)(rest)
+        code = getattr(importlib.import_module(module), function)(rest)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         complain(f"pipeline {verb}", error)
         return EXIT_USER
     except BrokenError as error:
         complain(f"pipeline {verb}", error)
         return EXIT_BROKEN
+    except BrokenPipeError:
+        if not reader_has_left():
+            raise
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"pipeline {verb}: interrupted; the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def reader_has_left() -> bool:
+    """Is nobody there any more to read this output, as in `pipeline recipes | head`? Then the rest goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def run() -> None:

@@ -1,6 +1,7 @@
 """From a function's signature to a command line: typed options, help from its docstring, one-line errors."""
 
 import itertools
+import re
 import sys
 from collections.abc import Callable
 
@@ -14,7 +15,8 @@ def make_parser(prog: str, description: str | None = None):
     class OneLineParser(ArgumentParser):
         def error(self, message, ex=None):
             lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-            complain(self.prog, f"{' '.join(lines)} (see {self.prog} --help)")
+            text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\.", r"give one of \1.", " ".join(lines))
+            complain(self.prog, f"{text} (see {self.prog} --help)")
             sys.exit(EXIT_USER)
 
     return OneLineParser(prog=prog, description=description, exit_on_error=True)

@@ -1,6 +1,7 @@
 """What users write, and the one line they get for what can't be."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,12 @@ from pipeline.config import Config, identity, load_config, parse_config, recipe_
         (["--data.interpolation", "lanczos"], ["data.interpolation", "lanczos", "bicubic"]),
         (["--schedule.warmup_epochs", "90"], ["--schedule.warmup_epochs", "below schedule.epochs"]),
         (["--optim.nesterov", "--optim.momentum", "0"], ["--optim.nesterov"]),
+        (["--optim.name", "adam"], ["optim.name", "give one of 'sgd', 'adamw'", "adam"]),
+        (["--model", "resnet50"], ["--model resnet50", "did you mean --model.name resnet50?"]),
+        (["--lr", "0.1"], ["--lr", "did you mean --optim.lr?"]),
+        (["--data-root=/data"], ["--data_root", "did you mean --data.root?"]),
+        (["--batch-size", "64"], ["--batch_size", "did you mean --train.global_batch_size?"]),
+        (["--data.mean", "[.nan,0,0]"], ["--data.mean", "three numbers"]),
     ],
 )
 def test_impossible_values_are_one_clear_line(capsys, argv, words):
@@ -105,3 +112,12 @@ def test_the_front_door_and_the_dataset_room_do_not_import_torch():
     modules += [f"pipeline.dataset.{path.stem}" for path in Path("pipeline/dataset").glob("[!_]*.py")]
     code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    """As in `pipeline recipes | head -1`."""
+    command = [sys.executable, "-m", "pipeline", "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert said == "" and process.returncode == 128 + signal.SIGPIPE

@@ -8,6 +8,7 @@ from torch import nn
 
 from pipeline.__main__ import main
 from pipeline.config import parse_config
+from pipeline.insight.cards import find_card
 from pipeline.insight.memory import MIB, Tracer, optimizer_states, step_memory
 from pipeline.model.build import build_model
 
@@ -146,7 +147,18 @@ def test_time_from_a_run(estimate, tmp_path):
     rows = [{"kind": "train", "step": step, "images_per_s": 500.0} for step in range(1, 9)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = estimate("--model.name", "resnet18", "--data.image_size", "32", "--run", str(tmp_path))
+    assert facts["epoch_s"] == pytest.approx(1_281_167 / 500) and facts["world_size"] == 1
+    start = {"kind": "event", "event": "started", "time": 1.0, "world_size": 4}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [start, *rows]))
+    (tmp_path / "config.yaml").write_text("model: {name: squeezenet1_1}\ndata: {image_size: 64}\n")
+    facts = estimate("--run", str(tmp_path))  # the run's own recipe, and the processes that it was measured on
+    assert (facts["model"], facts["image_size"], facts["world_size"]) == ("squeezenet1_1", 64, 4)
     assert facts["epoch_s"] == pytest.approx(1_281_167 / 500)
+
+
+@pytest.mark.parametrize("name", ["RTX A6000", "NVIDIA A6000", "a6000", "H100", "rtx 4090", "A100 80GB"])
+def test_cards_as_they_are_called(name):
+    assert find_card(name).memory_mib in (49_140, 81_559, 24_564, 81_920)
 
 
 @pytest.mark.parametrize(

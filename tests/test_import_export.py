@@ -1,6 +1,8 @@
 """Weights from the slides' code come in and go out again: same outputs, plain formats, nothing unpickled."""
 
+import argparse
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import torchvision
 from torch import nn
 
 from pipeline.__main__ import main
-from pipeline.config import load_config, parse_config
+from pipeline.config import ModelConfig, load_config, parse_config
 from pipeline.dataset.scan import build_index
 from pipeline.errors import UserError
 from pipeline.model.slides import fold, guess_name
+from pipeline.model.weights import start_from
 from pipeline.training.export_run import expected_means
 
 
@@ -66,7 +69,7 @@ def lived_in(model: nn.Module) -> nn.Module:
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.2, 0.6)
             nn.init.uniform_(module.bias, -0.3, 0.3)
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
             nn.init.uniform_(module.bias, -0.5, 0.5)
     return model.eval()
 
@@ -182,6 +185,43 @@ def test_what_does_not_fit_is_named(slides, tmp_path, capsys, change, words):
 def test_a_bias_that_cannot_be_folded():
     with pytest.raises(UserError, match=r"downsample\.0\.bias"):
         fold({"a.downsample.0.weight": torch.ones(1, 1, 1, 1), "a.downsample.0.bias": torch.ones(1)})
+
+
+@pytest.mark.parametrize("layout", ["dotted", "wrapped", "references", "timm", "old"])
+def test_files_as_others_write_them(tmp_path, layout):
+    """torchvision's published DenseNets have dots in their layers' names, DataParallel puts module. before all,
+    references keep their options beside, timm says state_dict, and torch before 0.4.1 counted no batches."""
+    name = "densenet121" if layout == "dotted" else "resnet18"
+    model = lived_in(torchvision.models.get_model(name, num_classes=4))
+    own = model.state_dict()
+    if layout == "dotted":
+        theirs = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)\.", r"\1.\2.", key): value for key, value in own.items()}
+        assert "features.denseblock1.denselayer1.norm.1.weight" in theirs
+    elif layout == "wrapped":
+        theirs = {f"module.{key}": value for key, value in own.items()}
+    elif layout == "references":
+        theirs = {"model": own, "args": argparse.Namespace(model=name, lr=0.1), "epoch": 3}
+    elif layout == "timm":
+        theirs = {"state_dict": own, "arch": name}
+    else:
+        theirs = {key: value for key, value in own.items() if not key.endswith("num_batches_tracked")}
+    torch.save(theirs, tmp_path / "theirs.pth")
+    assert main(["import", str(tmp_path / "theirs.pth"), str(tmp_path / "run"), "--name", name]) == 0
+    kept = torch.load(tmp_path / "run/checkpoints/step-000000000/model.pt", weights_only=True)
+    assert all(torch.equal(kept[key], value) for key, value in own.items() if "num_batches" not in key)
+    fresh = torchvision.models.get_model(name, num_classes=4)
+    start_from(fresh, ModelConfig(name=name, weights=str(tmp_path / "theirs.pth")))
+    assert torch.equal(next(fresh.parameters()), next(model.parameters()))
+
+
+def test_outputs_that_the_data_set_does_not_explain_are_refused(synthetic_root, tmp_path, capsys):
+    build_index(synthetic_root)
+    torch.save(torchvision.models.squeezenet1_1(num_classes=9).state_dict(), tmp_path / "nine.pth")
+    options = ["import", str(tmp_path / "nine.pth"), str(tmp_path / "run"), "--name", "squeezenet1_1"]
+    assert main([*options, "--data_root", str(synthetic_root)]) == 2
+    assert "has 4 classes and the network 9 outputs" in capsys.readouterr().err
+    assert main(options) == 0 and main([*options[:2], str(tmp_path / "other"), "--name", "squeezenet"]) == 2
+    assert "--name squeezenet is no torchvision" in capsys.readouterr().err
 
 
 def test_means_go_with_googlenets_and_inceptions_weights(synthetic_root, tmp_path):

@@ -85,6 +85,14 @@ def test_batch_not_divisible(preflight):
                               "--train.global_batch_size 35")  # fmt: skip
 
 
+def test_images_that_the_network_cannot_take(preflight):
+    code, rows = preflight("--model.name", "alexnet", "--data.val_size", "32", "--data.val_resize", "32")
+    assert code == 2 and rows["recipe"][0] == "FAIL" and "give at least 63" in rows["recipe"][1]
+    assert "memory" not in rows and rows["data"][0] == "pass"
+    code, rows = preflight("--model.name", "vgg11")  # the recipe's zero_init_residual is for ResNets
+    assert code == 2 and "--model.zero_init_residual false" in rows["recipe"][1] and rows["data"][0] == "pass"
+
+
 def test_typo_in_the_recipe(capsys, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("train:\n  global_bach_size: 32\n")

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import runs
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
 from pipeline.__main__ import main
 from pipeline.dataset.scan import build_index
-from pipeline.insight.charts import Series, line_chart, thin, ticks
+from pipeline.insight.charts import Series, _label, line_chart, thin, ticks
 from pipeline.insight.filters import before_after, grad_cam, picture_first
 from pipeline.insight.predictions import Predictions, spread
+from pipeline.tracking.ledger import better_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = '<script>alert("x")</script><img src=http://example.com/x.png>'
@@ -84,7 +86,7 @@ def test_the_kernels_before_training_are_the_seeds(finished, html):
     from pipeline.insight.run_record import load_networks, read_record
 
     record = read_record(str(finished))
-    networks = load_networks(record, 4)
+    networks = load_networks(record)
     torch.manual_seed(record.config.train.seed)
     from pipeline.model.build import build_model
 
@@ -97,6 +99,34 @@ def test_the_kernels_before_training_are_the_seeds(finished, html):
     high = max(networks.before.conv1.weight.max(), networks.after.conv1.weight.max()).item()
     expected = picture_first(networks.before.conv1.weight.detach().numpy(), low, high)
     assert np.array_equal(np.asarray(first), expected)
+
+
+def test_more_outputs_than_classes_and_weights_from_a_file_that_is_gone(root, tmp_path):
+    """The guesses may be outputs that no class has; without the initial weights there is still the rest of the page."""
+    weights = tmp_path / "weights.pth"
+    torch.save(torchvision.models.resnet18(num_classes=9).state_dict(), weights)
+    options = ["--model.num_classes", "9", "--model.weights", str(weights), "--train.max_steps", "1"]
+    runs.call(root, tmp_path / "run", *options, "--ema.decay", "0.5")
+    weights.unlink()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    html = (tmp_path / "run/report/index.html").read_text()
+    assert "initial weights can&#x27;t be made again" in html and "Accuracy of each class" in html
+    better = better_scores(runs.rows(tmp_path / "run", "eval")[-1])
+    assert f"{better['top1']:.2f} %" in html and ("averaged weights" in html) == better["averaged"]
+
+
+def test_the_better_network_of_an_evaluation_has_all_its_own_scores():
+    row = {"step": 1, "val_loss": 2.0, "val_top1": 20.0, "val_top5": 60.0}
+    assert better_scores(row) == {"averaged": False, "loss": 2.0, "top1": 20.0, "top5": 60.0}
+    row |= {"val_ema_loss": 1.0, "val_ema_top1": 45.0, "val_ema_top5": 95.0}
+    assert better_scores(row) == {"averaged": True, "loss": 1.0, "top1": 45.0, "top5": 95.0}
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [(0.000025, "2.5e-5"), (5e-5, "5e-5"), (1.5e10, "1.5e10"), (0.25, "0.25"), (0, "0")]
+)
+def test_axis_labels_are_the_values(value, label):
+    assert _label(value) == label
 
 
 def test_a_vision_transformers_patches_do_not_fill_the_page():

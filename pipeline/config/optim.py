@@ -12,7 +12,8 @@ class OptimConfig:
     """How the weights are changed, and the loss."""
 
     name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
-    """lamb: You et al. 2020 (arXiv 1904.00962); lars: You et al. 2017 (arXiv 1708.03888)."""
+    """adamw: with weight_decay 0 it is Adam; lamb: You et al. 2020 (arXiv 1904.00962); lars: You et al. 2017 (arXiv
+    1708.03888)."""
     lr: float = 0.1
     """Peak learning rate; see lr_batch_size."""
     lr_batch_size: int | None = 256

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.resources
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,20 @@ from pipeline.errors import UserError
 
 #: the schedule's times that follow its length; the warm-up shrinks with a shorter run, and does not grow with a longer
 _TIMES, _SHRINKS = ("warmup_epochs", "milestones", "step_every"), ("warmup_epochs",)
+
+#: what torchvision's references and timm call some options -> ours
+_ELSEWHERE = {
+    **dict.fromkeys(("batch_size", "b"), "global_batch_size"),
+    **dict.fromkeys(("workers", "j"), "threads"),
+    **dict.fromkeys(("output_dir", "output"), "run_dir"),
+    **dict.fromkeys(("opt", "optimizer"), "optim.name"),
+    **dict.fromkeys(("wd",), "weight_decay"),
+    **dict.fromkeys(("data_path",), "data.root"),
+    **dict.fromkeys(("amp",), "precision"),
+    **dict.fromkeys(("lr_warmup_epochs",), "warmup_epochs"),
+    **dict.fromkeys(("random_erase", "reprob"), "erase"),
+    **dict.fromkeys(("smoothing",), "label_smoothing"),
+}
 
 
 def recipes_folder() -> Path:
@@ -66,6 +82,7 @@ def parse_config(argv: list[str], verb: str = "train") -> Config:
             argv[i + 1] = resolve_recipe(argv[i + 1])
         elif argument.startswith("--config="):
             argv[i] = f"--config={resolve_recipe(argument.removeprefix('--config='))}"
+    _refuse_strangers(argv)
     parser = make_config_parser(f"pipeline {verb}")
     values = parser.parse_args(argv).as_dict()
     given = {item.partition("=")[0].removeprefix("--") for item in argv if item.startswith("--")}
@@ -73,6 +90,34 @@ def parse_config(argv: list[str], verb: str = "train") -> Config:
         rest = _without(argv, "--schedule.epochs")
         _follow_length(values, parser.parse_args(rest).as_dict()["schedule"]["epochs"], given)
     return from_dict(values)
+
+
+def _options(item: Any, prefix: str = "") -> Iterator[str]:
+    """The names of all options, dotted."""
+    for part in dataclasses.fields(item):
+        if dataclasses.is_dataclass(part.type):
+            yield from _options(part.type, f"{prefix}{part.name}.")
+        yield prefix + part.name
+
+
+def _refuse_strangers(argv: list[str]) -> None:
+    """Raises UserError for an option by the name that it has elsewhere, with the one that it has here: --lr, --epochs,
+    --data_root, and --model resnet50, as model is a group of options."""
+    known, groups = set(_options(Config)), {"model": "model.name", "data": "data.root"}
+    for item, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, equals, value = item.removeprefix("--").partition("=")
+        if not item.startswith("--"):
+            continue
+        value = value if equals else following
+        if name in groups and not Path(value).is_file() and not value.lstrip().startswith("{"):
+            raise UserError(f"--{name} {value}: {name} is a group of options; did you mean --{groups[name]} {value}?")
+        if name not in known and "." not in name and name not in ("config", "print_config", "help"):
+            spelt = _ELSEWHERE.get(name, name)
+            meant = sorted(
+                one for one in known if one == spelt or one.endswith(f".{spelt}") or one.replace(".", "_") == spelt
+            )
+            if meant:
+                raise UserError(f"unknown option --{name}; did you mean {' or '.join(f'--{one}' for one in meant)}?")
 
 
 def _follow_length(values: dict[str, Any], own: Time, given: set[str]) -> None:

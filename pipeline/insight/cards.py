@@ -34,7 +34,11 @@ CARDS = {
 
 def find_card(name: str) -> Card:
     """Raises UserError for a card that is not listed."""
-    key = name.lower().replace(" ", "").replace("_", "-")
+    key = name.lower().removeprefix("nvidia").strip().replace("_", "-").replace(" ", "-")
+    plain = key.replace("-", "")
+    fitting = [card for card in CARDS if card.replace("-", "") in (plain, plain.removeprefix("rtx"))]
+    key = fitting[0] if fitting else key
     if key not in CARDS:
-        raise UserError(f"--card {name} is not known; one of: {', '.join(CARDS)}; or give --card_mib alone")
+        sizes = [card for card in CARDS if card.startswith(f"{key}-")]
+        raise UserError(f"--card {name} is not known; one of: {', '.join(sizes or CARDS)}")
     return CARDS[key]

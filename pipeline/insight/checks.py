@@ -28,7 +28,9 @@ class Finding:
 
 
 def check_recipe(config: Config, world_size: int) -> Finding:
-    """Can the global batch be shared among the processes, and does the network take the images?"""
+    """Can the global batch be shared among the processes, the network be built, and does it take the images?"""
+    from pipeline.model.blank import without_data
+    from pipeline.model.build import build_model
     from pipeline.model.sizes import check_image_sizes
 
     batch = config.train.global_batch_size
@@ -38,6 +40,8 @@ def check_recipe(config: Config, world_size: int) -> Finding:
         return Finding(FAIL, "recipe", f"{about}: not divisible; give --train.global_batch_size {fitting}")
     try:
         check_image_sizes(config)
+        with without_data():
+            build_model(config.model, config.model.num_classes or 1000)
     except UserError as error:
         return Finding(FAIL, "recipe", str(error))
     local = batch // world_size
@@ -170,7 +174,10 @@ def _check_room(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int
         files = (run_dir / "checkpoints" / f"step-{checkpoint[0]:09d}").iterdir()
         size = sum(file.stat().st_size for file in files)
     else:
-        size = estimate_checkpoint(config, data.get("classes") or 1000)
+        try:
+            size = estimate_checkpoint(config, data.get("classes") or 1000)
+        except UserError as error:
+            return Finding(FAIL, "room", f"of a network that can't be built: {error}")
     count = config.checkpoint.keep + 2  # the best one, and one that is being written
     needed, free = count * size, shutil.disk_usage(nearest_existing(run_dir)).free
     text = f"{count} checkpoints of {size / 1e6:,.0f} MB need {needed / 1e9:.1f} GB, {free / 1e9:,.1f} GB are free"
@@ -180,14 +187,15 @@ def _check_room(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int
 
 
 def estimate_checkpoint(config: Config, classes: int) -> int:
-    """Bytes of a checkpoint: weights and the optimizer's state, in float32."""
+    """Bytes of a checkpoint: weights, their average if there is one, and the optimizer's state, in float32."""
+    from pipeline.insight.memory import optimizer_states, weight_bytes
     from pipeline.model.blank import without_data
     from pipeline.model.build import build_model
 
     with without_data():
         model = build_model(config.model, config.model.num_classes or classes)
-    values = sum(parameter.numel() for parameter in model.parameters())
-    return 4 * values * (2 if config.optim.name == "sgd" else 3)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return weight_bytes(model) * (2 if config.ema.decay else 1) + 4 * trained * optimizer_states(config)
 
 
 def check_wandb(config: Config) -> Finding:

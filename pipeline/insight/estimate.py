@@ -10,6 +10,7 @@ from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.cards import Card, find_card
 from pipeline.insight.run_state import median_step_s, read_tail
 from pipeline.insight.status import duration
+from pipeline.tracking.ledger import read_rows
 
 IMAGENET = 1_281_167, 1000  # training images, classes
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -22,8 +23,8 @@ with --data.root, classes and images are the data set's, otherwise ImageNet's.
   --card_mib MIB       memory of the GPU, where that differs from the card's
   --batches LIST       images at once to tabulate, e.g. 36,48,64 (default: powers of two)
   --layers             a row for each layer: parameters, output, FLOPs, bytes kept for backward
-  --world_size N       GPUs that share the global batch (default 1)
-  --run RUN            epoch time from the last steps that this run measured
+  --world_size N       GPUs that share the global batch (default 1, or the run's)
+  --run RUN            epoch time from the last steps that this run measured; its own recipe, unless --config is given
   --images_per_s R     epoch time from this speed of all GPUs together
   --conv_bias          give every convolution a bias, as the slides' ResNets have
   --scale 1..1024      predict speed and time on so many GPUs from the step of one (--run, --images_per_s or --card)
@@ -41,7 +42,7 @@ def options_parser() -> argparse.ArgumentParser:
     own.add_argument("--card_mib", "--card-mib", type=float)
     own.add_argument("--batches", default=",".join(map(str, BATCHES)))
     own.add_argument("--layers", action="store_true")
-    own.add_argument("--world_size", "--world-size", type=int, default=1)
+    own.add_argument("--world_size", "--world-size", type=int)
     own.add_argument("--run")
     own.add_argument("--images_per_s", "--images-per-s", type=float)
     own.add_argument("--conv_bias", "--conv-bias", action="store_true")
@@ -74,12 +75,12 @@ def data_set(config: Config) -> tuple[int, int]:
     return len(index.splits["train"]), index.num_classes
 
 
-def measured_rate(options: argparse.Namespace) -> tuple[float, str] | None:
-    """(images/s of all GPUs, where it comes from), or None where nothing was measured."""
+def measured_rate(options: argparse.Namespace) -> tuple[float, str, int] | None:
+    """(images/s of all GPUs, where it comes from, of how many), or None where nothing was measured."""
     if options.images_per_s is not None:
         if not options.images_per_s > 0:
             raise UserError(f"--images_per_s {options.images_per_s}: give a number above 0")
-        return options.images_per_s, "as given"
+        return options.images_per_s, "as given", options.world_size or 1
     if options.run is None:
         return None
     ledger = Path(options.run).expanduser() / "metrics.jsonl"
@@ -88,7 +89,9 @@ def measured_rate(options: argparse.Namespace) -> tuple[float, str] | None:
     step_s = median_step_s(read_tail(ledger), 1)  # of one image
     if step_s is None:
         raise UserError(f"--run {options.run} has no training step yet; give another run")
-    return 1 / step_s, f"measured by {options.run}"
+    starts = (row for row in read_rows(ledger) if row.get("event") in ("started", "resumed"))
+    world_size = max(starts, key=lambda row: row.get("time", 0), default={}).get("world_size", 1)
+    return 1 / step_s, f"measured by {options.run}", world_size
 
 
 def estimate(config: Config, options: argparse.Namespace) -> dict:
@@ -101,11 +104,17 @@ def estimate(config: Config, options: argparse.Namespace) -> dict:
     classes = config.model.num_classes or classes
     card = find_card(options.card) if options.card else None
     card_mib = options.card_mib or (card.memory_mib if card else None)
+    rate = measured_rate(options)
+    if options.world_size is None:
+        options.world_size = rate[2] if rate else 1
     if options.world_size < 1 or config.train.global_batch_size % options.world_size:
         raise UserError(f"--world_size {options.world_size} does not divide the global batch; give a divisor")
+    if rate and rate[2] != options.world_size:
+        raise UserError(
+            f"--world_size {options.world_size}: {options.run} was measured on {rate[2]}; leave it out, or see --scale"
+        )
     local = config.train.global_batch_size // options.world_size
     at_once = min(config.train.micro_batch_size or local, local)
-    rate = measured_rate(options)
     check_image_sizes(config)
     tracer = Tracer(config, classes, options.conv_bias)
     memory = step_memory(tracer, at_once)
@@ -262,14 +271,15 @@ def render(facts: dict) -> str:
 def _layer_lines(facts: dict) -> list[str]:
     width = max(24, *(len(layer["name"]) for layer in facts["layers"]))
     head = f"{'parameters':>12}  {'GFLOPs':>8}  {'MiB kept':>8}"
-    lines = [f"{'layer':<{width}}  {'kind':<18}  {'output':<16}  {head}"]
+    wide = max(18, *(len(layer["kind"]) for layer in facts["layers"]))
+    lines = [f"{'layer':<{width}}  {'kind':<{wide}}  {'output':<16}  {head}"]
     for layer in facts["layers"]:
         shape = "x".join(map(str, layer["output"]))
         numbers = f"{layer['parameters']:12,}  {layer['forward_flops'] / 1e9:8.3f}  {layer['kept_mib']:8.3f}"
-        lines.append(f"{layer['name'] or '(model)':<{width}}  {layer['kind']:<18}  {shape:<16}  {numbers}")
-    lines += ["", f"{'of each kind':<{width}}  {'':<18}  {'modules':<16}  {head}"]
+        lines.append(f"{layer['name'] or '(model)':<{width}}  {layer['kind']:<{wide}}  {shape:<16}  {numbers}")
+    lines += ["", f"{'of each kind':<{width}}  {'':<{wide}}  {'modules':<16}  {head}"]
     for kind, number, parameters, flops, kept in facts["kinds"]:
-        lines.append(f"{'':<{width}}  {kind:<18}  {number:<16}  {parameters:12,}  {flops / 1e9:8.3f}  {kept:8.3f}")
+        lines.append(f"{'':<{width}}  {kind:<{wide}}  {number:<16}  {parameters:12,}  {flops / 1e9:8.3f}  {kept:8.3f}")
     return lines
 
 
@@ -280,6 +290,9 @@ def main(argv: list[str]) -> int:
         raise UserError(str(error)) from error
     if {"-h", "--help"} & set(rest):
         print(ABOUT)
+    recipe_given = any(item.partition("=")[0] == "--config" for item in rest)
+    if options.run and not recipe_given and (Path(options.run).expanduser() / "config.yaml").exists():
+        rest = ["--config", str(Path(options.run).expanduser() / "config.yaml"), *rest]
     facts = estimate(parse_config(rest, "estimate"), options)
     print(json.dumps(facts) if options.json else render(facts), flush=True)
     return EXIT_OK

@@ -71,8 +71,13 @@ def load_image(index: Index, config: Config, sample: int) -> np.ndarray | None:
         return None
 
 
-def predict(network: nn.Module, index: Index, config: Config, device: torch.device, most: int | None) -> Predictions:
-    """Ask `network` (uint8 images in, logits out) about validation images, evenly spread over the classes."""
+def predict(
+    network: nn.Module, index: Index, config: Config, device: torch.device, most: int | None, outputs: np.ndarray
+) -> Predictions:
+    """Ask `network` (uint8 images in, logits out) about validation images, evenly spread over the classes.
+
+    outputs: the network's output for each class of the index, int64 [n]; labels and guesses are outputs.
+    """
     split = index.splits["val"]
     chosen = spread(len(split), most)
     ids, guesses, sure, unreadable = [], [], [], 0
@@ -92,7 +97,7 @@ def predict(network: nn.Module, index: Index, config: Config, device: torch.devi
             guesses.append(best.indices.cpu().numpy())
             sure.append(best.values.cpu().numpy())
     places = np.array(ids, np.int64)
-    labels = split.records["label"][places].astype(np.int64)
+    labels = outputs[split.records["label"][places]].astype(np.int64)
     empty = np.zeros(0)
     return Predictions(
         places,

@@ -85,9 +85,12 @@ def read_bench(path: Path) -> tuple[float, int]:
 def find(config: Config, nodes: list[dict], options: argparse.Namespace) -> Iterator[Finding]:
     """All findings, in the order in which they are shown."""
     here = nodes[0] if nodes else gather_facts(config)
+    if options.world_size is not None and options.world_size < 1:
+        raise UserError(f"--world_size {options.world_size}: give the number of processes, 1 or more")
     world = options.world_size or len(here["gpus"]) or 1
     run_dir = Path(config.run_dir).expanduser() if config.run_dir else None
-    yield checks.check_recipe(config, world)
+    recipe = checks.check_recipe(config, world)
+    yield recipe
     yield checks.check_versions(here, config)
     yield checks.check_gpus(here, config)
     if nodes or "SLURM_JOB_NUM_NODES" in os.environ:
@@ -98,7 +101,8 @@ def find(config: Config, nodes: list[dict], options: argparse.Namespace) -> Iter
     memory = (
         options.gpu_memory * 1024 if options.gpu_memory else min((g["memory_mib"] for g in here["gpus"]), default=None)
     )
-    yield checks.check_memory(config, world, here["data"].get("classes"), memory)
+    if recipe.level != checks.FAIL:
+        yield checks.check_memory(config, world, here["data"].get("classes"), memory)
     bench = read_bench(Path(options.bench).expanduser()) if options.bench else None
     yield checks.check_time(run_dir, config, world, here["data"], parse_time_limit(options.time_limit), bench)
 

@@ -13,7 +13,7 @@ from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight import page
 from pipeline.insight.charts import Series, line_chart
 from pipeline.insight.status import duration
-from pipeline.tracking.ledger import top1_of
+from pipeline.tracking.ledger import better_scores
 
 ON_CPU = 1000  # validation images that are looked at where there is no GPU
 CLASSES, PAIRS, MISTAKES, LOOKS = 100, 20, 24, 8  # most that is shown of each
@@ -59,10 +59,11 @@ def charts(records: list) -> str:
 
 def headline(record) -> str:
     """The large figures."""
-    best = record.best
+    best = better_scores(record.best) if record.best else None
+    averaged = ", averaged weights" if best and best["averaged"] else ""
     items = [
-        ("top-1, best", f"{top1_of(best):.2f} %" if best else "not yet"),
-        ("top-5 there", f"{best['val_top5']:.2f} %" if best else "not yet"),
+        (f"top-1, best{averaged}", f"{best['top1']:.2f} %" if best else "not yet"),
+        ("top-5 there", f"{best['top5']:.2f} %" if best else "not yet"),
         ("epochs done", f"{record.train[-1]['epoch']:.2f}" if record.train else "0"),
         ("steps done", f"{record.train[-1]['step']:,}" if record.train else "0"),
         ("training", duration(3600 * record.hours[-1]) if record.hours else "none"),
@@ -103,6 +104,9 @@ def parameters(model) -> str:
 def kernels(networks, save) -> Iterator[str]:
     from pipeline.insight.filters import before_after
 
+    if networks.before is None:
+        yield f'<p class="none">The kernels before and after training are not shown: {escape(networks.missing)}</p>'
+        return
     for number, (caption, pictures) in enumerate(before_after(networks.before, networks.after), 1):
         yield f"<h3>{escape(caption)}</h3>"
         shown = []
@@ -205,6 +209,7 @@ def network_sections(record, data_root: str | None, device_name: str, most: int 
     from pipeline.insight.predictions import predict
     from pipeline.insight.run_record import load_networks, open_index_of
     from pipeline.model.build import Normalised
+    from pipeline.training.class_map import class_positions
 
     index = None
     try:
@@ -212,27 +217,35 @@ def network_sections(record, data_root: str | None, device_name: str, most: int 
     except UserError as error:
         missing = str(error)
     try:
-        networks = load_networks(record, index.num_classes if index else None)
+        networks = load_networks(record)
     except UserError as error:
         yield f'<h2>The network</h2><p class="none">Not shown: {escape(str(error))}</p>'
         return
-    yield f"<h2>The network at step {networks.step:,}</h2>"
+    yield f"<h2>The network at step {networks.step:,}{', averaged weights' if networks.averaged else ''}</h2>"
     yield parameters(networks.after)
     yield from kernels(networks, save)
     yield "<h2>What it says of the validation images</h2>"
     if index is None:
         yield f'<p class="none">Not shown: {escape(missing)}</p>'
         return
+    try:
+        places = class_positions(index.synsets, networks.classes, networks.outputs, str(index.root))
+    except UserError as error:
+        yield f'<p class="none">Not shown: {escape(str(error))}</p>'
+        return
     cuda = device_name == "cuda" or (device_name == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
     most = most if most is not None else (None if cuda else ON_CPU)
     data, train = record.config.data, record.config.train
     network = Normalised(networks.after, data.mean, data.std, train.channels_last).to(device).eval()
-    said = predict(network, index, record.config, device, most)
+    said = predict(network, index, record.config, device, most, places)
     if not len(said.ids):
         yield '<p class="none">Not shown: no validation image can be read</p>'
         return
-    names = class_names(index)
+    known = networks.classes or []
+    names = [*known, *(f"output {number}" for number in range(len(known), networks.outputs))]
+    for place, name in zip(places.tolist(), class_names(index), strict=True):
+        names[place] = name
     yield from answers(said, names, index, record.config)
     yield "<h2>Where it looks</h2>"
     yield from looks(network, said, names, index, record.config, device, save)
@@ -243,7 +256,8 @@ def comparison(records: list) -> str:
     rows = []
     for record in records:
         best, done = record.best, record.train[-1] if record.train else {}
-        scores = [f"{top1_of(best):.2f}", f"{best['val_top5']:.2f}", f"{best['epoch']:.2f}"] if best else ["", "", ""]
+        better = better_scores(best) if best else {}
+        scores = [f"{better['top1']:.2f}", f"{better['top5']:.2f}", f"{best['epoch']:.2f}"] if best else ["", "", ""]
         hours = duration(3600 * record.hours[-1]) if record.hours else ""
         rows.append([record.name, *scores, f"{done.get('epoch', 0):.2f}", hours])
     head = ["run", "top-1 %", "top-5 %", "at epoch", "epochs done", "training"]
@@ -312,6 +326,11 @@ def main(argv: list[str]) -> int:
         "--images", type=int, help=f"validation images to look at; default: all with CUDA, otherwise {ON_CPU:,}"
     )
     options = parser.parse_args(normalise(argv, set()))
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: no GPU is here; give --device cpu")
     if options.images is not None and options.images < 1:
         raise UserError(f"--images {options.images}: give a number above 0")
     out = Path(options.out).expanduser() if options.out else None

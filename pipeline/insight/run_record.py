@@ -11,8 +11,9 @@ from pipeline.config import Config, identity, load_config
 from pipeline.dataset.index import Index, index_folder, open_index
 from pipeline.errors import BrokenError, UserError
 from pipeline.model.build import build_model
+from pipeline.model.heads import count_outputs
 from pipeline.model.weights import load_whole, start_from
-from pipeline.tracking.ledger import best_step, read_rows
+from pipeline.tracking.ledger import best_step, better_scores, read_rows
 from pipeline.training.checkpoint import load_state
 from pipeline.training.run import RunFolder
 from pipeline.training.subjects import find_checkpoint
@@ -76,11 +77,16 @@ def read_record(run: str) -> Record:
 
 @dataclass
 class Networks:
-    """The network as it began and as it is (bare torchvision modules), and the step of the latter."""
+    """The network as it began and as it is (bare torchvision modules), and the step of the latter. averaged: it is the
+    average of the weights. classes: of its outputs, where the checkpoint says them. missing: why `before` is None."""
 
-    before: nn.Module
+    before: nn.Module | None
     after: nn.Module
     step: int
+    averaged: bool
+    outputs: int
+    classes: list[str] | None
+    missing: str = ""
 
 
 def open_index_of(record: Record, data_root: str | None) -> Index:
@@ -92,26 +98,25 @@ def open_index_of(record: Record, data_root: str | None) -> Index:
     return open_index(Path(folder).expanduser() if folder else index_folder(Path(root).expanduser()))
 
 
-def load_networks(record: Record, classes: int | None) -> Networks:
-    """The initial weights follow from the seed alone; the trained ones are the best checkpoint's, or the last's.
-
-    classes: of the data set, where it is here. Raises UserError where there is no checkpoint yet.
-    """
+def load_networks(record: Record) -> Networks:
+    """The initial weights follow from the seed alone; the trained ones are the best checkpoint's, or the last's: those
+    that scored better there, as they are or averaged. Raises UserError where there is no checkpoint yet."""
     try:
         path, meta = find_checkpoint(record.folder, "best")
     except UserError:
         path, meta = find_checkpoint(record.folder, "last")
-    state = load_state(path, ["model"])["model"]
+    scores = next((row for row in record.evals if row["step"] == meta["step"]), None)
+    averaged = bool(scores) and better_scores(scores)["averaged"] and "ema.pt" in meta["files"]
+    part = "ema" if averaged else "model"
+    state = load_state(path, [part])[part]
     config = record.config.model
-    outputs = config.num_classes or classes
-    if outputs is None:
-        raise UserError("the number of classes is not known without the data set; give --data_root")
+    outputs = count_outputs(config.name, state)
     torch.manual_seed(record.config.train.seed)
-    before = build_model(config, outputs)
+    before, missing = build_model(config, outputs).requires_grad_(True), ""
     try:
         start_from(before, config)
     except (UserError, BrokenError) as error:
-        raise UserError(f"the initial weights can't be made again: {error}") from error
+        before, missing = None, f"the initial weights can't be made again: {error}"
     after = build_model(config, outputs)
     load_whole(after, state)
-    return Networks(before.requires_grad_(True), after.requires_grad_(True), meta["step"])
+    return Networks(before, after.requires_grad_(True), meta["step"], averaged, outputs, meta.get("classes"), missing)

@@ -24,13 +24,13 @@ def model_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def check_name(name: str) -> None:
-    """Raises UserError for a model that torchvision does not know."""
+def check_name(name: str, option: str = "--model.name") -> None:
+    """Raises UserError, of this option, for a model that torchvision does not know."""
     names = model_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "torchvision.models.list_models() lists them"
-        raise UserError(f"--model.name {name} is no torchvision classification model; {hint}")
+        raise UserError(f"{option} {name} is no torchvision classification model; {hint}")
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -94,7 +94,9 @@ def zero_init_residual(model: nn.Module) -> None:
     """Set gamma of the last BatchNorm of each residual block to 0 (Goyal et al. 2017, section 5.1)."""
     blocks = [module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)]
     if not blocks:
-        raise UserError("--model.zero_init_residual is for ResNets: this model has no residual block; leave it off")
+        raise UserError(
+            "--model.zero_init_residual is for ResNets, which this is not; give --model.zero_init_residual false"
+        )
     for block in blocks:
         nn.init.zeros_(block.bn3.weight if isinstance(block, Bottleneck) else block.bn2.weight)
 

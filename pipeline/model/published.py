@@ -6,6 +6,7 @@ import torchvision
 from torchvision.transforms import InterpolationMode
 
 from pipeline.errors import UserError
+from pipeline.model.build import check_name
 
 PREFIX = "torchvision:"
 
@@ -28,10 +29,8 @@ class Published:
 
 def find_published(model: str, name: str) -> Published:
     """What torchvision says of its weights `name` ("IMAGENET1K_V2", "DEFAULT") of `model`. Raises UserError."""
-    try:
-        known = torchvision.models.get_model_weights(model)
-    except ValueError as error:
-        raise UserError(f"--model {model} is no torchvision model; see torchvision.models.list_models()") from error
+    check_name(model, "--model")
+    known = torchvision.models.get_model_weights(model)
     if name not in known.__members__:
         names = ", ".join(known.__members__)
         raise UserError(f"--weights {PREFIX}{name} is not published for {model}; these are: {names}")

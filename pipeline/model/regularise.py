@@ -104,4 +104,5 @@ def add_blurpool(model: nn.Module, name: str, pools: bool) -> None:
                 setattr(module, key, BlurMaxPool(child))
                 found = True
     if not found:
-        raise UserError(f"--model.blurpool: {name} has no strided layer to blur; leave it at none")
+        what, more = ("layer", "") if pools else ("convolution", ", or all, for pooling too")
+        raise UserError(f"--model.blurpool: {name} has no strided {what} to blur; give none{more}")

@@ -1,6 +1,8 @@
 """Starting from trained weights: torchvision's published ones by name, or a file. Never unpickles."""
 
+import argparse
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from torch import nn
 from pipeline.config import ModelConfig
 from pipeline.errors import BrokenError, UserError
 from pipeline.model.heads import find_heads
+
+_DOTTED = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 
 
 def start_from(model: nn.Module, config: ModelConfig) -> None:
@@ -38,7 +42,7 @@ def published_state(config: ModelConfig) -> dict[str, torch.Tensor]:
         names = ", ".join(["DEFAULT", *known.__members__])
         raise UserError(f"--model.weights {config.weights} is neither a file nor published for {config.name}: {names}")
     try:
-        return known[config.weights].get_state_dict(progress=False, check_hash=True)
+        return renamed(known[config.weights].get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
         raise BrokenError(
             f"--model.weights {config.weights} could not be downloaded ({error}); or give a file"
@@ -57,7 +61,10 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(
+                [argparse.Namespace]
+            ):  # the options in what torchvision's references save
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         OSError,
         RuntimeError,
@@ -67,17 +74,31 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         pickle.UnpicklingError,
         _safetensors_error(),
     ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])[:200]
         raise UserError(
             f"{path} is no file of weights that can be read safely ({reason}); "
             "save it anew with torch.save(model.state_dict(), FILE)"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # as torchvision's references save
-        state = state["model"]
+    for key in ("model", "state_dict"):  # as torchvision's references save, and timm
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state_dict (name -> tensor); save model.state_dict()")
-    return state
+    return renamed(state)
+
+
+def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The names that torchvision's networks have today, of those in older files: DenseNet's layers had dots in theirs
+    (as the published files still have), and DataParallel puts "module." before all."""
+    wrapped = all(key.startswith("module.") for key in state)
+    new = OrderedDict(
+        (_DOTTED.sub(r"\1\2", key.removeprefix("module.") if wrapped else key), state[key]) for key in state
+    )
+    if not wrapped and getattr(state, "_metadata", None) is not None:
+        new._metadata = state._metadata
+    return new
 
 
 def _safetensors_error() -> type[Exception]:
@@ -89,8 +110,12 @@ def _safetensors_error() -> type[Exception]:
 def load_whole(model: nn.Module, state: dict[str, torch.Tensor], strict: bool = True) -> None:
     """`model.load_state_dict(state)`. A state without the versions of its modules, as checkpoints and safetensors files
     are, counts as written by this version of theirs: some (MNASNet's) refuse one that does not say."""
+    own = model.state_dict()
     versioned = OrderedDict(state)
-    versioned._metadata = getattr(state, "_metadata", None) or model.state_dict()._metadata
+    versioned._metadata = getattr(state, "_metadata", None) or own._metadata
+    for key in own:  # files from before torch 0.4.1 have none
+        if key.endswith("num_batches_tracked") and key.removesuffix("num_batches_tracked") + "running_mean" in state:
+            versioned.setdefault(key, own[key])
     model.load_state_dict(versioned, strict=strict)
 
 

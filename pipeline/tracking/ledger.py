@@ -45,6 +45,13 @@ def top1_of(row: dict) -> float:
     return max(row.get("val_top1", -math.inf), row.get("val_ema_top1", -math.inf))
 
 
+def better_scores(row: dict) -> dict:
+    """loss, top1, top5 (percent) of an "eval" row's better network, and `averaged`: is it the weights' average?"""
+    averaged = row.get("val_ema_top1", -math.inf) >= row.get("val_top1", -math.inf)
+    infix = "ema_" if averaged else ""
+    return {"averaged": averaged, **{name: row[f"val_{infix}{name}"] for name in ("loss", "top1", "top5")}}
+
+
 def best_step(evaluations: Iterable[dict]) -> int | None:
     """The step with the highest `top1_of` among "eval" rows, the earliest of equals; None without any."""
     best = max(evaluations, key=lambda row: (top1_of(row), -row["step"]), default=None)

@@ -90,7 +90,7 @@ def evaluate(argv: list[str]) -> int:
 
         Args:
             run: the run folder.
-            checkpoint: best (highest top-1 so far), last, or a checkpoint folder.
+            checkpoint: best (highest top-1 so far), last, a step, or a checkpoint folder.
             weights: raw (as they were trained), ema (their average), both where there are both, or torchvision:NAME.
             model: whose published weights to score.
             data_root: other validation images; default: where the run had them. A data root, or any folder with one
@@ -110,7 +110,9 @@ def evaluate(argv: list[str]) -> int:
         return {key: value for key, value in values.items() if key in Request.__dataclass_fields__}
 
     if any(item.removeprefix("--weights=").startswith("torchvision:") for item in argv):
-        argv = ["", *argv]  # there is no run
+        if argv and not argv[0].startswith("-"):
+            raise UserError(f"published weights are of no run: leave out {argv[0]}, and give --model NAME")
+        argv = ["", *argv]
     return run_command(evaluate, "evaluate", argv)
 
 

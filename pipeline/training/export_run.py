@@ -37,7 +37,7 @@ def export(
     Args:
         run: the run folder.
         out: file ending in .pth, .pt, .safetensors or .onnx.
-        checkpoint: best (highest top-1 so far), last, or a checkpoint folder.
+        checkpoint: best (highest top-1 so far), last, a step, or a checkpoint folder.
         weights: raw: as they were trained; ema: their average; auto: what scored better, the average where neither did.
         data_root: where the data lies now, for the classes' names; default: where the run had it.
     """

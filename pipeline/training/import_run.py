@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 from pipeline.command import run_command
-from pipeline.config import identity, load_config, resolve_recipe, to_yaml
-from pipeline.dataset.index import index_folder, open_index
+from pipeline.config import ModelConfig, identity, load_config, resolve_recipe, to_yaml
+from pipeline.dataset.index import Index, index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
-from pipeline.model.build import AUXILIARY_WEIGHTS, build_model, count_parameters
+from pipeline.model.build import AUXILIARY_WEIGHTS, build_model, check_name, count_parameters
 from pipeline.model.heads import find_heads
 from pipeline.model.slides import fold, guess_name, is_slides
 from pipeline.model.weights import load_whole, read_state
-from pipeline.training.checkpoint import write_checkpoint
+from pipeline.training.checkpoint import folder_name, write_checkpoint
+from pipeline.training.class_map import imagenet_classes
 from pipeline.training.optimizer import heads_for, make_optimizer
 from pipeline.training.run import RunFolder
 
@@ -35,27 +36,26 @@ def import_weights(
     if folder.config.exists():
         raise UserError(f"{run} is a run already; give another folder")
     state = read_state(Path(file).expanduser())
-    if all(key.startswith("module.") for key in state):  # saved from inside DataParallel
-        state = {key.removeprefix("module."): value for key, value in state.items()}
     name = name or guess_name(state)
+    check_name(name, "--name")
     slides = is_slides(state)
     state = fold(state) if slides else state
     settings = load_config(Path(resolve_recipe(config)), ["--model.name", name], verb="import")
     head = next((key for key in state if key.rpartition(".")[0] in find_heads(name) and key.endswith("weight")), None)
     if head is None:
         raise UserError(f"{file} has no head of {name} ({', '.join(find_heads(name))}); give --name")
-    model_config = dataclasses.replace(settings.model, num_classes=len(state[head]))
+    model_config = ModelConfig(name=name, num_classes=len(state[head]))
     data = dataclasses.replace(settings.data, root=data_root or "", **preprocessing_of(Path(file).expanduser(), name))
     settings = dataclasses.replace(settings, model=model_config, data=data, run_dir=str(folder.path))
     model = build_model(model_config, len(state[head]))
     load_strictly(model, state, file, name)
-    fingerprint = open_index(index_folder(Path(data_root).expanduser())).fingerprint if data_root else ""
-    write_run(folder, settings, model, fingerprint)
+    index = open_index(index_folder(Path(data_root).expanduser())) if data_root else None
+    facts = {"index_fingerprint": index.fingerprint, "classes": classes_for(index, len(state[head]))} if index else {}
+    write_run(folder, settings, model, facts)
     what = "the slides' layout, biases folded into BatchNorm" if slides else "torchvision's layout"
     print(f"{folder.path}: {name}, {count_parameters(model):,} parameters, {len(state[head])} classes; {what}")
-    print(
-        f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {run}/checkpoints/..."
-    )
+    weights = folder.checkpoints / folder_name(0)
+    print(f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {weights}")
     return EXIT_OK
 
 
@@ -82,14 +82,25 @@ def load_strictly(model: torch.nn.Module, state: dict, file: str, name: str) -> 
         raise UserError(f"{file} is no state_dict of {name}: {' '.join(lines)[:300]}") from error
 
 
-def write_run(folder: RunFolder, config, model: torch.nn.Module, fingerprint: str) -> None:
-    """A run folder that stands at step 0 with these weights."""
+def classes_for(index: Index, outputs: int) -> list[str]:
+    """The data set's class of each output. Raises UserError where that is not known."""
+    classes = list(index.synsets) if index.num_classes == outputs else imagenet_classes(index, outputs)
+    if classes is None:
+        raise UserError(
+            f"--data_root {index.root} has {index.num_classes:,} classes and the network {outputs:,} outputs, and "
+            "nothing says which is which; put LOC_synset_mapping.txt into it, or leave --data_root out"
+        )
+    return classes
+
+
+def write_run(folder: RunFolder, config, model: torch.nn.Module, facts: dict) -> None:
+    """A run folder that stands at step 0 with these weights. facts: what its checkpoint says of the data set."""
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         optimizer = make_optimizer(model, config.optim, heads_for(config)).state_dict()
         scaler = torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16").state_dict()
         state = {"model": model.state_dict(), "optimizer": {"optimizer": optimizer, "scaler": scaler}}
-        meta = {"identity": identity(config), "index_fingerprint": fingerprint, "blacklist": [], "world_size": 1}
+        meta = {"identity": identity(config), "index_fingerprint": "", "blacklist": [], "world_size": 1, **facts}
         write_checkpoint(folder.checkpoints, 0, state, {**meta, "torch": torch.__version__})
         folder.config.write_text(to_yaml(config))
     except OSError as error:

@@ -42,7 +42,8 @@ class Subject:
 
 
 def find_checkpoint(folder: RunFolder, name: str) -> tuple[Path, dict]:
-    """The verified checkpoint folder that "best", "last" or a path means, and its meta. Raises UserError."""
+    """The verified checkpoint folder that "best", "last", a step, a folder's name or a path means, and its meta. Raises
+    UserError."""
     if name == "last":
         found = find_newest_good(folder.checkpoints, warn=print)
         if found is None:
@@ -54,7 +55,11 @@ def find_checkpoint(folder: RunFolder, name: str) -> tuple[Path, dict]:
             raise UserError(f"{folder.ledger} holds no evaluation yet; give --checkpoint last")
         path = folder.checkpoints / folder_name(step)
     else:
-        path = Path(name).expanduser()
+        own = folder.checkpoints / (folder_name(int(name)) if name.isdecimal() else name)
+        path = own if own.is_dir() else Path(name).expanduser()
+        if not path.is_dir():
+            known = ", ".join(found.name for found in sorted(folder.checkpoints.glob("step-*"))) or "none"
+            raise UserError(f"--checkpoint {name} is no checkpoint; give best, last, or one of {folder.path}: {known}")
     try:
         return path, verify_checkpoint(path)
     except DamagedCheckpoint as error:
