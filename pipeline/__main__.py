@@ -3,6 +3,7 @@
 import atexit
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -102,12 +103,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def reader_has_left() -> bool:
     """Is nobody there any more to read this output, as in `pipeline recipes | head`? Then the rest goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return left
 
 
 def run() -> None:
