@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from pipeline.dataset.scan import build_index
 from pipeline.insight.charts import Series, _label, line_chart, thin, ticks
 from pipeline.insight.filters import before_after, grad_cam, picture_first
 from pipeline.insight.predictions import Predictions, spread
+from pipeline.insight.report import distinct_names
 from pipeline.tracking.ledger import better_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -120,6 +122,11 @@ def test_the_better_network_of_an_evaluation_has_all_its_own_scores():
     assert better_scores(row) == {"averaged": False, "loss": 2.0, "top1": 20.0, "top5": 60.0}
     row |= {"val_ema_loss": 1.0, "val_ema_top1": 45.0, "val_ema_top5": 95.0}
     assert better_scores(row) == {"averaged": True, "loss": 1.0, "top1": 45.0, "top5": 95.0}
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders():
+    assert distinct_names([Path("/a/x"), Path("/b/x")]) == ["a/x", "b/x"]
+    assert distinct_names([Path("/a/x"), Path("/a/y")]) == ["x", "y"]
 
 
 @pytest.mark.parametrize(

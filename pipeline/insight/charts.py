@@ -1,5 +1,6 @@
 """Line charts as inline SVG, coloured by the page's CSS, so that they follow its light and dark. No drawing library."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from html import escape
@@ -11,13 +12,15 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
 
 @dataclass(frozen=True)
 class Series:
-    """A line. colour: number of the page's colour; faint: of the training, beside the validation's."""
+    """A line. colour: number of the page's colour; faint: of the training, beside the validation's; dashed: where the
+    colours begin again."""
 
     label: str
     xs: list[float]
     ys: list[float]
     colour: int
     faint: bool = False
+    dashed: bool = False
 
 
 def thin(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
@@ -57,7 +60,7 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
     for one in series:
         xs, ys = thin(one.xs, one.ys)
         if xs:
-            drawn.append(Series(one.label, xs, ys, one.colour, one.faint))
+            drawn.append(dataclasses.replace(one, xs=xs, ys=ys))
     head = f"<figure><figcaption>{escape(title)}</figcaption>"
     if not drawn:
         return f'{head}<p class="none">nothing recorded yet</p></figure>'
@@ -86,7 +89,7 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
     )
     for one in sorted(drawn, key=lambda s: not s.faint):
-        kind = f"line c{one.colour}" + (" faint" if one.faint else "")
+        kind = f"line c{one.colour}" + (" faint" if one.faint else "") + (" dashed" if one.dashed else "")
         if len(one.xs) > 1:
             points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.xs, one.ys, strict=True))
             parts.append(f'<polyline class="{kind}" points="{points}"/>')
@@ -98,6 +101,8 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
     if len(drawn) == 1:
         return f'{head}<div class="unit">{escape(y_label)}</div>{"".join(parts)}</figure>'
     keys = "".join(
-        f'<li class="c{one.colour}{" faint" if one.faint else ""}"><i></i>{escape(one.label)}</li>' for one in drawn
+        f'<li class="c{one.colour}{" faint" if one.faint else ""}{" dashed" if one.dashed else ""}"><i></i>'
+        f"{escape(one.label)}</li>"
+        for one in drawn
     )
     return f'{head}<div class="unit">{escape(y_label)}</div>{"".join(parts)}<ul class="legend">{keys}</ul></figure>'

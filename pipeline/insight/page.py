@@ -29,7 +29,8 @@ figcaption { font-weight: 600; font-size: .95rem; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font: 13px system-ui, sans-serif; }
 .grid { stroke: var(--rule); stroke-width: 1; } .axis { stroke: var(--soft); stroke-width: 1; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; } .faint { opacity: .55; }
-.line.faint { stroke-width: 1.4; }
+.line.faint { stroke-width: 1.4; } .line.dashed { stroke-dasharray: 7 4; }
+.legend .dashed i { mask: repeating-linear-gradient(90deg, #000 0 4px, transparent 4px 7px); }
 .line.c0 { stroke: var(--c0); } .line.c1 { stroke: var(--c1); } .line.c2 { stroke: var(--c2); }
 .line.c3 { stroke: var(--c3); } .line.c4 { stroke: var(--c4); } .line.c5 { stroke: var(--c5); }
 .dot.c0, .legend .c0 i { fill: var(--c0); background: var(--c0); } .dot.c1, .legend .c1 i { fill: var(--c1);

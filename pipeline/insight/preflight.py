@@ -114,14 +114,17 @@ def table(findings: list[Finding]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    own = argparse.ArgumentParser(prog="pipeline preflight", add_help=False, allow_abbrev=False)
+    own = argparse.ArgumentParser(prog="pipeline preflight", add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--world_size", "--world-size", type=int)
     own.add_argument("--time_limit", "--time-limit", default="")
     own.add_argument("--gpu_memory", "--gpu-memory", type=float)
     own.add_argument("--bench")
     own.add_argument("--node_facts", "--node-facts", action="store_true")
     own.add_argument("--nodes_file", "--nodes-file")
-    options, rest = own.parse_known_args(argv)
+    try:
+        options, rest = own.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
     if {"-h", "--help"} & set(rest):
         print(ABOUT)
     config = parse_config(rest, "preflight")

@@ -1,5 +1,6 @@
 """The verb `report`: a run, or several side by side, as one page that opens anywhere, also while they go on."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -25,18 +26,24 @@ def charts(records: list) -> str:
     colours; several: a colour each."""
     alone = len(records) == 1
     drawn = []
-    pairs = [("Loss", "loss", "val_loss", "cross-entropy"), ("Accuracy", "top1", "val_top1", "top-1, percent")]
+    binary = any(record.config.optim.loss == "bce" for record in records)
+    unit = (
+        "training: as in the settings (BCE is of another size); validation: cross-entropy"
+        if binary
+        else "cross-entropy"
+    )
+    pairs = [("Loss", "loss", "val_loss", unit), ("Accuracy", "top1", "val_top1", "top-1, percent")]
     for title, train, val, unit in pairs:
         for against in ("epochs", "hours of training"):
             series = []
             for number, record in enumerate(records):
                 name = "" if alone else f"{record.name}: "
-                colour = number % COLOURS
+                colour, again = number % COLOURS, number >= COLOURS
                 x = record.column("epoch") if against == "epochs" else record.hours
                 x_eval = record.column("epoch", "eval") if against == "epochs" else record.eval_hours()
-                series.append(Series(f"{name}training", x, record.column(train), colour, faint=True))
+                series.append(Series(f"{name}training", x, record.column(train), colour, True, again))
                 validation = record.column(val, "eval")
-                series.append(Series(f"{name}validation", x_eval, validation, 1 if alone else colour))
+                series.append(Series(f"{name}validation", x_eval, validation, 1 if alone else colour, dashed=again))
                 if alone and any(row.get(f"val_ema_{train}") is not None for row in record.evals):
                     averaged = record.column(f"val_ema_{train}", "eval")
                     series.append(Series("validation, averaged weights", x_eval, averaged, 3))
@@ -50,7 +57,13 @@ def charts(records: list) -> str:
         ("Gradient", "grad_norm", "norm", 1),
     ):
         series = [
-            Series(record.name, record.column("epoch"), [factor * y for y in record.column(column)], number % COLOURS)
+            Series(
+                record.name,
+                record.column("epoch"),
+                [factor * y for y in record.column(column)],
+                number % COLOURS,
+                dashed=number >= COLOURS,
+            )
             for number, record in enumerate(records)
         ]
         drawn.append(line_chart(title, series, "epochs", unit, zero=True))
@@ -271,11 +284,23 @@ def comparison(records: list) -> str:
     return f"{text}<h3>Settings that differ</h3>{page.table(['setting', *(r.name for r in records)], lines)}"
 
 
+def distinct_names(folders: list[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above as tell them apart."""
+    deepest = max(len(folder.parts) for folder in folders)
+    for depth in range(1, deepest + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            break
+    return names
+
+
 def write_report(runs: list[str], out: Path | None, data_root: str | None, device: str, most: int | None) -> Path:
     """Write the page and return its place. Raises UserError for a folder that is no run, or can't be written."""
     from pipeline.insight.run_record import read_record
 
     records = [read_record(run) for run in runs]
+    names = distinct_names([record.folder.path for record in records])
+    records = [dataclasses.replace(record, name=name) for record, name in zip(records, names, strict=True)]
     folder = records[0].folder.path / "report"
     target = out or folder / ("index.html" if len(records) == 1 else "compare.html")
     try:
@@ -294,7 +319,8 @@ def write_report(runs: list[str], out: Path | None, data_root: str | None, devic
             body += network_sections(record, data_root, device, most, save)
             body += ["<h2>Settings</h2>", settings(record), "<h2>Hardware and starts</h2>", history(record)]
         else:
-            title = " against ".join(record.name for record in records)
+            title = " against ".join(record.name for record in records[:3])
+            title += f" and {len(records) - 3} more" if len(records) > 3 else ""
             body = [f"<h1>{escape(title)}</h1>", comparison(records), "<h2>Training</h2>", charts(records)]
             for record in records:
                 body += [f"<h2>{escape(record.name)}</h2>", f'<p class="soft">{escape(describe(record))}</p>']

@@ -34,10 +34,7 @@ class Record:
     evals: list[dict]
     events: list[dict]
     hours: list[float]
-
-    @property
-    def name(self) -> str:
-        return self.folder.path.name
+    name: str
 
     @property
     def settings(self) -> dict:
@@ -72,7 +69,7 @@ def read_record(run: str) -> Record:
         rate = number(row.get("images_per_s"))
         total += config.train.global_batch_size / rate / 3600 if rate > 0 else 0.0
         hours.append(total)
-    return Record(folder, config, rows["train"], rows["eval"], rows["event"], hours)
+    return Record(folder, config, rows["train"], rows["eval"], rows["event"], hours, folder.path.name)
 
 
 @dataclass

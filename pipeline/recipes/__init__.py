@@ -1,6 +1,9 @@
 """The recipes: one YAML a result, with its source, published and measured figures; and the verb that lists them."""
 
+import itertools
+import shutil
 import statistics
+import textwrap
 from pathlib import Path
 
 import yaml
@@ -26,17 +29,21 @@ def recipes(card: str | None = None) -> None:
         find_card(card)  # is it known?
     hours: dict[tuple, float] = {}
     width = max(map(len, recipe_names()))
+    columns = min(shutil.get_terminal_size((120, 24)).columns, 120)
     for name in recipe_names():
         written = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text())
         about = written.get("about", {})
-        print(f"{name:{width}} {about.get('what', '')}")
+        said = [about.get("what", "")]
         facts = [f"{_length(written['schedule']['epochs'])}, batch {written['train']['global_batch_size']:,}"]
         if card is not None and not name.startswith(NOT_IMAGENET):
             facts.append(f"at least {_gpu_hours(name, card, hours):,.0f} GPU-hours on {card}")
-        print(f"{'':{width}} {'; '.join(facts)}")
-        for key in ("published", "measured", "missing"):
-            if key in about:
-                print(f"{'':{width}} {key}: {about[key]}", flush=True)
+        said.append("; ".join(facts))
+        said += [
+            f"{key}: {about[key]}" for key in ("published", "goal", "measured", "differs", "missing") if key in about
+        ]
+        lines = [line for text in said for line in textwrap.wrap(text, max(40, columns - width - 1)) or [""]]
+        for label, line in zip(itertools.chain([name], itertools.repeat("")), lines, strict=False):
+            print(f"{label:{width}} {line}".rstrip(), flush=True)
 
 
 def _length(epochs: float | str) -> str:
