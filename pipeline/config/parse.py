@@ -18,16 +18,20 @@ _TIMES, _SHRINKS = ("warmup_epochs", "milestones", "step_every"), ("warmup_epoch
 
 #: what torchvision's references and timm call some options -> ours
 _ELSEWHERE = {
-    **dict.fromkeys(("batch_size", "b"), "global_batch_size"),
-    **dict.fromkeys(("workers", "j"), "threads"),
-    **dict.fromkeys(("output_dir", "output"), "run_dir"),
-    **dict.fromkeys(("opt", "optimizer"), "optim.name"),
-    **dict.fromkeys(("wd",), "weight_decay"),
-    **dict.fromkeys(("data_path",), "data.root"),
-    **dict.fromkeys(("amp",), "precision"),
-    **dict.fromkeys(("lr_warmup_epochs",), "warmup_epochs"),
-    **dict.fromkeys(("random_erase", "reprob"), "erase"),
-    **dict.fromkeys(("smoothing",), "label_smoothing"),
+    "b": "global_batch_size",
+    "batch_size": "global_batch_size",
+    "j": "threads",
+    "workers": "threads",
+    "output": "run_dir",
+    "output_dir": "run_dir",
+    "data_path": "data.root",
+    "opt": "optim.name",
+    "wd": "weight_decay",
+    "smoothing": "label_smoothing",
+    "lr_warmup_epochs": "warmup_epochs",
+    "random_erase": "erase",
+    "reprob": "erase",
+    "amp": "precision",
 }
 
 
