@@ -13,8 +13,8 @@ from pipeline.dataset.scan import build_index
 from pipeline.errors import UserError
 from pipeline.loader import build
 from pipeline.loader.changes import Retouch
+from pipeline.training.feasible import check_batch
 from pipeline.training.image_ops import change
-from pipeline.training.loop import check_batch
 from pipeline.training.mixing import Retouched, partners, retouch, soft_targets
 
 NOWHERE = [0, 0, 0, 0]

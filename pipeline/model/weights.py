@@ -61,9 +61,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
             state = load_file(path)
         else:
-            with torch.serialization.safe_globals(
-                [argparse.Namespace]
-            ):  # the options in what torchvision's references save
+            options = [argparse.Namespace]  # beside the weights in what torchvision's references save
+            with torch.serialization.safe_globals(options):
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         OSError,

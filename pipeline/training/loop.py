@@ -14,7 +14,6 @@ from pipeline.dataset.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.loader.build import choose_loader, make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.build import build_model, count_parameters
-from pipeline.model.sizes import check_image_sizes, check_smallest_piece
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import read_rows
@@ -23,8 +22,8 @@ from pipeline.training.checkpoint import load_state
 from pipeline.training.data import check_labels, open_data
 from pipeline.training.distributed import Clock, World, seed_step
 from pipeline.training.evaluate import Scores, evaluate
+from pipeline.training.feasible import check_batch, check_network
 from pipeline.training.guard import Guard
-from pipeline.training.mixing import check_mixing
 from pipeline.training.preemption import StopRequest, interrupted_exit_code
 from pipeline.training.profile import Profiler
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
@@ -360,22 +359,3 @@ class Trainer:
         if self.records:
             self.records.close()
         self.console.close()
-
-
-def check_network(config: Config, world: World) -> None:
-    """Raises UserError if the network can't be trained on these images, so many at once, or on this device."""
-    check_image_sizes(config)
-    check_smallest_piece(config, config.train.global_batch_size // world.size)
-    if config.model.sync_batchnorm and world.device.type == "cpu":
-        raise UserError("--model.sync_batchnorm needs GPUs, torch has none for CPUs; give --model.sync_batchnorm false")
-
-
-def check_batch(config: Config, world_size: int) -> None:
-    """Raises UserError if the global batch can't be shared equally among the ranks."""
-    size = config.train.global_batch_size
-    if size % world_size:
-        raise UserError(
-            f"--train.global_batch_size {size} is not divisible by the {world_size} ranks; "
-            f"give a multiple, e.g. {-(-size // world_size) * world_size}"
-        )
-    check_mixing(config.augment, size, world_size)
