@@ -76,17 +76,23 @@ def test_layers_of_torchvision_follow_the_keys_and_a_copy_has_its_own():
     assert tie_drops(nn.Sequential(nn.ReLU())) is None
 
 
-@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
-def test_the_two_branches_of_a_swin_block_are_dropped_by_draws_of_their_own(name):
+@pytest.mark.parametrize(
+    ("name", "depth", "branches"),
+    [
+        ("swin_t", "stochastic_depth", ("attn", "mlp")),
+        ("swin_v2_t", "stochastic_depth", ("norm1", "norm2")),
+        ("maxvit_t", "stochastic_dropout", ("attn_layer", "mlp_layer")),
+    ],
+)
+def test_the_two_branches_of_an_attention_block_are_dropped_by_draws_of_their_own(name, depth, branches):
     model = build_model(ModelConfig(name=name, stochastic_depth=0.5), 3).train()
     model.places.keys = keys(400)
-    block = model.features[-1][-1]  # where the rate is 0.5
-    ends = (block.attn, block.mlp) if name == "swin_t" else (block.norm1, block.norm2)
-    dropped = []
-    for end in ends:
+    block = [module for module in model.modules() if hasattr(module, depth) and hasattr(module, branches[0])][-1]
+    dropped = []  # by the network's last block, where the rate is 0.5
+    for end in (getattr(block, branch) for branch in branches):
         (hook,) = end._forward_hooks.values()
         dropped.append(hook(end, (), torch.ones(400, 1, 1, 2))[:, 0, 0, 0] == 0)
-    assert block.stochastic_depth.p == 0 and not block.stochastic_depth._forward_hooks
+    assert getattr(block, depth).p == 0 and not getattr(block, depth)._forward_hooks
     assert all(0.4 < each.float().mean() < 0.6 for each in dropped)
     assert 0.15 < (dropped[0] & dropped[1]).float().mean() < 0.35
 
