@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
+from pipeline.augment.apply import Changes, Retouch
+from pipeline.augment.mixing import Retouched, soft_targets
+from pipeline.augment.ops import change
 from pipeline.config import AugmentConfig
-from pipeline.loader.changes import Changes, Retouch
 from pipeline.loader.plan import TrainPlan
-from pipeline.training.image_ops import change
-from pipeline.training.mixing import Retouched, soft_targets
 
 CPU, CLASSES = torch.device("cpu"), 1000
 BILINEAR = {"interpolation": "bilinear"}

@@ -31,7 +31,7 @@ HOME = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOME), str(HOME / "tests")]
 
 from pipeline.dataset import imagenet  # noqa: E402
-from pipeline.dataset.synthetic_plan import Recipe, Sample, make_image  # noqa: E402
+from pipeline.dataset.synthetic.plan import Recipe, Sample, make_image  # noqa: E402
 
 BOXES, TEST_IMAGES, CONTENTS = 594_546, 100_000, 500
 BASE = imagenet.CLS_LOC.as_posix()

@@ -65,9 +65,9 @@ def main() -> None:
     import torch
 
     from pipeline.config import parse_config
-    from pipeline.dataset.index import index_folder, open_index
+    from pipeline.dataset.index.index import index_folder, open_index
     from pipeline.insight.bench.machine import describe_machine
-    from pipeline.insight.scaling import Links, predict
+    from pipeline.insight.estimate.scaling import Links, predict
     from pipeline.model.build import build_model, count_parameters
 
     with tempfile.TemporaryDirectory() as folder:

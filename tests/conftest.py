@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.synthetic import Settings, generate_tree
-from pipeline.dataset.synthetic_archive import write_kaggle_zip
+from pipeline.dataset.synthetic.archive import write_kaggle_zip
+from pipeline.dataset.synthetic.generate import Settings, generate_tree
 
 SYNTHETIC = Settings(classes=4, train_per_class=24, val_per_class=6, size=96, oddities=10)
 

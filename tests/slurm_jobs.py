@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from slurm_cluster import Cluster, wait_for
 
-from pipeline.insight.run_state import read_state
+from pipeline.insight.status.run_state import read_state
 from pipeline.tracking.ledger import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent

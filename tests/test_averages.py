@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from pipeline.config import EmaConfig, TrainConfig, from_dict
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.tracking.ledger import best_step, read_rows
-from pipeline.training.ema import WeightAverage, effective_decay
 from pipeline.training.evaluate import Evaluation, Tally, predict
+from pipeline.training.optim.ema import WeightAverage, effective_decay
+from pipeline.training.ranks.watchdog import Watch
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
-from pipeline.training.watch import Watch
 
 OPTIONS = ["--ema.decay", "0.5", "--ema.batch_size", "20", "--ema.every_steps", "2", "--schedule.warmup_epochs", "4ba"]
 OPTIONS += ["--evaluation.flip", "--evaluation.recalibrate_batches", "2", "--train.eval_every_epochs", "1"]

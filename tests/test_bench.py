@@ -12,11 +12,11 @@ import runs
 
 from pipeline.__main__ import main
 from pipeline.config import load_config
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.errors import BrokenError
 from pipeline.insight.bench import train as bench_train
 from pipeline.insight.bench.arena import Absent, Contender, Spread, compete, ratios
-from pipeline.insight.preflight import read_bench
+from pipeline.insight.preflight.cli import read_bench
 
 
 def burn(millions: int, log: str):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.__main__ import main
-from pipeline.insight import same_run
-from pipeline.insight.disturbance import LATEST, PHASES, WAYS, Disturbance, Moment, draw
+from pipeline.insight.chaos import compare as same_run
+from pipeline.insight.chaos.faults import LATEST, PHASES, WAYS, Disturbance, Moment, draw
 
 
 def test_every_way_and_phase_comes_up():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.errors import BrokenError, UserError
-from pipeline.training.checkpoint import (
+from pipeline.training.run_folder.checkpoint import (
     CheckpointWriter,
     DamagedCheckpoint,
     check_fingerprints,
@@ -21,7 +21,7 @@ from pipeline.training.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from pipeline.training.snapshot import HostCopy, Snapshot
+from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
 
 META = {"identity": {"optim.lr": 0.1, "model.name": "resnet18"}, "index_fingerprint": "abc", "blacklist": []}
 

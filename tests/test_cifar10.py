@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.__main__ import main
 from pipeline.config import parse_config
-from pipeline.dataset.index import index_folder, open_index
+from pipeline.dataset.index.index import index_folder, open_index
 
 CLASSES = [f"class{number}" for number in range(10)]
 PIXELS = np.random.default_rng(1).integers(0, 256, (6, 20, 3072), dtype=np.uint8)  # 5 training batches and the test's

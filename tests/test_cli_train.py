@@ -9,8 +9,8 @@ import sys
 import pytest
 import runs
 
-from pipeline.dataset.scan import build_index
-from pipeline.training.checkpoint import list_checkpoints, verify_checkpoint
+from pipeline.dataset.index.scan import build_index
+from pipeline.training.run_folder.checkpoint import list_checkpoints, verify_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from torch import nn
 
 from pipeline.__main__ import main
 from pipeline.config import parse_config
-from pipeline.insight.cards import find_card
-from pipeline.insight.memory import MIB, Tracer, optimizer_states, step_memory
+from pipeline.insight.estimate.gpus import find_card
+from pipeline.insight.estimate.memory import MIB, Tracer, optimizer_states, step_memory
 from pipeline.model.build import build_model
 
 #: images at once -> MiB that an RTX A6000 showed (ResNet-152 with convolution biases, fp32)
@@ -85,7 +85,7 @@ def test_a_hand_counted_layer_chain(monkeypatch):
             nn.Flatten(),
         )
 
-    monkeypatch.setattr("pipeline.insight.memory.build_model", chain)
+    monkeypatch.setattr("pipeline.insight.estimate.memory.build_model", chain)
     memory = step_memory(Tracer(small("--train.precision", "fp32", "--data.image_size", "32"), 4), 8)
     pixels = 32 * 32
     image, first, normed, logits = 3 * pixels, 8 * pixels, 8 * pixels, 4  # first: before BatchNorm; normed: after ReLU
@@ -184,8 +184,8 @@ def test_against_the_card(precision):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     from pipeline.model.build import Normalised
-    from pipeline.training.loss import make_loss
-    from pipeline.training.optimizer import make_optimizer
+    from pipeline.training.optim.loss import make_loss
+    from pipeline.training.optim.optimizer import make_optimizer
     from pipeline.training.step import autocast
 
     config = parse_config(["--model.name", "resnet50", "--train.precision", precision])

@@ -14,13 +14,13 @@ from PIL import Image
 from torchvision.transforms.functional import five_crop, resize
 
 from pipeline.__main__ import main
-from pipeline.dataset.index import open_index
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
+from pipeline.evaluation.class_map import class_positions
 from pipeline.loader.plan import EvalPlan, FiveCropPlan
 from pipeline.loader.reference import ReferenceDecoder
 from pipeline.loader.stream import Samples
-from pipeline.training.class_map import class_positions
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from fetching import BASE, assert_whole, command, fetch, fetch_from, read_images
 from kaggle_server import Faults, KaggleServer
 
 from pipeline.dataset import imagenet
-from pipeline.dataset.index import index_folder, open_index
-from pipeline.dataset.remote import LocalFile
-from pipeline.dataset.synthetic_archive import NESTED
-from pipeline.dataset.zip_directory import read_directory
+from pipeline.dataset.acquire.remote import LocalFile
+from pipeline.dataset.acquire.zip_directory import read_directory
+from pipeline.dataset.index.index import index_folder, open_index
+from pipeline.dataset.synthetic.archive import NESTED
 
 
 def test_whole_fetch_ends_with_a_verified_index(kaggle_zip, kaggle_members, tmp_path):
@@ -276,7 +276,7 @@ def test_only_one_fetch_works_in_a_folder_and_sigterm_stops_it(kaggle_zip, kaggl
 
 
 def test_members_are_repaired_from_where_they_came(kaggle_zip, kaggle_members, tmp_path):
-    from pipeline.dataset.fetch import repair
+    from pipeline.dataset.acquire.fetch import repair
 
     shutil.copy(kaggle_zip, tmp_path / "archive.zip")
     assert fetch(tmp_path / "data", {}, "--from", str(tmp_path / "archive.zip"), "--index", "false").code == 0

@@ -11,8 +11,8 @@ import pytest
 from fetching import BASE, assert_no_wrong_image, assert_whole, fetch_from, read_images
 from kaggle_server import Faults, KaggleServer
 
-from pipeline.dataset.remote import LocalFile
-from pipeline.dataset.zip_directory import read_directory
+from pipeline.dataset.acquire.remote import LocalFile
+from pipeline.dataset.acquire.zip_directory import read_directory
 
 MENDED = {
     "cut on every third request": Faults(cut=lambda number: number % 3 == 0),

@@ -11,12 +11,12 @@ from kaggle_server import Faults, KaggleServer
 from test_fetch_kill import kill_when
 
 from pipeline.__main__ import main
-from pipeline.dataset.index import index_folder, open_index
-from pipeline.dataset.pack import pack_tree
-from pipeline.dataset.pack_plan import Options
-from pipeline.dataset.remote import LocalFile
-from pipeline.dataset.verify import verify_root
-from pipeline.dataset.zip_directory import read_directory
+from pipeline.dataset.acquire.remote import LocalFile
+from pipeline.dataset.acquire.zip_directory import read_directory
+from pipeline.dataset.index.index import index_folder, open_index
+from pipeline.dataset.shards.pack import pack_tree
+from pipeline.dataset.shards.plan import Options
+from pipeline.dataset.verify.verify import verify_root
 
 SHARDED = ("--pack", "--shard_mb", "1")
 
@@ -114,7 +114,7 @@ def test_some_classes(big_zip, tmp_path):
 
 
 def test_damage_on_disk_is_found_and_fetched_again(big_zip, packed, tmp_path, monkeypatch, capsys):
-    from pipeline.dataset import fetch_pack
+    from pipeline.dataset.acquire import fetch_pack
 
     real, left = fetch_pack.Packing.finish, [1]
 
@@ -150,7 +150,7 @@ def test_tree_and_shards_do_not_mix(big_zip, nested_kaggle_zip, kaggle_zip, tmp_
 
 
 def test_shards_that_were_checked_before_a_stop_stay(big_zip, packed, tmp_path, monkeypatch, capsys):
-    from pipeline.dataset import fetch_pack
+    from pipeline.dataset.acquire import fetch_pack
 
     def stop_after_two(function, tasks):
         for task, _ in zip(tasks, range(2), strict=False):

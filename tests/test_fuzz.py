@@ -16,15 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import load_config
-from pipeline.dataset.decode import Content, inspect
 from pipeline.dataset.imagenet import SYNSET_MAPPING, VAL_SOLUTION, read_synset_words, read_val_solution
-from pipeline.dataset.index import open_index
-from pipeline.dataset.pack import pack
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.decode import Content, inspect
+from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.shards.pack import pack
 from pipeline.errors import BrokenError, UserError
 from pipeline.loader.source import Source, UnreadableSample
 from pipeline.tracking.ledger import Ledger, last_steps, read_rows
-from pipeline.training.checkpoint import (
+from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
     _seal,
     check_fingerprints,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 8
@@ -47,7 +47,7 @@ def test_nothing_but_what_was_meant_has_changed(synthetic_root, tmp_path, name):
 if __name__ == "__main__":
     from conftest import SYNTHETIC
 
-    from pipeline.dataset.synthetic import generate_tree
+    from pipeline.dataset.synthetic.generate import generate_tree
 
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "imagenet"

@@ -6,13 +6,13 @@ import runs
 import torch
 from torch import nn
 
+from pipeline.augment.mixing import Retouched
+from pipeline.augment.ops import change
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.loader import build
-from pipeline.training.distributed import World
-from pipeline.training.image_ops import change
-from pipeline.training.mixing import Retouched
-from pipeline.training.snapshot import HostCopy
+from pipeline.training.ranks.world import World
+from pipeline.training.run_folder.snapshot import HostCopy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

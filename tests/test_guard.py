@@ -9,14 +9,14 @@ import runs
 import torch
 
 from pipeline.config import GuardConfig
-from pipeline.dataset.index import open_index
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.errors import BrokenError, UserError
 from pipeline.loader.plan import TrainPlan
 from pipeline.tracking.ledger import Ledger
 from pipeline.training.data import check_labels
 from pipeline.training.guard import Guard, Rollback, Spikes
-from pipeline.training.report import StepReport, Wish
+from pipeline.training.ranks.step_stats import StepReport, Wish
 
 TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
 #: the first update throws the weights far out, and from the second on no loss is a number: going back heals it

@@ -9,10 +9,10 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from pipeline.loader.changes import Changes
-from pipeline.loader.draws import Drawn
-from pipeline.loader.policies import CODE, OPS
-from pipeline.training.image_ops import change
+from pipeline.augment.apply import Changes
+from pipeline.augment.ops import change
+from pipeline.augment.params import Drawn
+from pipeline.augment.policies import CODE, OPS
 
 COUNT, SIZE = 24, 96
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ from torch import nn
 
 from pipeline.__main__ import main
 from pipeline.config import ModelConfig, load_config, parse_config
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
+from pipeline.evaluation.export_weights import expected_means
 from pipeline.model.slides import fold, guess_name
 from pipeline.model.weights import start_from
-from pipeline.training.export_run import expected_means
 
 
 class SlidesBlock(nn.Module):

@@ -17,10 +17,10 @@ import xxhash
 from PIL import Image
 
 from pipeline.__main__ import main
-from pipeline.dataset import decode, listing, scan
-from pipeline.dataset.index import RECORD, compute_fingerprint, open_index, write_index
-from pipeline.dataset.scan import build_index, read_unreadable
-from pipeline.dataset.synthetic import Settings, generate_tree
+from pipeline.dataset.index import decode, listing, scan
+from pipeline.dataset.index.index import RECORD, compute_fingerprint, open_index, write_index
+from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.synthetic.generate import Settings, generate_tree
 from pipeline.errors import BrokenError, UserError
 
 
@@ -321,7 +321,7 @@ def run_killed(root: Path, patch: str) -> None:
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from pipeline.dataset import scan
+from pipeline.dataset.index import scan
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 {patch}
 scan.build_index(Path(sys.argv[1]), processes=1)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.dataset import journal as journal_module
-from pipeline.dataset.journal import DONE, HEADER, RECORD, Journal
-from pipeline.dataset.remote import LocalFile
-from pipeline.dataset.transfer import MemberDamagedError, Reader, plan_requests, unpack
-from pipeline.dataset.zip_directory import check_safe, read_directory
+from pipeline.dataset.acquire import journal as journal_module
+from pipeline.dataset.acquire.journal import DONE, HEADER, RECORD, Journal
+from pipeline.dataset.acquire.remote import LocalFile
+from pipeline.dataset.acquire.transfer import MemberDamagedError, Reader, plan_requests, unpack
+from pipeline.dataset.acquire.zip_directory import check_safe, read_directory
 from pipeline.errors import BrokenError, UserError
 
 

@@ -12,10 +12,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from torchvision.transforms.functional import hflip, resized_crop
 
 from pipeline.config import DataConfig, TrainConfig
-from pipeline.dataset.index import open_index
-from pipeline.dataset.pack import pack_tree
-from pipeline.dataset.pack_plan import Options
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.shards.pack import pack_tree
+from pipeline.dataset.shards.plan import Options
 from pipeline.errors import BrokenError
 from pipeline.loader import build
 from pipeline.loader.plan import EvalPlan, Planned

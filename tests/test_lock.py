@@ -12,8 +12,8 @@ import pytest
 import runs
 
 from pipeline.errors import UserError
-from pipeline.training import lock as module
-from pipeline.training.lock import RunLock
+from pipeline.training.run_folder import lock as module
+from pipeline.training.run_folder.lock import RunLock
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, logsigmoid
 
-from pipeline.training.loss import ClassLoss
+from pipeline.training.optim.loss import ClassLoss
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5, 0.0], [0.1, 0.2, -3.0, 1.0]])
 LABELS = torch.tensor([0, 3])

@@ -20,12 +20,12 @@ import runs
 import torch
 
 from pipeline.config import Config, TrainConfig, load_config, to_yaml
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.errors import BrokenError, UserError
 from pipeline.loader.source import Source
-from pipeline.training import mishaps
-from pipeline.training.distributed import World, start_world
-from pipeline.training.mishaps import explain, fitting, told
+from pipeline.training.ranks import translate_error as mishaps
+from pipeline.training.ranks.translate_error import explain, fitting, told
+from pipeline.training.ranks.world import World, start_world
 
 CLONE_NEWNS = 0x20000  # <sched.h>
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")

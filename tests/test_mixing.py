@@ -8,14 +8,14 @@ from test_loaders import Place
 from torch import nn
 from torchvision.transforms import v2
 
+from pipeline.augment.apply import Retouch
+from pipeline.augment.mixing import Retouched, partners, retouch, soft_targets
+from pipeline.augment.ops import change
 from pipeline.config import AugmentConfig, Config, DataConfig, TrainConfig, parse_config
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.loader import build
-from pipeline.loader.changes import Retouch
-from pipeline.training.feasible import check_batch
-from pipeline.training.image_ops import change
-from pipeline.training.mixing import Retouched, partners, retouch, soft_targets
+from pipeline.training.validate import check_batch
 
 NOWHERE = [0, 0, 0, 0]
 EVERYTHING = AugmentConfig(

@@ -9,15 +9,15 @@ import torchvision
 from torch import nn
 
 from pipeline.config import ModelConfig, OptimConfig, from_dict, parse_config
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
-from pipeline.model.blank import without_data
 from pipeline.model.build import build_model
 from pipeline.model.heads import find_heads, frozen_norms
+from pipeline.model.meta_init import without_data
 from pipeline.model.sizes import check_image_sizes
 from pipeline.model.weights import start_from
-from pipeline.training.loss import make_loss
-from pipeline.training.optimizer import parameter_groups
+from pipeline.training.optim.loss import make_loss
+from pipeline.training.optim.optimizer import parameter_groups
 
 HEADS = {
     "resnet18": ("fc",),

@@ -10,11 +10,11 @@ from torch import nn
 from torchvision.models import resnet18
 
 from pipeline.config import OptimConfig
-from pipeline.model.blank import without_data
 from pipeline.model.depth import layer_numbers
 from pipeline.model.heads import find_heads
-from pipeline.training.clipping import clip_adaptive, clip_norm
-from pipeline.training.optimizer import make_optimizer, parameter_groups
+from pipeline.model.meta_init import without_data
+from pipeline.training.optim.clipping import clip_adaptive, clip_norm
+from pipeline.training.optim.optimizer import make_optimizer, parameter_groups
 
 
 def layer(weights: list[float], bias: float = 0.5) -> nn.Linear:

@@ -13,11 +13,11 @@ import runs
 import wandb
 from wandb_server import KEY, WandbServer
 
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.tracking import ledger as ledgers
 from pipeline.tracking.ledger import Ledger
-from pipeline.training.checkpoint import list_checkpoints, verify_checkpoint
-from pipeline.training.records import Records
+from pipeline.training.recorder import Records
+from pipeline.training.run_folder.checkpoint import list_checkpoints, verify_checkpoint
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 SMALL = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]

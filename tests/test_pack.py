@@ -18,12 +18,13 @@ import xxhash
 from PIL import Image
 
 from pipeline.__main__ import main
-from pipeline.dataset import pack, shards
-from pipeline.dataset.index import open_index
-from pipeline.dataset.pack import pack_tree
-from pipeline.dataset.pack_plan import Options
-from pipeline.dataset.scan import build_index, read_unreadable
-from pipeline.dataset.synthetic import Settings, generate_tree
+from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.shards import format as shards
+from pipeline.dataset.shards import pack
+from pipeline.dataset.shards.pack import pack_tree
+from pipeline.dataset.shards.plan import Options
+from pipeline.dataset.synthetic.generate import Settings, generate_tree
 from pipeline.errors import UserError
 
 SMALL = Settings(classes=3, train_per_class=110, val_per_class=8, size=160, oddities=30)
@@ -117,8 +118,8 @@ def test_a_kill_at_any_moment_is_mended_by_the_same_command(source, packed, tmp_
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from pipeline.dataset.pack import pack_tree
-from pipeline.dataset.pack_plan import Options
+from pipeline.dataset.shards.pack import pack_tree
+from pipeline.dataset.shards.plan import Options
 real, left = Path.replace, [{replaces}]
 def replace(self, target):
     if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)

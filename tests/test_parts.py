@@ -11,8 +11,8 @@ from pipeline.config import ModelConfig, OptimConfig, ScheduleConfig
 from pipeline.errors import UserError
 from pipeline.model.build import Normalised, build_model, count_parameters
 from pipeline.training.evaluate import score
-from pipeline.training.optimizer import make_optimizer, parameter_groups
-from pipeline.training.schedule import Schedule, peak_lr
+from pipeline.training.optim.lr_schedule import Schedule, peak_lr
+from pipeline.training.optim.optimizer import make_optimizer, parameter_groups
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from pipeline.config import AugmentConfig, DataConfig
-from pipeline.loader.hashing import hash_counter, splitmix64
 from pipeline.loader.plan import EvalPlan, TrainPlan, batch_digest
+from pipeline.rng import hash_counter, splitmix64
 
 
 def make_plan(samples=1000, batch=48, seed=7, **kwargs) -> TrainPlan:

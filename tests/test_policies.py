@@ -10,10 +10,10 @@ from scipy.stats import beta, chisquare, ks_2samp, kstest
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import _auto_augment
 
+from pipeline.augment.params import draw_erased, draw_mixing
+from pipeline.augment.policies import CODE, OPS, draw_ops
 from pipeline.config import AugmentConfig
-from pipeline.loader.draws import draw_erased, draw_mixing
-from pipeline.loader.hashing import hash_counter, symmetric_beta
-from pipeline.loader.policies import CODE, OPS, draw_ops
+from pipeline.rng import hash_counter, symmetric_beta
 
 COUNT, SIZE = 20_000, 224
 KEYS = hash_counter(11, np.arange(COUNT))

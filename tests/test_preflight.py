@@ -8,13 +8,13 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.config import parse_config, to_yaml
-from pipeline.dataset.index import index_folder
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.index import index_folder
+from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
-from pipeline.insight.checks import check_nodes
-from pipeline.insight.memory import estimate_step
-from pipeline.insight.node_facts import gather_facts
-from pipeline.insight.preflight import parse_time_limit, read_bench
+from pipeline.insight.estimate.memory import estimate_step
+from pipeline.insight.preflight.checks import check_nodes
+from pipeline.insight.preflight.cli import parse_time_limit, read_bench
+from pipeline.insight.preflight.node_facts import gather_facts
 
 GIB = 1 << 10  # in MiB
 

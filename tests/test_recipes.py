@@ -9,12 +9,12 @@ from torch import nn
 
 from pipeline.__main__ import main
 from pipeline.config import Config, parse_config
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
+from pipeline.insight.recipes import recipes
 from pipeline.model.build import build_model
-from pipeline.recipes import recipes
-from pipeline.training.ema import effective_decay
-from pipeline.training.optimizer import make_optimizer
-from pipeline.training.schedule import Schedule, peak_lr
+from pipeline.training.optim.ema import effective_decay
+from pipeline.training.optim.lr_schedule import Schedule, peak_lr
+from pipeline.training.optim.optimizer import make_optimizer
 
 IMAGES = 1_281_167
 

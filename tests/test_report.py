@@ -18,11 +18,11 @@ from PIL import Image
 from torch import nn
 
 from pipeline.__main__ import main
-from pipeline.dataset.scan import build_index
-from pipeline.insight.charts import Series, _label, line_chart, thin, ticks
-from pipeline.insight.filters import before_after, grad_cam, picture_first
-from pipeline.insight.predictions import Predictions, spread
-from pipeline.insight.report import distinct_names
+from pipeline.dataset.index.scan import build_index
+from pipeline.insight.report.charts import Series, _label, line_chart, thin, ticks
+from pipeline.insight.report.cli import distinct_names
+from pipeline.insight.report.filters import before_after, grad_cam, picture_first
+from pipeline.insight.report.predictions import Predictions, spread
 from pipeline.tracking.ledger import better_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -85,7 +85,7 @@ def test_it_is_self_contained_and_data_is_escaped(html):
 
 def test_the_kernels_before_training_are_the_seeds(finished, html):
     """Drawn again from the seed alone, and they are not the trained ones."""
-    from pipeline.insight.run_record import load_networks, read_record
+    from pipeline.insight.report.run_record import load_networks, read_record
 
     record = read_record(str(finished))
     networks = load_networks(record)

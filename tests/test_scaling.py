@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError
-from pipeline.insight.scaling import PUBLISHED, Links, exchange_s, parse_scale, predict
+from pipeline.insight.estimate.scaling import PUBLISHED, Links, exchange_s, parse_scale, predict
 
 LINKS = Links(gpus_per_node=8, inside_gb_s=100, outside_gb_s=10, latency_us=10)
 

@@ -6,7 +6,7 @@ import pytest
 from test_config import complaint
 
 from pipeline.config import OptimConfig, ScheduleConfig, parse_config, to_yaml
-from pipeline.training.schedule import Schedule, peak_lr
+from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 
 
 def rates(steps_per_epoch=10, peak=1.0, **settings) -> Schedule:

@@ -20,8 +20,8 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.model.weights import read_state
 from pipeline.redact import MASK, redact
-from pipeline.training.run import RunFolder
-from pipeline.training.watch import Watch
+from pipeline.training.ranks.watchdog import Watch
+from pipeline.training.run_folder.folder import RunFolder
 
 HOME = Path(pipeline.__file__).parents[1]
 SECRETS = {

@@ -15,9 +15,9 @@ import pytest
 import slurm_cluster
 from slurm_jobs import BATCH, EPOCH, EVALUATED, STEPS, Job, Site, assert_alike, assert_whole, wandb_rows
 
-from pipeline.dataset.pack import pack
-from pipeline.dataset.scan import build_index
-from pipeline.dataset.synthetic import Settings, generate_tree
+from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.shards.pack import pack
+from pipeline.dataset.synthetic.generate import Settings, generate_tree
 
 AT_ONCE = 4
 Reference = Callable[[], Job]  # waits for the uninterrupted run

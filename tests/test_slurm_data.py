@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from slurm_cluster import wait_for
 
-from pipeline.dataset.index import open_index
-from pipeline.dataset.pack import pack_tree
-from pipeline.dataset.pack_plan import Options
-from pipeline.dataset.scan import build_index
-from pipeline.dataset.synthetic import Settings, generate_tree
-from pipeline.dataset.synthetic_archive import write_kaggle_zip
-from pipeline.dataset.verify import verify_root
+from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.shards.pack import pack_tree
+from pipeline.dataset.shards.plan import Options
+from pipeline.dataset.synthetic.archive import write_kaggle_zip
+from pipeline.dataset.synthetic.generate import Settings, generate_tree
+from pipeline.dataset.verify.verify import verify_root
 
 ROOT = Path(__file__).resolve().parent.parent
 

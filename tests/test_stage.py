@@ -11,8 +11,8 @@ import pytest
 import xxhash
 
 from pipeline.__main__ import main
-from pipeline.dataset.index import RECORD, open_index, write_index
-from pipeline.dataset.stage import only_one, stage_shards
+from pipeline.dataset.index.index import RECORD, open_index, write_index
+from pipeline.dataset.shards.stage import only_one, stage_shards
 from pipeline.errors import UserError
 
 
@@ -89,7 +89,7 @@ def test_index_elsewhere(packed, tmp_path):
 
 
 def test_a_tree_is_refused(synthetic_root, tmp_path):
-    from pipeline.dataset.scan import build_index
+    from pipeline.dataset.index.scan import build_index
 
     tree = tmp_path / "tree"
     shutil.copytree(synthetic_root, tree)

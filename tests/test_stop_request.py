@@ -3,7 +3,7 @@
 import pytest
 import runs
 
-from pipeline.training.run import RunFolder
+from pipeline.training.run_folder.folder import RunFolder
 from pipeline.training.step import TrainStep
 
 

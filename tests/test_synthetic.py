@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from pipeline.__main__ import main
-from pipeline.dataset.synthetic import MARKER, generate_tree, is_whole
-from pipeline.dataset.synthetic_archive import NESTED, write_kaggle_zip
-from pipeline.dataset.synthetic_images import MAX_CLASSES, class_look
-from pipeline.dataset.synthetic_plan import Settings, list_samples
+from pipeline.dataset.synthetic.archive import NESTED, write_kaggle_zip
+from pipeline.dataset.synthetic.generate import MARKER, generate_tree, is_whole
+from pipeline.dataset.synthetic.images import MAX_CLASSES, class_look
+from pipeline.dataset.synthetic.plan import Settings, list_samples
 from pipeline.errors import UserError
 
 TINY = Settings(classes=3, train_per_class=4, val_per_class=2, size=48, oddities=8)
@@ -71,7 +71,7 @@ def test_same_settings_same_bytes_and_another_seed_other_pixels(tiny, tmp_path):
 
 
 def test_number_of_processes_does_not_change_the_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.dataset.synthetic.SMALL", 0)
+    monkeypatch.setattr("pipeline.dataset.synthetic.generate.SMALL", 0)
     settings = Settings(classes=2, train_per_class=20, val_per_class=2, size=32, oddities=4)
     generate_tree(tmp_path / "one", settings, processes=1)
     generate_tree(tmp_path / "two", settings, processes=2)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.valprep import sort_val
 from pipeline.errors import UserError
 

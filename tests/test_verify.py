@@ -11,15 +11,16 @@ import pytest
 import xxhash
 
 from pipeline.__main__ import main
-from pipeline.dataset import imagenet, verify
-from pipeline.dataset.index import open_index, write_index
-from pipeline.dataset.pack import pack_tree
-from pipeline.dataset.pack_plan import Options
-from pipeline.dataset.scan import build_index
-from pipeline.dataset.synthetic import MARKER
-from pipeline.dataset.synthetic_archive import write_kaggle_zip
+from pipeline.dataset import imagenet
+from pipeline.dataset.index.index import open_index, write_index
+from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.shards.pack import pack_tree
+from pipeline.dataset.shards.plan import Options
+from pipeline.dataset.synthetic.archive import write_kaggle_zip
+from pipeline.dataset.synthetic.generate import MARKER
 from pipeline.dataset.valprep import sort_val
-from pipeline.dataset.verify import verify_root
+from pipeline.dataset.verify import verify
+from pipeline.dataset.verify.verify import verify_root
 from pipeline.errors import UserError
 
 CLS_LOC = "ILSVRC/Data/CLS-LOC"

@@ -10,7 +10,7 @@ import pytest
 import runs
 
 from pipeline.config import TrackingConfig
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.tracking.wandb_view import WandbView
 
 LEET = Path(sys.executable).with_name("wandb")

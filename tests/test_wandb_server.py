@@ -15,7 +15,7 @@ from wandb_server import KEY, WandbServer
 
 from pipeline.__main__ import main
 from pipeline.config import Config, TrackingConfig, to_yaml
-from pipeline.insight.disturbance import descendants
+from pipeline.insight.chaos.faults import descendants
 from pipeline.tracking import wandb_view
 from pipeline.tracking.wandb_view import WandbView
 

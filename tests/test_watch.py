@@ -17,13 +17,13 @@ import runs
 import torch
 import torch.distributed as dist
 
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
-from pipeline.insight.disturbance import ranks
+from pipeline.insight.chaos.faults import ranks
 from pipeline.loader.source import Source
-from pipeline.training.agreement import code_digest, refuse_differences
-from pipeline.training.stragglers import WINDOW, Slow, Stragglers
-from pipeline.training.watch import Watch
+from pipeline.training.ranks.consistency import code_digest, refuse_differences
+from pipeline.training.ranks.stragglers import WINDOW, Slow, Stragglers
+from pipeline.training.ranks.watchdog import Watch
 
 TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
 
@@ -101,7 +101,7 @@ def test_all_in_the_same_place_is_the_network(pair):
 
 
 def test_a_long_wait_is_said_and_its_end(monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.training.watch.WARN_AFTER_S", 0.2)
+    monkeypatch.setattr("pipeline.training.ranks.watchdog.WARN_AFTER_S", 0.2)
     watch = Watch(timeout_s=1000)
     watch.detail = lambda: "reading /data/a.JPEG for 9 s"
     watch.at("waiting for images", 3)

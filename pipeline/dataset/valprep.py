@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
-from pipeline.dataset.listing import IMAGE_SUFFIXES
+from pipeline.dataset.index.listing import IMAGE_SUFFIXES
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.config import DataConfig, TrainConfig
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
-from pipeline.dataset.index import Index
+from pipeline.dataset.index.index import Index
 from pipeline.errors import UserError
 from pipeline.loader.plan import EvalPlan, FiveCropPlan, TrainPlan
 from pipeline.loader.source import Source

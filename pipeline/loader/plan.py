@@ -30,10 +30,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
+from pipeline.augment.params import Drawn, Mixing, draw_erased, draw_mixing
+from pipeline.augment.policies import draw_ops
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
-from pipeline.loader.draws import Drawn, Mixing, draw_erased, draw_mixing
-from pipeline.loader.hashing import GOLDEN, hash_counter, splitmix64, uniform
-from pipeline.loader.policies import draw_ops
+from pipeline.rng import GOLDEN, hash_counter, splitmix64, uniform
 
 _ORDER, _CROP, _FLIP, _SUBSTITUTE, _AGAIN, _POLICY, _JITTER, _ERASE, _MIX = (
     np.uint64(i) for i in range(1, 10)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.augment.apply import Changes, Retouch, deliver
 from pipeline.errors import BrokenError
-from pipeline.loader.ahead import ahead
-from pipeline.loader.changes import Changes, Retouch, deliver
 from pipeline.loader.plan import EvalPlan, Planned, TrainPlan
+from pipeline.loader.prefetch import ahead
 from pipeline.loader.source import Source, UnreadableSample
 
 

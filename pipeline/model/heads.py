@@ -10,8 +10,8 @@ import torchvision
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.model.blank import without_data
 from pipeline.model.drops import DropInput
+from pipeline.model.meta_init import without_data
 
 BODY = "body"  #: as a pattern of --model.freeze: everything but the heads
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)

@@ -9,8 +9,8 @@ from torch import nn
 
 from pipeline.config import Config, ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.blank import without_data
 from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight, built_for, check_name
+from pipeline.model.meta_init import without_data
 
 
 def check_image_sizes(config: Config) -> None:

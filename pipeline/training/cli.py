@@ -8,7 +8,7 @@ from typing import Literal
 from pipeline.errors import BrokenError, UserError
 from pipeline.imports import importing
 from pipeline.redact import redact
-from pipeline.training.preemption import StopRequest, die_with_torchrun
+from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun
 
 
 def _on_main() -> bool:
@@ -23,17 +23,17 @@ def train(argv: list[str]) -> int:
 
     config = parse_config(argv)
     run_dir = Path(config.run_dir).expanduser().resolve()
-    from pipeline.training.watch import DEBUG, record_flights
+    from pipeline.training.ranks.watchdog import DEBUG, record_flights
 
     record_flights(run_dir / DEBUG)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with importing():
-        from pipeline.training.agreement import program_and_settings, refuse_differences
-        from pipeline.training.distributed import meet_all, start_world
-        from pipeline.training.lock import RunLock
         from pipeline.training.loop import Trainer
-        from pipeline.training.mishaps import told
-        from pipeline.training.run import make_run_folder
+        from pipeline.training.ranks.consistency import program_and_settings, refuse_differences
+        from pipeline.training.ranks.translate_error import told
+        from pipeline.training.ranks.world import meet_all, start_world
+        from pipeline.training.run_folder.folder import make_run_folder
+        from pipeline.training.run_folder.lock import RunLock
 
     world = start_world(config.train)
     lock = RunLock(run_dir)
@@ -68,7 +68,7 @@ def evaluate(argv: list[str]) -> int:
     from pipeline.command import run_command
 
     with importing():
-        from pipeline.training.evaluate_run import Request, evaluate_run
+        from pipeline.evaluation.run import Request, evaluate_run
 
     def evaluate(
         run: str,
@@ -119,7 +119,7 @@ def evaluate(argv: list[str]) -> int:
 def leave_word(run_dir: str, error: UserError | BrokenError) -> None:
     """Mark the run folder as failed, if there is one, for those who look at it from outside."""
     from pipeline.errors import EXIT_BROKEN, EXIT_USER
-    from pipeline.training.run import RunFolder
+    from pipeline.training.run_folder.folder import RunFolder
 
     folder = Path(run_dir).expanduser()
     code = EXIT_USER if isinstance(error, UserError) else EXIT_BROKEN

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.dataset.index import Index, index_folder, open_index
-from pipeline.dataset.scan import build_index
+from pipeline.dataset.index.index import Index, index_folder, open_index
+from pipeline.dataset.index.scan import build_index
 from pipeline.errors import BrokenError, UserError
-from pipeline.training.distributed import World
+from pipeline.training.ranks.world import World
 
 _VISIBLE_AFTER_S = 60
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.loader.stream import Stream
-from pipeline.training.distributed import World
-from pipeline.training.preemption import StopRequest
+from pipeline.training.ranks.stop_request import StopRequest
+from pipeline.training.ranks.world import World
 from pipeline.training.step import autocast
 
 BINS = 15  # of the calibration error, equally wide (Guo et al. 2017)

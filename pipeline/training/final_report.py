@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.training.launcher import without_launcher
-from pipeline.training.preemption import StopRequest
+from pipeline.training.ranks.launcher import without_launcher
+from pipeline.training.ranks.stop_request import StopRequest
 
 LIMIT_S = 1200.0
 

@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 
 from pipeline.config import GuardConfig
 from pipeline.errors import BrokenError
-from pipeline.training.report import StepReport
+from pipeline.training.ranks.step_stats import StepReport
 
 WINDOW, ENOUGH = 100, 20  # losses that a spike is judged by, and the fewest that will do
 

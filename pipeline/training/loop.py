@@ -10,30 +10,30 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, identity
-from pipeline.dataset.index import Index
+from pipeline.dataset.index.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.loader.build import choose_loader, make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.build import build_model, count_parameters
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import read_rows
-from pipeline.training.agreement import compare_parameters, refuse_differences
-from pipeline.training.checkpoint import load_state
 from pipeline.training.data import check_labels, open_data
-from pipeline.training.distributed import Clock, World, seed_step
 from pipeline.training.evaluate import Scores, evaluate
-from pipeline.training.feasible import check_batch, check_network
 from pipeline.training.guard import Guard
-from pipeline.training.preemption import StopRequest, interrupted_exit_code
+from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 from pipeline.training.profile import Profiler
+from pipeline.training.ranks.consistency import compare_parameters, refuse_differences
+from pipeline.training.ranks.step_stats import Reports, StepReport, Wish
+from pipeline.training.ranks.stop_request import StopRequest, interrupted_exit_code
+from pipeline.training.ranks.stragglers import Stragglers
+from pipeline.training.ranks.world import Clock, World, seed_step
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
-from pipeline.training.records import Records, going_back, mark_finished
-from pipeline.training.report import Reports, StepReport, Wish
-from pipeline.training.run import RunFolder, open_run_folder
-from pipeline.training.schedule import Schedule, peak_lr
+from pipeline.training.recorder import Records, going_back, mark_finished
+from pipeline.training.run_folder.checkpoint import load_state
+from pipeline.training.run_folder.folder import RunFolder, open_run_folder
 from pipeline.training.start import Start, find_start, find_way_back
 from pipeline.training.step import TrainStep
-from pipeline.training.stragglers import Stragglers
+from pipeline.training.validate import check_batch, check_network
 
 
 class Trainer:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from pipeline.training.distributed import World
+from pipeline.training.ranks.world import World
 
 _PASSED_OVER = 3  # steps at a start: they allocate, choose algorithms and compile
 _EVENTS = 200_000  # of the allocator that are kept

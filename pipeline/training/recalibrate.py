@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.loader.stream import Stream
-from pipeline.training.distributed import World
-from pipeline.training.preemption import StopRequest
+from pipeline.training.ranks.stop_request import StopRequest
+from pipeline.training.ranks.world import World
 from pipeline.training.step import autocast
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from pipeline.config import Config, identity
 from pipeline.errors import UserError
 from pipeline.tracking.ledger import read_rows
-from pipeline.training.checkpoint import (
+from pipeline.training.guard import Guard, Rollback, rollbacks_of
+from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
     check_fingerprints,
     find_newest_good,
     verify_checkpoint,
 )
-from pipeline.training.guard import Guard, Rollback, rollbacks_of
-from pipeline.training.run import RunFolder
+from pipeline.training.run_folder.folder import RunFolder
 
 
 @dataclass(frozen=True)

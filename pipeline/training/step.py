@@ -9,20 +9,20 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.augment.apply import Retouch, deliver
+from pipeline.augment.mixing import Retouched, blank_retouch, soft_targets
+from pipeline.augment.ops import change
 from pipeline.config import Config, TrainConfig
-from pipeline.loader.changes import Retouch, deliver
-from pipeline.loader.hashing import hash_counter
 from pipeline.loader.stream import Batch
 from pipeline.model.heads import frozen_norms, in_heads
 from pipeline.model.weights import load_whole
-from pipeline.training.clipping import clip_adaptive, clip_norm
-from pipeline.training.distributed import World
-from pipeline.training.ema import WeightAverage
-from pipeline.training.image_ops import change
-from pipeline.training.loss import make_loss
-from pipeline.training.mixing import Retouched, blank_retouch, soft_targets
-from pipeline.training.optimizer import heads_for, make_optimizer
-from pipeline.training.stragglers import OwnTime
+from pipeline.rng import hash_counter
+from pipeline.training.optim.clipping import clip_adaptive, clip_norm
+from pipeline.training.optim.ema import WeightAverage
+from pipeline.training.optim.loss import make_loss
+from pipeline.training.optim.optimizer import heads_for, make_optimizer
+from pipeline.training.ranks.stragglers import OwnTime
+from pipeline.training.ranks.world import World
 
 #: torch 2.13 renamed DistributedDataParallel's switch for sending rank 0's buffers around at every step
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters

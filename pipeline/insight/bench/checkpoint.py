@@ -30,9 +30,9 @@ def checkpoint(
 
     from pipeline.config import ModelConfig, OptimConfig
     from pipeline.model.build import build_model
-    from pipeline.training.checkpoint import load_state, verify_checkpoint, write_checkpoint
-    from pipeline.training.optimizer import make_optimizer
-    from pipeline.training.snapshot import HostCopy
+    from pipeline.training.optim.optimizer import make_optimizer
+    from pipeline.training.run_folder.checkpoint import load_state, verify_checkpoint, write_checkpoint
+    from pipeline.training.run_folder.snapshot import HostCopy
 
     cuda = device != "cpu" and torch.cuda.is_available()
     place = torch.device("cuda" if cuda else "cpu")

@@ -17,7 +17,7 @@ def decode_for_gpu(root: str, size: int, batch: int, images: int, threads: int, 
     from nvidia.dali import fn, pipeline_def, types
 
     from pipeline.config import DataConfig, TrainConfig
-    from pipeline.dataset.index import index_folder, open_index
+    from pipeline.dataset.index.index import index_folder, open_index
     from pipeline.insight.bench.arena import Absent
     from pipeline.loader.build import make_train_plan
     from pipeline.loader.source import Source

@@ -21,7 +21,7 @@ def io(data: str, batch_size: int = 256, batches: int = 20, threads: str = "1,4,
         threads: numbers of reading threads to try.
         cold: ask the operating system to forget the files first (what it holds for others stays).
     """
-    from pipeline.dataset.index import index_folder, open_index
+    from pipeline.dataset.index.index import index_folder, open_index
     from pipeline.loader.source import Source, UnreadableSample
     from pipeline.progress import Progress
 

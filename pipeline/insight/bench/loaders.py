@@ -43,7 +43,7 @@ class _NoResizer:
 def open_stream(root: str, split: str, size: int, batch: int, threads: int | None, loader: str, prefetch: int = 2):
     """A stream of `split` as a run of one rank has it."""
     from pipeline.config import DataConfig, TrainConfig
-    from pipeline.dataset.index import index_folder, open_index
+    from pipeline.dataset.index.index import index_folder, open_index
     from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
 
     resize = round(size * 256 / 224)
@@ -79,7 +79,7 @@ def pil_decode(root: str, images: int) -> Callable[[], int]:
     """PIL alone: the whole image decoded in one thread, nothing else; the bytes are in memory."""
     from PIL import Image
 
-    from pipeline.dataset.index import index_folder, open_index
+    from pipeline.dataset.index.index import index_folder, open_index
 
     split = open_index(index_folder(Path(root))).splits["train"]
     ids = np.random.default_rng(0).permutation(len(split))[:images]
@@ -96,7 +96,7 @@ def pil_decode(root: str, images: int) -> Callable[[], int]:
 
 def class_folders(root: str, split: str) -> Path:
     """The folder of class folders, as ImageFolder wants it. Raises Absent where the data are shards."""
-    from pipeline.dataset.index import index_folder, open_index
+    from pipeline.dataset.index.index import index_folder, open_index
 
     index = open_index(index_folder(Path(root)))
     part = index.splits[split]

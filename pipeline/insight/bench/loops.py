@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config import CheckpointConfig, Config, DataConfig, ModelConfig, TrackingConfig, TrainConfig
 from pipeline.loader.stream import Batch
-from pipeline.training.distributed import World
+from pipeline.training.ranks.world import World
 
 
 class ResidentStream:
@@ -38,7 +38,7 @@ class ResidentStream:
 
 def make_data(folder: Path, images: int, size: int = 32) -> Path:
     """A small tree of synthetic images, for benches that need no real ones."""
-    from pipeline.dataset.synthetic import Settings, generate_tree
+    from pipeline.dataset.synthetic.generate import Settings, generate_tree
 
     generate_tree(folder, Settings(classes=2, train_per_class=-(-images // 2), val_per_class=2, size=size, oddities=0))
     return folder
@@ -60,8 +60,8 @@ def bench_config(folder: Path, model: str, size: int, batch: int, precision: str
 def open_trainer(config: Config, world: World):
     """A trainer at step 0, ready to train."""
     from pipeline.training.loop import Trainer
-    from pipeline.training.preemption import StopRequest
-    from pipeline.training.run import make_run_folder
+    from pipeline.training.ranks.stop_request import StopRequest
+    from pipeline.training.run_folder.folder import make_run_folder
     from pipeline.training.start import Start
 
     make_run_folder(config)
@@ -76,7 +76,7 @@ def ours(
     model: str, size: int, batch: int, precision: str, steps: int, threads: int | None, options: dict
 ) -> Callable[[], int]:
     """This project's whole loop: step, reports, guard, ledger; only the loader is a `ResidentStream`."""
-    from pipeline.training.distributed import start_world
+    from pipeline.training.ranks.world import start_world
 
     config = bench_config(Path(tempfile.mkdtemp(prefix="bench-step-")), model, size, batch, precision, **options)
     world = start_world(config.train)

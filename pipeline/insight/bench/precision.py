@@ -53,7 +53,7 @@ def one_step_s(model: str, size: int, batch: int, precision: str, compile: bool)
     from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
     from pipeline.loader.stream import Batch
     from pipeline.model.build import build_model
-    from pipeline.training.distributed import World
+    from pipeline.training.ranks.world import World
     from pipeline.training.step import TrainStep
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -120,7 +120,7 @@ def _measure(model: str, size: int, batch: int, precision: str, compile: bool, c
 def roofline_s(model: str, size: int, batch: int, precision: str, ceilings: dict[str, float]) -> float:
     """The least time of a step at these ceilings: each kernel by itself, its FLOPs or its bytes, the slower of both."""
     from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
-    from pipeline.insight.memory import Tracer
+    from pipeline.insight.estimate.memory import Tracer
 
     config = Config(data=DataConfig(image_size=size), model=ModelConfig(name=model), train=TrainConfig())
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))

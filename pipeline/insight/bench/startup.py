@@ -97,7 +97,7 @@ def _prepare(scratch: Path, model: str, size: int, batch: int) -> dict[str, str]
     """A run of two steps with a checkpoint, to be resumed."""
     from pipeline.config import to_yaml
     from pipeline.insight.bench.loops import bench_config, open_trainer
-    from pipeline.training.distributed import start_world
+    from pipeline.training.ranks.world import start_world
 
     config = bench_config(scratch, model, size, batch, "fp32", device="cpu")
     world = start_world(config.train)
@@ -127,12 +127,12 @@ def _resume(path: str, begun: float) -> dict[str, float]:
     import torch
 
     lap("import torch")
-    from pipeline.training.distributed import start_world
+    from pipeline.training.ranks.world import start_world
 
     world = start_world(config.train)
     lap("process group")
     from pipeline.training.loop import Trainer
-    from pipeline.training.preemption import StopRequest
+    from pipeline.training.ranks.stop_request import StopRequest
 
     lap("import the rest")
     trainer = Trainer(config, world, StopRequest(install=False))
@@ -159,7 +159,7 @@ def _time_plan(folder: Path, rounds: int) -> dict[str, list[float]]:
     import numpy as np
 
     from pipeline.config import DataConfig, TrainConfig
-    from pipeline.dataset.index import RECORD, open_index, write_index
+    from pipeline.dataset.index.index import RECORD, open_index, write_index
     from pipeline.loader.build import make_train_plan
 
     records = np.zeros(IMAGENET, RECORD)

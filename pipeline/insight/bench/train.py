@@ -54,7 +54,7 @@ def main(argv: list[str]) -> dict | None:
     if {"-h", "--help"} & set(rest):
         print(ABOUT)
     config = parse_config(rest, "bench train")
-    from pipeline.training.distributed import start_world
+    from pipeline.training.ranks.world import start_world
 
     world = start_world(config.train)
     folder = world.on_main(lambda: tempfile.mkdtemp(prefix="bench-train-"))

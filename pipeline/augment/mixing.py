@@ -1,0 +1,87 @@
+"""Erasing, mixup and CutMix: of normalised images, on the device, inside what is compiled.
+
+Images are mixed within groups of consecutive ones, each with the one before it (the first with the last): what
+torchvision's MixUp and CutMix do with a batch. No rank and no micro batch splits a group.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import one_hot
+
+from pipeline.augment.apply import Retouch
+from pipeline.config import AugmentConfig
+from pipeline.errors import UserError
+from pipeline.model.build import Normalised
+
+
+def partners(values: torch.Tensor, group: int) -> torch.Tensor:
+    """[B, ...] -> [B, ...]: at each place what stands before it in its group of `group`."""
+    return values.unflatten(0, (-1, group)).roll(1, 1).flatten(0, 1)
+
+
+def inside(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """bool [B, 1, H, W]: does the pixel lie in the sample's box (int32 [B, 4]: left, top, width, height)?"""
+    left, top, wide, high = boxes.view(-1, 4, 1, 1, 1).unbind(1)
+    x = torch.arange(width, device=boxes.device)
+    y = torch.arange(height, device=boxes.device)[:, None]
+    return (x >= left) & (x < left + wide) & (y >= top) & (y < top + high)
+
+
+def retouch(pixels: torch.Tensor, how: Retouch, group: int) -> torch.Tensor:
+    """Erase, then mix. pixels: float [B, 3, H, W], normalised: what is erased becomes 0, the mean colour."""
+    size = pixels.shape[-2:]
+    if how.erased is not None:
+        pixels = torch.where(inside(how.erased, *size), 0.0, pixels)
+    if how.boxes is not None:
+        others = partners(pixels, group)
+        blended = torch.lerp(others, pixels, how.blends.view(-1, 1, 1, 1))
+        pixels = torch.where(inside(how.boxes, *size), others, blended)
+    return pixels
+
+
+def soft_targets(targets: torch.Tensor, shares: torch.Tensor, group: int, classes: int) -> torch.Tensor:
+    """float32 [B, classes]: each label (int64 [B]) counts its share, its partner's the rest."""
+    hard = one_hot(targets, classes).float()
+    share = shares[:, None]
+    return hard * share + partners(hard, group) * (1 - share)
+
+
+class Retouched(Normalised):
+    """`Normalised`, which also erases and mixes when it is told what. keys: int64 [B], which `model.drops` follows."""
+
+    def __init__(self, model: nn.Module, mean: tuple, std: tuple, channels_last: bool, group: int):
+        super().__init__(model, mean, std, channels_last)
+        self.group = group
+
+    def forward(
+        self, images: torch.Tensor, how: Retouch | None = None, keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if keys is not None:
+            self.model.places.keys = keys
+        pixels = self.normalise(images)
+        return self.model(pixels if how is None else retouch(pixels, how, self.group))
+
+
+def blank_retouch(c: AugmentConfig, count: int, device: torch.device) -> Retouch | None:
+    """What erases and mixes nothing, in the form of what a step of this configuration gets for `count` images."""
+    if not c.mixes and c.erase == 0:
+        return None
+
+    def nowhere() -> torch.Tensor:
+        return torch.zeros(count, 4, dtype=torch.int32, device=device)
+
+    def whole() -> torch.Tensor:
+        return torch.ones(count, device=device)
+
+    mixing = (whole(), nowhere(), whole()) if c.mixes else (None, None, None)  # no tensor twice: compiled code asks
+    return Retouch(nowhere() if c.erase > 0 else None, *mixing)
+
+
+def check_mixing(c: AugmentConfig, global_batch_size: int, world_size: int) -> None:
+    """Raises UserError if a rank's batch would split a group."""
+    local = global_batch_size // world_size
+    if c.mixes and local % c.mix_group:
+        raise UserError(
+            f"--augment.mix_group {c.mix_group} does not divide the {local} images that each of {world_size} ranks has "
+            f"of --train.global_batch_size {global_batch_size}; give a divisor of {local}, or another number of ranks"
+        )

@@ -1,0 +1,175 @@
+"""Changes of colour and geometry for many images at once, each with its own amount, on the images' device.
+
+uint8 in and out, and pixel for pixel what torchvision.transforms.v2.functional makes of each image alone: its kernels
+are called where they take no amount, and where they do the same sums are made in the same order.
+"""
+
+import torch
+from torch.nn.functional import grid_sample
+from torchvision.transforms.v2 import functional as tv
+
+from pipeline.augment.apply import Changes
+
+_ON_A_CPU = 4  # images at a time: as many as its caches hold; a GPU takes all there are
+_RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114  # ITU-R 601-2, as in PIL and torchvision
+
+
+def change(images: torch.Tensor, changes: Changes, mode: str, fill: tuple[int, int, int] | None) -> torch.Tensor:
+    """The images uint8 [B, H, W, 3], changed. mode: "nearest" or "bilinear"; fill: colour of what geometric changes
+    uncover, None: black. Nothing here waits for the device."""
+    images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+    most = _ON_A_CPU if images.device.type == "cpu" else len(images)
+    for groups in changes.rounds:
+        for op, *group in groups:
+            for rows, amounts in zip(*(part.split(most) for part in group), strict=True):
+                some = images.index_select(0, rows)
+                changed = affine(some, amounts, mode, fill) if op == "affine" else OPS[op](some, amounts)
+                _put(images, rows, changed)
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+def _put(images: torch.Tensor, rows: torch.Tensor, changed: torch.Tensor) -> None:
+    """images[rows] = changed. (On a CPU index_copy_ takes many times as long as copies.)"""
+    if images.device.type != "cpu":
+        images.index_copy_(0, rows, changed)
+        return
+    for row, image in zip(rows.tolist(), changed, strict=True):
+        images[row] = image
+
+
+def _each(amounts: torch.Tensor) -> torch.Tensor:
+    """float32 [n] as one number an image, [n, 1, 1, 1]."""
+    return amounts.view(-1, 1, 1, 1)
+
+
+def _to_bytes(values: torch.Tensor) -> torch.Tensor:
+    return values.clamp_(0, 255).to(torch.uint8)
+
+
+def _grey(images: torch.Tensor) -> torch.Tensor:
+    """Luma of whole levels, float32 [n, 1, H, W]."""
+    red, green, blue = images.unbind(1)
+    return red.mul(_RED).add_(green, alpha=_GREEN).add_(blue, alpha=_BLUE).floor_().unsqueeze(1)
+
+
+def _blend(images: torch.Tensor, others: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """factor * images + (1 - factor) * others."""
+    rest = (1 - factors.double()).float()  # of a factor that was a double
+    return _to_bytes(torch.addcmul(images.mul(_each(factors)), others, _each(rest)))
+
+
+def brightness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return _to_bytes(images.mul(_each(factors)))
+
+
+def color(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return _blend(images, _grey(images), factors)
+
+
+def contrast(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), factors)
+
+
+def sharpness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Away from a smoothed image, whose outermost pixels are the image's."""
+    if min(images.shape[-2:]) <= 2:
+        return images
+    values = images.float()
+    rows = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
+    middle = values[:, :, 1:-1, 1:-1]
+    smooth = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * middle  # whole numbers: exact
+    smooth = smooth.div_(13).round_()  # thirteenths are never halves: any way of dividing rounds alike
+    rest = (1 - factors.double()).float()
+    values[:, :, 1:-1, 1:-1] = torch.addcmul(middle, smooth - middle, _each(rest))
+    return _to_bytes(values)
+
+
+def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    masks = (255 << (8 - bits.to(torch.int32))) & 255
+    return images & _each(masks.to(torch.uint8))
+
+
+def solarize(images: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    return torch.where(images >= _each(thresholds), ~images, images)
+
+
+def solarize_add(images: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """timm's: adds to all values below 128."""
+    brighter = (images + _each(amounts)).clamp_(max=255).to(torch.uint8)
+    return torch.where(images < 128, brighter, images)
+
+
+def autocontrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return tv.autocontrast(images)
+
+
+def equalize(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return tv.equalize(images)
+
+
+def invert(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return ~images
+
+
+def hue(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Turn the hue by shares of the colour circle (Smith 1978: hue, saturation, value)."""
+    pixels = tv.to_dtype(images, torch.float32, scale=True)
+    low, value = pixels.aminmax(dim=1)
+    grey, spread = value == low, value - low
+    saturation = spread / torch.where(grey, 1.0, value)
+    red, green, blue = ((value[:, None] - pixels) / torch.where(grey, 1.0, spread)[:, None]).unbind(1)
+    by_red = value == pixels[:, 0]
+    by_green = (value == pixels[:, 1]) & ~by_red
+    turn = torch.where(by_red, blue - green, torch.where(by_green, red + 2 - blue, green + 4 - red))
+    angle = turn.mul_(1 / 6).add_(1).fmod_(1).add_(shifts.view(-1, 1, 1)).remainder_(1)
+    sixth = angle * 6
+    sector = sixth.floor()
+    part = saturation * (sixth - sector)
+    rest = 1 - saturation
+    p, q, t = rest * value, (1 - part) * value, (part + rest) * value
+    levels = torch.stack([value, *(level.clamp_(0, 1) for level in (p, q, t))], 1)
+    chosen = torch.tensor([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]], device=images.device)
+    picks = chosen[:, sector.to(torch.int64).remainder_(6)].movedim(0, 1)
+    return tv.to_dtype(levels.gather(1, picks), torch.uint8, scale=True)
+
+
+def affine(images: torch.Tensor, matrices: torch.Tensor, mode: str, fill: tuple[int, int, int] | None) -> torch.Tensor:
+    """Move pixels: matrices float32 [n, 2, 3] say where, in pixels from the middle, each output pixel comes from."""
+    count, channels, height, width = images.shape
+    device = images.device
+    base = torch.ones(height, width, 3, device=device)
+    base[..., 0] = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=device)
+    base[..., 1] = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=device)[:, None]
+    half = torch.tensor([width / 2, height / 2]).to(device, non_blocking=True)
+    grid = base.view(1, -1, 3).expand(count, -1, -1).bmm(matrices.transpose(1, 2) / half)
+    grid = grid.view(count, height, width, 2)
+    values = images.float()
+    if fill is not None:
+        values = torch.cat([values, values.new_ones(count, 1, height, width)], 1)
+    values = grid_sample(values, grid, mode, "zeros", align_corners=False)
+    if fill is not None:
+        values, covered = values.split([channels, 1], 1)
+        colour = torch.tensor(fill, dtype=torch.float32).view(1, -1, 1, 1).to(device, non_blocking=True)
+        if mode == "nearest":
+            values = torch.where(covered < 0.5, colour, values)
+        else:
+            values = (values - colour).mul_(covered).add_(colour)
+    return values.round_().to(torch.uint8)
+
+
+OPS = {
+    op.__name__: op
+    for op in (
+        brightness,
+        color,
+        contrast,
+        sharpness,
+        posterize,
+        solarize,
+        autocontrast,
+        equalize,
+        invert,
+        solarize_add,
+        hue,
+    )
+}

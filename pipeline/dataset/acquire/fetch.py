@@ -1,0 +1,262 @@
+"""The verb `fetch`: from a Kaggle account, or an archive that is already here, to a verified training set."""
+
+import contextlib
+import fcntl
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pipeline.command import run_command
+from pipeline.dataset.acquire import kaggle
+from pipeline.dataset.acquire.acquisition import UNPACKED, Acquisition, Options
+from pipeline.dataset.acquire.manifest import ALL, Receipt, read_receipt
+from pipeline.dataset.acquire.remote import ArchiveChangedError, LocalFile, Patience, RemoteFile
+from pipeline.dataset.acquire.selection import SPLITS, Selection, parse_classes
+from pipeline.dataset.acquire.tree import STATE
+from pipeline.dataset.acquire.zip_directory import NotAnArchiveError
+from pipeline.dataset.disk import check_space, explain
+from pipeline.dataset.imagenet import CLS_LOC
+from pipeline.dataset.index.index import PACKED, index_folder, is_current, open_index
+from pipeline.dataset.shards.plan import Options as PackOptions
+from pipeline.errors import EXIT_INTERRUPTED, BrokenError, UserError
+
+CHANGES = 3  # times that the archive may be replaced under one run
+
+
+def fetch(
+    dest: str,
+    split: Literal["all", "train", "val"] = "all",
+    classes: str | None = None,
+    via: Literal["ranges", "zip"] = "ranges",
+    from_file: str | None = None,
+    pack: bool = False,
+    shard_mb: int = 256,
+    index: bool = True,
+    competition: str = kaggle.COMPETITION,
+    streams: int = 8,
+    request_mb: float = 32.0,
+    stall_s: float = 30.0,
+    give_up_s: float = 900.0,
+) -> int:
+    """Download ImageNet from Kaggle into DEST, verified; killed at any moment, the same command goes on. For CIFAR-10:
+    fetch cifar10 DEST.
+
+    Args:
+        dest: folder of the data set; needs room for the images and 5 % more.
+        split: fetch both splits or one.
+        classes: fetch a part: a number of classes (the first of the sorted synsets), or synsets like
+            n01440764,n01443537.
+        via: ranges reads the members straight from the server; zip downloads the whole archive first (needs twice
+            the room), for servers without byte ranges.
+        from_file: unpack this zip or tar.gz instead of downloading (also: --from FILE).
+        pack: write the members straight into tar shards (as pipeline pack makes them), with no tree in between.
+        shard_mb: megabytes of a shard.
+        index: decode every image and build the index at the end.
+        competition: name of the Kaggle competition.
+        streams: parallel connections.
+        request_mb: most megabytes asked for in one request.
+        stall_s: seconds without data after which a connection is dropped and tried again.
+        give_up_s: seconds without any progress after which the command stops.
+    """
+    if streams < 1 or request_mb <= 0 or stall_s <= 0 or give_up_s <= 0:
+        raise UserError("streams, request_mb, stall_s and give_up_s must be greater than 0")
+    selection = Selection(split, parse_classes(classes))
+    packing = PackOptions(shard_mb=shard_mb) if pack else None
+    options = Options(streams, max(1, int(request_mb * 1e6)), Patience(stall_s, give_up_s))
+    root = Path(dest).absolute()
+    receipt = Receipt(
+        competition=None if from_file else competition, file=from_file and str(Path(from_file).absolute())
+    )
+    with _terminated_like_interrupted(), _locked(root):
+        try:
+            _check_kind(root, packing)
+            if not _is_done(root, selection, index):
+                _bring(root, receipt, selection, options, via, packing)
+                _finish(root, index)
+        except KeyboardInterrupt:
+            print("pipeline fetch: interrupted; the same command goes on where this stopped", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except OSError as error:
+            raise explain(error, error.filename or root) from error
+    print(_describe(root))
+    return 0
+
+
+def repair(root: Path, members: list[str], options: Options | None = None) -> None:
+    """Fetch some members of a fetched data set again, from where they came, and put them in their place.
+
+    Args:
+        root: the data root, with its `fetch.json`.
+        members: names in the archive or paths relative to `root`, like `ILSVRC/Data/CLS-LOC/train/n.../n..._1.JPEG`.
+
+    Raises UserError where the set was not fetched, or the archive does not have a member.
+    """
+    options, stop = options or Options(), threading.Event()
+    receipt = read_receipt(root)
+    if receipt is None:
+        raise UserError(
+            f"{root} was not fetched by this program (no fetch.json), so it can't be repaired from the source"
+        )
+    if (root / PACKED).exists():
+        raise UserError(f"{root} holds packed shards, which are not repaired by the image; remove them and fetch again")
+    with _locked(root):
+        with _opened(root, receipt, options, "ranges", stop) as source:
+            Acquisition(root, source, options, stop).repair(members, receipt.to_selection())
+        _sort_val(root)
+
+
+def _check_kind(root: Path, packing: PackOptions | None) -> None:
+    """UserError where ROOT holds a tree and shards were asked for, or the other way round."""
+    if packing is None and (root / PACKED).exists():
+        raise UserError(f"{root} holds packed shards; add --pack, or give another folder for a tree")
+    if packing is not None and (root / CLS_LOC).is_dir():
+        raise UserError(f"{root} holds a tree of images; give another folder, or run: pipeline pack {root} DEST")
+
+
+def _bring(
+    root: Path, receipt: Receipt, selection: Selection, options: Options, via: str, packing: PackOptions | None
+) -> None:
+    """Fetch until all is whole, and note that; an archive that is replaced meanwhile is opened anew."""
+    earlier = read_receipt(root)
+    if earlier is not None:
+        receipt.selected, receipt.whole, receipt.images = earlier.selected, earlier.whole, earlier.images
+
+    def resolved(chosen: Selection) -> None:
+        receipt.add(chosen)
+        receipt.write(root)
+
+    for left in range(CHANGES, -1, -1):
+        try:
+            stop = threading.Event()  # its own: threads left behind by an earlier try stay stopped
+            with _opened(root, receipt, options, via, stop) as source:
+                Acquisition(root, source, options, stop, resolved).run(selection, packing)
+            return
+        except ArchiveChangedError as error:
+            if not left:
+                raise
+            print(f"{error}: starting over with the new one; what agrees is kept", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _opened(root: Path, receipt: Receipt, options: Options, via: str, stop: threading.Event) -> Iterator:
+    """The archive as a source of byte ranges: a local file, the one behind Kaggle's address, or its download."""
+    if receipt.file is not None:
+        yield LocalFile(Path(receipt.file))
+        return
+    client = kaggle.Kaggle(receipt.competition, options.patience, stop)
+    if via == "ranges":
+        yield RemoteFile(receipt.competition, client.sign, options.patience, stop)
+        return
+    folder = root / STATE / "download"
+    folder.mkdir(exist_ok=True)
+    size = client.sign().size
+    have = sum(path.stat().st_size for path in folder.iterdir())
+    check_space(root, (size or 0) * (1 + UNPACKED) - have)
+    file = client.download(folder, size)
+    try:
+        yield LocalFile(file)
+    except (BrokenError, NotAnArchiveError) as error:
+        shutil.rmtree(folder)
+        raise BrokenError(f"{error} (the download was removed: the same command downloads it again)") from error
+    shutil.rmtree(folder)
+
+
+def _finish(root: Path, index: bool) -> None:
+    """Sort the validation images and index the whole; UserError where an image does not decode."""
+    _sort_val(root)
+    receipt = read_receipt(root)
+    if (root / PACKED).exists():
+        made = open_index(index_folder(root))
+    elif index and set(receipt.selected) == set(SPLITS):
+        from pipeline.dataset.index.scan import build_index, read_unreadable
+
+        made = build_index(root)
+        bad = [entry["file"] for entries in read_unreadable(made.folder).values() for entry in entries]
+        if bad:
+            raise UserError(
+                f"{root} is complete, but {len(bad)} images do not decode, though they are as the archive has them "
+                f"({', '.join(bad[:3])}): the index leaves them out; run pipeline verify {root}"
+            )
+    else:
+        made = None
+        receipt.images = {split: sum(1 for _ in (root / CLS_LOC / split).glob("*/*")) for split in receipt.selected}
+    if made is not None:
+        receipt.images = {split: len(of_split) for split, of_split in made.splits.items()}
+    receipt.whole = receipt.selected
+    receipt.write(root)
+
+
+def _sort_val(root: Path) -> None:
+    if (root / CLS_LOC / "val").is_dir():
+        from pipeline.dataset.valprep import sort_val
+
+        sort_val(root, quiet=False)
+
+
+def _is_done(root: Path, selection: Selection, index: bool) -> bool:
+    """Was all this fetched, and has no folder changed since it was indexed? Then nothing is asked of Kaggle."""
+    receipt = read_receipt(root)
+    if receipt is None or not receipt.has(selection) or not index or not (index_folder(root) / "index.json").exists():
+        return False
+    opened = open_index(index_folder(root))
+    shards = [shard for split in opened.splits.values() for shard in split.shards]
+    return is_current(opened) and all((root / shard).is_file() for shard in shards)
+
+
+def _describe(root: Path) -> str:
+    receipt = read_receipt(root)
+    counts = " and ".join(f"{receipt.images[split]:,} {split}" for split in SPLITS if split in receipt.images)
+    classes = {len(chosen) for chosen in receipt.whole.values() if chosen != ALL}
+    part = f" of {max(classes)} classes" if classes else ""
+    return f"{root}: complete and verified: {counts} images{part}"
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Make ROOT and `ROOT/.fetch`; UserError where another fetch works there."""
+    state = root / STATE
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        lock = (state / "lock").open("w")
+    except OSError as error:
+        raise explain(error, state) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another fetch is at work in {root}; wait for it or stop it") from error
+        shutil.rmtree(state / "parts", ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(state / "parts", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM (a scheduler's) stops as Ctrl-C does."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["cifar10"]:
+        import importlib
+
+        return importlib.import_module("pipeline.dataset.acquire.cifar10").main(
+            argv[1:]
+        )  # it needs torchvision, which this room has not
+    return run_command(
+        fetch, "fetch", ["--from_file" + word[6:] if word.split("=")[0] == "--from" else word for word in argv]
+    )

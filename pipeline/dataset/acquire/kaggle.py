@@ -1,0 +1,257 @@
+"""Kaggle through its own client: who asks, and where the archive lies now. Credentials are never printed.
+
+The client authenticates and gives the archive's signed address; the bytes are read by `remote`. `download` is the
+client's own way, for servers without byte ranges.
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import io
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import requests
+from requests.adapters import HTTPAdapter
+
+from pipeline.dataset.acquire.remote import BUSY, REFUSED, Address, Backoff, Patience, parse_retry_after
+from pipeline.dataset.disk import explain
+from pipeline.errors import BrokenError, UserError
+from pipeline.progress import Progress
+
+COMPETITION = "imagenet-object-localization-challenge"
+SETTINGS_PAGE = "https://www.kaggle.com/settings"
+NEEDED = (2, 2, 5)  # older ones can corrupt a partial zip
+CALLS, CALL_EVERY_S = 6, 60.0  # asking for addresses: so many at once, then one a minute
+FIRST_CONTACT_S = 60.0  # a machine without internet is told so in a minute, not after all patience
+HOW_TO = (
+    f"open {SETTINGS_PAGE}, choose 'Create New Token', and put it into ~/.kaggle/access_token "
+    "(or kaggle.json into ~/.kaggle), then chmod 600"
+)
+
+
+def rules_page(competition: str) -> str:
+    return f"https://www.kaggle.com/competitions/{competition}/rules"
+
+
+class _Calls:
+    """A bound on the rate of API calls: Kaggle punishes those who hammer its download calls."""
+
+    def __init__(self, stop: threading.Event):
+        self.stop, self.left, self.since = stop, float(CALLS), time.monotonic()
+
+    def take(self) -> None:
+        now = time.monotonic()
+        self.left = min(CALLS, self.left + (now - self.since) / CALL_EVERY_S)
+        self.since = now
+        wait = max(0.0, 1 - self.left) * CALL_EVERY_S
+        if wait > 5:
+            print(f"asking Kaggle for an address again in {wait:.0f} s", file=sys.stderr, flush=True)
+        if self.stop.wait(wait):
+            raise BrokenError("stopped")
+        self.left -= 1
+
+
+@contextlib.contextmanager
+def _bounded_waits(stall_s: float) -> Iterator[None]:
+    """Give the client's requests a timeout: most have none, so a stalled server would hang them for ever."""
+    send = HTTPAdapter.send
+
+    def send_bounded(self, request, stream=False, timeout=None, **rest):
+        if timeout is None or (isinstance(timeout, int | float) and timeout > stall_s):
+            timeout = (min(10.0, stall_s), stall_s)
+        return send(self, request, stream=stream, timeout=timeout, **rest)
+
+    HTTPAdapter.send = send_bounded
+    try:
+        yield
+    finally:
+        HTTPAdapter.send = send
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """The client prints help texts, and what it prints may name a token."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+class Kaggle:
+    """One competition's archive. Raises UserError for what its user must mend (credentials, rules, name)."""
+
+    def __init__(self, competition: str, patience: Patience, stop: threading.Event):
+        self.competition, self.patience, self.stop = competition, patience, stop
+        self._calls = _Calls(stop)
+        self._begin, self._reached = time.monotonic(), False
+        self._api = self._authenticate()
+
+    def _authenticate(self):
+        """The client's own `KaggleApi`, authenticated as it does it: access token, then kaggle.json, then OAuth."""
+        for name in ("VERBOSE", "VERBOSE_OUTPUT"):  # they make the client print headers and hold whole bodies
+            os.environ.pop(name, None)
+        backoff = Backoff(self.patience, self.stop)
+        with _bounded_waits(self.patience.stall_s):
+            try:
+                with _muted():
+                    import kaggle  # it authenticates on import
+            except ImportError as error:
+                raise UserError("the kaggle package is missing; install it: pip install 'kaggle>=2.2.5'") from error
+            except OSError as error:
+                raise UserError(
+                    f"the kaggle client can't use its folder ({error}); set KAGGLE_CONFIG_DIR to one that it can write"
+                ) from None
+            api = kaggle.api
+            _warn_of_readable_credentials(Path(api.config))
+            while not api.config_values.get(api.CONFIG_NAME_AUTH_METHOD):
+                self._calls.take()
+                try:
+                    with _muted():
+                        api.authenticate()
+                except SystemExit:
+                    raise self._no_credentials(Path(api.config)) from None
+                except requests.RequestException as error:
+                    self._judge(error, backoff)
+        return api
+
+    def _no_credentials(self, config: Path) -> UserError:
+        if os.environ.get("KAGGLE_API_TOKEN") or any(config.parent.glob("access_token*")):
+            return UserError(f"Kaggle does not accept the access token (wrong or expired); {HOW_TO}")
+        return UserError(f"no Kaggle credentials found (looked at {config} and KAGGLE_API_TOKEN); {HOW_TO}")
+
+    def _judge(self, error: requests.RequestException, backoff: Backoff) -> None:
+        """Raise what `error` of an API call means for the user, or wait for the next try."""
+        response = error.response
+        if response is None:
+            if not self._reached and time.monotonic() - self._begin > FIRST_CONTACT_S:
+                raise BrokenError(
+                    f"Kaggle can't be reached ({type(error).__name__}); is this machine on the internet, and a proxy "
+                    "named in https_proxy if it needs one?"
+                ) from None
+            backoff.wait("Kaggle", f"can't be reached ({type(error).__name__})")
+            return
+        self._reached = True
+        status, from_storage = response.status_code, bool(response.history)
+        asked = parse_retry_after(response.headers.get("Retry-After"))
+        if status in BUSY or (from_storage and status in REFUSED):
+            if asked and asked >= 5:
+                print(f"Kaggle answered {status} and asks to wait {asked:.0f} s", file=sys.stderr, flush=True)
+            who = "Kaggle's storage refuses a freshly signed address" if from_storage else "Kaggle"
+            backoff.wait(who, f"it answered {status}", asked)
+        elif status == 401:
+            raise UserError(f"Kaggle does not accept the credentials (401); {HOW_TO}") from None
+        elif status == 403:
+            page = rules_page(self.competition)
+            raise UserError(f"Kaggle refuses {self.competition} (403): open {page}, accept the rules, and try again")
+        elif status == 404:
+            raise UserError(f"Kaggle has no competition '{self.competition}' (404); check --competition") from None
+        else:
+            raise BrokenError(f"Kaggle answered {status} to the download call; try again later") from None
+
+    def sign(self) -> Address:
+        """A fresh address of the archive, its size and ETag; the client follows the redirect, the body stays unread."""
+        from kagglesdk.competitions.types.competition_api_service import ApiDownloadDataFilesRequest
+
+        request = ApiDownloadDataFilesRequest()
+        request.competition_name = self.competition
+        backoff = Backoff(self.patience, self.stop)
+        while True:
+            self._calls.take()
+            try:
+                with _bounded_waits(self.patience.stall_s), self._api.build_kaggle_client() as client:
+                    response = client.competitions.competition_api_client.download_data_files(request)
+                    response.close()
+            except requests.RequestException as error:
+                self._judge(error, backoff)
+                continue
+            if not response.history or "html" in response.headers.get("Content-Type", ""):
+                backoff.wait("Kaggle", "a web page came instead of the archive (a login page or a proxy in between?)")
+                continue
+            self._reached = True
+            length = None if "Content-Encoding" in response.headers else response.headers.get("Content-Length")
+            return Address(response.url, int(length) if length else None, response.headers.get("ETag", ""))
+
+    def download(self, folder: Path, size: int | None) -> Path:
+        """The whole archive into `folder` by the client's own download; goes on with the part that is there.
+
+        Raises BrokenError where it does not arrive whole: exit code and size are the client's only checks.
+        """
+        _check_version()
+        backoff = Backoff(self.patience, self.stop)
+        seen = 0
+        with Progress(f"Downloading {self.competition}", size, "bytes") as progress:
+            while True:
+                self._calls.take()
+                error = self._download_once(folder, progress)
+                found = sorted(folder.glob(f"{self.competition}.*"), key=lambda path: len(path.name))
+                file = next((path for path in found if not path.name.endswith(".kaggle-partial")), None)
+                have = file.stat().st_size if file else 0
+                if error is None and file:
+                    error = _find_fault(file, size)
+                    if error is None:
+                        return file
+                    file.unlink()
+                if have > seen:
+                    backoff.progressed()
+                seen = have
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise explain(error, folder) from error
+                if isinstance(error, requests.HTTPError):
+                    self._judge(error, backoff)
+                else:
+                    reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+                    backoff.wait("Kaggle", f"the download broke ({reason})")
+
+    def _download_once(self, folder: Path, progress: Progress) -> Exception | None:
+        result: list[Exception] = []
+
+        def work() -> None:
+            try:
+                self._api.competition_download_files(self.competition, str(folder), quiet=True)
+            except (requests.RequestException, OSError, ValueError) as error:
+                result.append(error)
+
+        with _bounded_waits(self.patience.stall_s), _muted_stdout():
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            while thread.is_alive():
+                thread.join(0.1)
+                have = sum(path.stat().st_size for path in folder.glob(f"{self.competition}.*"))
+                progress.advance(max(0, have - progress.count))
+        return result[0] if result else None
+
+
+def _find_fault(file: Path, size: int | None) -> ValueError | None:
+    """What is wrong with a download that the client calls complete; None where it looks like the archive."""
+    with file.open("rb") as opened:
+        if opened.read(2) not in (b"PK", b"\x1f\x8b"):
+            return ValueError("a web page or other text came instead of the archive")
+    have = file.stat().st_size
+    return ValueError(f"{have:,} bytes came instead of {size:,}") if size not in (None, have) else None
+
+
+@contextlib.contextmanager
+def _muted_stdout() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _check_version() -> None:
+    version = importlib.metadata.version("kaggle")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < NEEDED:
+        raise UserError(f"kaggle {version} can corrupt a partial zip; upgrade it: pip install 'kaggle>=2.2.5'")
+
+
+def _warn_of_readable_credentials(config: Path) -> None:
+    for path in (config, config.parent / "access_token", Path.home() / ".kaggle/access_token"):
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue
+        if mode & 0o077:
+            print(f"warning: {path} can be read by other users; mend it: chmod 600 {path}", file=sys.stderr)
+            return

@@ -1,0 +1,69 @@
+"""`fetch.json` in a data root: where the images came from and which were asked for, so that a part can be verified."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pipeline.dataset.acquire.selection import SPLITS, Selection
+from pipeline.dataset.index.index import replacing
+from pipeline.errors import UserError
+
+RECEIPT = "fetch.json"
+ALL = "all"
+
+Chosen = dict[str, str | list[str]]  #: split -> "all" or sorted synsets
+
+
+@dataclass
+class Receipt:
+    """What `fetch` has brought, or is bringing, into a data root.
+
+    competition: of Kaggle, or None; file: absolute path of a local archive, or None.
+    selected: what is to be there; whole: what was there, whole, when a fetch last came to its end.
+    images: split -> number of images then.
+    """
+
+    competition: str | None = None
+    file: str | None = None
+    selected: Chosen = field(default_factory=dict)
+    whole: Chosen = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+
+    def add(self, selection: Selection) -> None:
+        """Note that `selection`, resolved, is to be there besides what is whole already."""
+        self.selected = dict(self.whole)
+        for split in filter(selection.has, SPLITS):
+            before = self.whole.get(split, [])
+            whole_split = selection.synsets is None or before == ALL
+            self.selected[split] = ALL if whole_split else sorted({*before, *selection.synsets})
+
+    def has(self, selection: Selection) -> bool:
+        """Was all of `selection` whole? A number of classes, not yet resolved, counts as all of them."""
+        for split in filter(selection.has, SPLITS):
+            have = self.whole.get(split, [])
+            if have != ALL and not (isinstance(selection.classes, tuple) and set(selection.classes) <= set(have)):
+                return False
+        return True
+
+    def to_selection(self) -> Selection:
+        """What is to be there, as a selection; all classes where the splits differ."""
+        parts = list(self.selected.values())
+        one = parts and parts[0] != ALL and all(part == parts[0] for part in parts)
+        split = "all" if len(parts) != 1 else next(iter(self.selected))
+        return Selection(split, tuple(parts[0]) if one else None)
+
+    def write(self, root: Path) -> None:
+        """Write it to `root`, all or nothing."""
+        with replacing(root / RECEIPT) as file:
+            file.write(json.dumps(asdict(self), indent=1).encode() + b"\n")
+
+
+def read_receipt(root: Path) -> Receipt | None:
+    """The receipt of a data root; None where it was not fetched. UserError where it is damaged."""
+    path = root / RECEIPT
+    try:
+        return Receipt(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} can't be read ({error}); remove it and run fetch again") from error

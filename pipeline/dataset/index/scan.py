@@ -1,0 +1,270 @@
+"""Scan a tree in class folders into an index: every image decoded once in full, with all cores.
+
+Only a full decode finds every truncated or corrupt image; what can't be decoded is listed and left out. A scan that
+is killed goes on where it was; a later one reads only what has changed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.command import run_command
+from pipeline.dataset import imagenet
+from pipeline.dataset.index.decode import Seen, inspect_all
+from pipeline.dataset.index.decode import decode_fully as decode_fully
+from pipeline.dataset.index.index import (
+    PACKED,
+    RECORD,
+    Index,
+    index_folder,
+    is_current,
+    open_index,
+    replacing,
+    write_index,
+)
+from pipeline.dataset.index.listing import Listing, list_split
+from pipeline.dataset.workers import available_cores, map_in_order
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+
+UNREADABLE = "unreadable.json"
+JOURNAL = "scan.journal"  #: what a scan has found so far, one JSON array a line
+LOCK = ".lock"
+CHUNK = 64  # files a task
+SMALL = 2 * CHUNK  # files, below which starting processes costs more than it saves
+
+
+class Journal:
+    """Appends what was seen of each file, so that a killed scan goes on; a half-written last line is dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seen: dict[str, Seen] = {}
+        whole = 0
+        if path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    try:
+                        name, *fields = json.loads(line)
+                        self.seen[name] = Seen(*fields)
+                    except (ValueError, TypeError):
+                        break
+                    whole += len(line)
+        self.file = path.open("ab")
+        self.file.truncate(whole)
+
+    def add(self, names: list[str], found: list[Seen]) -> None:
+        lines = (json.dumps([name, *seen]) + "\n" for name, seen in zip(names, found, strict=True))
+        self.file.write("".join(lines).encode())
+        self.file.flush()
+
+    def close(self, remove: bool) -> None:
+        self.file.close()
+        if remove:
+            self.path.unlink(missing_ok=True)
+
+
+class Known:
+    """What an earlier index and a killed scan's journal tell of files, if these still have their size and time."""
+
+    def __init__(self, index: Index | None, split: str, journal: Journal):
+        self.journal = journal.seen
+        self.split = index.splits.get(split) if index else None
+        self.numbers = {name: i for i, name in enumerate(self.split.iter_names())} if self.split else {}
+
+    def find(self, root: Path, name: str) -> Seen | None:
+        number, seen = self.numbers.get(name), self.journal.get(name)
+        if number is not None:
+            record = self.split.records[number]
+            seen = Seen(*(int(record[key]) for key in ("size", "mtime_ns", "digest", "width", "height")))
+        if seen is None:
+            return None
+        try:
+            stat = os.stat(f"{root}/{name}")
+        except OSError:
+            return None
+        return seen if (stat.st_size, stat.st_mtime_ns) == (seen.size, seen.mtime_ns) else None
+
+
+def _chunks(items: list) -> Iterator[list]:
+    for i in range(0, len(items), CHUNK):
+        yield items[i : i + CHUNK]
+
+
+def scan_split(
+    root: Path, split: str, listing: Listing, known: Known, journal: Journal, processes: int
+) -> tuple[np.ndarray, list[str], list[dict]]:
+    """Records [n], names and the unreadable files of one split; what is known unchanged is not read again.
+
+    The label of a record is its number in `listing.classes`.
+    """
+    records = np.zeros(len(listing.names), RECORD)
+    records["label"], records["shard"] = listing.labels, -1
+    keep, unreadable = np.ones(len(records), bool), []
+
+    def take(i: int, seen: Seen) -> None:
+        record = records[i]
+        record["size"], record["mtime_ns"], record["digest"] = seen.size, seen.mtime_ns, seen.digest
+        record["width"], record["height"] = seen.width, seen.height
+        if seen.reason:
+            keep[i] = False
+            entry = {"file": listing.names[i], "class": listing.classes[listing.labels[i]], "reason": seen.reason}
+            unreadable.append(entry)
+
+    todo = []
+    for i, name in enumerate(listing.names):
+        seen = known.find(root, name)
+        if seen is None:
+            todo.append(i)
+        else:
+            take(i, seen)
+    paths = ([f"{root}/{listing.names[i]}" for i in chunk] for chunk in _chunks(todo))
+    with Progress(f"Indexing {split}", len(todo), "images", quiet=not todo) as progress:
+        results = map_in_order(inspect_all, paths, 1 if len(todo) <= SMALL else processes)
+        for chunk, found in zip(_chunks(todo), results, strict=True):
+            for i, seen in zip(chunk, found, strict=True):
+                take(i, seen)
+            journal.add([listing.names[i] for i in chunk], found)
+            progress.advance(len(chunk))
+    unreadable.sort(key=lambda entry: entry["file"])
+    return records[keep], [listing.names[i] for i in np.flatnonzero(keep)], unreadable
+
+
+def _open_previous(folder: Path, quiet: bool = False) -> Index | None:
+    """The index as it is; None where there is none, or a damaged one (which is said unless `quiet`)."""
+    if not (folder / "index.json").exists():
+        return None
+    try:
+        return open_index(folder)
+    except UserError as error:
+        if not quiet:
+            print(f"{str(error).split('; build')[0]}; building it anew", file=sys.stderr)
+        return None
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Make `folder`, and wait while another process indexes into it. File systems without locks can't tell."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise UserError(
+            f"can't write the index into {folder} ({error.strerror}); choose another folder with "
+            "--data.index DIR (train) or --out DIR (index)"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another process is indexing; waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        yield
+
+
+def build_index(root: Path, folder: Path | None = None, processes: int | None = None, to_score: bool = False) -> Index:
+    """Scan `root` (see `imagenet.find_splits`) and write its index; an index that is still true is only opened.
+
+    Args:
+        root: data root.
+        folder: where the index goes; default `ROOT/index`.
+        processes: default: every core that this process may use.
+        to_score: a validation split alone will do (`imagenet.find_scored`); where the root is that split, the index
+            goes beside it, to `ROOT.index`.
+
+    Raises UserError for a tree that is not in class folders, an empty class, or a folder that can't be written.
+    """
+    known = (root / PACKED).exists() or index_folder(root).joinpath("index.json").exists()
+    alone = to_score and not known and imagenet.find_scored(root) == {"val": root}
+    folder = folder or (root.resolve().with_name(f"{root.resolve().name}.index") if alone else index_folder(root))
+    previous = _open_previous(folder)
+    if previous is not None and not previous.folders:  # packed shards: there is no tree to scan
+        return previous
+    if previous is None and (root / PACKED).exists():
+        raise UserError(f"{root} holds packed shards without a sound index; run the same pack command again")
+    root = root.resolve()
+    places = (imagenet.find_scored if to_score else imagenet.find_splits)(root)
+
+    def is_true(index: Index | None) -> bool:
+        return index is not None and index.root == root and is_current(index, places.values())
+
+    if is_true(previous):
+        return previous
+    with _only_one(folder):
+        previous = _open_previous(folder, quiet=True)
+        if is_true(previous):  # by the process that was waited for
+            return previous
+        return _scan(root, places, folder, previous, processes or available_cores())
+
+
+def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | None, processes: int) -> Index:
+    listings = {split: list_split(place, root) for split, place in places.items()}
+    whole = next(iter(listings))  # the split that every class is in: train, or the only one
+    classes = listings[whole].classes
+    unknown = sorted(set(listings["val"].classes) - set(classes))
+    if unknown:
+        raise UserError(f"{places['val']} has the class '{unknown[0]}' that {places[whole]} has not; make them agree")
+    splits, bad, done = {}, {}, False
+    journal = Journal(folder / JOURNAL)
+    try:
+        for split, listing in listings.items():
+            known = Known(previous, split, journal)
+            records, names, bad[split] = scan_split(root, split, listing, known, journal, processes)
+            if not len(records):
+                raise UserError(f"{places[split]} has no readable image; fetch it again")
+            records["label"] = np.searchsorted(classes, listing.classes)[records["label"]]
+            missing = np.setdiff1d(np.arange(len(classes)), records["label"])
+            if split == whole and len(missing):
+                raise UserError(f"class '{classes[missing[0]]}' has no readable image in {places[split]}; see {folder}")
+            splits[split] = records, names
+        words = imagenet.read_synset_words(root)
+        noted = {name: mtime for listing in listings.values() for name, mtime in listing.places.items()}
+        with replacing(folder / UNREADABLE) as file:
+            file.write(json.dumps(bad, indent=1).encode())
+        made = write_index(folder, root, [(name, words.get(name, name)) for name in classes], splits, folders=noted)
+        done = True
+        return made
+    finally:
+        journal.close(remove=done)
+
+
+def read_unreadable(folder: Path) -> dict[str, list[dict]]:
+    """Split -> files that the scan left out: {"file", "class", "reason"}."""
+    path = folder / UNREADABLE
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}); remove {folder} and index again") from error
+
+
+def index(root: str, out: str | None = None, processes: int | None = None) -> int:
+    """Scan a tree in class folders once, decode every image in full, and write its index.
+
+    Args:
+        root: an ILSVRC root, or a folder with train/ and val/ (or test/), each with a folder a class.
+        out: folder of the index; default ROOT/index.
+        processes: number of processes; default: all cores.
+    """
+    made = build_index(Path(root), Path(out) if out else None, processes)
+    counts = ", ".join(f"{len(split):,} {name}" for name, split in made.splits.items())
+    print(f"{made.folder}: {counts} images of {made.num_classes} classes, fingerprint {made.fingerprint}")
+    number = sum(map(len, read_unreadable(made.folder).values()))
+    if number:
+        print(f"{number} unreadable files are left out: see {made.folder / UNREADABLE}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    return run_command(index, "index", argv)

@@ -1,0 +1,228 @@
+"""Tar shards that the `webdataset` package reads front to back and this project by offset, and their index.
+
+A sample is two members that share a key: `n01440764/n01440764_10026.jpg` (its bytes) and `....cls` (its label as text).
+A shard is written under a temporary name; beside it, in `.packing/`, lie its records until `merge_shards` makes the
+index of them all. A shard whose tar has its final name is whole, and is never written again.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from pipeline.dataset.index.index import RECORD, Index, index_folder, pack_names, replacing, write_index
+from pipeline.errors import UserError
+
+STATE = ".packing"  #: folder below the destination: records of the shards that are whole, until they are merged
+BLOCK = tarfile.BLOCKSIZE
+SAMPLE_OVERHEAD = 3 * BLOCK + BLOCK // 2  #: bytes a sample: two headers, the label's block, half a block of padding
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample to be written.
+
+    key: path without suffix, unique in its split; it holds no dot after its last '/'.
+    suffix: without the dot, as `webdataset` tells decoders apart ("jpg").
+    width, height: pixels, as stored. order: where it comes in the index; ties are broken by position.
+    """
+
+    key: str
+    suffix: str
+    data: bytes
+    label: int
+    width: int
+    height: int
+    order: int
+
+
+def image_suffix(data: bytes, name: str) -> str:
+    """What `webdataset` should call an image: by its first bytes, or else by its name."""
+    if data[:2] == b"\xff\xd8":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return name.rpartition(".")[2].lower()
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def _records_path(dest: Path, split: str, number: int) -> Path:
+    return dest / STATE / f"{split}-{number:06d}.npz"
+
+
+def is_whole(dest: Path, split: str, number: int) -> bool:
+    """Is this shard written, with its records?"""
+    return (dest / shard_name(split, number)).is_file() and _records_path(dest, split, number).is_file()
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """Header of a tar member; one block for names of up to 100 bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def whole_size(size: int) -> int:
+    """Bytes of a shard whose members take `size`: two empty blocks more, filled up to a record."""
+    return -(-(size + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def make_row(sample: Sample, offset: int) -> tuple:
+    """What `write_records` notes of a sample whose bytes lie at `offset`."""
+    digest = xxhash.xxh3_64_intdigest(sample.data)
+    return (digest, offset, len(sample.data), sample.width, sample.height, sample.label, sample.order)
+
+
+def write_records(dest: Path, split: str, number: int, rows: list[tuple], names: list[str], notes: list[dict]) -> None:
+    """Write the records of a shard (`make_row` and member name of each sample, in the shard's order)."""
+    records, order = np.zeros(len(rows), RECORD), np.zeros(len(rows), np.int64)
+    for i, row in enumerate(rows):
+        record = records[i]
+        for field, value in zip(("digest", "offset", "size", "width", "height", "label"), row, strict=False):
+            record[field] = value
+        order[i] = row[-1]
+    records["shard"] = number
+    blob = pack_names(names, records)
+    with replacing(_records_path(dest, split, number)) as file:
+        np.savez(
+            file, records=records, order=order, names=blob, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8)
+        )
+
+
+class ShardWriter:
+    """One shard. Leaving the context renames it to its final name; an exception leaves none.
+
+    Raises UserError where the disk is full or the folder can't be written.
+    """
+
+    def __init__(self, dest: Path, split: str, number: int):
+        self.dest, self.split, self.number = dest, split, number
+        self.path = dest / shard_name(split, number)
+        self.temporary = dest / f".{self.path.name}.tmp"
+        self.bytes = 0
+        self.notes: list[dict] = []  #: what is to be told of this shard's samples; `merge_shards` hands it back
+        self._rows: list[tuple] = []
+        self._names: list[str] = []
+
+    def __enter__(self) -> "ShardWriter":
+        try:
+            (self.dest / STATE).mkdir(parents=True, exist_ok=True)
+            self._file = self._open()
+        except BlockingIOError:
+            raise UserError(f"another process is writing {self.path}; wait for it or stop it") from None
+        except OSError as error:
+            raise self._explain(error) from error
+        return self
+
+    def _open(self) -> BinaryIO:
+        """The temporary file, empty, and ours alone where the file system has locks."""
+        while True:
+            file = self.temporary.open("ab", buffering=1 << 20)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    file.close()
+                    raise
+            if self.temporary.exists() and os.path.samestat(os.fstat(file.fileno()), self.temporary.stat()):
+                file.truncate(0)
+                return file
+            file.close()  # another process has just finished it
+
+    def _explain(self, error: OSError) -> UserError:
+        return UserError(
+            f"can't write {self.path} ({error.strerror}); mend that or give another folder, and run the same command"
+        )
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Write one member; returns the offset of its bytes."""
+        header, padding = tar_header(name, len(data)), bytes(-len(data) % BLOCK)
+        self._file.write(header)
+        self._file.write(data)
+        self._file.write(padding)
+        offset = self.bytes + len(header)
+        self.bytes = offset + len(data) + len(padding)
+        return offset
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample."""
+        name = f"{sample.key}.{sample.suffix}"
+        try:
+            offset = self._member(name, sample.data)
+            self._member(f"{sample.key}.cls", str(sample.label).encode())
+        except OSError as error:
+            raise self._explain(error) from error
+        self._rows.append(make_row(sample, offset))
+        self._names.append(name)
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None:
+            self._file.close()
+            self.temporary.unlink(missing_ok=True)
+            return
+        try:
+            self._file.write(bytes(whole_size(self.bytes) - self.bytes))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            write_records(self.dest, self.split, self.number, self._rows, self._names, self.notes)
+            self.temporary.replace(self.path)
+        except OSError as error:
+            raise self._explain(error) from error
+        finally:
+            self._file.close()
+            self.temporary.unlink(missing_ok=True)
+
+
+def read_shard_keys(dest: Path, split: str, number: int) -> list[str]:
+    """Keys of the samples in a shard that is whole, in the shard's order."""
+    _, names, _, _ = _read_records(dest, split, number)
+    return [name.rpartition(".")[0] for name in names]
+
+
+def _read_records(dest: Path, split: str, number: int) -> tuple[np.ndarray, list[str], np.ndarray, list[dict]]:
+    path = _records_path(dest, split, number)
+    try:
+        with np.load(path, allow_pickle=False) as parts:
+            records, order = parts["records"], parts["order"]
+            blob, notes = parts["names"].tobytes(), json.loads(parts["notes"].tobytes())
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} can't be read ({error}); remove it and run the same command again") from error
+    names = []
+    for start, length in zip(records["name_offset"].tolist(), records["name_length"].tolist(), strict=True):
+        names.append(blob[start : start + length].decode())
+    return records, names, order, notes
+
+
+def merge_shards(
+    dest: Path, classes: Sequence[tuple[str, str]], shards: dict[str, int]
+) -> tuple[Index, dict[str, list[dict]]]:
+    """Make the index of all shards (split -> how many); every one must be whole. Notes come back by split."""
+    splits, notes = {}, {}
+    for split, number in shards.items():
+        parts = [_read_records(dest, split, i) for i in range(number)]
+        records = np.concatenate([part[0] for part in parts])
+        order = np.concatenate([part[2] for part in parts]).argsort(kind="stable")
+        names = [name for part in parts for name in part[1]]
+        notes[split] = [note for part in parts for note in part[3]]
+        splits[split] = records[order], [names[i] for i in order]
+    files = {split: [shard_name(split, i) for i in range(number)] for split, number in shards.items()}
+    return write_index(index_folder(dest), dest, classes, splits, shards=files), notes
+
+
+def remove_records(dest: Path) -> None:
+    """Remove the records of the single shards, once the index of them all is there."""
+    shutil.rmtree(dest / STATE, ignore_errors=True)

@@ -1,0 +1,290 @@
+"""The verb `pack`: an indexed tree as tar shards with an index, by all cores or many machines, shard by shard.
+
+Any process can write any shard (see `pack_plan`), the bytes are always the same, and what is whole is never written
+twice. The index keeps ImageFolder's order whatever the shards hold.
+"""
+
+import functools
+import json
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipeline.command import run_command
+from pipeline.dataset import imagenet
+from pipeline.dataset.index.decode import decode_fully
+from pipeline.dataset.index.index import PACKED, Index, index_folder, open_index, replacing, safe_join
+from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
+from pipeline.dataset.shards.format import (
+    Sample,
+    ShardWriter,
+    image_suffix,
+    is_whole,
+    merge_shards,
+    remove_records,
+    shard_name,
+)
+from pipeline.dataset.shards.plan import Extra, Options, Plan, make_key, make_plan, read_checked
+from pipeline.dataset.shards.reencode import reencode
+from pipeline.dataset.verify.expected import read_selected
+from pipeline.dataset.workers import available_cores, map_in_order, read_ahead
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+
+#: Lists of the archive that go with the shards, so that `verify` knows what is to be there.
+LISTS = (imagenet.SYNSET_MAPPING, imagenet.VAL_SOLUTION, "ILSVRC/ImageSets/CLS-LOC/train_cls.txt")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to write; everything that a process of its own needs."""
+
+    index: Path
+    fingerprint: str
+    dest: Path
+    split: str
+    number: int
+    items: np.ndarray
+    extras: tuple[Extra, ...]
+    twins: frozenset[int]
+    options: Options
+
+
+_open_once = functools.lru_cache(1)(open_index)
+
+
+def write_shard(task: Task) -> int:
+    """Write one shard; returns its number of items."""
+    index = _open_once(task.index)
+    if index.fingerprint != task.fingerprint:
+        raise UserError(f"index {task.index} changed meanwhile; run the same command again")
+    split, side = index.splits[task.split], task.options.side_of(task.split)
+    with ShardWriter(task.dest, task.split, task.number) as writer:
+        samples = [item for item in task.items.tolist() if item < len(split)]
+        read = read_ahead(lambda sample: read_checked(index, task.split, sample), samples)
+        for item in task.items.tolist():
+            if item >= len(split):
+                extra = task.extras[item - len(split)]
+                _save(writer, index, extra, item in task.twins, side, task.options.quality)
+                continue
+            data, record, name = next(read), split.records[item], split.name(item)
+            width, height = int(record["width"]), int(record["height"])
+            if side is not None and min(width, height) > side:
+                data, width, height = reencode(data, side, task.options.quality)
+            label = int(record["label"])
+            key = name.rpartition(".")[0] if split.shards else make_key(index.synsets[label], name, item in task.twins)
+            writer.add(Sample(key, image_suffix(data, name), data, label, width, height, 2 * item + 1))
+    return len(task.items)
+
+
+def _save(writer: ShardWriter, index: Index, extra: Extra, is_twin: bool, side: int | None, quality: int) -> None:
+    """Add what can be seen of a damaged image, or note that nothing can."""
+    note = {"file": extra.name, "class": index.synsets[extra.label]}
+    try:
+        raw = safe_join(index.root, extra.name).read_bytes()
+        data, width, height = reencode(raw, side, quality, damaged=True)
+        decode_fully(data)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "nothing to decode"
+        writer.notes.append({**note, "done": "left out", "reason": reason})
+        return
+    writer.notes.append({**note, "done": "re-encoded"})
+    key = make_key(index.synsets[extra.label], extra.name, is_twin)
+    writer.add(Sample(key, "jpg", data, extra.label, width, height, extra.order))
+
+
+def _check_dest(dest: Path, wanted: dict) -> dict | None:
+    """The marker in `dest`, None for a new folder; UserError where it holds something else, or other shards."""
+    try:
+        found = json.loads((dest / PACKED).read_bytes())
+    except FileNotFoundError:
+        if dest.exists() and (not dest.is_dir() or any(PACKED not in path.name for path in dest.iterdir())):
+            raise UserError(f"{dest} exists and holds something else; give a new or empty folder") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{dest / PACKED} can't be read ({error}); remove {dest} or give another folder") from error
+    for key in ("source", "options", "shards"):
+        if found.get(key) != wanted[key]:
+            old, new = found.get(key), wanted[key]
+            if isinstance(old, dict):
+                differing = next(name for name in new if old.get(name) != new[name])
+                key, old, new = differing, old.get(differing), new[differing]
+            raise UserError(f"{dest} was packed with {key} {old} instead of {new}; give another folder or remove it")
+    return found
+
+
+def parse_part(part: str | None) -> tuple[int, int]:
+    """ "3/8" as (3, 8), None as (1, 1). UserError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--part is {part}; give I/N with I from 1 to N, like 3/8")
+    return int(match[1]), int(match[2])
+
+
+def _open_source(root: Path, part: str | None, processes: int | None) -> Index:
+    if part is None:
+        return build_index(root, processes=processes)
+    folder = index_folder(root)
+    if not (folder / "index.json").exists():  # many parts must not scan the same tree at once
+        raise UserError(f"{root} has no index yet; run first: pipeline index {root}")
+    return open_index(folder)
+
+
+def _opens(folder: Path) -> bool:
+    try:
+        open_index(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
+    """Make `dest` ready, or tell by True that it is complete. Raises UserError where it can't be used."""
+    shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
+    marker = {"source": index.fingerprint, "options": asdict(options), "shards": shards, "complete": False}
+    found = _check_dest(dest, marker)
+    if found is not None:
+        return bool(found.get("complete")) and _opens(index_folder(dest))
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(dest).free
+        if plan.size > free:
+            raise UserError(
+                f"{dest} has {free / 1e9:,.1f} GB free, but {plan.size / 1e9:,.1f} GB are needed; give another folder"
+            )
+        with replacing(dest / PACKED) as file:
+            file.write(json.dumps(marker, indent=1).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"can't write into {dest} ({error.strerror}); give another folder") from error
+    return False
+
+
+def _finish(root: Path, dest: Path, index: Index, shards: dict[str, int], selected: dict | None) -> Index:
+    """Merge the shards' records into the index, take the archive's lists along, and mark the folder as complete."""
+    for folder in (dest, index_folder(dest)):
+        for path in folder.glob(".*.tmp"):  # what killed runs left
+            path.unlink()
+    made, notes = merge_shards(dest, list(zip(index.synsets, index.words, strict=True)), shards)
+    for name in LISTS:
+        if (root / name).is_file():
+            (dest / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / name, dest / name)
+    marker = json.loads((dest / PACKED).read_bytes())
+    if selected is not None:
+        marker["selected"] = selected
+    with replacing(dest / UNREADABLE) as file:
+        file.write(json.dumps(notes, indent=1).encode() + b"\n")
+    with replacing(dest / PACKED) as file:
+        file.write(json.dumps({**marker, "complete": True}, indent=1).encode() + b"\n")
+    remove_records(dest)
+    return made
+
+
+def pack_tree(
+    root: Path,
+    dest: Path,
+    options: Options,
+    part: str | None = None,
+    processes: int | None = None,
+    quiet: bool = True,
+) -> Index | None:
+    """Pack `root` into `dest`; the index of the shards, or None where only a part was written.
+
+    Args:
+        root: a data root; it is indexed first if need be.
+        dest: a new or empty folder, or one that the same command began.
+        part: "I/N": write only every N-th shard, and no index.
+        processes: default: every core that this process may use.
+
+    Raises UserError for unreadable images (if so told), images changed since indexing, and a folder that won't do.
+    """
+    (turn, parts), folder = parse_part(part), index_folder(root)
+    index, selected = _open_source(root, part, processes), read_selected(root)
+    unreadable = read_unreadable(folder)
+    bad = [entry["file"] for entries in unreadable.values() for entry in entries]
+    if bad and options.unreadable == "refuse":
+        raise UserError(
+            f"{len(bad)} images of {root} can't be read, such as {bad[0]} (see {folder / UNREADABLE}); fetch them "
+            "again, or give --unreadable skip (leave them out) or reencode (save what can be seen)"
+        )
+    plan = make_plan(index, options, unreadable)
+    complete = _prepare(dest, index, options, plan)
+    mine = [shard for i, shard in enumerate(plan.shards()) if i % parts == turn - 1]
+    todo = [
+        shard for shard in mine if not ((dest / shard_name(*shard)).is_file() if complete else is_whole(dest, *shard))
+    ]
+    if len(todo) < len(mine) and not quiet:
+        print(f"{len(mine) - len(todo):,} of {len(mine):,} shards are there already", file=sys.stderr)
+    tasks = (
+        Task(
+            *(folder, index.fingerprint, dest, split, number, plan.of_shard(split, number)),
+            *(tuple(plan.extras[split]), plan.twins[split], options),
+        )
+        for split, number in todo
+    )
+    total = sum(len(plan.of_shard(*shard)) for shard in todo)
+    with Progress("Packing", total, "images", quiet=quiet or not todo) as progress:
+        for written in map_in_order(write_shard, tasks, min(processes or available_cores(), max(1, len(todo)))):
+            progress.advance(written)
+    if complete:
+        remove_records(dest)
+        return open_index(index_folder(dest))
+    if part is not None:
+        return None
+    return _finish(root, dest, index, {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}, selected)
+
+
+def pack(
+    root: str,
+    dest: str,
+    short_side: int | None = None,
+    quality: int = 90,
+    shard_mb: int = 256,
+    resize_val: bool = False,
+    unreadable: Literal["refuse", "skip", "reencode"] = "refuse",
+    seed: int = 0,
+    part: str | None = None,
+    processes: int | None = None,
+) -> int:
+    """Write a data root as WebDataset tar shards with an index; killed anywhere, the same command goes on.
+
+    Args:
+        root: a data root; it is indexed first if need be.
+        dest: folder for the shards: new, empty, or begun by the same command.
+        short_side: reduce training images to this shorter side in pixels (smaller ones stay as they are).
+        quality: JPEG quality of what is re-encoded.
+        shard_mb: megabytes of a shard.
+        resize_val: reduce the validation images, too; they stay original otherwise.
+        unreadable: what to do with images that do not decode: refuse, skip (leave out), or reencode what can be seen.
+        seed: of the shuffle that deals samples out to shards.
+        part: I/N writes every N-th shard from the I-th, for N jobs at once; the same command without it finishes.
+        processes: number of processes; default: all cores.
+    """
+    options = Options(short_side, quality, shard_mb, resize_val, unreadable, seed)
+    made = pack_tree(Path(root), Path(dest), options, part, processes, quiet=False)
+    if made is None:
+        print(f"{dest}: part {part} is written; when all parts are, run the same command without --part")
+        return 0
+    for split, of_split in made.splits.items():
+        last = len(of_split.shards) - 1
+        size = sum((made.root / shard).stat().st_size for shard in of_split.shards)
+        span = f"{split}-{{000000..{last:06d}}}.tar" if last else shard_name(split, 0)
+        print(
+            f"{dest}/{span}: {len(of_split):,} images in {last + 1:,} shard{'s' if last else ''}, {size / 1e6:,.1f} MB"
+        )
+    print(f"{made.folder}: fingerprint {made.fingerprint}")
+    notes = [note for of_split in read_unreadable(made.root).values() for note in of_split]
+    for note in notes[:20]:
+        print(f"{note['file']}: {note['done']}{': ' + note['reason'] if 'reason' in note else ''}")
+    if len(notes) > 20:
+        print(f"... and {len(notes) - 20} more: see {made.root / UNREADABLE}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    return run_command(pack, "pack", argv)

@@ -1,0 +1,158 @@
+"""Which sample goes into which shard, under which key: a function of the index and the options alone.
+
+A seeded shuffle deals the samples out, so that sequential readers meet all classes in every shard.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from pipeline.dataset.index.index import Index
+from pipeline.dataset.shards.format import SAMPLE_OVERHEAD
+from pipeline.dataset.shards.reencode import reencode
+from pipeline.errors import UserError
+
+PROBES = 64  # images re-encoded beforehand, to learn how large a shard's samples will be
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the bytes of the shards depend on, besides the source."""
+
+    short_side: int | None = None
+    quality: int = 90
+    shard_mb: int = 256
+    resize_val: bool = False
+    unreadable: str = "refuse"
+    seed: int = 0
+
+    def __post_init__(self):
+        limits = {"short_side": (16, 4096), "quality": (1, 100), "shard_mb": (1, 100_000), "seed": (0, 2**63 - 1)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name} is {value}; give a number from {low} to {high}")
+
+    def side_of(self, split: str) -> int | None:
+        """Pixels that the shorter side of this split's images is reduced to; None: they stay as they are."""
+        return self.short_side if split == "train" or self.resize_val else None
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A file that the index left out, to be saved as far as it goes. `order` as in `shards.Sample`."""
+
+    name: str
+    label: int
+    order: int
+
+
+def list_extras(index: Index, split: str, unreadable: list[dict]) -> list[Extra]:
+    """Where the left-out files of a split belong in the index's order (source sample i has the order 2 i + 1)."""
+    if not unreadable:
+        return []
+    names = list(index.splits[split].iter_names())
+    keys = [tuple(name.rpartition("/")[::2]) for name in names]
+    labels = index.splits[split].records["label"]
+    extras = []
+    for entry in sorted(unreadable, key=lambda entry: entry["file"]):
+        label = index.synsets.index(entry["class"])
+        first, last = np.searchsorted(labels, [label, label + 1])
+        key = tuple(entry["file"].rpartition("/")[::2])
+        extras.append(Extra(entry["file"], label, 2 * (int(first) + sum(other < key for other in keys[first:last]))))
+    return extras
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For each split, the items of its shards: `cuts` [shards + 1] into `items` [n], a shuffle of samples and extras.
+
+    Item i < len(split) is a sample of the source, the others are `extras[i - len(split)]`.
+    """
+
+    items: dict[str, np.ndarray]
+    cuts: dict[str, np.ndarray]
+    extras: dict[str, list[Extra]]
+    twins: dict[str, frozenset[int]]  # items whose key another item has, too: a.jpg and a.png
+    size: int  # bytes of all shards, estimated
+
+    def shards(self) -> Iterator[tuple[str, int]]:
+        return ((split, number) for split, cuts in self.cuts.items() for number in range(len(cuts) - 1))
+
+    def of_shard(self, split: str, number: int) -> np.ndarray:
+        return self.items[split][self.cuts[split][number] : self.cuts[split][number + 1]]
+
+
+def read_checked(index: Index, split: str, sample: int) -> bytes:
+    """A sample's bytes; UserError where they are not those that were indexed."""
+    of_split = index.splits[split]
+    remedy = "run pipeline verify on the source first"
+    try:
+        data = of_split.read(sample)
+    except OSError as error:
+        raise UserError(f"image {of_split.name(sample)} can't be read ({error.strerror}); {remedy}") from error
+    if xxhash.xxh3_64_intdigest(data) != int(of_split.records["digest"][sample]):
+        raise UserError(f"image {of_split.name(sample)} has changed since it was indexed; {remedy}")
+    return data
+
+
+def make_key(synset: str, name: str, is_twin: bool = False) -> str:
+    """Key of an image: its class and its path below the class folder without suffix.
+
+    A dot in the file's stem would end the key, so it becomes a dash; where that, or the lost suffix, makes two keys the
+    same (`is_twin`), a digest of the name is added.
+    """
+    parts = name.split("/")
+    inner = "/".join(parts[parts.index(synset) + 1 :]) if synset in parts[:-1] else parts[-1]
+    folder, slash, file = inner.rpartition("/")
+    stem = file.rpartition(".")[0]
+    tag = f"-{xxhash.xxh32_hexdigest(name.encode())}" if is_twin else ""
+    return f"{synset}/{folder}{slash}{stem.replace('.', '-')}{tag}"
+
+
+def _find_twins(index: Index, split: str, extras: list[Extra]) -> frozenset[int]:
+    of_split = index.splits[split]
+    if of_split.shards:  # its names are keys already
+        return frozenset()
+    hashes = np.zeros(len(of_split) + len(extras), np.uint64)
+    labels = of_split.records["label"].tolist()
+    for i, (name, label) in enumerate(zip(of_split.iter_names(), labels, strict=True)):
+        hashes[i] = xxhash.xxh3_64_intdigest(make_key(index.synsets[label], name).encode())
+    for i, extra in enumerate(extras, len(of_split)):
+        hashes[i] = xxhash.xxh3_64_intdigest(make_key(index.synsets[extra.label], extra.name).encode())
+    _, back, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    return frozenset(np.flatnonzero(counts[back] > 1).tolist())
+
+
+def _mean_bytes(index: Index, split: str, options: Options) -> float:
+    """Bytes that a sample takes in a shard: known for originals, else learned from some."""
+    of_split, side = index.splits[split], options.side_of(split)
+    mean = float(of_split.records["size"].mean())
+    if side is not None:
+        probes = np.unique(np.linspace(0, len(of_split) - 1, PROBES).astype(int))
+        before = after = 0
+        for i in probes.tolist():
+            data = read_checked(index, split, i)
+            record = of_split.records[i]
+            before += len(data)
+            shrinks = min(record["width"], record["height"]) > side
+            after += len(reencode(data, side, options.quality)[0]) if shrinks else len(data)
+        mean *= after / before
+    return mean + SAMPLE_OVERHEAD
+
+
+def make_plan(index: Index, options: Options, unreadable: dict[str, list[dict]]) -> Plan:
+    """Deal the samples out to shards of about `options.shard_mb`: a function of index and options alone."""
+    items, cuts, extras, twins, size = {}, {}, {}, {}, 0.0
+    for number, split in enumerate(sorted(index.splits)):
+        extras[split] = list_extras(index, split, unreadable.get(split, [])) if options.unreadable == "reencode" else []
+        twins[split] = _find_twins(index, split, extras[split])
+        count = len(index.splits[split]) + len(extras[split])
+        mean = _mean_bytes(index, split, options)
+        shards = max(1, round(count * mean / (options.shard_mb * 1e6)))
+        items[split] = np.random.default_rng([options.seed, number]).permutation(count)
+        cuts[split] = np.linspace(0, count, min(shards, count) + 1).astype(np.int64)
+        size += count * mean
+    return Plan(items, cuts, extras, twins, int(size))

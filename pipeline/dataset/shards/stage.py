@@ -1,0 +1,126 @@
+"""Copy packed shards to a node's own disk, and reuse what is there. One process a node at a time copies."""
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.command import run_command
+from pipeline.dataset.index.index import Index, index_folder, open_index, safe_join
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+
+CHUNK = 1 << 24  # bytes copied at a time
+THREADS = 4  # files copied at a time
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that a second job on the same node waits for the first one's copy."""
+    with (folder / ".stage.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another process is copying into it; waiting", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def is_same(there: Path, here: Path) -> bool:
+    """Has `here` the size and the modification time of `there`?"""
+    try:
+        wanted, found = there.stat(), here.stat()
+    except FileNotFoundError:
+        return False
+    return (wanted.st_size, wanted.st_mtime_ns) == (found.st_size, found.st_mtime_ns)
+
+
+def copy_file(there: Path, here: Path, advance) -> None:
+    """Copy under a temporary name and rename; `advance` is told the bytes of each piece."""
+    here.parent.mkdir(parents=True, exist_ok=True)
+    temporary = here.with_name(f".{here.name}.stage.tmp")
+    with there.open("rb") as source, temporary.open("wb") as target:
+        while piece := source.read(CHUNK):
+            target.write(piece)
+            advance(len(piece))
+    shutil.copystat(there, temporary)
+    temporary.replace(here)
+
+
+def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: bool = False) -> tuple[Index, int]:
+    """Copy a packed data set to `dest`. Returns the index of the copy and the number of files copied.
+
+    Args:
+        source: data root with packed shards.
+        dest: folder on this node's own disk, made if missing; becomes a data root.
+        index: folder of the source's index; default SOURCE/index.
+
+    Raises UserError for a tree of images, a missing shard, or a disk that is too small.
+    """
+    index = index or index_folder(source)
+    opened = open_index(index)
+    for name, split in opened.splits.items():
+        if not split.shards:
+            raise UserError(f"{source}: {name} is a tree of single files; pack it into shards first (pipeline pack)")
+    wanted = {safe_join(opened.root, shard): shard for split in opened.splits.values() for shard in split.shards}
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        with only_one(dest):
+            missing = [(there, dest / name) for there, name in wanted.items() if not is_same(there, dest / name)]
+            size = sum(there.stat().st_size for there, _ in missing)
+            free = shutil.disk_usage(dest).free
+            if size > free:
+                raise UserError(
+                    f"{dest} has {free / 1e9:,.1f} GB free, {size / 1e9:,.1f} GB are to be copied; "
+                    "make room, give another folder, or train from the source"
+                )
+            with Progress(f"Copying to {dest}", size, "bytes", quiet) as progress, ThreadPoolExecutor(THREADS) as pool:
+                lock = threading.Lock()
+
+                def advance(count: int) -> None:
+                    with lock:
+                        progress.advance(count)
+
+                for done in [pool.submit(copy_file, there, here, advance) for there, here in missing]:
+                    done.result()
+            copy_index(index, index_folder(dest))
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such file; pack or fetch it again") from error
+    except OSError as error:
+        raise UserError(f"{dest}: {error.strerror} ({error.filename}); give another folder") from error
+    return open_index(index_folder(dest)), len(missing)
+
+
+def copy_index(there: Path, here: Path) -> None:
+    """Copy an index's files, `index.json` last; the folder above is its root."""
+    here.mkdir(exist_ok=True)
+    meta = json.loads((there / "index.json").read_bytes()) | {"root": ".."}
+    for entry in meta["splits"].values():
+        for key in ("records", "names"):
+            copy_file(safe_join(there, entry[key]), here / entry[key], lambda _: None)
+    temporary = here / f".index.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(meta, indent=1))
+    temporary.replace(here / "index.json")
+
+
+def stage(source: str, dest: str, index: str | None = None) -> int:
+    """Copy packed shards to a node's own disk, reusing what is there; then train with --data.root DEST.
+
+    Args:
+        source: data root with packed shards, seen by every node.
+        dest: folder on the node's own disk.
+        index: folder of the source's index; default SOURCE/index.
+    """
+    opened, copied = stage_shards(Path(source), Path(dest), Path(index) if index else None)
+    total = sum(len(split.shards) for split in opened.splits.values())
+    print(f"{dest}: {copied} of {total} shards copied, {total - copied} were there; fingerprint {opened.fingerprint}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    return run_command(stage, "stage", argv)

@@ -1,0 +1,120 @@
+"""What a data root is supposed to hold: by the archive's own lists, and by what was asked for when it was fetched."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from pipeline.dataset import imagenet
+from pipeline.dataset.index.index import PACKED
+from pipeline.dataset.valprep import ANNOTATIONS, read_val_annotations
+from pipeline.errors import UserError
+
+TRAIN_LIST = "ILSVRC/ImageSets/CLS-LOC/train_cls.txt"
+RECEIPT = "fetch.json"
+
+Chosen = dict[str, frozenset[str] | None]  #: split -> synsets that were asked for, None: all
+
+
+def hash_ids(ids: Iterable[str]) -> np.ndarray:
+    """xxh3_64 of each id, uint64 [n]: a million ids in 8 MB."""
+    return np.fromiter((xxhash.xxh3_64_intdigest(name.encode()) for name in ids), np.uint64)
+
+
+def train_id(synset: str, stem: str) -> str:
+    """How the archive's list names a training image: `n01440764/n01440764_10026`. A validation image: by its stem."""
+    return f"{synset}/{stem}"
+
+
+def read_selected(root: Path) -> dict[str, str | list[str]] | None:
+    """What was asked for when `root` was fetched (or the tree it was packed from): split -> "all" or synsets.
+
+    None where that is not known. UserError where the file that tells it is damaged.
+    """
+    for name in (RECEIPT, PACKED):
+        path = root / name
+        if not path.is_file():
+            continue
+        try:
+            selected = json.loads(path.read_bytes()).get("selected")
+            if selected is not None:
+                return dict(selected)
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{path} can't be read ({error}); remove it or fetch again") from error
+    return None
+
+
+def read_chosen(root: Path) -> Chosen | None:
+    """`read_selected` as sets."""
+    selected = read_selected(root)
+    if selected is None:
+        return None
+    return {split: None if part == "all" else frozenset(part) for split, part in selected.items()}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The images of a root by the lists. A split that no list tells of is not in `counts`.
+
+    counts: split -> images; synsets: those of the lists, sorted; val_labels: image id -> synset.
+    """
+
+    root: Path
+    chosen: Chosen | None
+    counts: dict[str, int] = field(default_factory=dict)
+    synsets: tuple[str, ...] = ()
+    val_labels: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_imagenet(self) -> bool:
+        """Are these the lists of the whole ILSVRC 2012 set?"""
+        return self.counts == {"train": imagenet.TRAIN_IMAGES, "val": imagenet.VAL_IMAGES} and (
+            len(self.synsets) == imagenet.CLASSES
+        )
+
+    def wants(self, split: str, synset: str) -> bool:
+        if self.chosen is None:
+            return True
+        part = self.chosen.get(split, frozenset())
+        return part is None or synset in part
+
+    def wants_split(self, split: str) -> bool:
+        return self.chosen is None or split in self.chosen
+
+    def ids(self, split: str) -> Iterator[str]:
+        """Ids of the images that should be there, in the list's order."""
+        if split == "val":
+            yield from (name for name, synset in self.val_labels.items() if self.wants("val", synset))
+        elif split == "train":
+            with (self.root / TRAIN_LIST).open(encoding="utf-8") as file:
+                for line in file:
+                    name = line.partition(" ")[0].strip()
+                    if name and self.wants("train", name.partition("/")[0]):
+                        yield name
+
+
+def read_expected(root: Path) -> Expected:
+    """Read the lists of `root`; what they do not tell is left out. UserError for a damaged one."""
+    chosen = read_chosen(root)
+    solution = imagenet.find_list(root, imagenet.VAL_SOLUTION)
+    labels = imagenet.read_val_solution(solution) if solution else read_val_annotations(root / ANNOTATIONS)
+    draft = Expected(root, chosen, val_labels=labels)
+    counts: dict[str, int] = {}
+    synsets: set[str] = set()
+    if (root / TRAIN_LIST).is_file() and draft.wants_split("train"):
+        counts["train"] = 0
+        for name in draft.ids("train"):
+            synset, slash, stem = name.partition("/")
+            if not slash or not stem:
+                raise UserError(
+                    f"{root / TRAIN_LIST}: expected 'SYNSET/IMAGE NUMBER', got {name[:80]!r}; fetch it again"
+                )
+            counts["train"] += 1
+            synsets.add(synset)
+    if labels and draft.wants_split("val"):
+        counts["val"] = sum(1 for _ in draft.ids("val"))
+        synsets.update(synset for synset in labels.values() if draft.wants("val", synset))
+    return Expected(root, chosen, counts, tuple(sorted(synsets)), labels)

@@ -1,0 +1,233 @@
+"""The verb `verify`: is this the real and whole data set? What is missing or damaged is named.
+
+Two yardsticks: the archive's own lists (what should be there), and the index (what the bytes were).
+"""
+
+import json as json_format
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from pipeline.command import run_command
+from pipeline.dataset import imagenet
+from pipeline.dataset.index.index import Index, index_folder, is_current, is_sound, open_index
+from pipeline.dataset.index.listing import list_split
+from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.verify.check import MISSING, Finding, Named, check_items, iter_samples, make_item, new_item
+from pipeline.dataset.verify.expected import hash_ids, read_expected, train_id
+from pipeline.dataset.verify.report import Report, Tally, judge, show, to_json
+from pipeline.dataset.workers import available_cores
+from pipeline.errors import EXIT_OK, EXIT_USER, UserError
+from pipeline.progress import Progress
+
+
+def find_places(root: Path) -> dict[str, Path]:
+    """The folders of the splits that `root` has; unlike for training, one may be enough."""
+    try:
+        return imagenet.find_splits(root)
+    except UserError:
+        base = root / imagenet.CLS_LOC if (root / imagenet.CLS_LOC).is_dir() else root
+        places = {split: base / split for split in ("train", "val") if (base / split).is_dir()}
+        if not places:
+            raise
+        return places
+
+
+def open_baseline(root: Path) -> Index | None:
+    """The index of `root`, its own content checked; None where there is none. UserError where it is damaged."""
+    folder = index_folder(root)
+    if not (folder / "index.json").exists():
+        return None
+    index = open_index(folder)
+    if not is_sound(index):
+        raise UserError(f"index {folder} is damaged (its records were changed); remove it, run pipeline index {root}")
+    return index
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].rpartition(".")[0]
+
+
+def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[Named, object]]:
+    """Every sample that should be looked at, named, and the `check.Item` that tells where its bytes are.
+
+    Those of the index; then files of the tree that it does not have: new ones, and those it left out as unreadable.
+    """
+    known: dict[str, set[str]] = {}
+    places = {} if index is not None and not index.folders else find_places(root)
+    current = index is not None and is_current(index, places.values())
+    for name, split in (index.splits if index else {}).items():
+        labels = split.records["label"]
+        seen = known.setdefault(name, set())
+        for i, path in iter_samples(split):
+            if not current:
+                seen.add(path)
+            synset = index.synsets[labels[i]]
+            yield Named(name, path, synset, _stem(path), ""), make_item(split, i, path)
+    for name, place in places.items():
+        if current:
+            entries = read_unreadable(index.folder).get(name, [])
+            files = ((entry["file"], entry["class"]) for entry in entries)
+        else:
+            listing = list_split(place, root, empty_ok=True)
+            of_file = zip(listing.names, listing.labels.tolist(), strict=True)
+            files = ((path, listing.classes[label]) for path, label in of_file if path not in known.get(name, ()))
+        for path, synset in files:
+            yield Named(name, path, synset, _stem(path), ""), new_item(root, path)
+
+
+def _image_id(named: Named) -> str:
+    return train_id(named.synset, named.stem) if named.split == "train" else named.stem
+
+
+def _problem(named: Named, finding: Finding) -> Named:
+    return Named(named.split, named.name, named.synset, named.stem, finding.problem)
+
+
+def _list_missing(report: Report, split: str, tally: Tally, lost: list[Named]) -> None:
+    """Add what the lists (or, where there is none, the index) name and the root lacks, and what no list names."""
+    expected = report.expected
+    if split not in expected.counts:
+        report.missing += lost
+        return
+    here = np.sort(np.array(tally.ids, np.uint64))
+    listed = hash_ids(expected.ids(split))
+    absent = set(np.flatnonzero(~np.isin(listed, here)).tolist())
+    for number, name in enumerate(expected.ids(split)):
+        if number in absent:
+            synset = expected.val_labels[name] if split == "val" else name.partition("/")[0]
+            path = f"{imagenet.CLS_LOC}/{split}/{name}.JPEG"
+            report.missing.append(Named(split, path, synset, name.rpartition("/")[2], MISSING))
+    wanted = set(listed.tolist())
+    report.missing += (named for named in lost if int(hash_ids([_image_id(named)])[0]) not in wanted)
+
+
+def verify_root(
+    root: Path,
+    decode: bool = False,
+    processes: int | None = None,
+    quiet: bool = True,
+    before: Report | None = None,
+) -> Report:
+    """Look at everything in `root`.
+
+    Args:
+        root: a data root, as a tree or as packed shards.
+        decode: decode every image again; else a digest that agrees with the index proves an image.
+        processes: default: every core that this process may use.
+        before: a report after which only what it found broken was fetched again: the rest is not read twice.
+
+    Raises UserError where there is no data set, or where its index or lists are damaged.
+    """
+    root = root.resolve()
+    if not root.is_dir():
+        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds train/ and val/")
+    report = Report(root, read_expected(root), open_baseline(root))
+    listed = {split: set(hash_ids(report.expected.ids(split)).tolist()) for split in report.expected.counts}
+    again = None if before is None else {(named.split, named.stem) for named in before.broken()}
+    tallies: dict[str, Tally] = {}
+    lost: dict[str, list[Named]] = {}
+
+    def take(named: Named, finding: Finding | None) -> None:
+        if finding is not None and finding.problem == MISSING:
+            lost.setdefault(named.split, []).append(_problem(named, finding))
+            return
+        tally = tallies.setdefault(named.split, Tally())
+        key = xxhash.xxh3_64_intdigest(_image_id(named).encode())
+        tally.ids.append(key)
+        if named.split in listed and key not in listed[named.split]:
+            report.unlisted.append(named)
+        truth = report.expected.val_labels.get(named.stem) if named.split == "val" else None
+        if truth is not None and truth != named.synset:
+            report.mislabelled.append(_problem(named, Finding(f"lies in {named.synset}, belongs to {truth}")))
+        if finding is not None and finding.problem:
+            report.damaged.append(_problem(named, finding))
+            return
+        tally.sound += 1
+        tally.of_class[named.synset] += 1
+        if finding is not None:
+            report.kinds[finding.kind] += 1
+            report.known += finding.kind == "png" and named.stem in imagenet.KNOWN_PNG
+            report.known += finding.kind == "cmyk" and named.stem in imagenet.KNOWN_CMYK
+
+    def items() -> Iterator[tuple[Named, object]]:
+        for named, item in _name_samples(root, report.index):
+            if again is not None and (named.split, named.stem) not in again:
+                take(named, None)
+            else:
+                yield named, item
+
+    number = sum(map(len, report.index.splits.values())) if report.index else sum(report.expected.counts.values())
+    with Progress("Verifying", number if again is None else len(again), "images", quiet=quiet) as progress:
+        findings = check_items(items(), decode, processes or available_cores(), progress.advance)
+        for named, finding in findings:
+            take(named, finding)
+    if before is not None:
+        report.kinds += before.kinds
+        report.known += before.known
+    for split in sorted({*tallies, *lost, *report.expected.counts}):
+        _list_missing(report, split, tallies.get(split, Tally()), lost.get(split, []))
+    judge(report, tallies)
+    return report
+
+
+def repair_root(report: Report, decode: bool, processes: int | None, quiet: bool) -> Report:
+    """Fetch what is missing or damaged again, index it, and look once more at just that.
+
+    Raises UserError for packed shards, and where the root was not fetched by `pipeline fetch`.
+    """
+    if report.packed:
+        split = report.index.splits
+        of = {(name, split[name].name(i)): split[name].path(i).name for name in split for i in range(len(split[name]))}
+        shards = sorted({of.get((named.split, named.name), "?") for named in report.broken()})
+        raise UserError(
+            f"{report.root} holds shards, which are not repaired one image at a time: remove {', '.join(shards[:5])} "
+            "and run the same pack command again"
+        )
+    from pipeline.dataset import valprep
+    from pipeline.dataset.acquire import fetch
+
+    def member(named: Named) -> str:
+        inner = f"{named.synset}/{named.stem}" if named.split == "train" else named.stem
+        return f"{imagenet.CLS_LOC}/{named.split}/{inner}.JPEG"
+
+    if report.broken():
+        fetch.repair(report.root, sorted({member(named) for named in report.broken()}))
+    if report.mislabelled:
+        valprep.sort_val(report.root)
+    if report.index is not None:
+        build_index(report.root, processes=processes)
+    return verify_root(report.root, decode, processes, quiet, before=report)
+
+
+def verify(
+    root: str, json: str | None = None, repair: bool = False, decode: bool = False, processes: int | None = None
+) -> int:
+    """Is this the real and whole data set? Counts, classes, labels and every image's bytes; exit code 0 if all is well.
+
+    Args:
+        root: a data root: a tree or packed shards.
+        json: also write the report, with every name, to this file.
+        repair: fetch what is missing or damaged again.
+        decode: decode every image again, even where its bytes are those that were decoded when indexed.
+        processes: number of processes; default: all cores.
+    """
+    report = verify_root(Path(root), decode, processes, quiet=False)
+    show(report)
+    if repair and (report.broken() or report.mislabelled):
+        number = len(report.broken()) + len(report.mislabelled)
+        print(f"repairing {number:,} images")
+        report = repair_root(report, decode, processes, quiet=False)
+        show(report)
+    if json is not None:
+        try:
+            Path(json).write_text(json_format.dumps(to_json(report), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"can't write {json} ({error.strerror}); give another place") from error
+    return EXIT_OK if report.good else EXIT_USER
+
+
+def main(argv: list[str]) -> int:
+    return run_command(verify, "verify", argv)

@@ -1,0 +1,104 @@
+"""What `pipeline evaluate` scores: the networks of a run's checkpoint, or torchvision's published weights."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.config import Config, load_config
+from pipeline.dataset.index.index import Index, index_folder, open_index
+from pipeline.errors import UserError
+from pipeline.evaluation.class_map import imagenet_classes
+from pipeline.model.build import Normalised, build_model
+from pipeline.model.heads import count_outputs
+from pipeline.model.published import Published
+from pipeline.model.weights import load_whole, start_from
+from pipeline.tracking.ledger import best_step, read_rows
+from pipeline.training.ranks.world import World
+from pipeline.training.run_folder.checkpoint import (
+    DamagedCheckpoint,
+    find_newest_good,
+    folder_name,
+    load_state,
+    verify_checkpoint,
+)
+from pipeline.training.run_folder.folder import RunFolder
+
+FILES = {"raw": "model", "ema": "ema"}  # weights -> their file in a checkpoint
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: networks by name on the device, their outputs, their classes (None: not known), and where they
+    come from: checkpoint, its meta."""
+
+    networks: dict[str, nn.Module]
+    outputs: int
+    classes: list[str] | None
+    path: Path | None = None
+    meta: dict = dataclasses.field(default_factory=dict)
+
+
+def find_checkpoint(folder: RunFolder, name: str) -> tuple[Path, dict]:
+    """The verified checkpoint folder that "best", "last", a step, a folder's name or a path means, and its meta. Raises
+    UserError."""
+    if name == "last":
+        found = find_newest_good(folder.checkpoints, warn=print)
+        if found is None:
+            raise UserError(f"{folder.checkpoints} holds no good checkpoint; train first")
+        return found
+    if name == "best":
+        step = best_step(row for row in read_rows(folder.ledger) if row.get("kind") == "eval")
+        if step is None:
+            raise UserError(f"{folder.ledger} holds no evaluation yet; give --checkpoint last")
+        path = folder.checkpoints / folder_name(step)
+    else:
+        own = folder.checkpoints / (folder_name(int(name)) if name.isdecimal() else name)
+        path = own if own.is_dir() else Path(name).expanduser()
+        if not path.is_dir():
+            known = ", ".join(found.name for found in sorted(folder.checkpoints.glob("step-*"))) or "none"
+            raise UserError(f"--checkpoint {name} is no checkpoint; give best, last, or one of {folder.path}: {known}")
+    try:
+        return path, verify_checkpoint(path)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; give another --checkpoint") from error
+
+
+def normalised(model: nn.Module, config: Config, world: World) -> nn.Module:
+    return Normalised(model, config.data.mean, config.data.std, config.train.channels_last).to(world.device)
+
+
+def load_published(config: Config, published: Published, index: Index, world: World) -> Subject:
+    """torchvision's published weights, downloaded by rank 0 where they are not cached. Collective."""
+    model = build_model(config.model, published.outputs)
+    world.on_main(lambda: start_from(model, config.model))
+    network = normalised(model, config, world)
+    for value in network.state_dict().values():
+        torch.distributed.broadcast(value, src=0)
+    return Subject({published.name: network}, published.outputs, imagenet_classes(index, published.outputs))
+
+
+def load_run(weights: str, checkpoint: str, config: Config, folder: RunFolder, world: World) -> Subject:
+    """The networks of a run's checkpoint. weights: "raw", "ema", their average, or "both". Collective."""
+    path, meta = world.on_main(lambda: find_checkpoint(folder, checkpoint))
+    wanted = ["raw", "ema"] if weights == "both" else [weights]
+    there = [name for name in wanted if f"{FILES[name]}.pt" in meta["files"]]
+    if not there:
+        raise UserError(f"{path} has no averaged weights (ema.decay was 0); give --weights raw")
+    networks, outputs = {}, 0
+    for name in there:
+        state = load_state(path, [FILES[name]])[FILES[name]]
+        outputs = count_outputs(config.model.name, state)
+        model = build_model(config.model, outputs)
+        load_whole(model, state)
+        networks[name] = normalised(model, config, world)
+    return Subject(networks, outputs, meta.get("classes") or classes_of(folder), path, meta)
+
+
+def classes_of(folder: RunFolder) -> list[str] | None:
+    """The classes of a run's own data set, where that is still here: older checkpoints do not say."""
+    data = load_config(folder.config, verb="evaluate").data
+    place = Path(data.index).expanduser() if data.index else index_folder(Path(data.root).expanduser())
+    return list(open_index(place).synsets) if (data.index or data.root) and (place / "index.json").exists() else None

@@ -1,0 +1,41 @@
+"""Which output of a network stands for which class folder of a data set that it may not have been trained on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.dataset.imagenet import read_synset_words
+from pipeline.dataset.index.index import Index
+from pipeline.errors import UserError
+
+
+def class_positions(folders: Sequence[str], known: Sequence[str] | None, outputs: int, root: str) -> np.ndarray:
+    """The output of each class folder, int64 [n].
+
+    By name where the network's classes are `known`; folders named 0, 1, ... (as in ImageNet-V2) are the outputs' own
+    numbers; as many folders as outputs, with nothing known, are in order. Raises UserError that names a folder that
+    fits nowhere.
+    """
+    if known is not None and set(folders) <= set(known):
+        places = {name: number for number, name in enumerate(known)}
+        return np.array([places[name] for name in folders], np.int64)
+    if all(name.isdecimal() and int(name) < outputs for name in folders):
+        return np.array([int(name) for name in folders], np.int64)
+    if known is None and len(folders) == outputs:
+        return np.arange(outputs)
+    if known is None:
+        raise UserError(
+            f"{root} has {len(folders):,} classes and the network {outputs:,} outputs, and nothing says which is "
+            "which; put LOC_synset_mapping.txt into it, or give a data set with all classes"
+        )
+    stranger = next(name for name in folders if name not in set(known))
+    raise UserError(f"{root} has the class '{stranger}', which the network has not; its classes are like '{known[0]}'")
+
+
+def imagenet_classes(index: Index, outputs: int) -> list[str] | None:
+    """The synsets in the order of ImageNet's published weights, as far as this data set can tell: from the archive's
+    mapping beside it, or because it holds them all."""
+    words = read_synset_words(index.root)
+    if len(words) == outputs:
+        return sorted(words)
+    return list(index.synsets) if index.num_classes == outputs and not index.synsets[0].isdecimal() else None

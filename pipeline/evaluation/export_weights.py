@@ -1,0 +1,190 @@
+"""The verb `export`: a run's network for others, with its classes and preprocessing beside it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pipeline.command import run_command
+from pipeline.config import Config, load_config
+from pipeline.dataset.index.index import index_folder, open_index
+from pipeline.errors import EXIT_OK, UserError
+from pipeline.evaluation.checkpoints import FILES, find_checkpoint
+from pipeline.model.build import build_model, transforms_input
+from pipeline.model.heads import count_outputs
+from pipeline.model.weights import load_whole
+from pipeline.tracking.ledger import read_rows
+from pipeline.training.run_folder.checkpoint import load_state
+from pipeline.training.run_folder.folder import RunFolder
+
+OPSET = 18
+
+
+def export(
+    run: str,
+    out: str,
+    checkpoint: str = "best",
+    weights: Literal["auto", "raw", "ema"] = "auto",
+    data_root: str | None = None,
+) -> int:
+    """Write a run's network: torchvision's state_dict (.pth, .pt), safetensors, or ONNX, by OUT's name.
+
+    Beside it goes OUT.json: classes, preprocessing, scores.
+
+    Args:
+        run: the run folder.
+        out: file ending in .pth, .pt, .safetensors or .onnx.
+        checkpoint: best (highest top-1 so far), last, a step, or a checkpoint folder.
+        weights: raw: as they were trained; ema: their average; auto: what scored better, the average where neither did.
+        data_root: where the data lies now, for the classes' names; default: where the run had it.
+    """
+    folder, target = RunFolder(Path(run).expanduser().resolve()), Path(out).expanduser()
+    writers = {".pth": write_state, ".pt": write_state, ".safetensors": write_safetensors, ".onnx": write_onnx}
+    if target.suffix not in writers:
+        raise UserError(f"{out}: the name says what to write; let it end in {', '.join(writers)}")
+    if not folder.config.exists():
+        raise UserError(f"{run} is no run folder: it has no config.yaml; give the --run_dir of a run")
+    config = load_config(folder.config, verb="export")
+    path, meta = find_checkpoint(folder, checkpoint)
+    scores = next((row for row in read_rows(folder.ledger) if _is_score_of(row, meta["step"])), {})
+    chosen = choose_weights(weights, scores, "ema.pt" in meta["files"], path)
+    state = load_state(path, [FILES[chosen]])[FILES[chosen]]
+    classes = read_classes(config, data_root)
+    outputs = count_outputs(config.model.name, state)
+    if classes and len(classes) > outputs:
+        raise UserError(
+            f"--data_root {data_root or config.data.root} has {len(classes)} classes, the network {outputs}; "
+            "give the data set that it was trained on"
+        )
+    model = build_model(config.model, outputs)
+    load_whole(model, state)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        writers[target.suffix](model.eval(), config, target)
+        card = describe(config, outputs, classes, meta["step"], chosen, scores, inside=target.suffix == ".onnx")
+        target.with_name(target.name + ".json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{out} can't be written ({error.strerror}); give another place") from error
+    size = target.stat().st_size / 1e6
+    what = "averaged weights (EMA)" if chosen == "ema" else "weights"
+    print(
+        f"{target}: {config.model.name}, {what} of step {meta['step']:,}, {size:,.1f} MB; {target.name}.json beside it"
+    )
+    if config.evaluation.recalibrate_batches:
+        print("BatchNorm's statistics are the training's; the scores are with recalibrated ones")
+    if classes is None:
+        print(f"the classes' names are not in it: no index at {config.data.root or 'data.root'}; give --data_root")
+    return EXIT_OK
+
+
+def _is_score_of(row: dict, step: int) -> bool:
+    return row.get("kind") == "eval" and row["step"] == step
+
+
+def choose_weights(wanted: str, scores: dict, averaged: bool, path: Path) -> str:
+    """ "raw" or "ema". Raises UserError where the average is wanted and there is none."""
+    if wanted == "ema" and not averaged:
+        raise UserError(f"{path} has no averaged weights (ema.decay was 0); give --weights raw")
+    if wanted != "auto":
+        return wanted
+    better = scores.get("val_ema_top1", math.inf) >= scores.get("val_top1", -math.inf)
+    return "ema" if averaged and better else "raw"
+
+
+def read_classes(config: Config, data_root: str | None) -> list[dict] | None:
+    """[{synset, words}] in label order, or None where the data set is not here."""
+    root = Path(data_root or config.data.root).expanduser()
+    folder = Path(config.data.index).expanduser() if config.data.index and not data_root else index_folder(root)
+    if not (data_root or config.data.root) or not (folder / "index.json").exists():
+        if data_root:
+            raise UserError(f"--data_root {data_root} has no index; build it with: pipeline index {data_root}")
+        return None
+    index = open_index(folder)
+    return [{"synset": s, "words": w} for s, w in zip(index.synsets, index.words, strict=True)]
+
+
+def expected_means(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel that a state_dict's plain network expects.
+
+    The published GoogLeNet and Inception v3 are for means and deviations of 0.5; a run that starts from them keeps its
+    own and lets the network convert them (`transform_input`), which is no part of a state_dict.
+    """
+    mean, std = config.data.mean, config.data.std
+    if not transforms_input(config.model):
+        return mean, std
+    channels = list(zip(mean, std, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True))  # torchvision's figures
+    stds = [s * 0.5 / there for _, s, _, there in channels]
+    means = [m + (0.5 - there) / 0.5 * s for (m, _, there, _), s in zip(channels, stds, strict=True)]
+    return tuple(round(m, 6) for m in means), tuple(round(s, 6) for s in stds)
+
+
+def describe(
+    config: Config, outputs: int, classes: list[dict] | None, step: int, weights: str, scores: dict, inside: bool
+) -> dict:
+    """What somebody needs to use the weights, "raw" or "ema". scores: the step's row of the ledger, or {}. inside: what
+    the network does to its input by itself is in the file (ONNX)."""
+    data, infix = config.data, "ema_" if weights == "ema" else ""
+    mean, std = (data.mean, data.std) if inside else expected_means(config)
+    named = {f"val_{key}": f"val_{infix}{key}" for key in ("loss", "top1", "top5")}
+    return {
+        "model": config.model.name,
+        "num_classes": outputs,
+        "classes": classes,
+        "preprocessing": {
+            "input": "float32 [B, 3, H, W], RGB",
+            "resize_shorter_side": data.val_resize,
+            "interpolation": f"{data.interpolation}, antialiased",
+            "center_crop": data.val_size,
+            "scale": "1 / 255",
+            "mean": list(mean),
+            "std": list(std),
+        },
+        "output": "logits [B, num_classes]",
+        "step": step,
+        "weights": weights,
+        "scores": {key: scores[there] for key, there in named.items()} if scores else None,
+    }
+
+
+def write_state(model: nn.Module, config: Config, path: Path) -> None:
+    """A plain state_dict: `load_state_dict` of torchvision's model takes it, strictly."""
+    state = model.state_dict()  # its modules' versions, an attribute, go along: MNASNet refuses weights without
+    for key in state:
+        state[key] = state[key].contiguous()
+    torch.save(state, path)
+
+
+def write_safetensors(model: nn.Module, config: Config, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(state, path, metadata={"format": "pt", "model": config.model.name})
+
+
+def write_onnx(model: nn.Module, config: Config, path: Path) -> None:
+    """ONNX of normalised images float32 [B, 3, H, W] -> logits, for any B. Raises UserError where a part is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{path}: ONNX needs {error.name}; pip install onnx onnxscript") from error
+    size = config.data.val_size
+    torch.onnx.export(
+        model,
+        (torch.zeros(2, 3, size, size),),
+        path,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        opset_version=OPSET,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def main(argv: list[str]) -> int:
+    return run_command(export, "export", argv)

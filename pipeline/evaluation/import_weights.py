@@ -1,0 +1,111 @@
+"""The verb `import`: weights from elsewhere as a run folder that `evaluate` and `export` take."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline.command import run_command
+from pipeline.config import ModelConfig, identity, load_config, resolve_recipe, to_yaml
+from pipeline.dataset.index.index import Index, index_folder, open_index
+from pipeline.errors import EXIT_OK, UserError
+from pipeline.evaluation.class_map import imagenet_classes
+from pipeline.model.build import AUXILIARY_WEIGHTS, build_model, check_name, count_parameters
+from pipeline.model.heads import find_heads
+from pipeline.model.slides import fold, guess_name, is_slides
+from pipeline.model.weights import load_whole, read_state
+from pipeline.training.optim.optimizer import heads_for, make_optimizer
+from pipeline.training.run_folder.checkpoint import folder_name, write_checkpoint
+from pipeline.training.run_folder.folder import RunFolder
+
+
+def import_weights(
+    file: str, run: str, name: str | None = None, config: str = "resnet152-torchvision-v1", data_root: str | None = None
+) -> int:
+    """Make a run folder of weights from elsewhere: the slides' resnet.pth, or torchvision's own.
+
+    Args:
+        file: state_dict as .pth, .pt or .safetensors; it is read without unpickling.
+        run: the run folder to make; it must not be one yet.
+        name: torchvision's name of the network; default: ResNet-50, -101 or -152, by what the file holds.
+        config: recipe whose sizes and means go with the weights, unless FILE.json, as `export` writes it, has them.
+        data_root: data set to score them on.
+    """
+    folder = RunFolder(Path(run).expanduser().resolve())
+    if folder.config.exists():
+        raise UserError(f"{run} is a run already; give another folder")
+    state = read_state(Path(file).expanduser())
+    name = name or guess_name(state)
+    check_name(name, "--name")
+    slides = is_slides(state)
+    state = fold(state) if slides else state
+    settings = load_config(Path(resolve_recipe(config)), ["--model.name", name], verb="import")
+    head = next((key for key in state if key.rpartition(".")[0] in find_heads(name) and key.endswith("weight")), None)
+    if head is None:
+        raise UserError(f"{file} has no head of {name} ({', '.join(find_heads(name))}); give --name")
+    model_config = ModelConfig(name=name, num_classes=len(state[head]))
+    data = dataclasses.replace(settings.data, root=data_root or "", **preprocessing_of(Path(file).expanduser(), name))
+    settings = dataclasses.replace(settings, model=model_config, data=data, run_dir=str(folder.path))
+    model = build_model(model_config, len(state[head]))
+    load_strictly(model, state, file, name)
+    index = open_index(index_folder(Path(data_root).expanduser())) if data_root else None
+    facts = {"index_fingerprint": index.fingerprint, "classes": classes_for(index, len(state[head]))} if index else {}
+    write_run(folder, settings, model, facts)
+    what = "the slides' layout, biases folded into BatchNorm" if slides else "torchvision's layout"
+    print(f"{folder.path}: {name}, {count_parameters(model):,} parameters, {len(state[head])} classes; {what}")
+    weights = folder.checkpoints / folder_name(0)
+    print(f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {weights}")
+    return EXIT_OK
+
+
+def preprocessing_of(file: Path, name: str) -> dict:
+    """Options of `data` that belong to weights: those of the card that `export` writes beside them; for GoogLeNet and
+    Inception v3 without one the means and deviations of torchvision's weights, 0.5; {}: the recipe's."""
+    card = file.with_name(file.name + ".json")
+    if card.is_file():
+        try:
+            said = json.loads(card.read_text())["preprocessing"]
+            sizes = {"val_size": int(said["center_crop"]), "val_resize": int(said["resize_shorter_side"])}
+            return {"mean": tuple(map(float, said["mean"])), "std": tuple(map(float, said["std"])), **sizes}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{card} is no card of an export ({error!r}); mend or remove it") from error
+    return {"mean": (0.5,) * 3, "std": (0.5,) * 3} if name in AUXILIARY_WEIGHTS else {}
+
+
+def load_strictly(model: torch.nn.Module, state: dict, file: str, name: str) -> None:
+    """Load a whole state_dict. Raises UserError in one line for one that differs."""
+    try:
+        load_whole(model, state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+        raise UserError(f"{file} is no state_dict of {name}: {' '.join(lines)[:300]}") from error
+
+
+def classes_for(index: Index, outputs: int) -> list[str]:
+    """The data set's class of each output. Raises UserError where that is not known."""
+    classes = list(index.synsets) if index.num_classes == outputs else imagenet_classes(index, outputs)
+    if classes is None:
+        raise UserError(
+            f"--data_root {index.root} has {index.num_classes:,} classes and the network {outputs:,} outputs, and "
+            "nothing says which is which; put LOC_synset_mapping.txt into it, or leave --data_root out"
+        )
+    return classes
+
+
+def write_run(folder: RunFolder, config, model: torch.nn.Module, facts: dict) -> None:
+    """A run folder that stands at step 0 with these weights. facts: what its checkpoint says of the data set."""
+    try:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        optimizer = make_optimizer(model, config.optim, heads_for(config)).state_dict()
+        scaler = torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16").state_dict()
+        state = {"model": model.state_dict(), "optimizer": {"optimizer": optimizer, "scaler": scaler}}
+        meta = {"identity": identity(config), "index_fingerprint": "", "blacklist": [], "world_size": 1, **facts}
+        write_checkpoint(folder.checkpoints, 0, state, {**meta, "torch": torch.__version__})
+        folder.config.write_text(to_yaml(config))
+    except OSError as error:
+        raise UserError(f"run folder {folder.path} can't be written ({error.strerror}); give another") from error
+
+
+def main(argv: list[str]) -> int:
+    return run_command(import_weights, "import", argv)

@@ -1,0 +1,235 @@
+"""`pipeline evaluate`: score a run's checkpoint, or published weights, on a validation set, by one process or many."""
+
+import csv
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
+from pipeline.dataset.index.index import Index
+from pipeline.errors import EXIT_OK, UserError
+from pipeline.evaluation.checkpoints import Subject, load_published, load_run
+from pipeline.evaluation.class_map import class_positions
+from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
+from pipeline.model.published import PREFIX, Published, find_published
+from pipeline.model.sizes import check_to_score
+from pipeline.training.data import open_data
+from pipeline.training.evaluate import Evaluation, evaluate
+from pipeline.training.guard import rollbacks_of
+from pipeline.training.ranks.stop_request import StopRequest, interrupted_exit_code
+from pipeline.training.ranks.world import World, start_world
+from pipeline.training.recalibrate import keeping_buffers, recalibrate
+from pipeline.training.run_folder.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the verb was asked for; see its help."""
+
+    run: str
+    checkpoint: str = "best"
+    weights: str = "both"
+    model: str = "resnet152"
+    data_root: str | None = None
+    sizes: str | None = None
+    ten_crop: bool = False
+    flip: bool | None = None
+    recalibrate: int | None = None
+    per_class: str | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    json: str | None = None
+
+    @property
+    def published(self) -> bool:
+        return self.weights.startswith(PREFIX)
+
+
+def parse_sizes(text: str | None, data: DataConfig) -> list[tuple[int, int]]:
+    """(size, resize) pairs in pixels of "224,288/320"; a size alone keeps the recipe's share. Raises UserError."""
+    if text is None:
+        return [(data.val_size, data.val_resize)]
+    pairs = []
+    for part in text.split(","):
+        size, _, resize = part.strip().partition("/")
+        good = size.isdecimal() and int(size) > 0 and (not resize or (resize.isdecimal() and int(resize) >= int(size)))
+        if not good:
+            raise UserError(f"--sizes {text}: give pixels, or crop/resize in pixels, e.g. 224,288 or 224/232")
+        pairs.append((int(size), int(resize) if resize else round(int(size) * data.val_resize / data.val_size)))
+    return pairs
+
+
+def evaluate_run(ask: Request, stop: StopRequest) -> int:
+    """Score and print; see the verb's help. Returns the exit code."""
+    if not ask.published and ask.weights not in ("raw", "ema", "both"):
+        raise UserError(f"--weights {ask.weights}: give raw, ema, both, or {PREFIX}NAME, e.g. {PREFIX}IMAGENET1K_V2")
+    published = find_published(ask.model, ask.weights.removeprefix(PREFIX)) if ask.published else None
+    folder = None if published else RunFolder(Path(ask.run).expanduser().resolve())
+    if folder is not None and not folder.config.exists():
+        raise UserError(f"{ask.run} is no run folder: it has no config.yaml; give the --run_dir of a run")
+    config = published_config(ask, published) if published else load_config(folder.config, verb="evaluate")
+    config = relocated(config, ask.data_root, ask.batch_size, ask.device)
+    sizes = parse_sizes(ask.sizes, config.data)
+    if ask.recalibrate is not None and ask.recalibrate < 0:
+        raise UserError(f"--recalibrate {ask.recalibrate}: give a number of training batches, or 0 for none")
+    check_to_score(config.model, (size for size, _ in sizes), f"--sizes {ask.sizes}" if ask.sizes else "the run's size")
+    world = start_world(config.train)
+    try:
+        index = open_data(config.data, world, print, to_score=True)
+        if published:
+            subject = load_published(config, published, index, world)
+        else:
+            subject = load_run(ask.weights, ask.checkpoint, config, folder, world)
+        results = score_all(ask, config, subject, index, sizes, world, stop)
+    finally:
+        world.close()
+    if results is None:
+        return interrupted_exit_code()
+    if world.is_main:
+        tell(ask, results, subject, published)
+    return EXIT_OK
+
+
+def relocated(config: Config, data_root: str | None, batch_size: int | None, device: str) -> Config:
+    """A saved configuration for this machine: other places and sizes, the same recipe."""
+    data = dataclasses.replace(config.data, root=data_root, index=None) if data_root else config.data
+    train = dataclasses.replace(
+        config.train, device=device, eval_batch_size=batch_size or config.train.eval_batch_size, compile=False
+    )
+    return dataclasses.replace(config, data=data, train=train)
+
+
+def published_config(ask: Request, published: Published) -> Config:
+    """The configuration that published weights are scored with: theirs, in fp32."""
+    if not ask.data_root:
+        raise UserError("--data_root is missing: give the folder that holds the validation images")
+    data = DataConfig(
+        image_size=published.size,
+        val_size=published.size,
+        val_resize=published.resize,
+        interpolation="bicubic" if published.bicubic else "bilinear",
+        mean=published.mean,
+        std=published.std,
+    )
+    model = ModelConfig(name=ask.model, num_classes=published.outputs, weights=published.name)
+    return Config(data=data, model=model, train=TrainConfig(precision="fp32"))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One network at one size. seconds: that it took. folders: (class folder, its words, its output)."""
+
+    weights: str
+    size: int
+    resize: int
+    evaluation: Evaluation
+    seconds: float
+    folders: list[tuple[str, str, int]]
+
+    @property
+    def facts(self) -> dict:
+        scores = self.evaluation.scores
+        named = {"weights": self.weights, "size": self.size, "resize": self.resize, **dataclasses.asdict(scores)}
+        return named | {"images_per_s": round(scores.images / self.seconds, 1)}
+
+
+def score_all(
+    ask: Request,
+    config: Config,
+    subject: Subject,
+    index: Index,
+    sizes: list[tuple[int, int]],
+    world: World,
+    stop: StopRequest,
+) -> list[Result] | None:
+    """Each network at each size; None if any rank was asked to stop. Collective."""
+    positions = class_positions(index.synsets, subject.classes, subject.outputs, str(index.root))
+    folders = list(zip(index.synsets, index.words, positions.tolist(), strict=True))
+    labels = positions[np.ascontiguousarray(index.splits["val"].records["label"], np.int64)]
+    local = config.train.global_batch_size // world.size
+    batch = config.train.eval_batch_size or max(1, min(local, config.train.micro_batch_size or local))
+    flip = config.evaluation.flip if ask.flip is None else ask.flip
+    count = config.evaluation.recalibrate_batches if ask.recalibrate is None else ask.recalibrate
+    results = []
+    for name, network in subject.networks.items():
+        with keeping_buffers(network):
+            if count and not recalibrated(network, config, subject, index, count, world, stop):
+                return None
+            for size, resize in sizes:
+                data = dataclasses.replace(config.data, val_size=size, val_resize=resize)
+                stream = make_eval_stream(index, data, batch, world, ask.ten_crop, labels)
+                begun = time.perf_counter()
+                try:
+                    found = evaluate(
+                        network, stream, world, config.train.precision, stop, subject.outputs, flip, ask.ten_crop
+                    )
+                finally:
+                    stream.close()
+                if found is None:
+                    return None
+                results.append(Result(name, size, resize, found, time.perf_counter() - begun, folders))
+    return results
+
+
+def recalibrated(
+    network: nn.Module, config: Config, subject: Subject, index: Index, count: int, world: World, stop: StopRequest
+) -> bool:
+    """BatchNorm's statistics anew over the last `count` training batches; False if any rank was asked to stop."""
+    if subject.meta.get("index_fingerprint") != index.fingerprint:
+        raise UserError(f"--recalibrate {count} needs the run's own data set, {index.root} is another; give 0")
+    plan = make_train_plan(index, config.data, config.train, config.augment)
+    plan.reshuffle([made.to for made in rollbacks_of(subject.meta) if made.reshuffle])
+    stream = make_train_stream(index, plan, config.data, world)
+    step = subject.meta["step"]
+    skip = frozenset(sample for sample, _ in subject.meta["blacklist"])
+    try:
+        last = range(max(0, step - count), max(step, 1))
+        return recalibrate(
+            network, stream, last, skip, world, config.train.precision, stop, config.train.micro_batch_size
+        )
+    finally:
+        stream.close()
+
+
+def tell(ask: Request, results: list[Result], subject: Subject, published: Published | None) -> None:
+    """Print the scores, and write them where that was asked for."""
+    where = {"checkpoint": str(subject.path), "step": subject.meta["step"]} if subject.path else {}
+    facts = where | results[0].facts
+    if published is not None:
+        facts |= {"published_top1": published.top1, "published_top5": published.top5}
+    if len(results) == 1:
+        lines = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in facts.items()]
+        print("\n".join(f"  {name:<13} {value}" for name, value in lines))
+    else:
+        for name, value in where.items():
+            print(f"  {name:<13} {value}")
+        names = f"{'loss':>8} {'top-1':>8} {'top-5':>8} {'ECE':>7} {'images':>9}"
+        print(f"  {'weights':<14} {'size':>5} {'resize':>7} {names}")
+        for row in (result.facts for result in results):
+            scores = f"{row['val_loss']:8.4f} {row['val_top1']:8.3f} {row['val_top5']:8.3f} {row['val_ece']:7.3f}"
+            print(f"  {row['weights']:<14} {row['size']:5} {row['resize']:7} {scores} {row['images']:9,}")
+    try:
+        if ask.json:
+            everything = facts | {"results": [result.facts for result in results]}
+            Path(ask.json).expanduser().write_text(json.dumps(everything, indent=1) + "\n")
+        if ask.per_class:
+            write_per_class(Path(ask.per_class).expanduser(), results)
+    except OSError as error:
+        raise UserError(f"{error.filename} can't be written ({error.strerror}); give another file") from error
+
+
+def write_per_class(path: Path, results: list[Result]) -> None:
+    """A CSV with a row for each class of each result: class, words, images, top-1 and top-5 in percent."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["weights", "size", "class", "words", "images", "top1", "top5"])
+        for result in results:
+            for folder, words, output in result.folders:
+                images, top1, top5 = result.evaluation.classes[output].tolist()
+                shares = [round(100 * hits / images, 4) if images else "" for hits in (top1, top5)]
+                rows.writerow([result.weights, result.size, folder, words, int(images), *shares])

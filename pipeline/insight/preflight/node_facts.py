@@ -1,0 +1,151 @@
+"""What one machine knows about itself: its GPUs, its versions, and whether it can read the data and write the run
+folder. Under Slurm every node of a job says it, as one JSON line, and `preflight` puts the lines together. No torch.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import Config, DataConfig
+from pipeline.dataset.index.index import Split, index_folder, open_index
+from pipeline.errors import UserError
+
+SAMPLES = 16  # read and compared with their digests on every node
+PACKAGES = {"DALI": "nvidia-dali-cuda", "NCCL": "nvidia-nccl-cu"}  # name -> how its distributions begin
+
+
+def gather_facts(config: Config) -> dict:
+    """The facts of this machine, as plain values.
+
+    Keys: node, cpus, gpus ([{name, memory_mib}]), driver, versions, run_folder (a problem, or None), and data
+    ({problem, fingerprint, shards, read_s}).
+    """
+    gpus, driver = query_gpus()
+    return {
+        "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "driver": driver,
+        "versions": versions(),
+        "run_folder": probe_folder(Path(config.run_dir).expanduser()) if config.run_dir else None,
+        "data": probe_data(config.data),
+    }
+
+
+def query_gpus() -> tuple[list[dict], str | None]:
+    """([{name, memory_mib}], driver version) by nvidia-smi; ([], None) where there is none."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return [], None
+    lines = [line.split(", ") for line in done.stdout.splitlines() if line.count(", ") == 2]
+    if done.returncode or not lines:
+        return [], None
+    return [{"name": name, "memory_mib": int(float(memory))} for name, memory, _ in lines], lines[0][2]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides about results and speed, without importing any of it; None: not installed."""
+    found = {"Python": platform.python_version(), "CUDA": _cuda_of_torch()}
+    for name in ("torch", "torchvision"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    for name, prefix in PACKAGES.items():
+        found[name] = next((version for dist, version in installed.items() if dist.startswith(prefix)), None)
+    return found
+
+
+def _cuda_of_torch() -> str | None:
+    """The CUDA version that torch was built for, from its version.py."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    match = re.search(r"^cuda\b.*=\s*'([\d.]+)'", Path(spec.origin).with_name("version.py").read_text(), re.MULTILINE)
+    return match[1] if match else None
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    return next(place for place in [folder, *folder.absolute().parents] if place.exists())
+
+
+def probe_folder(folder: Path) -> str | None:
+    """Why a run can't live in `folder`, or None. What is missing of it is not made."""
+    existing = nearest_existing(folder)
+    probe = existing / f".probe.{socket.gethostname()}.{os.getpid()}"
+    try:
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        return f"{existing} can't be written ({error.strerror})"
+    return None
+
+
+def probe_data(data: DataConfig) -> dict:
+    """Open the index, look at every shard, read some samples. `problem` is None if all is well."""
+    facts = {"problem": None, "indexed": False, "fingerprint": None, "shards": 0, "images": None, "read_s": None}
+    root = Path(data.root).expanduser()
+    if not data.root or not root.is_dir():
+        return facts | {
+            "problem": f"--data.root {data.root or 'is missing'}: no such folder; give the data set's folder"
+        }
+    folder = Path(data.index).expanduser() if data.index else index_folder(root)
+    if not (folder / "index.json").exists():
+        return facts
+    facts["indexed"] = True
+    try:
+        index = open_index(folder)
+        facts |= {"fingerprint": index.fingerprint, "classes": index.num_classes}
+        facts["images"] = {name: len(split) for name, split in index.splits.items()}
+        start = time.perf_counter()
+        for split in index.splits.values():
+            facts["shards"] += check_shards(split)
+            check_samples(split)
+        facts["read_s"] = round(time.perf_counter() - start, 3)
+    except (UserError, OSError) as error:
+        facts["problem"] = str(error)
+    return facts
+
+
+def check_shards(split: Split) -> int:
+    """How many shards a split has. Raises UserError for one that is missing or too short for its samples."""
+    in_shard = split.records["shard"] >= 0
+    ends = np.zeros(len(split.shards), np.int64)
+    np.maximum.at(ends, split.records["shard"][in_shard], (split.records["offset"] + split.records["size"])[in_shard])
+    for name, end in zip(split.shards, ends.tolist(), strict=True):
+        path = split.root / name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"shard {path}: {error.strerror}; pack or copy it again") from error
+        if size < end:
+            raise UserError(f"shard {path} has {size:,} bytes, its samples end at {end:,}; pack or copy it again")
+    return len(split.shards)
+
+
+def check_samples(split: Split, count: int = SAMPLES) -> None:
+    """Read `count` samples, evenly spread. Raises UserError for one that is missing or has other bytes than indexed."""
+    import xxhash
+
+    for sample in np.linspace(0, len(split) - 1, min(count, len(split))).astype(int).tolist():
+        record, path = split.records[sample], split.path(sample)
+        try:
+            with path.open("rb") as file:
+                file.seek(int(record["offset"]))
+                content = file.read(int(record["size"]))
+        except OSError as error:
+            raise UserError(f"{path} can't be read ({error.strerror}); is it on a disk that this node sees?") from error
+        if xxhash.xxh3_64_intdigest(content) != int(record["digest"]):
+            raise UserError(f"{path}: sample {split.name(sample)} has other bytes than indexed; see: pipeline verify")

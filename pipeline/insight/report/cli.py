@@ -1,0 +1,203 @@
+"""The verb `report`: a run, or several side by side, as one page that opens anywhere, also while they go on."""
+
+import dataclasses
+import os
+import time
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.command import make_parser, normalise
+from pipeline.errors import EXIT_OK, UserError
+from pipeline.insight.report import page
+from pipeline.insight.report.charts import Series, line_chart
+from pipeline.insight.report.network_page import ON_CPU, network_sections
+from pipeline.insight.status.cli import duration
+from pipeline.tracking.ledger import better_scores
+
+COLOURS = 6
+
+
+def charts(records: list) -> str:
+    """Loss and accuracy against epochs and hours, learning rate, speed. One run: training and validation in two
+    colours; several: a colour each."""
+    alone = len(records) == 1
+    drawn = []
+    binary = any(record.config.optim.loss == "bce" for record in records)
+    unit = (
+        "training: as in the settings (BCE is of another size); validation: cross-entropy"
+        if binary
+        else "cross-entropy"
+    )
+    pairs = [("Loss", "loss", "val_loss", unit), ("Accuracy", "top1", "val_top1", "top-1, percent")]
+    for title, train, val, unit in pairs:
+        for against in ("epochs", "hours of training"):
+            series = []
+            for number, record in enumerate(records):
+                name = "" if alone else f"{record.name}: "
+                colour, again = number % COLOURS, number >= COLOURS
+                x = record.column("epoch") if against == "epochs" else record.hours
+                x_eval = record.column("epoch", "eval") if against == "epochs" else record.eval_hours()
+                series.append(Series(f"{name}training", x, record.column(train), colour, True, again))
+                validation = record.column(val, "eval")
+                series.append(Series(f"{name}validation", x_eval, validation, 1 if alone else colour, dashed=again))
+                if alone and any(row.get(f"val_ema_{train}") is not None for row in record.evals):
+                    averaged = record.column(f"val_ema_{train}", "eval")
+                    series.append(Series("validation, averaged weights", x_eval, averaged, 3))
+                if alone and val == "val_top1":
+                    series.append(Series("validation, top-5", x_eval, record.column("val_top5", "eval"), 2))
+            drawn.append(line_chart(f"{title} against {against}", series, against, unit, zero=True))
+    for title, column, unit, factor in (
+        ("Learning rate", "lr", "", 1),
+        ("Speed", "images_per_s", "images/s", 1),
+        ("Waiting for data", "data_wait", "percent of the step", 100),
+        ("Gradient", "grad_norm", "norm", 1),
+    ):
+        series = [
+            Series(
+                record.name,
+                record.column("epoch"),
+                [factor * y for y in record.column(column)],
+                number % COLOURS,
+                dashed=number >= COLOURS,
+            )
+            for number, record in enumerate(records)
+        ]
+        drawn.append(line_chart(title, series, "epochs", unit, zero=True))
+    return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def headline(record) -> str:
+    """The large figures."""
+    best = better_scores(record.best) if record.best else None
+    averaged = ", averaged weights" if best and best["averaged"] else ""
+    items = [
+        (f"top-1, best{averaged}", f"{best['top1']:.2f} %" if best else "not yet"),
+        ("top-5 there", f"{best['top5']:.2f} %" if best else "not yet"),
+        ("epochs done", f"{record.train[-1]['epoch']:.2f}" if record.train else "0"),
+        ("steps done", f"{record.train[-1]['step']:,}" if record.train else "0"),
+        ("training", duration(3600 * record.hours[-1]) if record.hours else "none"),
+    ]
+    return page.facts(items)
+
+
+def history(record) -> str:
+    """Starts, interruptions and ends; on what hardware."""
+    rows = []
+    for event in record.events:
+        when = event.get("time")
+        stamp = time.strftime("%Y-%m-%d %H:%M", time.gmtime(when)) if isinstance(when, float | int) else ""
+        known = ("kind", "event", "step", "time", "host", "world_size", "hardware")
+        rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
+        where = f"{event.get('world_size', '')} {event.get('hardware', '')}".strip()
+        rows.append([stamp, event.get("event", ""), event.get("step", ""), event.get("host", ""), where, rest])
+    starts = sum(event.get("event") in ("started", "resumed") for event in record.events)
+    text = f"Started {starts} time{'s' if starts != 1 else ''}." if starts else "Not started yet."
+    return f"<p>{text}</p>" + page.table(["UTC", "what", "step", "host", "processes", "more"], rows, {2})
+
+
+def settings(record) -> str:
+    about = [[key, value] for key, value in record.config.about.items()]
+    inside = page.table(["setting", "value"], [[key, value] for key, value in record.settings.items()])
+    return (page.table(["recipe", ""], about) if about else "") + page.fold("All settings", inside)
+
+
+def comparison(records: list) -> str:
+    """Results side by side, and the settings that differ."""
+    rows = []
+    for record in records:
+        best, done = record.best, record.train[-1] if record.train else {}
+        better = better_scores(best) if best else {}
+        scores = [f"{better['top1']:.2f}", f"{better['top5']:.2f}", f"{best['epoch']:.2f}"] if best else ["", "", ""]
+        hours = duration(3600 * record.hours[-1]) if record.hours else ""
+        rows.append([record.name, *scores, f"{done.get('epoch', 0):.2f}", hours])
+    head = ["run", "top-1 %", "top-5 %", "at epoch", "epochs done", "training"]
+    text = page.table(head, rows, {1, 2, 3, 4, 5})
+    keys = sorted(set().union(*(record.settings for record in records)))
+    missing = object()
+    differing = [key for key in keys if len({str(record.settings.get(key, missing)) for record in records}) > 1]
+    if not differing:
+        return f"{text}<p>All settings are the same.</p>"
+    lines = [[key, *(record.settings.get(key, "") for record in records)] for key in differing]
+    return f"{text}<h3>Settings that differ</h3>{page.table(['setting', *(r.name for r in records)], lines)}"
+
+
+def distinct_names(folders: list[Path]) -> list[str]:
+    """The folders' names, with as many of the folders above as tell them apart."""
+    deepest = max(len(folder.parts) for folder in folders)
+    for depth in range(1, deepest + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            break
+    return names
+
+
+def write_report(runs: list[str], out: Path | None, data_root: str | None, device: str, most: int | None) -> Path:
+    """Write the page and return its place. Raises UserError for a folder that is no run, or can't be written."""
+    from pipeline.insight.report.run_record import read_record
+
+    records = [read_record(run) for run in runs]
+    names = distinct_names([record.folder.path for record in records])
+    records = [dataclasses.replace(record, name=name) for record, name in zip(records, names, strict=True)]
+    folder = records[0].folder.path / "report"
+    target = out or folder / ("index.html" if len(records) == 1 else "compare.html")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if len(records) == 1:
+            record = records[0]
+            pictures = target.parent / "pictures"
+            pictures.mkdir(exist_ok=True)
+
+            def save(name: str, picture: np.ndarray) -> None:
+                (pictures / f"{name}.png").write_bytes(page.encode(picture))
+
+            title = f"{record.name}: {record.config.model.name}"
+            body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(describe(record))}</p>', headline(record)]
+            body += ["<h2>Training</h2>", charts(records)]
+            body += network_sections(record, data_root, device, most, save)
+            body += ["<h2>Settings</h2>", settings(record), "<h2>Hardware and starts</h2>", history(record)]
+        else:
+            title = " against ".join(record.name for record in records[:3])
+            title += f" and {len(records) - 3} more" if len(records) > 3 else ""
+            body = [f"<h1>{escape(title)}</h1>", comparison(records), "<h2>Training</h2>", charts(records)]
+            for record in records:
+                body += [f"<h2>{escape(record.name)}</h2>", f'<p class="soft">{escape(describe(record))}</p>']
+                body += [settings(record), history(record)]
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.write_text(page.page(title, body), encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{target} can't be written ({error.strerror}); give another --out") from error
+    return target
+
+
+def describe(record) -> str:
+    """A sentence on the recipe."""
+    config = record.config
+    what = config.about.get("what")
+    sizes = f"{config.data.image_size} px, global batch {config.train.global_batch_size}, {config.train.precision}"
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return f"{f'{what}. ' if what else ''}{sizes}. Page of {made}."
+
+
+def main(argv: list[str]) -> int:
+    parser = make_parser("pipeline report", "One self-contained page of a run, or of several side by side.")
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--out", type=str, help="file to write; default: RUN/report/index.html (several: compare.html)")
+    parser.add_argument("--data_root", type=str, help="where the data lies now; default: where the run had it")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where to compute")
+    parser.add_argument(
+        "--images", type=int, help=f"validation images to look at; default: all with CUDA, otherwise {ON_CPU:,}"
+    )
+    options = parser.parse_args(normalise(argv, set()))
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: no GPU is here; give --device cpu")
+    if options.images is not None and options.images < 1:
+        raise UserError(f"--images {options.images}: give a number above 0")
+    out = Path(options.out).expanduser() if options.out else None
+    print(write_report(options.runs, out, options.data_root, options.device, options.images))
+    return EXIT_OK

@@ -1,0 +1,119 @@
+"""A run as `report` shows it: its ledger in columns, its settings, its starts, and its network before and after."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.config import Config, identity, load_config
+from pipeline.dataset.index.index import Index, index_folder, open_index
+from pipeline.errors import BrokenError, UserError
+from pipeline.evaluation.checkpoints import find_checkpoint
+from pipeline.model.build import build_model
+from pipeline.model.heads import count_outputs
+from pipeline.model.weights import load_whole, start_from
+from pipeline.tracking.ledger import best_step, better_scores, read_rows
+from pipeline.training.run_folder.checkpoint import load_state
+from pipeline.training.run_folder.folder import RunFolder
+
+
+def number(value) -> float:
+    """A ledger's value as a float; NaN for what is none (the ledger writes NaN and infinity as words)."""
+    return float(value) if isinstance(value, float | int) else math.nan
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. train, evals, events: rows of its ledger; hours: of training up to each training row, without pauses."""
+
+    folder: RunFolder
+    config: Config
+    train: list[dict]
+    evals: list[dict]
+    events: list[dict]
+    hours: list[float]
+    name: str
+
+    @property
+    def settings(self) -> dict:
+        return identity(self.config)
+
+    @property
+    def best(self) -> dict | None:
+        step = best_step(self.evals)
+        return next((row for row in self.evals if row["step"] == step), None)
+
+    def column(self, name: str, kind: str = "train") -> list[float]:
+        return [number(row.get(name)) for row in (self.train if kind == "train" else self.evals)]
+
+    def eval_hours(self) -> list[float]:
+        """Hours of training done at each evaluation."""
+        done = {row["step"]: hours for row, hours in zip(self.train, self.hours, strict=True)}
+        return [done.get(row["step"], math.nan) for row in self.evals]
+
+
+def read_record(run: str) -> Record:
+    """Read a run folder, also of a run that is going on. Raises UserError if it is none."""
+    folder = RunFolder(Path(run).expanduser().resolve())
+    if not folder.config.exists():
+        raise UserError(f"{run} is no run folder: it has no config.yaml; give the --run_dir of a run")
+    config = load_config(folder.config, verb="report")
+    rows: dict[str, list[dict]] = {"train": [], "eval": [], "event": []}
+    for row in read_rows(folder.ledger):
+        if row.get("kind") in rows:
+            rows[row["kind"]].append(row)
+    hours, total = [], 0.0
+    for row in rows["train"]:
+        rate = number(row.get("images_per_s"))
+        total += config.train.global_batch_size / rate / 3600 if rate > 0 else 0.0
+        hours.append(total)
+    return Record(folder, config, rows["train"], rows["eval"], rows["event"], hours, folder.path.name)
+
+
+@dataclass
+class Networks:
+    """The network as it began and as it is (bare torchvision modules), and the step of the latter. averaged: it is the
+    average of the weights. classes: of its outputs, where the checkpoint says them. missing: why `before` is None."""
+
+    before: nn.Module | None
+    after: nn.Module
+    step: int
+    averaged: bool
+    outputs: int
+    classes: list[str] | None
+    missing: str = ""
+
+
+def open_index_of(record: Record, data_root: str | None) -> Index:
+    """The run's data set. Raises UserError where it is not here."""
+    root = data_root or record.config.data.root
+    if not root:
+        raise UserError("the run has no data.root; give --data_root")
+    folder = record.config.data.index if record.config.data.index and not data_root else None
+    return open_index(Path(folder).expanduser() if folder else index_folder(Path(root).expanduser()))
+
+
+def load_networks(record: Record) -> Networks:
+    """The initial weights follow from the seed alone; the trained ones are the best checkpoint's, or the last's: those
+    that scored better there, as they are or averaged. Raises UserError where there is no checkpoint yet."""
+    try:
+        path, meta = find_checkpoint(record.folder, "best")
+    except UserError:
+        path, meta = find_checkpoint(record.folder, "last")
+    scores = next((row for row in record.evals if row["step"] == meta["step"]), None)
+    averaged = bool(scores) and better_scores(scores)["averaged"] and "ema.pt" in meta["files"]
+    part = "ema" if averaged else "model"
+    state = load_state(path, [part])[part]
+    config = record.config.model
+    outputs = count_outputs(config.name, state)
+    torch.manual_seed(record.config.train.seed)
+    before, missing = build_model(config, outputs).requires_grad_(True), ""
+    try:
+        start_from(before, config)
+    except (UserError, BrokenError) as error:
+        before, missing = None, f"the initial weights can't be made again: {error}"
+    after = build_model(config, outputs)
+    load_whole(after, state)
+    return Networks(before, after.requires_grad_(True), meta["step"], averaged, outputs, meta.get("classes"), missing)

@@ -1,0 +1,105 @@
+"""What every step tells all ranks: losses, waiting times, wishes to stop, and the ids that were really used.
+
+One small all-gather a step carries it. It is read `lag` steps later, when the device has long finished it, so nobody
+waits; and since every rank reads the same reports at the same distance, all decide alike without a further message.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+
+from pipeline.training.ranks.world import World
+
+_LOSS, _HITS, _NORM, _SCALE, _WISH, _WAIT, _TIME, _OWN, _HEAD = range(9)
+
+
+class Wish(IntEnum):
+    """What a rank asks of all; the greatest wish counts."""
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step over all ranks. loss: mean over the global batch. top1: percent of its images. grad_norm: of the mean
+    gradient. scale: of fp16's loss, else 1. wish: the greatest of all ranks. wait_s, step_s: seconds, of the rank that
+    waited longest and of rank 0. ids: int64 [global_batch_size]. own_s: float64 [ranks], see `stragglers`."""
+
+    step: int
+    loss: float
+    top1: float
+    grad_norm: float
+    scale: float
+    wish: Wish
+    wait_s: float
+    step_s: float
+    ids: torch.Tensor
+    own_s: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+
+
+class Reports:
+    """Gathers a report a step and gives each back `lag` steps later (0 on the CPU, where there is nothing to hide)."""
+
+    def __init__(self, world: World, lag: int | None = None):
+        self.world = world
+        self.lag = (2 if world.device.type == "cuda" else 0) if lag is None else lag
+        self.pending: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(
+        self,
+        step: int,
+        numbers: torch.Tensor,
+        ids: torch.Tensor,
+        wish: Wish,
+        wait_s: float,
+        step_s: float,
+        own_s: float = 0.0,
+    ) -> None:
+        """Send this rank's report. numbers: [4] as `TrainStep` gives them; ids: int64 [local batch]; on the device."""
+        host = torch.tensor([0.0, 0.0, 0.0, 0.0, float(wish), wait_s, step_s, own_s], dtype=torch.float64)
+        if self.world.device.type == "cuda":
+            host = host.pin_memory()
+        mine = torch.empty(_HEAD + len(ids), dtype=torch.float64, device=self.world.device)
+        mine[:_HEAD].copy_(host, non_blocking=True)
+        mine[: len(numbers)] = numbers
+        mine[_HEAD:] = ids  # exact: ids are far below 2^53
+        everyone = torch.empty(self.world.size * len(mine), dtype=torch.float64, device=self.world.device)
+        with self.world.watch.together("the exchange of reports"):
+            dist.all_gather_into_tensor(everyone, mine)
+        event = None
+        if self.world.device.type == "cuda":
+            landing = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
+            everyone = landing.copy_(everyone, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append((step, everyone, event))
+
+    def due(self, everything: bool = False) -> list[StepReport]:
+        """The reports that are at least `lag` steps old, or all of them; oldest first."""
+        ready = []
+        while self.pending and (everything or len(self.pending) > self.lag):
+            ready.append(self._read(*self.pending.popleft()))
+        return ready
+
+    def _read(self, step: int, everyone: torch.Tensor, event: torch.cuda.Event | None) -> StepReport:
+        if event is not None:
+            with self.world.watch.together("the steps before this one on the GPU"):
+                event.synchronize()
+        table = everyone.view(self.world.size, -1)
+        return StepReport(
+            step=step,
+            loss=table[:, _LOSS].mean().item(),
+            top1=100 * table[:, _HITS].sum().item() / table[:, _HEAD:].numel(),
+            grad_norm=table[0, _NORM].item(),
+            scale=table[0, _SCALE].item(),
+            wish=Wish(int(table[:, _WISH].max())),
+            wait_s=table[:, _WAIT].max().item(),
+            step_s=table[0, _TIME].item(),
+            ids=table[:, _HEAD:].reshape(-1).to(torch.int64),
+            own_s=table[:, _OWN].clone(),
+        )

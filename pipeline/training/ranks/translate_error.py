@@ -1,0 +1,188 @@
+"""What broke underneath, in one line with its remedy: memory, other ranks, file handles, ports, disks."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import Config
+from pipeline.errors import BrokenError, UserError
+from pipeline.training.ranks.launcher import without_launcher
+from pipeline.training.ranks.world import World
+
+MIB = 1 << 20
+SMALL_SHM = 256 * MIB  # NCCL takes about 10 MiB for each pair of GPUs
+_ESTIMATE_LIMIT_S, _LIMIT_S = 120.0, 300.0
+_HOST_MEMORY = re.compile(r"DefaultCPUAllocator: .*?(\d+) bytes")
+_NO_THREAD = "can't start new thread"  # no room for its stack, mostly
+_GPU_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)")
+_CONTACT_LOST = re.compile(
+    r"gloo|NCCL|Connection (reset|closed)|Broken pipe|Socket Timeout|connectFullMesh|c10d", re.IGNORECASE
+)
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENOENT}
+
+
+@contextlib.contextmanager
+def told(config: Config, world: World) -> Iterator[None]:
+    """Turns what breaks inside into a BrokenError that says what it was, and tells the other ranks."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BrokenError as error:
+        if not error.alike:
+            world.watch.leave(str(error))
+        raise
+    except (RuntimeError, OSError, MemoryError) as error:
+        world.watch.at("the end of a rank that broke", limit_s=_LIMIT_S)
+        first = False
+        message = explain(error, config, world)
+        if message is None or not _lost_contact(error):
+            first = world.watch.leave(message or f"{type(error).__name__}: {first_line(error)}")
+        if message is None:
+            raise
+        if first and _out_of_memory(error):
+            message += fitting(config, _room_mib(world))
+        world.watch.dump()
+        raise BrokenError(message, alike=_lost_contact(error) and world.rank != world.watch.speaker()) from error
+
+
+def explain(error: BaseException, config: Config, world: World) -> str | None:
+    """One line on what broke; None where it is not known."""
+    number = getattr(error, "errno", None)
+    text = str(error)
+    if _out_of_memory(error):
+        return _memory(error, world)
+    if number in (errno.EMFILE, errno.ENFILE):
+        return (
+            f"too few file handles: this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files; "
+            "raise that with `ulimit -n 65536` before the start"
+        )
+    if number == errno.EADDRINUSE or "EADDRINUSE" in text:
+        port = os.environ.get("MASTER_PORT", "?")
+        return f"port {port} is in use on this node; give torchrun another --rdzv-endpoint or --master-port"
+    if "/dev/shm" in text or (isinstance(error, dist.DistBackendError) and _shm_free() < SMALL_SHM):
+        return (
+            f"shared memory is short: /dev/shm has {_shm_free() // MIB} MiB free, NCCL wants at least "
+            f"{SMALL_SHM // MIB}; start the container with --shm-size=8g, or set NCCL_SHM_DISABLE=1"
+        )
+    if _lost_contact(error):
+        when = "before the first step" if world.watch.step is None else f"step {world.watch.step}"
+        return f"{when}: contact to the other ranks was lost: {world.watch.missing()}{_killed_for_memory()}"
+    if isinstance(error, OSError) and number in _DISK:
+        where = error.filename or config.run_dir
+        return f"{where} can't be read or written any more ({error.strerror}); mend that and start again"
+    return None
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel of this machine has killed for want of memory."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+_OOM_KILLS_BEFORE = _oom_kills()
+
+
+def _killed_for_memory() -> str:
+    """The rest of a sentence on a rank that died: was it killed for want of memory?"""
+    killed = _oom_kills() - _OOM_KILLS_BEFORE
+    return f" (here the kernel has killed {killed} for want of host memory since the start)" if killed else ""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _lost_contact(error: BaseException) -> bool:
+    if _out_of_memory(error):
+        return False
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and _CONTACT_LOST.search(str(error)) is not None
+    )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    return isinstance(error, RuntimeError) and (_HOST_MEMORY.search(text) is not None or _NO_THREAD in text)
+
+
+def _memory(error: BaseException, world: World) -> str:
+    """What was asked for, and what was there."""
+    if isinstance(error, torch.OutOfMemoryError):
+        found = _GPU_ASKED.search(str(error))
+        asked = f"{found[1]} asked for" if found else first_line(error)
+        free, total = torch.cuda.mem_get_info(world.device)
+        there = f"{free / 2**30:.1f} of its {total / 2**30:.1f} GiB are free"
+        return f"out of GPU memory on {world.watch.names[world.rank]}: {asked}, {there}"
+    host = _HOST_MEMORY.search(str(error))
+    asked = f"{int(host[1]) / 2**30:.1f} GiB asked for" if host else first_line(error) or "none left"
+    if _NO_THREAD in str(error):
+        asked += " (or too many processes: ulimit -u)"
+    return (
+        f"out of host memory on {world.watch.names[world.rank]}: {asked}, {_host_available() / 2**30:.1f} GiB are free"
+    )
+
+
+def _host_available() -> int:
+    """Bytes of host memory that this process can still take: of the machine, its cgroup, its own limit."""
+    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(facts["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        available = min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if own != resource.RLIM_INFINITY:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        available = min(available, own - used)
+    return max(0, available)
+
+
+def _room_mib(world: World) -> float:
+    """MiB that a step could have, were nothing else there."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[1] / MIB
+    used = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return (_host_available() + used) / MIB
+
+
+def fitting(config: Config, room_mib: float) -> str:
+    """What `pipeline estimate` says fits, as the rest of a sentence; how to ask it where it gives no answer."""
+    saved = Path(config.run_dir).expanduser() / "config.yaml"
+    ask = ["estimate", "--config", str(saved), "--card_mib", f"{room_mib:.0f}", "--data.root", ""]
+    remedy = "; lower --train.micro_batch_size"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", *ask, "--json"],
+            env=without_launcher() | {"CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=_ESTIMATE_LIMIT_S,
+            check=True,
+        )
+        largest = int(json.loads(done.stdout.splitlines()[-1])["largest_batch"])
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError, IndexError):
+        return f"{remedy} (see: pipeline {' '.join(ask[:-2])})"
+    if largest < 1:
+        return "; by `pipeline estimate` not even one image fits: take a smaller model or image"
+    return f"; by `pipeline estimate` {largest} images at once fit: give --train.micro_batch_size {largest} or less"
+
+
+def _shm_free() -> int:
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage("/dev/shm").free
+    return SMALL_SHM

@@ -1,0 +1,181 @@
+"""Ranks: the process group, this process's place in it, and what all ranks must know alike."""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import TrainConfig
+from pipeline.errors import BrokenError, UserError
+from pipeline.training.ranks.watchdog import Watch
+
+MEETING = timedelta(seconds=30)
+PATIENCE = timedelta(days=1)  # of what only waits for rank 0; the watch ends it before, where nothing moves
+STORE_TIMEOUT = timedelta(seconds=10)
+_LEAVE_S = 60.0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. `device`: where it computes. `patient`: a process group for long waits."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    watch: Watch = field(default_factory=Watch, compare=False)
+    patient: Any = field(default=None, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def hardware(self) -> str:
+        """What this rank computes with, in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {len(os.sched_getaffinity(0))} cores"
+
+    def any(self, flag: bool) -> bool:
+        """Is the flag up on any rank? Collective, on the host."""
+        value = torch.tensor([int(flag)])
+        with self.watch.together("a question to all"):
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over all ranks, in float64. Collective, on the host."""
+        total = torch.tensor(values, dtype=torch.float64)
+        with self.watch.together("the sum of scores"):
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def on_main(self, function: Callable[[], Any], limit_s: float | None = None) -> Any:
+        """Call `function` on rank 0 alone; all ranks get its result, or raise its UserError or BrokenError. It may take
+        `limit_s` seconds; default: as long as anything."""
+        answer: list[Any] = [None]
+        if self.is_main:
+            name = function.__name__.replace("_", " ")
+            self.watch.at("rank 0's part" + (f" ({name})" if name != "<lambda>" else ""), limit_s=limit_s)
+            try:
+                answer = [("result", function())]
+            except (UserError, BrokenError) as error:
+                answer = [("user" if isinstance(error, UserError) else "broken", str(error))]
+        with self.watch.together("waiting for rank 0"):
+            dist.broadcast_object_list(answer, src=0, group=self.patient)
+        kind, value = answer[0]
+        if kind != "result":
+            raise UserError(value) if kind == "user" else BrokenError(value, alike=True)
+        return value
+
+    def meet(self) -> None:
+        """Wait for all ranks, but not for long. Collective, on the host."""
+        if self.watch.parted:
+            return
+        self.watch.at("waiting for the other ranks' end", limit_s=2 * MEETING.total_seconds())
+        with contextlib.suppress(RuntimeError):  # late, or gone
+            dist.all_reduce(torch.zeros(1), async_op=True).wait(timeout=MEETING)
+
+    def close(self) -> None:
+        self.watch.at("leaving the other ranks", limit_s=_LEAVE_S)
+        dist.destroy_process_group()
+        self.watch.close()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--train.device cuda: no CUDA device is visible here; give 'cpu' or see nvidia-smi")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; "
+            "start as many processes a node as it has GPUs"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def start_world(train: TrainConfig) -> World:
+    """Join the process group that torchrun describes, or one of this process alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = _device(train.device, local_rank)
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    limit = timedelta(seconds=1.5 * train.timeout_s + 30)  # the watch comes first, and can tell who hangs
+    try:
+        dist.init_process_group(backend, timeout=limit, **place)
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).strip().splitlines()[0][:200]
+        raise BrokenError(
+            f"rank {rank} on {socket.gethostname()} can't meet the others at {where} ({reason}); "
+            "is that port free, and not closed by a firewall? Give torchrun another --rdzv-endpoint or --master-port"
+        ) from error
+    if device.type == "cuda" and train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+    watch = Watch(rank, size, train.timeout_s, _shared_store(size))
+    return World(rank, size, local_rank, local_size, device, watch, patient)
+
+
+def _shared_store(size: int) -> dist.Store | None:
+    """A connection of its own to the store by which the ranks found each other; each start has its own keys."""
+    if size == 1:
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
+    return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def meet_all(world: World) -> None:
+    """Learn where each rank is, for messages, and begin to watch over this one. Collective."""
+    gpu = f"GPU {world.local_rank}, " if world.device.type == "cuda" else ""
+    mine = f"rank {world.rank} ({socket.gethostname()}, {gpu}pid {os.getpid()})"
+    if world.size > 1:
+        dist.all_gather_object(world.watch.names, mine)
+    else:
+        world.watch.names[0] = mine
+    world.watch.start()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one step: what a layer draws from them follows from (seed, step, rank), not from
+    history. (Drop-out and stochastic depth do not even depend on the rank: `model.drops`.)"""
+    from pipeline.loader.plan import hash_counter
+
+    torch.manual_seed(int(hash_counter(seed, 0x5EED, step, rank)) >> 1)
+
+
+class Clock:
+    """Seconds since the last lap; `lap` begins a new one."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def peek(self) -> float:
+        return time.perf_counter() - self.last
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self.last = now - self.last, now
+        return elapsed

@@ -1,0 +1,300 @@
+"""Checkpoints: a folder `step-000012345/` of plain state_dicts, each file digested, written whole or not at all.
+
+A folder is written under a temporary name, every file and the folder fsynced, and renamed. `meta.json` holds the step,
+the blacklist, the fingerprints of recipe and index, and each file's size and xxh3_128 digest. Loading verifies them and
+never unpickles (`weights_only=True`).
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+
+from pipeline.config import Config
+from pipeline.config import identity as settings_of
+from pipeline.errors import BrokenError, UserError
+from pipeline.training.run_folder.snapshot import Snapshot
+
+FORMAT = 1
+META = "meta.json"
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint folder that is not what was written; the message names it and the fault."""
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoint folders in `folder`, newest first, good or not."""
+    found = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            prefix, _, number = path.name.partition("-")
+            if prefix == "step" and number.isdigit() and path.is_dir():
+                found.append((int(number), path))
+    return sorted(found, reverse=True)
+
+
+class _DigestingFile:
+    """A binary file that digests what passes through `write`."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.state, self.size = file, xxhash.xxh3_128(), 0
+        self.refusal: OSError | None = None
+
+    def write(self, data) -> int:
+        view = memoryview(data)
+        self.state.update(view)
+        self.size += view.nbytes
+        try:
+            return self.file.write(view)
+        except OSError as error:
+            self.refusal = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_file(path: Path, write: Callable[[Any], None]) -> dict:
+    with path.open("wb") as file:
+        digesting = _DigestingFile(file)
+        try:
+            write(digesting)
+        except RuntimeError:
+            if digesting.refusal is not None:  # torch.save hides what the disk said
+                raise digesting.refusal from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": digesting.size, "xxh3_128": digesting.state.hexdigest()}
+
+
+def _seal(meta: dict) -> bytes:
+    """meta as JSON, with a digest of itself."""
+    body = {key: value for key, value in meta.items() if key != "digest"}
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+    return json.dumps({**body, "digest": digest}, indent=1, sort_keys=True).encode()
+
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any], meta: dict) -> Path:
+    """Write `state` (name -> state_dict, on the CPU) and `meta` to `folder/step-.../` and return its path.
+
+    Raises OSError where the disk refuses; then nothing that was there before has changed.
+    """
+    final = folder / folder_name(step)
+    temporary = folder / f".{folder_name(step)}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        files = {}
+        for name, value in state.items():
+            files[f"{name}.pt"] = _write_file(
+                temporary / f"{name}.pt", lambda file, value=value: torch.save(value, file)
+            )
+        sealed = _seal({**meta, "format": FORMAT, "step": step, "files": files})
+        _write_file(temporary / META, lambda file: file.write(sealed))
+        _sync_folder(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _digest_file(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _is_complete(meta: dict) -> bool:
+    """Has a manifest what loading looks at, in the right types? Its digest may be right though it is not ours."""
+    files = meta.get("files")
+    return (
+        isinstance(meta.get("step"), int)
+        and isinstance(files, dict)
+        and all(name == Path(name).name and isinstance(entry, dict) for name, entry in files.items())
+        and all(isinstance(entry.get("size"), int) and "xxh3_128" in entry for entry in files.values())
+        and isinstance(meta.get("identity", {}), dict)
+        and all(isinstance(meta.get(name, []), list) for name in ("blacklist", "rollbacks"))
+    )
+
+
+def read_meta(path: Path) -> dict:
+    """The verified `meta.json` of a checkpoint folder. Raises DamagedCheckpoint."""
+    try:
+        meta = json.loads((path / META).read_bytes())
+        if not isinstance(meta, dict) or json.loads(_seal(meta)) != meta:
+            raise DamagedCheckpoint(f"checkpoint {path}: {META} is damaged")
+        if meta["format"] != FORMAT:
+            raise DamagedCheckpoint(f"checkpoint {path}: format {meta['format']}, this version reads {FORMAT}")
+        if not _is_complete(meta):
+            raise DamagedCheckpoint(f"checkpoint {path}: {META} lacks what a checkpoint must say, or says it otherwise")
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise DamagedCheckpoint(f"checkpoint {path}: {META} can't be read ({error})") from error
+    return meta
+
+
+def verify_checkpoint(path: Path) -> dict:
+    """Check every file of a checkpoint folder against its digest and return its meta. Raises DamagedCheckpoint."""
+    meta = read_meta(path)
+    for name, expected in meta["files"].items():
+        try:
+            size = (path / name).stat().st_size
+            if size != expected["size"]:
+                raise DamagedCheckpoint(f"checkpoint {path}: {name} has {size} bytes instead of {expected['size']}")
+            if _digest_file(path / name) != expected["xxh3_128"]:
+                raise DamagedCheckpoint(f"checkpoint {path}: {name} has other bytes than were written")
+        except OSError as error:
+            raise DamagedCheckpoint(f"checkpoint {path}: {name} can't be read ({error.strerror})") from error
+    return meta
+
+
+def load_state(path: Path, names: Iterable[str] = ("model", "optimizer")) -> dict[str, Any]:
+    """The state_dicts of a verified checkpoint folder, on the CPU. Never unpickles."""
+    state = {}
+    for name in names:
+        try:
+            state[name] = torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise BrokenError(f"checkpoint {path}: {name}.pt can't be loaded ({reason})") from error
+    return state
+
+
+def find_newest_good(
+    folder: Path, warn: Callable[[str], None], accept: Callable[[dict], bool] = lambda meta: True
+) -> tuple[Path, dict] | None:
+    """The newest checkpoint in `folder` that verifies and whose meta is accepted, with its meta; each damaged one is
+    named by `warn`."""
+    for _, path in list_checkpoints(folder):
+        try:
+            if accept(read_meta(path)):
+                return path, verify_checkpoint(path)
+        except DamagedCheckpoint as error:
+            warn(f"{error}; using the one before it")
+    return None
+
+
+def check_fingerprints(path: Path, meta: dict, identity: dict, index_fingerprint: str) -> None:
+    """Raises UserError that names each value in which a checkpoint's recipe or data set differs from the wanted one."""
+    compare_identity(meta.get("identity", {}), identity, f"checkpoint {path}")
+    if meta.get("index_fingerprint") != index_fingerprint:
+        raise UserError(
+            f"checkpoint {path} was trained on another data set: index fingerprint {meta.get('index_fingerprint')}, "
+            f"here {index_fingerprint}; give the same --data.root, or another --run_dir"
+        )
+
+
+def compare_identity(there: dict, here: dict, whose: str) -> None:
+    """Raises UserError that lists the settings of `whose` that differ from the ones asked for. A setting that was not
+    known when `whose` was written counts as its default."""
+    there = {**{name: value for name, value in settings_of(Config()).items() if name in here}, **there}
+    differing = [
+        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise UserError(f"{whose} is of another recipe: {'; '.join(differing)}; give the same, or another --run_dir")
+
+
+class CheckpointWriter:
+    """Writes snapshots behind the training and prunes old checkpoints (rank 0 only).
+
+    One snapshot is written at a time; a second `save` waits for the first, so a slow disk slows training instead of
+    filling memory. `before` is called ahead of each, by the thread that writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        protected: Callable[[], set[int]],
+        warn: Callable[[str], None],
+        before: Callable[[], None] = lambda: None,
+    ):
+        self.before = before
+        self.folder, self.keep, self.protected, self.warn = folder, keep, protected, warn
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        if self.folder.is_dir():
+            for path in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Start writing a snapshot; waits for the one before it."""
+        self.wait()
+        self._writing = self._pool.submit(self._write, snapshot)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        self.before()
+        snapshot.wait()
+        write_checkpoint(self.folder, snapshot.step, snapshot.state, snapshot.meta)
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove all but the newest `keep` and the protected ones."""
+        safe = self.protected()
+        for step, path in list_checkpoints(self.folder)[self.keep :]:
+            if step not in safe:
+                self._remove(path)
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: the run went back."""
+        for later, path in list_checkpoints(self.folder):
+            if later > step:
+                self._remove(path)
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        doomed = path.with_name(f".{path.name}.old.tmp")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def wait(self) -> bool:
+        """Wait until the last snapshot is on the disk. False, and a warning, if it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return True
+        try:
+            writing.result()
+        except OSError as error:
+            self.warn(
+                f"the checkpoint could not be written to {self.folder} ({error}); training goes on, "
+                "and the next save tries again"
+            )
+            return False
+        return True
+
+    def close(self) -> bool:
+        good = self.wait()
+        self._pool.shutdown()
+        return good

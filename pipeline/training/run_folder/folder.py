@@ -1,0 +1,124 @@
+"""The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, and the markers by which others see how it stands.
+
+`lock` names the process that trains there (see `lock`). `stop` asks a run to save and go. `interrupted`,
+`finished` and `failed` say how the last start ended (JSON).
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Config, identity, load_config, to_yaml
+from pipeline.errors import UserError
+from pipeline.files import write_whole
+from pipeline.redact import redact
+from pipeline.training.run_folder.checkpoint import compare_identity, list_checkpoints
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder and the places in it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
+
+    def check_recipe(self, config: Config) -> None:
+        """Raises UserError if a run of another recipe has begun here. One that broke off before its ledger's first row,
+        over a wrong option say, has not."""
+        begun = self.ledger.exists() or list_checkpoints(self.checkpoints)
+        if begun and self.config.exists():
+            compare_identity(identity(load_config(self.config)), identity(config), f"run folder {self.path}")
+
+    def save_config(self, config: Config) -> None:
+        """Write `config.yaml` atomically. What a recipe says of itself may name its source: without credentials."""
+        about = json.loads(redact(json.dumps(config.about)))
+        write_whole(self.config, to_yaml(dataclasses.replace(config, about=about)))
+
+    def mark(self, name: str, **facts) -> None:
+        """Write the marker `name` atomically; of interrupted, finished and failed only one stands."""
+        for other in ("interrupted", "finished", "failed"):
+            if other != name:
+                (self.path / other).unlink(missing_ok=True)
+        facts = {"state": name, **facts, "time": time.time(), "host": socket.gethostname()}
+        write_whole(self.path / name, json.dumps(facts) + "\n")
+
+    def clear_marks(self) -> None:
+        """Remove the marks of the start before this one. A request to stop that was meant for this one stays."""
+        names = ["interrupted", "finished", "failed"]
+        if not is_for_this_start(self.stop):
+            names.append("stop")
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+
+def make_run_folder(config: Config) -> RunFolder:
+    """Make the run folder where it is missing. Rank 0 only. Raises UserError where there is no name for it, or it can't
+    be written."""
+    if not config.run_dir:
+        raise UserError("--run_dir is missing: give the folder where the run is to live, e.g. --run_dir runs/first")
+    folder = RunFolder(Path(config.run_dir).expanduser().resolve())
+    try:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        probe = folder.path / f".writable.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run folder {folder.path} can't be written ({error.strerror}); give another --run_dir"
+        ) from error
+    return folder
+
+
+def open_run_folder(config: Config) -> RunFolder:
+    """The run folder, ready for a start. Rank 0 only, which holds its lock.
+
+    Raises UserError where it is of another recipe, or has checkpoints though `--resume never` is given.
+    """
+    folder = make_run_folder(config)
+    folder.check_recipe(config)
+    if config.resume == "never" and list_checkpoints(folder.checkpoints):
+        raise UserError(
+            f"--resume never: run folder {folder.path} has checkpoints; remove them or give another --run_dir"
+        )
+    for leftover in folder.path.glob(".*.tmp"):  # of starts that were killed
+        if not leftover.name.startswith(".lock."):
+            leftover.unlink(missing_ok=True)
+    folder.save_config(config)
+    folder.clear_marks()
+    return folder
+
+
+def is_for_this_start(stop: Path) -> bool:
+    """Was this request to stop made after the job's start, while Python was still being imported? A batch script
+    begins it with the job's id and restart count, as in `12.0 USR1`."""
+    try:
+        whose = stop.read_text().split(maxsplit=1)[:1]
+    except FileNotFoundError:
+        return False
+    job, count = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return whose == [f"{job}.{count}"]
+
+
+def slurm_facts() -> dict:
+    """The Slurm job's id and restart count, where there is one."""
+    names = {"slurm_job_id": "SLURM_JOB_ID", "slurm_restart_count": "SLURM_RESTART_COUNT"}
+    return {key: os.environ[name] for key, name in names.items() if name in os.environ}
