@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from pipeline.augment.apply import Changes, Retouch
-from pipeline.augment.mixing import Retouched, soft_targets
-from pipeline.augment.ops import change
+from pipeline.augment.apply import EraseAndMix, PixelOps
+from pipeline.augment.mixing import NormalizeEraseMix, soft_targets
+from pipeline.augment.ops import apply_ops
 from pipeline.config import AugmentConfig
 from pipeline.loader.plan import TrainPlan
 
@@ -95,25 +95,25 @@ def measure(batch: int, size: int, rounds: int) -> dict:
         plan = make_plan(c, batch, size)
 
         def ours(plan=plan, c=c, step=step):
-            changes = Changes.of(plan.local(next(step)).drawn, size, CPU)
-            return change(images, changes, c.interpolation, c.fill)
+            changes = PixelOps.of(plan.local(next(step)).drawn, size, CPU)
+            return apply_ops(images, changes, c.interpolation, c.fill)
 
         def theirs(transform=transform):
             return [transform(plane) for plane in planes]
 
         result["policy_ms_per_image"][name] = compare(ours, theirs if transform else None, rounds, batch)
-    plan, whole = make_plan(MIXED, batch, size), Retouched(nn.Identity(), (0.5,) * 3, (0.2,) * 3, True, 2)
-    normalise = Retouched(nn.Identity(), (0.5,) * 3, (0.2,) * 3, True, 2)
+    plan, whole = make_plan(MIXED, batch, size), NormalizeEraseMix(nn.Identity(), (0.5,) * 3, (0.2,) * 3, True, 2)
+    normalize = NormalizeEraseMix(nn.Identity(), (0.5,) * 3, (0.2,) * 3, True, 2)
     labels, step = torch.arange(batch), iter(range(10_000))
     erase, mix = v2.RandomErasing(0.1), [v2.MixUp(alpha=0.2, num_classes=CLASSES), v2.CutMix(num_classes=CLASSES)]
 
     def retouched():
         planned = plan.local(next(step))
-        how = Retouch.of(planned.drawn, planned.mixing, CPU)
+        how = EraseAndMix.of(planned.drawn, planned.mixing, CPU)
         return whole(images, how), soft_targets(labels, how.shares, 2, CLASSES)
 
     def torchvisions():
-        pixels = torch.stack([erase(image) for image in normalise(images)])
+        pixels = torch.stack([erase(image) for image in normalize(images)])
         return mix[int(torch.rand(()) < 0.5)](pixels, labels)
 
     result["erasing_and_mixing_ms_per_image"] = compare(retouched, torchvisions, rounds, batch)

@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 
-from pipeline.errors import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, BrokenError, UserError, complain
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER, TransientError, UserError, complain
 from pipeline.redact import redact
 
 #: verb -> (module, function taking the arguments after the verb and returning an exit code, one line of help)
@@ -93,9 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         complain(f"pipeline {verb}", error)
         return EXIT_USER
-    except BrokenError as error:
+    except TransientError as error:
         complain(f"pipeline {verb}", error)
-        return EXIT_BROKEN
+        return EXIT_RETRY
     except BrokenPipeError:
         if not reader_has_left():
             raise
@@ -118,13 +118,13 @@ def reader_has_left() -> bool:
 def run() -> None:
     """A process's life: one verb. It ends without the interpreter taking itself apart, which with torch loaded takes a
     second that a job told to go may not have, and in which other threads may still abort it."""
-    code: object = EXIT_BROKEN
+    code: object = EXIT_RETRY
 
     def leave() -> None:
         if "torch" in sys.modules:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code if isinstance(code, int) else EXIT_OK if code is None else EXIT_BROKEN)
+            os._exit(code if isinstance(code, int) else EXIT_OK if code is None else EXIT_RETRY)
 
     def tell(*error) -> None:
         sys.stderr.write(redact("".join(traceback.format_exception(*error))))

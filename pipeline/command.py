@@ -22,7 +22,7 @@ def make_parser(prog: str, description: str | None = None):
     return OneLineParser(prog=prog, description=description, exit_on_error=True)
 
 
-def normalise(argv: list[str], flags: set[str]) -> list[str]:
+def normalize(argv: list[str], flags: set[str]) -> list[str]:
     """What users write in more than one way: `--run-dir` is `--run_dir`, and `--flag` alone means `--flag true` for
     the boolean options named in `flags`."""
     out = []
@@ -44,6 +44,6 @@ def run_command(function: Callable[..., int | None], verb: str, argv: list[str])
     parser = make_parser(f"pipeline {verb}", (function.__doc__ or "").strip().split("\n\n")[0])
     parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
     flags = {f"--{name}" for name, kind in function.__annotations__.items() if kind in (bool, bool | None)}
-    arguments = parser.instantiate_classes(parser.parse_args(normalise(argv, flags)))
+    arguments = parser.instantiate_classes(parser.parse_args(normalize(argv, flags)))
     code = function(**arguments.as_dict())
     return EXIT_OK if code is None else code

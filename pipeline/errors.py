@@ -1,7 +1,7 @@
 """The two ways a command can fail, and the exit codes by which a scheduler tells them apart.
 
 `UserError` is something that the user can mend: one line that names the thing, the value and the remedy.
-`BrokenError` is something that broke underneath (a node, a disk, a server): trying again may help.
+`TransientError` is something that broke underneath (a node, a disk, a server): trying again may help.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from pipeline.redact import redact
 
 EXIT_OK = 0  #: finished; or nothing was left to do
-EXIT_BROKEN = 1  #: a node, a disk, a server or a program failed: trying again may help
+EXIT_RETRY = 1  #: a node, a disk, a server or a program failed: trying again may help
 EXIT_USER = 2  #: an option, a path or a data set must be mended first: trying again does not help
 EXIT_INTERRUPTED = 75  #: stopped by a signal after saving; the same command goes on (EX_TEMPFAIL)
 
@@ -24,21 +24,21 @@ class UserError(ValueError):
     alike = True
 
 
-class BrokenError(RuntimeError):
+class TransientError(RuntimeError):
     """Something underneath failed; the message is one line that names it. Trying again may help.
 
     `alike`: all ranks of a job meet it alike, so only rank 0 says it.
     """
 
-    def __init__(self, message: str, alike: bool = False):
+    def __init__(self, message: str, on_all_ranks: bool = False):
         super().__init__(message)
-        self.alike = alike
+        self.on_all_ranks = on_all_ranks
 
 
-def complain(who: str, error: UserError | BrokenError | str) -> None:
+def complain(who: str, error: UserError | TransientError | str) -> None:
     """Print the one line on stderr, once a job where all ranks would say the same."""
     rank = os.environ.get("RANK", "0")
-    own = isinstance(error, BrokenError) and not error.alike
+    own = isinstance(error, TransientError) and not error.on_all_ranks
     if rank == "0" or own:
         line = redact(f"{who}: {f'rank {rank}: ' if own and rank != '0' else ''}{error}")
         print(line, file=sys.stderr, flush=True)

@@ -1,15 +1,31 @@
-"""Small files that are there whole or not at all, after a power cut too."""
+"""Files that are there whole or not at all, after a power cut too."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file under a temporary name beside it (`.NAME.PID.tmp`), bring it to the disk, and rename it to `path`.
-    Raises OSError; then what was there before still is."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+@contextlib.contextmanager
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write. It lies beside `path` under a temporary name (`.NAME.PID-HEX.tmp`); when the block ends
+    it is brought to the disk and renamed to `path`. If the block raises, it is removed and `path` is what it was.
+    Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write(path: Path, data: str | bytes) -> None:
+    """Write a small file whole or not at all, as `atomic_open` does. Text is written as UTF-8. Raises OSError."""
+    with atomic_open(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -17,7 +17,7 @@ from pipeline.__main__ import main
 from pipeline.training.run_folder.checkpoint import list_checkpoints
 
 TINY = Path(__file__).with_name("tiny.yaml")
-NOT_REPEATABLE = ("images_per_s", "data_wait")  # times; all else in a training row must be
+NOT_REPEATABLE = ("images_per_s", "data_wait_fraction")  # times; all else in a training row must be
 
 
 def command(

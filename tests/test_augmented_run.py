@@ -22,11 +22,11 @@ augment:
   interpolation: bilinear
   fill: [124, 116, 104]
   jitter: [0.2, 0.2, 0.2, 0.05]
-  erase: 0.5
+  random_erase: 0.5
   repeats: 3
   mixup: 0.2
   cutmix: 1.0
-  mix: 0.9
+  mix_prob: 0.9
   mix_group: 5
 train: {micro_batch_size: 10, precision: fp32}
 """

@@ -11,7 +11,7 @@ from pipeline.dataset.index.scan import build_index
 from pipeline.tracking.ledger import best_step, read_rows
 from pipeline.training.evaluate import Evaluation, Tally, predict
 from pipeline.training.optim.ema import WeightAverage, effective_decay
-from pipeline.training.ranks.watchdog import Watch
+from pipeline.training.ranks.watchdog import Watchdog
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
 
 OPTIONS = ["--ema.decay", "0.5", "--ema.batch_size", "20", "--ema.every_steps", "2", "--schedule.warmup_epochs", "4ba"]
@@ -107,7 +107,7 @@ class Batches:
 
 
 class Alone:
-    size, device, watch = 1, torch.device("cpu"), Watch()
+    size, device, watch = 1, torch.device("cpu"), Watchdog()
 
     def any(self, flag):
         return flag

@@ -13,7 +13,7 @@ import runs
 from pipeline.__main__ import main
 from pipeline.config import load_config
 from pipeline.dataset.index.scan import build_index
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 from pipeline.insight.bench import train as bench_train
 from pipeline.insight.bench.arena import Absent, Contender, Spread, compete, ratios
 from pipeline.insight.preflight.cli import read_bench
@@ -54,12 +54,12 @@ def test_contenders_take_turns_and_are_compared(tmp_path):
 
 
 def test_a_contender_that_must_not_crash_ends_the_bench():
-    with pytest.raises(BrokenError, match="crashing failed"):
+    with pytest.raises(TransientError, match="crashing failed"):
         compete([Contender("crashing", crash)], rounds=1)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "data_wait", "verdict"),
+    ("seconds", "data_wait_fraction", "verdict"),
     [
         ({"run": 1.0, "compute": 0.99, "compute, exchange": 0.99}, 0.0, "compute holds this run back"),
         ({"run": 1.0, "compute": 0.7, "compute, exchange": 0.98}, 0.0, "communication holds this run back"),
@@ -68,10 +68,10 @@ def test_a_contender_that_must_not_crash_ends_the_bench():
         ({"run": 1.0, "compute": 0.98, "save": 30.0}, 0.01, "checkpointing holds this run back"),
     ],
 )
-def test_the_verdict_names_what_takes_the_time(seconds, data_wait, verdict):
+def test_the_verdict_names_what_takes_the_time(seconds, data_wait_fraction, verdict):
     spreads = {name: Spread.of([value]) for name, value in ({"loader": 0.5, "save": 0.0} | seconds).items()}
     world = SimpleNamespace(size=2, device=SimpleNamespace(type="cpu"))
-    result = bench_train.judge(load_config(runs.TINY), world, spreads, data_wait, save_every_minutes=5)
+    result = bench_train.judge(load_config(runs.TINY), world, spreads, data_wait_fraction, save_every_minutes=5)
     assert result["verdict"].startswith(verdict)
     assert result["images_per_s"] == 20 and result["loader_images_per_s"] == 40
 
@@ -114,7 +114,7 @@ def test_some_steps_are_profiled(synthetic_root, tmp_path):
     import gzip
 
     build_index(synthetic_root)
-    printed = runs.call(synthetic_root, tmp_path / "run", "--train.profile", "2", "--train.max_steps", "6")
+    printed = runs.call(synthetic_root, tmp_path / "run", "--train.profile_steps", "2", "--train.max_steps", "6")
     (trace,) = (tmp_path / "run" / "profile").iterdir()
     assert str(trace) in printed
     names = [event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]

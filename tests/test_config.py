@@ -10,7 +10,7 @@ import pytest
 import yaml
 from complaints import complaint
 
-from pipeline.config import Config, identity, load_config, parse_config, recipe_names, recipes_folder, to_yaml
+from pipeline.config import Config, load_config, parse_config, recipe_names, recipes_folder, semantic_config, to_yaml
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_saved_configuration_reads_back(tmp_path):
 
 
 def test_identity_holds_what_changes_the_result_and_nothing_else():
-    names = identity(Config())
+    names = semantic_config(Config())
     assert {"optim.lr", "data.image_size", "train.seed", "train.global_batch_size", "schedule.epochs"} <= names.keys()
     free = {"data.root", "run_dir", "data.threads", "train.device", "checkpoint.keep", "tracking.wandb", "resume"}
     assert not free & names.keys()
     moved = dataclasses.replace(Config(), run_dir="elsewhere")
-    assert identity(moved) == names
+    assert semantic_config(moved) == names
 
 
 @pytest.mark.parametrize("name", recipe_names())

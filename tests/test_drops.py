@@ -32,7 +32,7 @@ def test_draws_are_uniform_and_independent():
 @pytest.mark.parametrize("rows", [False, True])
 def test_a_drop_keeps_the_mean_and_drops_its_share(rows):
     drop = Drop(0.3, rows)
-    drop.places.keys = keys(4000)
+    drop.drop_keys.keys = keys(4000)
     seen = drop.drop(torch.ones(4000, 6, 2))
     assert seen.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert abs((seen == 0).float().mean() - 0.3) < 0.03
@@ -48,13 +48,13 @@ def test_halves_of_a_batch_drop_what_the_whole_does(name):
     images, places = torch.rand(4, 3, 64, 64), keys(4)
 
     def logits(part: slice) -> torch.Tensor:
-        model.places.keys = places[part]
+        model.drop_keys.keys = places[part]
         return model(images[part])
 
     with torch.no_grad():
         whole, halves = logits(slice(0, 4)), torch.cat([logits(slice(0, 2)), logits(slice(2, 4))])
         torch.testing.assert_close(whole, halves)
-        model.places.keys = keys(4, seed=1)
+        model.drop_keys.keys = keys(4, seed=1)
         assert not torch.allclose(whole, model(images))
         model.eval()
         plain = getattr(torchvision.models, name)(num_classes=5).eval()
@@ -64,15 +64,15 @@ def test_halves_of_a_batch_drop_what_the_whole_does(name):
 
 def test_layers_of_torchvision_follow_the_keys_and_a_copy_has_its_own():
     model = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Dropout(0.0), nn.Dropout(0.25)).train()
-    places = tie_drops(model)
+    drop_keys = tie_drops(model)
     twin = copy.deepcopy(model)
-    places.keys = keys(64)
+    drop_keys.keys = keys(64)
     x = torch.ones(64, 3, 4)
     assert torch.equal(model(x), model(x))
     assert (model(x) == 0).float().mean() == pytest.approx(
         1 - 0.5 * 0.75, abs=0.06
     )  # one layer's draws are not the other's
-    assert twin[0]._forward_hooks[next(iter(twin[0]._forward_hooks))].places.keys is None
+    assert twin[0]._forward_hooks[next(iter(twin[0]._forward_hooks))].drop_keys.keys is None
     assert tie_drops(nn.Sequential(nn.ReLU())) is None
 
 
@@ -86,7 +86,7 @@ def test_layers_of_torchvision_follow_the_keys_and_a_copy_has_its_own():
 )
 def test_the_two_branches_of_an_attention_block_are_dropped_by_draws_of_their_own(name, depth, branches):
     model = build_model(ModelConfig(name=name, stochastic_depth=0.5), 3).train()
-    model.places.keys = keys(400)
+    model.drop_keys.keys = keys(400)
     block = [module for module in model.modules() if hasattr(module, depth) and hasattr(module, branches[0])][-1]
     dropped = []  # by the network's last block, where the rate is 0.5
     for end in (getattr(block, branch) for branch in branches):
@@ -99,7 +99,7 @@ def test_the_two_branches_of_an_attention_block_are_dropped_by_draws_of_their_ow
 
 def test_a_compiled_network_takes_new_keys_without_a_new_compilation():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5)).train()
-    places = tie_drops(model)
+    drop_keys = tie_drops(model)
 
     class Net(nn.Module):
         def __init__(self):
@@ -107,7 +107,7 @@ def test_a_compiled_network_takes_new_keys_without_a_new_compilation():
             self.model = model
 
         def forward(self, x, keys):
-            places.keys = keys
+            drop_keys.keys = keys
             return self.model(x)
 
     net, x = Net(), torch.ones(8, 16)
@@ -123,13 +123,13 @@ def test_the_networks_mode_counts_and_not_a_layers():
     plain = torchvision.models.resnet18(num_classes=5).eval()
     plain.load_state_dict(model.state_dict())
     norms = [module for network in (model, plain) for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    model.places.keys, images = keys(2), torch.rand(4, 3, 32, 32)
+    model.drop_keys.keys, images = keys(2), torch.rand(4, 3, 32, 32)
     for norm in norms:
         norm.train()
     assert torch.equal(model(images), plain(images))
     for network in (model, plain):
         network.train()
-    model.places.keys = keys(4)
+    model.drop_keys.keys = keys(4)
     for norm in norms:
         norm.eval()
     assert not torch.allclose(model(images), plain(images))

@@ -183,7 +183,7 @@ def test_against_the_card(precision):
     """Tensors of one real training step, as CUDA's allocator counts them."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    from pipeline.model.build import Normalised
+    from pipeline.model.build import Normalized
     from pipeline.training.optim.loss import make_loss
     from pipeline.training.optim.optimizer import make_optimizer
     from pipeline.training.step import autocast
@@ -192,7 +192,7 @@ def test_against_the_card(precision):
     memory = step_memory(Tracer(config, 1000), 64)
     device = torch.device("cuda")
     model = build_model(config.model, 1000)
-    network = Normalised(model, config.data.mean, config.data.std, config.train.channels_last).to(device).train()
+    network = Normalized(model, config.data.mean, config.data.std, config.train.channels_last).to(device).train()
     optimizer, loss_of = make_optimizer(model, config.optim), make_loss(config, model)
     images = torch.zeros(64, 224, 224, 3, dtype=torch.uint8, device=device)
     targets = torch.zeros(64, dtype=torch.int64, device=device)

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.class_map import class_positions
 from pipeline.loader.plan import EvalPlan, FiveCropPlan
 from pipeline.loader.reference import ReferenceDecoder
-from pipeline.loader.stream import Samples
+from pipeline.loader.stream import EncodedBatch
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_five_crops_are_torchvisions(root):
     decoder = ReferenceDecoder(1, resize=48)
     planned = plan.local(1)
     data = [np.frombuffer(split.read(int(sample)), np.uint8) for sample in planned.ids]
-    (images,) = decoder.decode([Samples(1, planned, data)])
+    (images,) = decoder.decode([EncodedBatch(1, planned, data)])
     decoder.close()
     for position, sample in enumerate(planned.ids[::5]):
         with Image.open(split.path(int(sample))) as opened:

@@ -21,7 +21,7 @@ from pipeline.dataset.index.decode import Content, inspect
 from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.shards.pack import pack
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.loader.source import Source, UnreadableSample
 from pipeline.tracking.ledger import Ledger, last_steps, read_rows
 from pipeline.training.run_folder.checkpoint import (
@@ -32,7 +32,7 @@ from pipeline.training.run_folder.checkpoint import (
     write_checkpoint,
 )
 
-OWN = (UserError, BrokenError, DamagedCheckpoint, UnreadableSample)
+OWN = (UserError, TransientError, DamagedCheckpoint, UnreadableSample)
 bounded = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -144,7 +144,12 @@ def test_shards(packed, data):
             assert xxhash.xxh3_64_intdigest(found) == int(split.records["digest"][sample])
 
 
-META = {"identity": {"optim.lr": 0.1}, "index_fingerprint": "abc", "blacklist": [[1, 2]], "rollbacks": [[5, 2, 0.5, 0]]}
+META = {
+    "semantic_config": {"optim.lr": 0.1},
+    "index_fingerprint": "abc",
+    "blacklist": [[1, 2]],
+    "rollbacks": [[5, 2, 0.5, 0]],
+}
 
 
 @bounded
@@ -161,7 +166,7 @@ def test_checkpoint_manifests(tmp_path_factory, data):
         content = _seal(data.draw(with_another_value(meta)))
     with written(path / "meta.json", content), contextlib.suppress(*OWN):
         found = find_newest_good(folder, lambda text: None)
-        assert found is None or check_fingerprints(*found, META["identity"], "abc") is None
+        assert found is None or check_fingerprints(*found, META["semantic_config"], "abc") is None
 
 
 @bounded

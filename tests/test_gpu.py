@@ -6,8 +6,8 @@ import runs
 import torch
 from torch import nn
 
-from pipeline.augment.mixing import Retouched
-from pipeline.augment.ops import change
+from pipeline.augment.mixing import NormalizeEraseMix
+from pipeline.augment.ops import apply_ops
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig
 from pipeline.dataset.index.scan import build_index
 from pipeline.loader import build
@@ -55,7 +55,9 @@ def test_augmentation_on_the_gpu_gives_the_cpus_pixels(root):
     """Bytes within a level where a sum is rounded the other way; erased and mixed as floats."""
     index = build_index(root)
     config = DataConfig(loader="reference", image_size=64, val_size=64, val_resize=72)
-    c = AugmentConfig(policy="randaugment-timm", ops=4, jitter=(0.3, 0.3, 0.3, 0.1), erase=0.5, mixup=0.2, cutmix=1.0)
+    c = AugmentConfig(
+        policy="randaugment-timm", num_ops=4, jitter=(0.3, 0.3, 0.3, 0.1), random_erase=0.5, mixup=0.2, cutmix=1.0
+    )
     plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=64), c)
     changed, seen = {}, {}
     for name in ("cpu", "cuda"):
@@ -63,9 +65,9 @@ def test_augmentation_on_the_gpu_gives_the_cpus_pixels(root):
         stream = build.make_train_stream(index, plan, config, World(0, 1, 0, 1, device))
         (batch,) = stream.batches(0, 1)
         stream.close()
-        whole = Retouched(nn.Identity(), config.mean, config.std, True, c.mix_group).to(device)
-        changed[name] = change(batch.images, batch.changes, "nearest", None).cpu().int()
-        seen[name] = whole(changed["cpu"].to(device, torch.uint8), batch.retouch).cpu()
+        whole = NormalizeEraseMix(nn.Identity(), config.mean, config.std, True, c.mix_group).to(device)
+        changed[name] = apply_ops(batch.images, batch.changes, "nearest", None).cpu().int()
+        seen[name] = whole(changed["cpu"].to(device, torch.uint8), batch.erase_mix).cpu()
     assert (changed["cpu"] != changed["cuda"]).float().mean() <= 1e-3
     torch.testing.assert_close(seen["cpu"], seen["cuda"])
 
@@ -109,7 +111,7 @@ def test_batches_arrive_ahead_and_whole(root, loader):
 
 def test_recorded_steps_learn(root, tmp_path):
     run = tmp_path / "run"
-    runs.train(root, run, "--train.compile", "--train.cuda_graphs", "--train.profile", "2")
+    runs.train(root, run, "--train.compile", "--train.cuda_graphs", "--train.profile_steps", "2")
     losses = [row["loss"] for row in runs.rows(run, "train")]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert {path.suffix for path in (run / "profile").iterdir()} == {".gz", ".pickle"}

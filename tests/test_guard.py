@@ -11,12 +11,12 @@ import torch
 from pipeline.config import GuardConfig
 from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.scan import build_index
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.loader.plan import TrainPlan
 from pipeline.tracking.ledger import Ledger
 from pipeline.training.data import check_labels
 from pipeline.training.guard import Guard, Rollback, Spikes
-from pipeline.training.ranks.step_stats import StepReport, Wish
+from pipeline.training.ranks.step_stats import StepStats, Vote
 
 TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
 #: the first update throws the weights far out, and from the second on no loss is a number: going back heals it
@@ -30,7 +30,7 @@ def root(synthetic_root):
 
 
 def report(step, loss=1.0, norm=1.0, scale=1.0):
-    return StepReport(step, loss, 0.0, norm, scale, Wish.NONE, 0.0, 1.0, torch.zeros(1, dtype=torch.int64))
+    return StepStats(step, loss, 0.0, norm, scale, Vote.NONE, 0.0, 1.0, torch.zeros(1, dtype=torch.int64))
 
 
 def events(run, name):
@@ -124,7 +124,7 @@ def test_fp16_may_look_for_its_scale_but_not_for_ever():
 
 
 def test_stop_means_stop():
-    with pytest.raises(BrokenError, match=r"step 8: the loss is nan.*--optim.lr"):
+    with pytest.raises(TransientError, match=r"step 8: the loss is nan.*--optim.lr"):
         Guard(GuardConfig(nonfinite="stop"), "bf16").note(report(7, loss=math.nan))
 
 

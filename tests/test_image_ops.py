@@ -9,9 +9,9 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from pipeline.augment.apply import Changes
-from pipeline.augment.ops import change
-from pipeline.augment.params import Drawn
+from pipeline.augment.apply import PixelOps
+from pipeline.augment.ops import apply_ops
+from pipeline.augment.params import AugmentParams
 from pipeline.augment.policies import CODE, OPS
 
 COUNT, SIZE = 24, 96
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def images():
-    """uint8 [24, 96, 96, 3]: soft and hard edges, one image of a single colour, one with a constant channel."""
+    """uint8 [24, 96, 96, 3]: soft and hard edges, one image of a single color, one with a constant channel."""
     generator = torch.Generator().manual_seed(5)
     small = torch.randint(0, 256, (COUNT, 3, 12, 12), generator=generator, dtype=torch.uint8)
     large = interpolate(small.float(), size=(SIZE, SIZE), mode="bicubic").clamp(0, 255).to(torch.uint8)
@@ -32,8 +32,8 @@ def images():
 def changed(images, ops, amounts, mode="nearest", fill=None):
     """Change all images by ops [B, S] (names) and amounts [B, S]."""
     codes = np.vectorize(CODE.get)(np.asarray(ops)).astype(np.uint8)
-    drawn = Drawn(codes, np.asarray(amounts, np.float32))
-    return change(images, Changes.of(drawn, images.shape[1], CPU), mode, fill)
+    drawn = AugmentParams(codes, np.asarray(amounts, np.float32))
+    return apply_ops(images, PixelOps.of(drawn, images.shape[1], CPU), mode, fill)
 
 
 def expected(image, op, amount, mode="nearest", fill=None):

@@ -21,11 +21,11 @@ from pipeline.dataset.index import decode, listing, scan
 from pipeline.dataset.index.index import RECORD, compute_fingerprint, open_index, write_index
 from pipeline.dataset.index.scan import build_index, read_unreadable
 from pipeline.dataset.synthetic.generate import Settings, generate_tree
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 
 
 def make_folder(root: Path, tree: dict[str, list[str]]) -> Path:
-    """Folders with small images, each of its own colour: {"train/cat": ["a.png", ...]}."""
+    """Folders with small images, each of its own color: {"train/cat": ["a.png", ...]}."""
     number = 0
     for folder, names in tree.items():
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -408,7 +408,7 @@ def test_a_failing_disk_is_not_taken_for_a_bad_image(pets, monkeypatch, capsys):
         raise OSError(5, "Input/output error", path)
 
     monkeypatch.setattr(decode, "open", fail, raising=False)
-    with pytest.raises(BrokenError, match=r"can't read .*Input/output error"):
+    with pytest.raises(TransientError, match=r"can't read .*Input/output error"):
         build_index(pets, processes=1)
     assert main(["index", str(pets), "--processes", "1"]) == 1
 

@@ -16,7 +16,7 @@ from pipeline.dataset.acquire.journal import DONE, HEADER, RECORD, Journal
 from pipeline.dataset.acquire.remote import LocalFile
 from pipeline.dataset.acquire.transfer import MemberDamagedError, Reader, plan_requests, unpack
 from pipeline.dataset.acquire.zip_directory import check_safe, read_directory
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 
 
 def noted(path, fingerprint=7) -> list[int]:
@@ -116,7 +116,7 @@ def test_no_flipped_byte_gives_a_wrong_member(tmp_path):
                 start = int(directory.entries["start"][i])
                 found[directory.name(i)] = b"".join(unpack(Reader(io.BytesIO(data[start:]), start), directory, i))
             assert found == contents, f"byte {place} ^ {flip}"
-        except (UserError, BrokenError, MemberDamagedError):
+        except (UserError, TransientError, MemberDamagedError):
             refused += 1
     assert refused > 2 * len(good)
 

@@ -16,11 +16,11 @@ from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 from pipeline.loader import build
 from pipeline.loader.plan import EvalPlan, Planned
 from pipeline.loader.resize import Resizer, decoded_windows
-from pipeline.loader.stream import Samples, UndecodableSample
+from pipeline.loader.stream import EncodedBatch, UndecodableSample
 
 CPU = torch.device("cpu")
 LOADERS = [
@@ -30,7 +30,7 @@ LOADERS = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class RankInfo:
     rank: int = 0
     size: int = 1
     local_size: int = 1
@@ -48,7 +48,7 @@ def index(synthetic_root):
     return build_index(synthetic_root)
 
 
-def streams(index, loader, batch=12, place=Place(), **data):
+def streams(index, loader, batch=12, place=RankInfo(), **data):
     config = DataConfig(loader=loader, image_size=64, val_size=64, val_resize=72, **data)
     plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=batch, seed=3))
     return (
@@ -112,7 +112,7 @@ def test_decoding_a_window_is_exact(index, loader):
     rois = np.array([[0, 0, size, size]] * 4, float)
     planned = Planned(ids, np.zeros(4, int), windows, rois, np.zeros(4, bool), size)
     data = [np.fromfile(index.splits["train"].path(i), np.uint8) for i in ids]
-    (images,) = decoder.decode([Samples(0, planned, data)])
+    (images,) = decoder.decode([EncodedBatch(0, planned, data)])
     for i in ids:
         expected = pixels(index, "train", i).crop((3, 5, 3 + size, 5 + size))
         np.testing.assert_array_equal(images[i].numpy(), np.asarray(expected))
@@ -137,7 +137,7 @@ def test_images_grow_without_a_new_pipeline(index, loader):
     """Progressive resizing: 32, 64 and 96 px in one stream, whose decoder is built once."""
     growing = DataConfig(loader=loader, image_size=96, start_size=32, ramp_epochs=(0, 2))
     plan = build.make_train_plan(index, growing, TrainConfig(global_batch_size=24, seed=3))
-    stream = build.make_train_stream(index, plan, growing, Place())
+    stream = build.make_train_stream(index, plan, growing, RankInfo())
     sizes, pipelines = [], set()
     for first in (0, 4, 8):  # the loop begins a stream anew at each epoch
         for batch in stream.batches(first, first + 4):
@@ -155,7 +155,7 @@ def test_images_grow_without_a_new_pipeline(index, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_ranks_share_the_global_batch(index, loader):
     whole, whole_eval = streams(index, loader)
-    parts = [streams(index, loader, place=Place(rank, 3)) for rank in range(3)]
+    parts = [streams(index, loader, place=RankInfo(rank, 3)) for rank in range(3)]
     for step in (0, 7):
         joined = torch.cat([next(train.batches(step, step + 1)).images for train, _ in parts])
         assert torch.equal(joined, next(whole.batches(step, step + 1)).images)
@@ -245,7 +245,7 @@ def test_decoders_find_the_sample_they_refuse(loader, named, monkeypatch):
     windows = np.array([[0, 0, 64, 64]] * 3, np.int32)
     planned = Planned(np.arange(3), np.zeros(3, int), windows, windows.astype(float), np.zeros(3, bool), 8)
     with pytest.raises(UndecodableSample) as caught:
-        list(decoder.decode([Samples(6, planned, [good, good, good[: len(good) // 3]])]))
+        list(decoder.decode([EncodedBatch(6, planned, [good, good, good[: len(good) // 3]])]))
     assert (caught.value.step, caught.value.position) == (6, 2)
 
 
@@ -255,7 +255,7 @@ def test_too_many_unreadable_samples_stop_the_run(own_root, loader):
     for sample in range(5):
         damage(index, "train", sample, "truncated")
     stream, _ = streams(index, loader, max_unreadable=3)
-    with pytest.raises(BrokenError, match="more than 3 unreadable samples"):
+    with pytest.raises(TransientError, match="more than 3 unreadable samples"):
         list(stream.batches(0, 8))
     stream.close()
 
@@ -264,7 +264,7 @@ def test_a_data_root_that_is_gone_is_no_bad_sample(own_root):
     index = build_index(own_root)
     stream, _ = streams(index, "reference")
     own_root.rename(own_root.with_name("elsewhere"))
-    with pytest.raises(BrokenError, match="is gone"):
+    with pytest.raises(TransientError, match="is gone"):
         list(stream.batches(0, 1))
     stream.close()
 
@@ -275,7 +275,7 @@ def test_a_shard_replaced_by_another_stops_the_run(synthetic_root, tmp_path):
     train, val = (next((tmp_path / "shards").glob(f"{split}-*.tar")) for split in ("train", "val"))
     shutil.copy(val, train)
     stream, _ = streams(open_index(tmp_path / "shards/index"), "reference", max_unreadable=3)
-    with pytest.raises(BrokenError, match=r"more than 3 unreadable samples, the last one train-.*pipeline verify"):
+    with pytest.raises(TransientError, match=r"more than 3 unreadable samples, the last one train-.*pipeline verify"):
         next(stream.batches(0, 8))
     stream.close()
 

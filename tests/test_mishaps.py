@@ -21,10 +21,10 @@ import torch
 
 from pipeline.config import Config, TrainConfig, load_config, to_yaml
 from pipeline.dataset.index.scan import build_index
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.loader.source import Source
 from pipeline.training.ranks import translate_error as mishaps
-from pipeline.training.ranks.translate_error import explain, fitting, told
+from pipeline.training.ranks.translate_error import explain, fitting, translating_errors
 from pipeline.training.ranks.world import World, start_world
 
 CLONE_NEWNS = 0x20000  # <sched.h>
@@ -40,7 +40,7 @@ def root(synthetic_root):
 
 def broken(function) -> str:
     """The one line that a rank ends with when `function` breaks."""
-    with pytest.raises(BrokenError) as error, told(Config(run_dir="/nowhere"), WORLD):
+    with pytest.raises(TransientError) as error, translating_errors(Config(run_dir="/nowhere"), WORLD):
         function()
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -106,7 +106,7 @@ def test_a_port_that_is_taken(monkeypatch):
         place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in place.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(BrokenError, match=rf"127.0.0.1:{port} .*--rdzv-endpoint or --master-port"):
+        with pytest.raises(TransientError, match=rf"127.0.0.1:{port} .*--rdzv-endpoint or --master-port"):
             start_world(TrainConfig(device="cpu"))
 
 
@@ -183,7 +183,7 @@ def test_too_little_memory_is_no_bad_image(root):
 
 def test_a_user_error_and_the_unknown_stay_what_they_are():
     for error in (UserError("give another"), ZeroDivisionError("?"), RuntimeError("shapes [2] and [3] differ")):
-        with pytest.raises(type(error), match=re.escape(str(error))), told(Config(), WORLD):
+        with pytest.raises(type(error), match=re.escape(str(error))), translating_errors(Config(), WORLD):
             raise error
 
 

@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 import torch
 from complaints import complaint
-from test_loaders import Place
+from test_loaders import RankInfo
 from torch import nn
 from torchvision.transforms import v2
 
-from pipeline.augment.apply import Retouch
-from pipeline.augment.mixing import Retouched, partners, retouch, soft_targets
-from pipeline.augment.ops import change
+from pipeline.augment.apply import EraseAndMix
+from pipeline.augment.mixing import apply_erase_mix, partners, soft_targets
+from pipeline.augment.ops import apply_ops
 from pipeline.config import AugmentConfig, Config, DataConfig, TrainConfig, parse_config
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.loader import build
+from pipeline.training.step import NormalizeEraseMix
 from pipeline.training.validate import check_batch
 
 NOWHERE = [0, 0, 0, 0]
@@ -24,24 +25,24 @@ EVERYTHING = AugmentConfig(
     magnitude_std=0.5,
     interpolation="bilinear",
     jitter=(0.2, 0.2, 0.2, 0.1),
-    erase=0.5,
+    random_erase=0.5,
     repeats=3,
     mixup=0.2,
     cutmix=1.0,
-    mix=0.8,
+    mix_prob=0.8,
     mix_group=3,
 )
 
 
 def how(blends, boxes, shares, erased=None):
     boxes, erased = (None if b is None else torch.tensor(b, dtype=torch.int32) for b in (boxes, erased))
-    return Retouch(erased, torch.tensor(blends), boxes, torch.tensor(shares))
+    return EraseAndMix(erased, torch.tensor(blends), boxes, torch.tensor(shares))
 
 
 def test_mixup_by_hand():
     """Shares 0.75 and 0.25: of the values 4, 8, 0 in a group of three, each with the one before it."""
     pixels = torch.tensor([4.0, 8.0, 0.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
-    mixed = retouch(pixels, how([0.75] * 3, [NOWHERE] * 3, [0.75] * 3), 3)
+    mixed = apply_erase_mix(pixels, how([0.75] * 3, [NOWHERE] * 3, [0.75] * 3), 3)
     assert mixed[:, 0, 0, 0].tolist() == [0.75 * 4, 0.75 * 8 + 0.25 * 4, 0.25 * 8]
     targets = soft_targets(torch.tensor([2, 0, 2]), torch.tensor([0.75] * 3), 3, 4)
     assert targets.tolist() == [[0, 0, 1, 0], [0.75, 0, 0.25, 0], [0.25, 0, 0.75, 0]]
@@ -51,7 +52,7 @@ def test_mixup_by_hand():
 def test_cutmix_by_hand():
     """A box of 2 x 1 of 12 pixels comes from the partner; the label keeps 10 of 12."""
     pixels = torch.stack([torch.full((3, 3, 4), 1.0), torch.full((3, 3, 4), 2.0)])
-    mixed = retouch(pixels, how([1.0, 1.0], [[1, 2, 2, 1]] * 2, [10 / 12] * 2), 2)
+    mixed = apply_erase_mix(pixels, how([1.0, 1.0], [[1, 2, 2, 1]] * 2, [10 / 12] * 2), 2)
     assert mixed[0, 0].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 2, 2, 1]]
     assert mixed[1, 2].tolist() == [[2, 2, 2, 2], [2, 2, 2, 2], [2, 1, 1, 2]]
     targets = soft_targets(torch.tensor([0, 1]), torch.tensor([10 / 12] * 2), 2, 2)
@@ -59,9 +60,9 @@ def test_cutmix_by_hand():
 
 
 def test_erasing_by_hand():
-    """Before mixing: what was erased (0, the mean colour) goes to the partner, too."""
+    """Before mixing: what was erased (0, the mean color) goes to the partner, too."""
     pixels = torch.full((2, 3, 2, 2), 4.0)
-    erased = retouch(pixels, how([0.5, 0.5], [NOWHERE] * 2, [0.5] * 2, [[1, 0, 1, 2], NOWHERE]), 2)
+    erased = apply_erase_mix(pixels, how([0.5, 0.5], [NOWHERE] * 2, [0.5] * 2, [[1, 0, 1, 2], NOWHERE]), 2)
     assert erased[:, 1].tolist() == [[[4, 2], [4, 2]]] * 2
 
 
@@ -80,7 +81,7 @@ def test_a_group_is_mixed_as_torchvision_mixes_a_batch(group):
             boxes += [[int(x1), int(y1), int(x2 - x1), int(y2 - y1)]] * group
             blends += [float(params.get("lam", 1.0))] * group
             shares += [float(params.get("lam_adjusted", params.get("lam")))] * group
-        found = retouch(pixels, how(blends, boxes, shares), group)
+        found = apply_erase_mix(pixels, how(blends, boxes, shares), group)
         torch.testing.assert_close(found, torch.cat([images for images, _ in expected]), rtol=1e-6, atol=1e-6)
         found = soft_targets(labels, torch.tensor(shares), group, 5)
         torch.testing.assert_close(found, torch.cat([targets for _, targets in expected]))
@@ -99,14 +100,14 @@ def seen(index, step, world_size):
     """What the networks of all ranks see in a step, in the order of the global batch: pixels, soft targets, ids."""
     data = DataConfig(loader="reference", image_size=48, val_size=48, val_resize=48, interpolation="bicubic")
     plan = build.make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
-    whole = Retouched(nn.Identity(), data.mean, data.std, True, EVERYTHING.mix_group)
+    whole = NormalizeEraseMix(nn.Identity(), data.mean, data.std, True, EVERYTHING.mix_group)
     parts = []
     for rank in range(world_size):
-        stream = build.make_train_stream(index, plan, data, Place(rank, world_size))
+        stream = build.make_train_stream(index, plan, data, RankInfo(rank, world_size))
         (batch,) = stream.batches(step, step + 1)
-        images = change(batch.images, batch.changes, EVERYTHING.interpolation, None)
-        targets = soft_targets(batch.targets, batch.retouch.shares, EVERYTHING.mix_group, 4)
-        parts.append((whole(images, batch.retouch), targets, batch.ids, batch.images))
+        images = apply_ops(batch.images, batch.changes, EVERYTHING.interpolation, None)
+        targets = soft_targets(batch.targets, batch.erase_mix.shares, EVERYTHING.mix_group, 4)
+        parts.append((whole(images, batch.erase_mix), targets, batch.ids, batch.images))
         stream.close()
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -119,7 +120,7 @@ def test_pixels_and_targets_are_the_same_for_any_world_size(index):
     pixels, targets, ids, plain = alone
     assert ((targets > 0).sum(1) == 2).any()  # something was mixed, ...
     data = DataConfig()
-    untouched = Retouched(nn.Identity(), data.mean, data.std, True, 3)(plain)
+    untouched = NormalizeEraseMix(nn.Identity(), data.mean, data.std, True, 3)(plain)
     assert ((pixels != untouched).flatten(1).any(1)).float().mean() > 0.8  # and most images were changed
     assert len(set(ids.tolist())) < 24  # and copies of a sample are in one batch
     pairs = zip(ids.tolist(), partners(ids, 3).tolist(), strict=True)
@@ -129,12 +130,14 @@ def test_pixels_and_targets_are_the_same_for_any_world_size(index):
 def test_a_micro_batch_sees_its_part(index):
     data = DataConfig(loader="reference", image_size=32, val_size=32, val_resize=32)
     plan = build.make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
-    stream = build.make_train_stream(index, plan, data, Place())
+    stream = build.make_train_stream(index, plan, data, RankInfo())
     (batch,) = stream.batches(0, 1)
     stream.close()
     pixels = torch.rand(24, 3, 32, 32)
-    pieces = zip(pixels.split(9), batch.retouch.split(9), strict=True)
-    assert torch.equal(torch.cat([retouch(*piece, 3) for piece in pieces]), retouch(pixels, batch.retouch, 3))
+    pieces = zip(pixels.split(9), batch.erase_mix.split(9), strict=True)
+    assert torch.equal(
+        torch.cat([apply_erase_mix(*piece, 3) for piece in pieces]), apply_erase_mix(pixels, batch.erase_mix, 3)
+    )
 
 
 def test_a_group_that_ranks_would_split_is_one_line():
@@ -152,8 +155,8 @@ def test_a_group_that_ranks_would_split_is_one_line():
     [
         (["mixup", "-1"], ["--augment.mixup", "0 or more"]),
         (["cutmix", "-0.5"], ["--augment.cutmix", "0 or more"]),
-        (["mix", "1.5"], ["--augment.mix", "0 to 1"]),
-        (["cutmix_share", "-0.1"], ["--augment.cutmix_share"]),
+        (["mix_prob", "1.5"], ["--augment.mix_prob", "0 to 1"]),
+        (["mixup_switch_prob", "-0.1"], ["--augment.mixup_switch_prob"]),
         (["mix_group", "1"], ["--augment.mix_group", "at least 2"]),
         (["mix_group", "3", "--augment.mixup", "1"], ["--augment.mix_group", "3", "global_batch_size 256"]),
         (["mixup", "1", "--train.micro_batch_size", "5"], ["--augment.mix_group", "2", "micro_batch_size 5"]),
@@ -161,11 +164,11 @@ def test_a_group_that_ranks_would_split_is_one_line():
         (["magnitude", "31", "--augment.policy", "randaugment"], ["--augment.magnitude", "31", "0 to 30"]),
         (["magnitude", "11", "--augment.policy", "randaugment-timm"], ["--augment.magnitude", "0 to 10"]),
         (["magnitude_std", "-1"], ["--augment.magnitude_std"]),
-        (["ops", "0"], ["--augment.ops", "above 0"]),
+        (["num_ops", "0"], ["--augment.num_ops", "above 0"]),
         (["fill", "[0, 0, 256]"], ["--augment.fill", "255"]),
         (["jitter", "[0.1, 0.1, 0.1, 0.6]"], ["--augment.jitter", "0.5"]),
         (["jitter", "[-0.1, 0.1, 0.1, 0.1]"], ["--augment.jitter", "0 or more"]),
-        (["erase", "2"], ["--augment.erase", "0 to 1"]),
+        (["random_erase", "2"], ["--augment.random_erase", "0 to 1"]),
         (["erase_area", "[0.5, 0.1]"], ["--augment.erase_area", "smallest"]),
         (["erase_ratio", "[0, 1]"], ["--augment.erase_ratio", "smallest"]),
         (["repeats", "0"], ["--augment.repeats", "above 0"]),

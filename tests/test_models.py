@@ -13,7 +13,7 @@ from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.model.build import build_model
 from pipeline.model.heads import find_heads, frozen_norms
-from pipeline.model.meta_init import without_data
+from pipeline.model.meta_init import meta_init
 from pipeline.model.sizes import check_image_sizes
 from pipeline.model.weights import start_from
 from pipeline.training.optim.loss import make_loss
@@ -53,7 +53,7 @@ def test_inception_has_the_lectures_parameters_and_both_heads_for_the_classes():
 @pytest.mark.parametrize("name", ["regnet_y_400mf", "vit_b_16", "swin_v2_t", "mobilenet_v3_small"])
 def test_a_network_without_data_has_the_shapes_of_the_real_one(name):
     """RegNet computes its widths with tensors, so these have to be real."""
-    with without_data():
+    with meta_init():
         blank = torchvision.models.get_model(name, weights=None)
     real = torchvision.models.get_model(name, weights=None)
     assert all(tensor.is_meta for tensor in blank.state_dict().values())
@@ -82,7 +82,7 @@ def test_a_size_that_the_network_cannot_take_is_said_with_one_that_it_can(option
 
 def test_a_vision_transformer_is_built_for_the_images_of_the_weights_that_it_starts_from():
     finer = ["--model.name", "vit_b_16", "--model.weights", "IMAGENET1K_SWAG_E2E_V1"]
-    with without_data():
+    with meta_init():
         model = build_model(parse_config(finer).model, 1000)
     assert model.encoder.pos_embedding.shape[1] == 1 + (384 // 16) ** 2
     check_image_sizes(parse_config([*finer, "--data.image_size", "384"]))
@@ -194,7 +194,7 @@ def test_freezing_the_body_leaves_the_head_and_holds_statistics():
 
 def test_the_body_gets_its_share_of_the_rate():
     model = build_model(ModelConfig(name="resnet18"), 7)
-    groups = parameter_groups(model, OptimConfig(body_lr=0.1, weight_decay=0.5), find_heads("resnet18"))
+    groups = parameter_groups(model, OptimConfig(body_lr_factor=0.1, weight_decay=0.5), find_heads("resnet18"))
     head = {id(p) for group in groups if group["lr_factor"] == 1 for p in group["params"]}
     assert head == {id(model.fc.weight), id(model.fc.bias)}
     assert {group["lr_factor"] for group in groups} == {0.1, 1.0}
@@ -235,7 +235,7 @@ def root(synthetic_root):
 
 def test_transfer_resumes_bit_identically(root, trained, tmp_path):
     options = ["--model.weights", str(trained[1]), "--model.freeze", "conv1.*,bn1.*,layer1.*", "--model.dropout", "0.3"]
-    options += ["--optim.body_lr", "0.1", "--optim.l1", "1e-5", "--optim.l2", "1e-4"]
+    options += ["--optim.body_lr_factor", "0.1", "--optim.l1", "1e-5", "--optim.l2", "1e-4"]
     options += ["--model.zero_init_residual", "false"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     runs.call(root, whole, *options, "--train.max_steps", "6")

@@ -12,8 +12,8 @@ from torchvision.models import resnet18
 from pipeline.config import OptimConfig
 from pipeline.model.depth import layer_numbers
 from pipeline.model.heads import find_heads
-from pipeline.model.meta_init import without_data
-from pipeline.training.optim.clipping import clip_adaptive, clip_norm
+from pipeline.model.meta_init import meta_init
+from pipeline.training.optim.clipping import adaptive_gradient_clip, clip_norm
 from pipeline.training.optim.optimizer import make_optimizer, parameter_groups
 
 
@@ -125,14 +125,16 @@ def test_adaptive_clipping_goes_unit_by_unit():
     model = nn.Linear(2, 3, bias=False)
     model.weight.data = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0]])
     model.weight.grad = torch.tensor([[0.0, 8.0], [0.3, 0.4], [0.0, 1.0]])
-    clip_adaptive(list(model.parameters()), 0.2)  # a unit of norm 5 may have a gradient of norm 1, one at 0 of 0.0002
+    adaptive_gradient_clip(
+        list(model.parameters()), 0.2
+    )  # a unit of norm 5 may have a gradient of norm 1, one at 0 of 0.0002
     expected = torch.tensor([[0.0, 1.0], [0.3, 0.4], [0.0, 0.0002]])
     torch.testing.assert_close(model.weight.grad, expected)
     filters = nn.Conv2d(2, 2, 3)
     filters.weight.data.fill_(1.0)
     filters.weight.grad = torch.stack([torch.ones(2, 3, 3), torch.full((2, 3, 3), 0.1)])
     filters.bias.data, filters.bias.grad = torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0])
-    clip_adaptive(list(filters.parameters()), 0.2)
+    adaptive_gradient_clip(list(filters.parameters()), 0.2)
     torch.testing.assert_close(filters.weight.grad[:, 0, 0, 0], torch.tensor([0.2, 0.1]))
     torch.testing.assert_close(filters.bias.grad, torch.tensor([0.6, 0.8]))  # a vector is one unit
 
@@ -145,7 +147,7 @@ def test_biases_may_decay_though_norms_do_not():
 
 
 def test_attentions_own_bias_is_a_bias_and_swins_table_of_positions_is_none():
-    with without_data():
+    with meta_init():
         model = nn.Sequential(torchvision.models.vit_b_32().encoder, torchvision.models.swin_t().features[1])
     groups = parameter_groups(model, OptimConfig(weight_decay=0.5, norm_weight_decay=0.0, bias_weight_decay=0.0))
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -170,7 +172,7 @@ def test_attentions_own_bias_is_a_bias_and_swins_table_of_positions_is_none():
     ],
 )
 def test_layers_are_counted_from_the_input(name, some, last):
-    with without_data():
+    with meta_init():
         model = torchvision.models.get_model(name)
     numbers = layer_numbers(model, find_heads(name))
     assert {key: numbers[key] for key in some} == some
@@ -179,7 +181,7 @@ def test_layers_are_counted_from_the_input(name, some, last):
 
 def test_rates_fall_towards_the_input():
     model = resnet18()
-    groups = parameter_groups(model, OptimConfig(layer_decay=0.5, body_lr=0.1), ("fc",))
+    groups = parameter_groups(model, OptimConfig(layer_decay=0.5, body_lr_factor=0.1), ("fc",))
     factors = {id(p): group["lr_factor"] for group in groups for p in group["params"]}
     assert factors[id(model.fc.bias)] == 1.0
     assert factors[id(model.layer4[1].conv1.weight)] == pytest.approx(0.1 * 0.5)

@@ -16,7 +16,7 @@ from wandb_server import KEY, WandbServer
 from pipeline.dataset.index.scan import build_index
 from pipeline.tracking import ledger as ledgers
 from pipeline.tracking.ledger import Ledger
-from pipeline.training.recorder import Records
+from pipeline.training.recorder import RunRecorder
 from pipeline.training.run_folder.checkpoint import list_checkpoints, verify_checkpoint
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
@@ -34,13 +34,13 @@ def root(synthetic_root):
 @pytest.fixture
 def at_step(monkeypatch):
     """step -> what is done to the machine when rank 0 has entered that step into its books."""
-    happenings, note = {}, Records.note_step
+    happenings, note = {}, RunRecorder.record_step
 
     def noted(self, report, *rest):
         note(self, report, *rest)
         happenings.pop(report.step + 1, lambda: None)()
 
-    monkeypatch.setattr(Records, "note_step", noted)
+    monkeypatch.setattr(RunRecorder, "record_step", noted)
     monkeypatch.setattr(ledgers, "LOOK_EVERY_S", 0.0)
     return happenings
 
@@ -92,7 +92,7 @@ def test_a_run_folder_that_is_unmounted_for_a_while(root, tmp_path, at_step):
     at_step |= {5: lambda: subprocess.run(["umount", "-l", place], check=True), 9: back}
     try:
         printed = runs.call(root, place / "run", *OPTIONS)
-        assert f"run folder {place}/run can't be written" in printed and "wait_minutes" in printed
+        assert f"run folder {place}/run can't be written" in printed and "outage_timeout_minutes" in printed
         assert "can be written again" in printed and strangers == []
         assert steps(place / "run") == list(range(1, 13))
         assert [step for step, _ in list_checkpoints(place / "run/checkpoints")] == [12, 11]  # saved on its return
@@ -171,7 +171,7 @@ def test_a_disk_that_fails_for_good_ends_the_run_and_the_next_start_goes_on(root
     disk, again = ext4
     run, options = disk / "run", [*OPTIONS, "--train.max_steps", "14"]
     at_step[10] = lambda: fault(disk)
-    printed = runs.call(root, run, *options, "--checkpoint.wait_minutes", "0.0001", expect=1)
+    printed = runs.call(root, run, *options, "--checkpoint.outage_timeout_minutes", "0.0001", expect=1)
     lines = [line for line in printed.splitlines() if line.startswith("pipeline train: ")]
     assert len(lines) == 1 and f"run folder {run} can't be written ({reason}" in lines[0], printed
     assert "start the same command again" in lines[0] and "Traceback" not in printed

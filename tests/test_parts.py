@@ -9,7 +9,7 @@ from torchvision.models import resnet18
 
 from pipeline.config import ModelConfig, OptimConfig, ScheduleConfig
 from pipeline.errors import UserError
-from pipeline.model.build import Normalised, build_model, count_parameters
+from pipeline.model.build import Normalized, build_model, count_parameters
 from pipeline.training.evaluate import score
 from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 from pipeline.training.optim.optimizer import make_optimizer, parameter_groups
@@ -88,7 +88,7 @@ def test_cosine_schedule_ends_at_the_minimum():
 def test_normalising_is_torchvisions():
     images = torch.randint(0, 256, (2, 8, 9, 3), dtype=torch.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    seen = Normalised(nn.Identity(), mean, std, channels_last=True)(images)
+    seen = Normalized(nn.Identity(), mean, std, channels_last=True)(images)
     expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(
         1, 3, 1, 1
     )

@@ -184,7 +184,7 @@ def test_repeats_go_on_in_another_order_when_asked_to():
 
 
 def test_digest_covers_what_is_drawn_and_only_that():
-    everything = AugmentConfig(policy="trivialaugment", jitter=(0.1,) * 4, erase=0.5, mixup=0.2, cutmix=1.0)
+    everything = AugmentConfig(policy="trivialaugment", jitter=(0.1,) * 4, random_erase=0.5, mixup=0.2, cutmix=1.0)
     plan, plain = make_plan(augment=everything), make_plan()
     batch = plan.local(0)
     digest = plan.digest(0, batch.ids)
@@ -205,8 +205,8 @@ def test_digest_covers_what_is_drawn_and_only_that():
 def test_augmented_digests_never_change():
     """As above: what is drawn is part of the format."""
     everything = AugmentConfig(
-        policy="randaugment-timm", magnitude=7, magnitude_std=0.5, jitter=(0.1,) * 4, erase=0.5, mixup=0.2, cutmix=1.0,
-        repeats=3,
+        policy="randaugment-timm", magnitude=7, magnitude_std=0.5, jitter=(0.1,) * 4, random_erase=0.5, mixup=0.2,
+        cutmix=1.0, repeats=3,
     )  # fmt: skip
     plan = make_plan(augment=everything)
     assert plan.digest(12345, plan.local(12345).ids) == "662ea4441b1ae01b"

@@ -10,8 +10,8 @@ from scipy.stats import beta, chisquare, ks_2samp, kstest
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import _auto_augment
 
-from pipeline.augment.params import draw_erased, draw_mixing
-from pipeline.augment.policies import CODE, OPS, draw_ops
+from pipeline.augment.params import sample_erase_boxes, sample_mixing
+from pipeline.augment.policies import CODE, OPS, sample_ops
 from pipeline.config import AugmentConfig
 from pipeline.rng import hash_counter, symmetric_beta
 
@@ -23,7 +23,7 @@ SIGNED = {"shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightn
 
 
 def draw(**settings):
-    ops, amounts = draw_ops(AugmentConfig(**settings), KEYS, OTHER, SIZE)
+    ops, amounts = sample_ops(AugmentConfig(**settings), KEYS, OTHER, SIZE)
     return np.array(OPS)[ops], amounts
 
 
@@ -66,7 +66,7 @@ class Recorder:
 @pytest.mark.parametrize(
     ("settings", "transform"),
     [
-        ({"policy": "randaugment", "ops": 1, "magnitude": 9}, v2.RandAugment(1, 9)),
+        ({"policy": "randaugment", "num_ops": 1, "magnitude": 9}, v2.RandAugment(1, 9)),
         ({"policy": "trivialaugment"}, v2.TrivialAugmentWide()),
         ({"policy": "autoaugment"}, v2.AutoAugment()),
     ],
@@ -137,7 +137,7 @@ def test_colour_jitter_has_torchvisions_law():
 
 
 def test_erasing_has_torchvisions_law():
-    boxes = draw_erased(AugmentConfig(erase=0.3), KEYS, SIZE)
+    boxes = sample_erase_boxes(AugmentConfig(random_erase=0.3), KEYS, SIZE)
     drawn = boxes[boxes[:, 2] > 0]
     assert abs(len(drawn) / COUNT - 0.3) < 0.015
     assert (drawn[:, :2] >= 0).all() and (drawn[:, :2] + drawn[:, 2:] <= SIZE).all()
@@ -156,8 +156,8 @@ def test_beta_distribution(alpha):
 
 def test_mixing_has_its_laws():
     """One draw a group; mixup's share is beta(a, a); CutMix's box has torchvision's corners for its share."""
-    c = AugmentConfig(mixup=0.2, cutmix=1.0, mix=0.8, cutmix_share=0.3, mix_group=4)
-    mixing = draw_mixing(c, np.uint64(5), 0, 4 * COUNT, SIZE)
+    c = AugmentConfig(mixup=0.2, cutmix=1.0, mix_prob=0.8, mixup_switch_prob=0.3, mix_group=4)
+    mixing = sample_mixing(c, np.uint64(5), 0, 4 * COUNT, SIZE)
     for array in (mixing.blends, mixing.boxes, mixing.shares):
         groups = array.reshape(COUNT, 4, -1)
         assert (groups == groups[:, :1]).all()
@@ -181,9 +181,9 @@ def test_mixing_has_its_laws():
 
 def test_draws_follow_the_sample():
     """A sample alone, or among others, in any order: the same."""
-    c = AugmentConfig(policy="randaugment", magnitude_std=1.0, jitter=(0.1, 0.1, 0.1, 0.1), erase=0.5)
+    c = AugmentConfig(policy="randaugment", magnitude_std=1.0, jitter=(0.1, 0.1, 0.1, 0.1), random_erase=0.5)
     some = np.array([7, 3, 400])
-    for whole, part in zip(draw_ops(c, KEYS, OTHER, 64), draw_ops(c, KEYS[some], OTHER[some], 64), strict=True):
+    for whole, part in zip(sample_ops(c, KEYS, OTHER, 64), sample_ops(c, KEYS[some], OTHER[some], 64), strict=True):
         np.testing.assert_array_equal(whole[some], part)
-    np.testing.assert_array_equal(draw_erased(c, KEYS, 64)[some], draw_erased(c, KEYS[some], 64))
+    np.testing.assert_array_equal(sample_erase_boxes(c, KEYS, 64)[some], sample_erase_boxes(c, KEYS[some], 64))
     assert CODE["identity"] == 0

@@ -60,7 +60,7 @@ def start_run(run_dir: Path, root: Path, *options: str) -> None:
     (run_dir / "config.yaml").write_text(to_yaml(config))
     rows = [{"kind": "event", "event": "started", "step": 0, "world_size": 2}]
     for step in range(1, 21):
-        rows.append({"kind": "train", "step": step, "epoch": step / 3, "images_per_s": 64.0, "data_wait": 0.0})
+        rows.append({"kind": "train", "step": step, "epoch": step / 3, "images_per_s": 64.0, "data_wait_fraction": 0.0})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -120,9 +120,19 @@ def test_the_run_folder_holds_what_the_design_says(undisturbed):
     run = undisturbed("bf16", 2)
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["name"] == "resnet18"
     row = runs.rows(run, "train")[-1]
-    expected = ["step", "epoch", "loss", "top1", "lr", "images_per_s", "data_wait", "grad_norm", "batch_digest"]
+    expected = [
+        "step",
+        "epoch",
+        "loss",
+        "top1",
+        "lr",
+        "images_per_s",
+        "data_wait_fraction",
+        "grad_norm",
+        "batch_digest",
+    ]
     assert row.keys() == {"kind", *expected}
-    assert 0 <= row["data_wait"] <= 1 and row["images_per_s"] > 0 and row["epoch"] == STEPS * 20 / 96
+    assert 0 <= row["data_wait_fraction"] <= 1 and row["images_per_s"] > 0 and row["epoch"] == STEPS * 20 / 96
     score = runs.rows(run, "eval")[-1]
     assert score["images"] == 24 and 0 <= score["val_top1"] <= score["val_top5"] <= 100
     leftovers = {path.name for path in run.iterdir()} - {"config.yaml", "metrics.jsonl", "checkpoints", "finished"}

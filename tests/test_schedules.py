@@ -86,7 +86,7 @@ def test_the_ramp_of_the_images_size_moves_along():
 def test_a_time_given_beside_the_length_stands_as_it_is(tmp_path, capsys):
     shorter = ["--schedule.epochs", "9"]
     both = config_of(tmp_path, *shorter, "--schedule.warmup_epochs", "2", "--schedule.milestones=[3,6]")
-    assert (both.warmup_epochs, both.milestones, both.made_for) == (2, (3, 6), None)
+    assert (both.warmup_epochs, both.milestones, both.reference_epochs) == (2, (3, 6), None)
     one = config_of(tmp_path, *shorter, "--schedule.warmup_epochs", "2")
     assert (one.warmup_epochs, one.milestones) == (2, (3, 6))  # the recipe's 30 and 60 of 90
     longer = config_of(tmp_path, "--schedule.epochs", "180", "--schedule.milestones", "[90]")
@@ -94,7 +94,7 @@ def test_a_time_given_beside_the_length_stands_as_it_is(tmp_path, capsys):
     line = complaint(
         capsys, "--config", "resnet152-goyal", "--schedule.epochs", "900ba", "--schedule.warmup_epochs", "9"
     )
-    assert "--schedule.warmup_epochs" in line and "--schedule.made_for" in line
+    assert "--schedule.warmup_epochs" in line and "--schedule.reference_epochs" in line
 
 
 def test_a_saved_recipe_follows_another_length_again(tmp_path):
@@ -107,7 +107,10 @@ def test_a_saved_recipe_follows_another_length_again(tmp_path):
 
 def test_the_same_epochs_in_other_words_are_the_same_recipe(tmp_path):
     assert config_of(tmp_path, "--schedule.epochs=90ep") == config_of(tmp_path)
-    assert config_of(tmp_path, "--schedule.epochs", "18", "--schedule.made_for", "18").milestones == (30.0, 60.0)
+    assert config_of(tmp_path, "--schedule.epochs", "18", "--schedule.reference_epochs", "18").milestones == (
+        30.0,
+        60.0,
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.model.weights import read_state
 from pipeline.redact import MASK, redact
-from pipeline.training.ranks.watchdog import Watch
+from pipeline.training.ranks.watchdog import Watchdog
 from pipeline.training.run_folder.folder import RunFolder
 
 HOME = Path(pipeline.__file__).parents[1]
@@ -116,9 +116,9 @@ def leaks(data: bytes | str) -> list[str]:
 
 def test_the_watch_shows_and_leaves_no_credential(secrets, capsys, tmp_path):
     store = torch.distributed.HashStore()
-    watch = Watch(0, 2, store=store)
+    watch = Watchdog(0, 2, store=store)
     watch.folder, watch.detail = tmp_path / "debug", lambda: secrets
-    watch.at("waiting for images", 3, limit_s=1000)
+    watch.phase("waiting for images", 3, limit_s=1000)
     watch._say_if_long(replace(watch._here(), age_s=99.0))
     watch._speak(f"{secrets}; it counts as hung", own=True)  # leaves the stacks of all threads, this one's too
     told = capsys.readouterr().err

@@ -34,7 +34,7 @@ def append(run: Path, *rows: dict) -> None:
 def train(run: Path, first: int, last: int, images_per_s: float = 64.0) -> None:
     for step in range(first, last + 1):
         row = {"kind": "train", "step": step, "epoch": step / PER_EPOCH, "loss": 3.0 - step / 100}
-        append(run, row | {"lr": 0.1, "images_per_s": images_per_s, "data_wait": 0.25, "grad_norm": 1.0})
+        append(run, row | {"lr": 0.1, "images_per_s": images_per_s, "data_wait_fraction": 0.25, "grad_norm": 1.0})
 
 
 def evaluate(run: Path, step: int, top1: float) -> None:
@@ -62,7 +62,7 @@ def test_training(run):
     assert state.checkpoint_age_s == pytest.approx(100, abs=1)
     assert state.images_per_s == pytest.approx(64)
     assert state.left_s == pytest.approx(15 * BATCH / 64)
-    assert state.data_wait == pytest.approx(0.25)
+    assert state.data_wait_fraction == pytest.approx(0.25)
 
 
 def test_starting_until_the_first_step(run):

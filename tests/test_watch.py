@@ -23,7 +23,7 @@ from pipeline.insight.chaos.faults import ranks
 from pipeline.loader.source import Source
 from pipeline.training.ranks.consistency import code_digest, refuse_differences
 from pipeline.training.ranks.stragglers import WINDOW, Slow, Stragglers
-from pipeline.training.ranks.watchdog import Watch
+from pipeline.training.ranks.watchdog import Watchdog
 
 TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
 
@@ -32,7 +32,7 @@ TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "fal
 def pair(monkeypatch):
     """Two ranks' watches with one store, and what they would say at their end."""
     store = dist.PrefixStore("watch", dist.HashStore())
-    one, other = (Watch(rank, 2, timeout_s=0.5, store=store) for rank in (0, 1))
+    one, other = (Watchdog(rank, 2, hang_timeout_s=0.5, store=store) for rank in (0, 1))
     one.names = other.names = ["rank 0 (n1, pid 7)", "rank 1 (n2, GPU 3, pid 8)"]
     said, ended = [], threading.Event()
 
@@ -41,7 +41,7 @@ def pair(monkeypatch):
         self._ended.set()
         ended.set()
 
-    monkeypatch.setattr(Watch, "_end", end)
+    monkeypatch.setattr(Watchdog, "_end", end)
     yield one, other, said, ended
     one.close()
     other.close()
@@ -52,8 +52,8 @@ def test_a_rank_that_hangs_names_itself_and_what_it_reads(pair):
     other.detail = lambda: "reading /data/a.JPEG for 9 s"
     one.start()
     other.start()
-    other.at("waiting for images", 12)
-    with one.together("the exchange of reports"):
+    other.phase("waiting for images", 12)
+    with one.collective("the exchange of reports"):
         assert ended.wait(10)
     rank, message = said[0]
     assert rank == 1 and message.startswith("rank 1 (n2, GPU 3, pid 8) has been in step 12, waiting for images for ")
@@ -62,10 +62,10 @@ def test_a_rank_that_hangs_names_itself_and_what_it_reads(pair):
 
 def test_a_rank_without_a_sign_of_life_is_named_by_the_others(pair):
     one, other, said, ended = pair
-    other.at("waiting for images", 12)
+    other.phase("waiting for images", 12)
     other._post(other._here())  # its last: the process is suspended, or its node is gone
     one.start()
-    with one.together("the exchange of reports"):
+    with one.collective("the exchange of reports"):
         assert ended.wait(10)
     assert said == [(0, "rank 1 (n2, GPU 3, pid 8) shows no sign of life, last seen in step 12, waiting for images")]
 
@@ -73,18 +73,18 @@ def test_a_rank_without_a_sign_of_life_is_named_by_the_others(pair):
 def test_one_that_may_take_long_is_waited_for(pair):
     one, other, said, ended = pair
     other.start()
-    other.at("rank 0's part (build)", limit_s=1000)
+    other.phase("rank 0's part (build)", limit_s=1000)
     one.start()
-    with one.together("waiting for rank 0"):
+    with one.collective("waiting for rank 0"):
         assert not ended.wait(2)
     assert not said
 
 
 def test_one_that_ended_is_named_with_its_reason(pair):
     one, other, said, ended = pair
-    assert other.leave("data root /data is gone") and not one.leave("connection closed")
+    assert other.announce_exit("data root /data is gone") and not one.announce_exit("connection closed")
     one.start()
-    with one.together("the exchange of gradients"):
+    with one.collective("the exchange of gradients"):
         assert ended.wait(10)
     assert said == [
         (0, "rank 1 (n2, GPU 3, pid 8) has ended: data root /data is gone; the others can't go on"),
@@ -95,19 +95,19 @@ def test_all_in_the_same_place_is_the_network(pair):
     one, other, said, ended = pair
     one.start()
     other.start()
-    with one.together("the exchange of gradients"), other.together("the exchange of gradients"):
+    with one.collective("the exchange of gradients"), other.collective("the exchange of gradients"):
         assert ended.wait(10)
     assert "all ranks have been in the exchange of gradients" in said[0][1] and "network" in said[0][1]
 
 
 def test_a_long_wait_is_said_and_its_end(monkeypatch, capsys):
     monkeypatch.setattr("pipeline.training.ranks.watchdog.WARN_AFTER_S", 0.2)
-    watch = Watch(timeout_s=1000)
+    watch = Watchdog(hang_timeout_s=1000)
     watch.detail = lambda: "reading /data/a.JPEG for 9 s"
-    watch.at("waiting for images", 3)
+    watch.phase("waiting for images", 3)
     watch._say_if_long(replace(watch._here(), age_s=31.0))
     watch._say_if_long(replace(watch._here(), age_s=32.0))
-    watch.at("waiting for images", 4)
+    watch.phase("waiting for images", 4)
     watch._say_if_long(watch._here())
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "warning: rank 0 has been in step 3, waiting for images for 31 s: reading /data/a.JPEG for 9 s"
@@ -136,7 +136,7 @@ def complaints(output: str) -> list[str]:
 @pytest.mark.slow
 def test_a_suspended_rank_ends_the_job_within_the_time_and_is_named(root, tmp_path):
     run = tmp_path / "run"
-    options = [*TINY, "--train.timeout_s", "4", "--train.max_steps", "1000000", "--schedule.epochs", "100000"]
+    options = [*TINY, "--train.hang_timeout_s", "4", "--train.max_steps", "1000000", "--schedule.epochs", "100000"]
     process = subprocess.Popen(
         runs.command(root, run, *options, processes=2),
         env=runs.environment(),
@@ -180,7 +180,7 @@ def environment_of(pid: int) -> list[bytes]:
 def test_a_rank_that_died_is_named(root, tmp_path):
     run = tmp_path / "run"
     program = ["-m", "tests.inject", "die", "1", "2"]
-    output = runs.train(root, run, *TINY, "--train.timeout_s", "20", processes=2, program=program, expect=1)
+    output = runs.train(root, run, *TINY, "--train.hang_timeout_s", "20", processes=2, program=program, expect=1)
     (line,) = complaints(output)
     assert "contact to the other ranks was lost: rank 1 (" in line and "has died, last seen in " in line
     assert json.loads((run / "failed").read_text())["exit_code"] == 1
@@ -210,7 +210,7 @@ def test_other_code_and_another_data_set_are_named(monkeypatch, tmp_path):
         everyone[:] = [mine, {**mine, "pipeline's code": "beef", "the data set's fingerprint": "abc"}]
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    world = SimpleNamespace(size=2, watch=Watch(0, 2))
+    world = SimpleNamespace(size=2, watch=Watchdog(0, 2))
     facts = {"pipeline's code": code_digest(), "the data set's fingerprint": "xyz", "torch": "2"}
     with pytest.raises(UserError, match=r"code is \w{12} on rank 0 and beef on rank 1; .*fingerprint is xyz .* abc on"):
         refuse_differences(facts, world)
@@ -229,7 +229,7 @@ def test_a_file_system_that_hangs_stops_the_run_and_names_the_file(root, tmp_pat
     """Reading a pipe that nobody writes blocks as a dead network file system does."""
     data = shutil.copytree(root, tmp_path / "data")
     path = put_pipe(build_index(data).splits["train"].path(7))
-    line, *_ = complaints(runs.train(data, tmp_path / "run", *TINY, "--train.timeout_s", "12", expect=1))
+    line, *_ = complaints(runs.train(data, tmp_path / "run", *TINY, "--train.hang_timeout_s", "12", expect=1))
     assert "waiting for images" in line and f"reading {path} for" in line and "counts as hung" in line
 
 

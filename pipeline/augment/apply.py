@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pipeline.augment.params import Drawn, Mixing
+from pipeline.augment.params import AugmentParams, Mixing
 from pipeline.augment.policies import CODE, OPS, inverse_affine
 
 GEOMETRIC = frozenset(("shear_x", "shear_y", "translate_x", "translate_y", "rotate"))
@@ -28,13 +28,13 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Changes:
+class PixelOps:
     """The changes of a batch's images, one list of groups after another; no image is in two groups of a list."""
 
     rounds: list[list[Group]]
 
     @classmethod
-    def of(cls, drawn: Drawn | None, size: int, device: torch.device) -> "Changes | None":
+    def of(cls, drawn: AugmentParams | None, size: int, device: torch.device) -> "PixelOps | None":
         """Of images of `size` x `size` pixels."""
         if drawn is None or drawn.ops is None:
             return None
@@ -66,8 +66,8 @@ def _groups(ops: np.ndarray, amounts: np.ndarray, size: int, device: torch.devic
     return groups
 
 
-class Retouch(NamedTuple):
-    """What is done to normalised images, sample by sample. erased: int32 [B, 4], or None. blends: float32 [B], boxes:
+class EraseAndMix(NamedTuple):
+    """What is done to normalized images, sample by sample. erased: int32 [B, 4], or None. blends: float32 [B], boxes:
     int32 [B, 4], shares: float32 [B], as in `draws.Mixing`, or all None."""
 
     erased: torch.Tensor | None
@@ -76,15 +76,15 @@ class Retouch(NamedTuple):
     shares: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, drawn: Drawn | None, mixing: Mixing | None, device: torch.device) -> "Retouch | None":
+    def of(cls, drawn: AugmentParams | None, mixing: Mixing | None, device: torch.device) -> "EraseAndMix | None":
         erased = None if drawn is None else drawn.erased
         if erased is None and mixing is None:
             return None
         arrays = (erased, *((None,) * 3 if mixing is None else (mixing.blends, mixing.boxes, mixing.shares)))
         return cls(*(None if array is None else deliver(array, device) for array in arrays))
 
-    def split(self, size: int) -> "list[Retouch]":
+    def split(self, size: int) -> "list[EraseAndMix]":
         """In pieces of `size` samples, as torch's split."""
         count = len(next(part for part in self if part is not None))
         pieces = range(0, count, size)
-        return [Retouch(*(None if part is None else part[i : i + size] for part in self)) for i in pieces]
+        return [EraseAndMix(*(None if part is None else part[i : i + size] for part in self)) for i in pieces]

@@ -1,17 +1,15 @@
-"""Erasing, mixup and CutMix: of normalised images, on the device, inside what is compiled.
+"""Erasing, mixup and CutMix: of normalized images, on the device, inside what is compiled.
 
 Images are mixed within groups of consecutive ones, each with the one before it (the first with the last): what
 torchvision's MixUp and CutMix do with a batch. No rank and no micro batch splits a group.
 """
 
 import torch
-from torch import nn
 from torch.nn.functional import one_hot
 
-from pipeline.augment.apply import Retouch
+from pipeline.augment.apply import EraseAndMix
 from pipeline.config import AugmentConfig
 from pipeline.errors import UserError
-from pipeline.model.build import Normalised
 
 
 def partners(values: torch.Tensor, group: int) -> torch.Tensor:
@@ -27,8 +25,8 @@ def inside(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return (x >= left) & (x < left + wide) & (y >= top) & (y < top + high)
 
 
-def retouch(pixels: torch.Tensor, how: Retouch, group: int) -> torch.Tensor:
-    """Erase, then mix. pixels: float [B, 3, H, W], normalised: what is erased becomes 0, the mean colour."""
+def apply_erase_mix(pixels: torch.Tensor, how: EraseAndMix, group: int) -> torch.Tensor:
+    """Erase, then mix. pixels: float [B, 3, H, W], normalized: what is erased becomes 0, the mean color."""
     size = pixels.shape[-2:]
     if how.erased is not None:
         pixels = torch.where(inside(how.erased, *size), 0.0, pixels)
@@ -46,25 +44,9 @@ def soft_targets(targets: torch.Tensor, shares: torch.Tensor, group: int, classe
     return hard * share + partners(hard, group) * (1 - share)
 
 
-class Retouched(Normalised):
-    """`Normalised`, which also erases and mixes when it is told what. keys: int64 [B], which `model.drops` follows."""
-
-    def __init__(self, model: nn.Module, mean: tuple, std: tuple, channels_last: bool, group: int):
-        super().__init__(model, mean, std, channels_last)
-        self.group = group
-
-    def forward(
-        self, images: torch.Tensor, how: Retouch | None = None, keys: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if keys is not None:
-            self.model.places.keys = keys
-        pixels = self.normalise(images)
-        return self.model(pixels if how is None else retouch(pixels, how, self.group))
-
-
-def blank_retouch(c: AugmentConfig, count: int, device: torch.device) -> Retouch | None:
+def neutral_erase_mix(c: AugmentConfig, count: int, device: torch.device) -> EraseAndMix | None:
     """What erases and mixes nothing, in the form of what a step of this configuration gets for `count` images."""
-    if not c.mixes and c.erase == 0:
+    if not c.mixes and c.random_erase == 0:
         return None
 
     def nowhere() -> torch.Tensor:
@@ -74,7 +56,7 @@ def blank_retouch(c: AugmentConfig, count: int, device: torch.device) -> Retouch
         return torch.ones(count, device=device)
 
     mixing = (whole(), nowhere(), whole()) if c.mixes else (None, None, None)  # no tensor twice: compiled code asks
-    return Retouch(nowhere() if c.erase > 0 else None, *mixing)
+    return EraseAndMix(nowhere() if c.random_erase > 0 else None, *mixing)
 
 
 def check_mixing(c: AugmentConfig, global_batch_size: int, world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Changes of colour and geometry for many images at once, each with its own amount, on the images' device.
+"""Changes of color and geometry for many images at once, each with its own amount, on the images' device.
 
 uint8 in and out, and pixel for pixel what torchvision.transforms.v2.functional makes of each image alone: its kernels
 are called where they take no amount, and where they do the same sums are made in the same order.
@@ -8,14 +8,14 @@ import torch
 from torch.nn.functional import grid_sample
 from torchvision.transforms.v2 import functional as tv
 
-from pipeline.augment.apply import Changes
+from pipeline.augment.apply import PixelOps
 
 _ON_A_CPU = 4  # images at a time: as many as its caches hold; a GPU takes all there are
 _RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114  # ITU-R 601-2, as in PIL and torchvision
 
 
-def change(images: torch.Tensor, changes: Changes, mode: str, fill: tuple[int, int, int] | None) -> torch.Tensor:
-    """The images uint8 [B, H, W, 3], changed. mode: "nearest" or "bilinear"; fill: colour of what geometric changes
+def apply_ops(images: torch.Tensor, changes: PixelOps, mode: str, fill: tuple[int, int, int] | None) -> torch.Tensor:
+    """The images uint8 [B, H, W, 3], changed. mode: "nearest" or "bilinear"; fill: color of what geometric changes
     uncover, None: black. Nothing here waits for the device."""
     images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
     most = _ON_A_CPU if images.device.type == "cpu" else len(images)
@@ -112,12 +112,12 @@ def invert(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 
 
 def hue(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Turn the hue by shares of the colour circle (Smith 1978: hue, saturation, value)."""
+    """Turn the hue by shares of the color circle (Smith 1978: hue, saturation, value)."""
     pixels = tv.to_dtype(images, torch.float32, scale=True)
     low, value = pixels.aminmax(dim=1)
-    grey, spread = value == low, value - low
-    saturation = spread / torch.where(grey, 1.0, value)
-    red, green, blue = ((value[:, None] - pixels) / torch.where(grey, 1.0, spread)[:, None]).unbind(1)
+    gray, spread = value == low, value - low
+    saturation = spread / torch.where(gray, 1.0, value)
+    red, green, blue = ((value[:, None] - pixels) / torch.where(gray, 1.0, spread)[:, None]).unbind(1)
     by_red = value == pixels[:, 0]
     by_green = (value == pixels[:, 1]) & ~by_red
     turn = torch.where(by_red, blue - green, torch.where(by_green, red + 2 - blue, green + 4 - red))
@@ -149,11 +149,11 @@ def affine(images: torch.Tensor, matrices: torch.Tensor, mode: str, fill: tuple[
     values = grid_sample(values, grid, mode, "zeros", align_corners=False)
     if fill is not None:
         values, covered = values.split([channels, 1], 1)
-        colour = torch.tensor(fill, dtype=torch.float32).view(1, -1, 1, 1).to(device, non_blocking=True)
+        color = torch.tensor(fill, dtype=torch.float32).view(1, -1, 1, 1).to(device, non_blocking=True)
         if mode == "nearest":
-            values = torch.where(covered < 0.5, colour, values)
+            values = torch.where(covered < 0.5, color, values)
         else:
-            values = (values - colour).mul_(covered).add_(colour)
+            values = (values - color).mul_(covered).add_(color)
     return values.round_().to(torch.uint8)
 
 

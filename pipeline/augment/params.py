@@ -34,7 +34,7 @@ class Mixing:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class AugmentParams:
     """What is done to each of B images. ops: uint8 [B, S] (codes of `policies.OPS`), amounts: float32 [B, S];
     erased: int32 [B, 4] (left, top, width, height; width 0: nothing). None: not asked for."""
 
@@ -49,11 +49,11 @@ class Drawn:
                 yield array, dtype
 
 
-def draw_erased(c: AugmentConfig, keys: np.ndarray, size: int) -> np.ndarray:
+def sample_erase_boxes(c: AugmentConfig, keys: np.ndarray, size: int) -> np.ndarray:
     """Rectangles int32 [B, 4] (left, top, width, height), with the distribution of torchvision's RandomErasing (Zhong
     et al. 2020, arXiv 1708.04896); width 0: nothing is erased. keys: uint64 [B]; size: pixels of the image's side."""
     draws = uniforms(keys, 1 + 4 * _TRIES)
-    wanted = draws[:, 0] < c.erase
+    wanted = draws[:, 0] < c.random_erase
     draws = draws[:, 1:].reshape(-1, _TRIES, 4)
     low, high = (math.log(value) for value in c.erase_ratio)
     area = (c.erase_area[0] + draws[..., 0] * (c.erase_area[1] - c.erase_area[0])) * size * size
@@ -67,7 +67,7 @@ def draw_erased(c: AugmentConfig, keys: np.ndarray, size: int) -> np.ndarray:
     return np.where((wanted & fits.any(1))[:, None], boxes, 0).astype(np.int32)
 
 
-def draw_mixing(c: AugmentConfig, stream_key: np.ndarray, start: int, stop: int, size: int) -> Mixing:
+def sample_mixing(c: AugmentConfig, stream_key: np.ndarray, start: int, stop: int, size: int) -> Mixing:
     """The mixing of positions start..stop-1 of a global batch; both are multiples of `mix_group`.
 
     stream_key: uint64, a hash of seed and step. mixup: Zhang et al. 2018 (arXiv 1710.09412); CutMix: Yun et al. 2019
@@ -77,8 +77,8 @@ def draw_mixing(c: AugmentConfig, stream_key: np.ndarray, start: int, stop: int,
     assert start % group == 0 and stop % group == 0, (start, stop, group)
     keys = hash_counter(stream_key, np.arange(start // group, stop // group))
     draws = uniforms(keys, 4)
-    mixed = draws[:, 0] < c.mix
-    switch = c.cutmix_share if c.mixup > 0 and c.cutmix > 0 else float(c.cutmix > 0)
+    mixed = draws[:, 0] < c.mix_prob
+    switch = c.mixup_switch_prob if c.mixup > 0 and c.cutmix > 0 else float(c.cutmix > 0)
     cut = mixed & (draws[:, 1] < switch)
     blends, shares, boxes = np.ones(len(keys)), np.ones(len(keys)), np.zeros((len(keys), 4), np.int64)
     if c.mixup > 0:

@@ -2,7 +2,7 @@
 
 NumPy only. An amount means, by op: shear_x, shear_y: the tangent; translate_x, translate_y: pixels; rotate: degrees
 counter-clockwise; brightness, color, contrast, sharpness: the factor; posterize: bits kept; solarize: the threshold
-from which on values are inverted; solarize_add: what is added to values below 128; hue: share of the colour circle;
+from which on values are inverted; solarize_add: what is added to values below 128; hue: share of the color circle;
 others: nothing (0).
 """
 
@@ -126,7 +126,7 @@ def _choose(draws: np.ndarray, count: int) -> np.ndarray:
 def _random(c: AugmentConfig, keys: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """RandAugment (Cubuk et al. 2019, arXiv 1909.13719), in torchvision's or timm's ranges."""
     space = TIMM if c.policy == "randaugment-timm" else RAND
-    draws = uniforms(keys, 5 * c.ops).reshape(len(keys), c.ops, 5)
+    draws = uniforms(keys, 5 * c.num_ops).reshape(len(keys), c.num_ops, 5)
     ops = np.array([CODE[name] for name in space.ops])[_choose(draws[..., 0], len(space.ops))]
     level = c.magnitude + c.magnitude_std * normal(draws[..., 2], draws[..., 3])
     strength = np.clip(level / MAGNITUDES[c.policy], 0, 1)
@@ -151,7 +151,7 @@ def _auto(c: AugmentConfig, keys: np.ndarray, size: int) -> tuple[np.ndarray, np
 
 
 def _jitter(c: AugmentConfig, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Colour jitter: brightness, contrast, saturation and hue in a random order, as torchvision's ColorJitter."""
+    """Color jitter: brightness, contrast, saturation and hue in a random order, as torchvision's ColorJitter."""
     draws = uniforms(keys, 8)
     names = ("brightness", "contrast", "color", "hue")
     reach = np.array(c.jitter)
@@ -166,10 +166,10 @@ def _jitter(c: AugmentConfig, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 _DRAW = {"randaugment": _random, "randaugment-timm": _random, "trivialaugment": _trivial, "autoaugment": _auto}
 
 
-def draw_ops(
+def sample_ops(
     c: AugmentConfig, keys: np.ndarray, jitter_keys: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """What the policy, and then the colour jitter, do to each sample: (ops uint8, amounts float32), each [B, S] for S
+    """What the policy, and then the color jitter, do to each sample: (ops uint8, amounts float32), each [B, S] for S
     changes one after another; None if there is neither.
 
     keys, jitter_keys: uint64 [B], independent hashes of the sample; size: pixels of the image's side.

@@ -1,7 +1,7 @@
 """Every knob of a run, typed, with units. A recipe is a YAML file of these; nothing heavy is imported here.
 
-Fields made with `free(...)` say how a run is carried out (where, with how many threads, how often saved) and may change
-when it goes on. All others are the run's identity: a change of one of them on the same run folder is an error.
+Fields made with `runtime_field(...)` say how a run is carried out (where, with how many threads, how often
+saved) and may change when it resumes. All others define the run: changing one on the same run folder is an error.
 """
 
 from pipeline.config.augment import AugmentConfig
@@ -18,7 +18,7 @@ from pipeline.config.parse import (
     recipes_folder,
     resolve_recipe,
 )
-from pipeline.config.run import Config, identity, to_yaml
+from pipeline.config.run import Config, semantic_config, to_yaml
 from pipeline.config.running import CheckpointConfig, GuardConfig, TrackingConfig
 from pipeline.config.schedule import ScheduleConfig
 from pipeline.config.train import TrainConfig
@@ -38,7 +38,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "from_dict",
-    "identity",
+    "semantic_config",
     "load_config",
     "make_config_parser",
     "parse_config",

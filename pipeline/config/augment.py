@@ -15,9 +15,9 @@ class AugmentConfig:
     """Augmentation of training images: all of it drawn in the plan, a function of the seed and the sample."""
 
     policy: Literal["none", "randaugment", "randaugment-timm", "trivialaugment", "autoaugment"] = "none"
-    """Changes of colour and geometry. randaugment, trivialaugment (wide), autoaugment (the ImageNet policy): with
+    """Changes of color and geometry. randaugment, trivialaugment (wide), autoaugment (the ImageNet policy): with
     torchvision's ranges; randaugment-timm: timm's increasing ranges, each change made half of the times."""
-    ops: int = 2
+    num_ops: int = 2
     """randaugment: changes drawn for an image (N)."""
     magnitude: float = 9.0
     """randaugment: strength of a change (M), 0 to 30; timm's 0 to 10."""
@@ -26,11 +26,11 @@ class AugmentConfig:
     interpolation: Literal["nearest", "bilinear"] = "nearest"
     """Of the policy's shears, shifts and rotations."""
     fill: tuple[int, int, int] | None = None
-    """Colour (0 to 255) of what they uncover; default: black."""
+    """Color (0 to 255) of what they uncover; default: black."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Colour jitter of brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (-x to x of the colour
+    """Color jitter of brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (-x to x of the color
     circle)."""
-    erase: float = 0.0
+    random_erase: float = 0.0
     """Probability that a rectangle of an image is erased (random erasing)."""
     erase_area: tuple[float, float] = (0.02, 0.33)
     """Smallest and largest share of the image that is erased."""
@@ -43,9 +43,9 @@ class AugmentConfig:
     """mixup: both parameters of the beta distribution of an image's share; 0: off."""
     cutmix: float = 0.0
     """CutMix: both parameters of the beta distribution of what remains of an image; 0: off."""
-    mix: float = 1.0
+    mix_prob: float = 1.0
     """Probability that a group is mixed at all."""
-    cutmix_share: float = 0.5
+    mixup_switch_prob: float = 0.5
     """Probability of CutMix where both are on."""
     mix_group: int = 2
     """Consecutive images of the global batch that share one draw, each mixed with the one before it in the group. Has
@@ -58,7 +58,7 @@ class AugmentConfig:
     @property
     def draws(self) -> bool:
         """Is anything drawn for each sample beside its window and flip?"""
-        return self.policy != "none" or max(self.jitter) > 0 or self.erase > 0
+        return self.policy != "none" or max(self.jitter) > 0 or self.random_erase > 0
 
 
 #: only cropped and flipped
@@ -67,15 +67,15 @@ UNAUGMENTED = AugmentConfig()
 
 def check_augment(c: AugmentConfig, global_batch_size: int, micro_batch_size: int | None) -> Iterator[Check]:
     """Impossible values of the group `augment`."""
-    yield positive("augment.ops", c.ops)
+    yield positive("augment.num_ops", c.num_ops)
     most = MAGNITUDES.get(c.policy, 30)
     yield "augment.magnitude", c.magnitude, 0 <= c.magnitude <= most, f"give a number from 0 to {most} for {c.policy}"
     yield at_least_zero("augment.magnitude_std", c.magnitude_std)
-    colour = c.fill is None or all(0 <= value <= 255 for value in c.fill)
-    yield "augment.fill", c.fill and list(c.fill), colour, "give three numbers from 0 to 255"
+    color = c.fill is None or all(0 <= value <= 255 for value in c.fill)
+    yield "augment.fill", c.fill and list(c.fill), color, "give three numbers from 0 to 255"
     good = min(c.jitter) >= 0 and max(c.jitter[:3]) < float("inf") and c.jitter[3] <= 0.5
     yield "augment.jitter", list(c.jitter), good, "give four numbers of 0 or more, the last (hue) 0.5 at most"
-    yield share("augment.erase", c.erase)
+    yield share("augment.random_erase", c.random_erase)
     low, high = c.erase_area
     yield "augment.erase_area", [low, high], 0 < low <= high <= 1, "give two shares, 0 < smallest <= largest <= 1"
     low, high = c.erase_ratio
@@ -85,8 +85,8 @@ def check_augment(c: AugmentConfig, global_batch_size: int, micro_batch_size: in
     yield "augment.repeats", c.repeats, copies, "give at most half of train.global_batch_size"
     yield at_least_zero("augment.mixup", c.mixup)
     yield at_least_zero("augment.cutmix", c.cutmix)
-    yield share("augment.mix", c.mix)
-    yield share("augment.cutmix_share", c.cutmix_share)
+    yield share("augment.mix_prob", c.mix_prob)
+    yield share("augment.mixup_switch_prob", c.mixup_switch_prob)
     group = c.mix_group
     yield "augment.mix_group", group, group >= 2, "give at least 2"
     if c.mixes:

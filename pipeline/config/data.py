@@ -5,18 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.fields import Check, at_least_zero, free, positive, share
+from pipeline.config.fields import Check, at_least_zero, positive, runtime_field, share
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the samples are, and what is cut from them."""
 
-    root: str = free("")
+    root: str = runtime_field("")
     """Data root: an ILSVRC root, or a folder with train/ and val/ (or test/), or packed shards."""
-    index: str | None = free(None)
+    index: str | None = runtime_field(None)
     """Folder of the index; default ROOT/index."""
-    loader: Literal["auto", "dali", "reference"] = free("auto")
+    loader: Literal["auto", "dali", "reference"] = runtime_field("auto")
     """DALI, or torch and torchvision (slower, same batches); auto: DALI where it is installed."""
     image_size: int | None = None
     """Pixels of a training image's side; default: what the network was made for (299 for Inception v3, else mostly
@@ -44,11 +44,11 @@ class DataConfig:
     """Subtracted from each channel (red, green, blue; 0 to 1), in the step."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Each channel is divided by this, in the step."""
-    threads: int | None = free(None)
+    threads: int | None = runtime_field(None)
     """Decoding threads of a rank; default: this rank's share of the cores."""
-    prefetch: int = free(2)
+    prefetch: int = runtime_field(2)
     """Batches decoded ahead of the step."""
-    max_unreadable: int = free(100)
+    max_unreadable: int = runtime_field(100)
     """Samples that may turn out unreadable at run time (each is substituted) before the run stops."""
 
     def size_at(self, epoch: int) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 Check = tuple[str, Any, bool, str]
 
 
-def free(default: Any) -> Any:
+def runtime_field(default: Any) -> Any:
     """A field that is no part of the run's identity: how it is carried out may change when it goes on."""
-    return field(default=default, metadata={"identity": False})
+    return field(default=default, metadata={"semantic": False})
 
 
 def positive(name: str, value: float | None, optional: bool = False) -> Check:

@@ -41,10 +41,10 @@ class OptimConfig:
     """Weight decay of the biases of all other layers; default: as norm_weight_decay."""
     clip_norm: float | None = None
     """Scale the gradient down to this norm over all parameters (Pascanu et al. 2013; LAMB in timm and apex: 1)."""
-    clip_adaptive: float | None = None
+    agc: float | None = None
     """Scale each unit's gradient down to this share of the norm of its weights (adaptive clipping, Brock et al. 2021);
     the head is left out."""
-    body_lr: float = 1.0
+    body_lr_factor: float = 1.0
     """Factor of the learning rate for all but the head."""
     layer_decay: float = 1.0
     """Factor of the learning rate from one layer or block to the one before it, for transfer (Clark et al. 2020): 1 for
@@ -85,8 +85,8 @@ def check_optim(c: OptimConfig) -> Iterator[Check]:
     yield at_least_zero("optim.bias_weight_decay", c.bias_weight_decay or 0)
     yield positive("optim.trust_coefficient", c.trust_coefficient)
     yield positive("optim.clip_norm", c.clip_norm, optional=True)
-    yield positive("optim.clip_adaptive", c.clip_adaptive, optional=True)
-    yield positive("optim.body_lr", c.body_lr)
+    yield positive("optim.agc", c.agc, optional=True)
+    yield positive("optim.body_lr_factor", c.body_lr_factor)
     yield "optim.layer_decay", c.layer_decay, 0 < c.layer_decay <= 1, "give a number above 0, at most 1"
     threshold = c.bce_threshold
     yield "optim.bce_threshold", threshold, threshold is None or 0 <= threshold < 1, "give a number from 0 to below 1"

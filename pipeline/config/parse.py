@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import make_parser, normalise
+from pipeline.command import make_parser, normalize
 from pipeline.config.run import Config
 from pipeline.config.time import Time, is_time, parse_time
 from pipeline.errors import UserError
@@ -29,8 +29,7 @@ _ELSEWHERE = {
     "wd": "weight_decay",
     "smoothing": "label_smoothing",
     "lr_warmup_epochs": "warmup_epochs",
-    "random_erase": "erase",
-    "reprob": "erase",
+    "reprob": "random_erase",
     "amp": "precision",
 }
 
@@ -80,7 +79,7 @@ def _flags(item: Any, prefix: str = "--") -> set[str]:
 
 def parse_config(argv: list[str], verb: str = "train") -> Config:
     """The configuration that a command line asks for. Exits with code 2 and one line on an impossible one."""
-    argv = normalise(list(argv), _flags(Config))
+    argv = normalize(list(argv), _flags(Config))
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
             argv[i + 1] = resolve_recipe(argv[i + 1])
@@ -90,7 +89,7 @@ def parse_config(argv: list[str], verb: str = "train") -> Config:
     parser = make_config_parser(f"pipeline {verb}")
     values = parser.parse_args(argv).as_dict()
     given = {item.partition("=")[0].removeprefix("--") for item in argv if item.startswith("--")}
-    if "schedule.epochs" in given and "schedule.made_for" not in given:
+    if "schedule.epochs" in given and "schedule.reference_epochs" not in given:
         rest = _without(argv, "--schedule.epochs")
         _follow_length(values, parser.parse_args(rest).as_dict()["schedule"]["epochs"], given)
     return from_dict(values)
@@ -128,10 +127,12 @@ def _follow_length(values: dict[str, Any], own: Time, given: set[str]) -> None:
     """Let a recipe's times follow a command line's other length; `own` is the recipe's. What is given beside it stands
     as it is. Raises UserError where that leaves times that can't be worked out."""
     schedule, data = values["schedule"], values["data"]
-    made_for = schedule["made_for"] if schedule["made_for"] is not None else own
-    schedule["made_for"] = made_for
+    reference_epochs = schedule["reference_epochs"] if schedule["reference_epochs"] is not None else own
+    schedule["reference_epochs"] = reference_epochs
     try:
-        (length, unit), (was, own_unit), (base, base_unit) = map(parse_time, (schedule["epochs"], own, made_for))
+        (length, unit), (was, own_unit), (base, base_unit) = map(
+            parse_time, (schedule["epochs"], own, reference_epochs)
+        )
     except ValueError:  # the checks say it
         return
     if data["ramp_epochs"] is not None and "data.ramp_epochs" not in given and unit == own_unit == "ep" and was:
@@ -141,13 +142,13 @@ def _follow_length(values: dict[str, Any], own: Time, given: set[str]) -> None:
         return  # all follow: `Schedule` does it, which knows how many batches an epoch has
     if unit != base_unit or not base:
         raise UserError(
-            f"--{fixed[0]} beside --schedule.epochs {schedule['epochs']}, of a recipe for {made_for}: "
-            "give --schedule.made_for too, the length that all these times are for"
+            f"--{fixed[0]} beside --schedule.epochs {schedule['epochs']}, of a recipe for {reference_epochs}: "
+            "give --schedule.reference_epochs too, the length that all these times are for"
         )
     for name in _TIMES:
         if f"schedule.{name}" not in given:
             schedule[name] = _stretched(schedule[name], min(1, length / base) if name in _SHRINKS else length / base)
-    schedule["made_for"] = None
+    schedule["reference_epochs"] = None
 
 
 def _stretched(time: Any, factor: float) -> Any:

@@ -10,7 +10,7 @@ import yaml
 from pipeline.config.augment import AugmentConfig, check_augment
 from pipeline.config.average import EmaConfig, EvaluationConfig, check_ema, check_evaluation
 from pipeline.config.data import DataConfig, check_data
-from pipeline.config.fields import Check, free
+from pipeline.config.fields import Check, runtime_field
 from pipeline.config.model import INPUT_SIZES, ModelConfig, check_model
 from pipeline.config.optim import OptimConfig, check_optim
 from pipeline.config.running import (
@@ -30,12 +30,12 @@ from pipeline.errors import UserError
 class Config:
     """A run: its recipe and where it happens."""
 
-    run_dir: str = free("")
+    run_dir: str = runtime_field("")
     """The run's folder: config, ledger, checkpoints, W&B. The same command again continues what is there."""
-    resume: str = free("auto")
+    resume: str = runtime_field("auto")
     """auto: go on from the newest good checkpoint in run_dir; never: refuse to start where one is;
     PATH: start from that checkpoint folder."""
-    about: dict[str, Any] = field(default_factory=dict, metadata={"identity": False})
+    about: dict[str, Any] = field(default_factory=dict, metadata={"semantic": False})
     """What the recipe says of itself: source, published and measured results."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -85,15 +85,15 @@ def check_all(c: Config) -> Iterator[Check]:
     yield from check_tracking(c.tracking)
 
 
-def identity(config: Any, prefix: str = "", everything: bool = False) -> dict[str, Any]:
-    """The run's identity as flat names: {"optim.lr": 0.1, ...}; fields made with `free` are left out, unless
+def semantic_config(config: Any, prefix: str = "", everything: bool = False) -> dict[str, Any]:
+    """The run's identity as flat names: {"optim.lr": 0.1, ...}; fields made with `runtime_field` are left out, unless
     `everything` is asked for."""
     flat = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            flat |= identity(value, f"{prefix}{item.name}.", everything)
-        elif everything or item.metadata.get("identity", True):
+            flat |= semantic_config(value, f"{prefix}{item.name}.", everything)
+        elif everything or item.metadata.get("semantic", True):
             flat[prefix + item.name] = list(value) if isinstance(value, tuple) else value
     return flat
 

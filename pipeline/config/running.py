@@ -4,26 +4,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.fields import Check, at_least_zero, free, positive
+from pipeline.config.fields import Check, at_least_zero, positive, runtime_field
 
 
 @dataclass(frozen=True)
 class GuardConfig:
     """What is done about numbers that are none."""
 
-    nonfinite: Literal["skip", "stop"] = free("skip")
+    nonfinite: Literal["skip", "stop"] = runtime_field("skip")
     """A loss or gradient that is NaN or infinite: leave that step's update out, on all ranks alike; or stop."""
-    max_skipped: int = free(5)
+    max_skipped: int = runtime_field(5)
     """Such steps in a row after which the run goes back to the last checkpoint before them."""
-    max_rollbacks: int = free(2)
+    max_rollbacks: int = runtime_field(2)
     """Times that a run goes back; at the next it stops."""
-    rollback_lr_factor: float = free(0.5)
+    rollback_lr_factor: float = runtime_field(0.5)
     """The learning rate is multiplied by this from the step on that the run went back to."""
-    rollback_reshuffle: bool = free(False)
+    rollback_reshuffle: bool = runtime_field(False)
     """Draw the rest of that epoch in another order."""
-    spike_factor: float = free(2.0)
+    spike_factor: float = runtime_field(2.0)
     """A loss of so many times the median of the last 100 is marked in the ledger."""
-    compare_every_steps: int = free(1000)
+    compare_every_steps: int = runtime_field(1000)
     """Compare the parameters of all ranks whenever this many steps are done, and before each checkpoint."""
 
 
@@ -41,15 +41,15 @@ def check_guard(c: GuardConfig) -> Iterator[Check]:
 class CheckpointConfig:
     """When checkpoints are written, and how many stay."""
 
-    every_steps: int | None = free(None)
+    every_steps: int | None = runtime_field(None)
     """Save whenever this many steps are done."""
-    every_minutes: float | None = free(15.0)
+    every_minutes: float | None = runtime_field(15.0)
     """Save when the last save is this old."""
-    every_epoch: bool = free(True)
+    every_epoch: bool = runtime_field(True)
     """Save at the end of each epoch."""
-    keep: int = free(2)
+    keep: int = runtime_field(2)
     """Newest checkpoints kept, beside the best one."""
-    wait_minutes: float = free(30.0)
+    outage_timeout_minutes: float = runtime_field(30.0)
     """Training goes on for so long while the run folder can't be written, with its rows kept in memory; then the run
     ends with exit code 1, to be started again, perhaps elsewhere."""
 
@@ -59,22 +59,22 @@ def check_checkpoint(c: CheckpointConfig) -> Iterator[Check]:
     yield positive("checkpoint.every_steps", c.every_steps, optional=True)
     yield positive("checkpoint.every_minutes", c.every_minutes, optional=True)
     yield positive("checkpoint.keep", c.keep)
-    yield positive("checkpoint.wait_minutes", c.wait_minutes)
+    yield positive("checkpoint.outage_timeout_minutes", c.outage_timeout_minutes)
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
     """W&B, progress lines, the final report."""
 
-    wandb: Literal["auto", "online", "offline", "disabled"] = free("auto")
+    wandb: Literal["auto", "online", "offline", "disabled"] = runtime_field("auto")
     """auto: online with a key, offline without one; metrics.jsonl is written always."""
-    project: str = free("imagenet")
-    entity: str | None = free(None)
-    name: str | None = free(None)
+    project: str = runtime_field("imagenet")
+    entity: str | None = runtime_field(None)
+    name: str | None = runtime_field(None)
     """Name of the W&B run; default: the run folder's name."""
-    report: bool = free(True)
+    report: bool = runtime_field(True)
     """Write report/index.html when the run is finished, and send its pictures to W&B."""
-    print_every_s: float = free(30.0)
+    print_every_s: float = runtime_field(30.0)
     """Seconds between plain progress lines where the output is no terminal."""
 
 

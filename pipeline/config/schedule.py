@@ -23,7 +23,7 @@ class ScheduleConfig:
     the run unless given (Smith 2018); constant."""
     epochs: Time = 90.0
     """Length of the run."""
-    made_for: Time | None = None
+    reference_epochs: Time | None = None
     """Length of the run that milestones and warm-up are given for; default: epochs, or what the recipe says where the
     command line gives other epochs."""
     warmup_epochs: Time = 0.0
@@ -46,19 +46,24 @@ class ScheduleConfig:
     """cosine, linear, polynomial, one_cycle: learning rate at the end."""
 
     def __post_init__(self):
-        for name in ("epochs", "made_for", "warmup_epochs", "step_every"):
+        for name in ("epochs", "reference_epochs", "warmup_epochs", "step_every"):
             object.__setattr__(self, name, plain_time(getattr(self, name)))
         object.__setattr__(self, "milestones", tuple(map(plain_time, self.milestones)))
-        if self.made_for == self.epochs:
-            object.__setattr__(self, "made_for", None)
+        if self.reference_epochs == self.epochs:
+            object.__setattr__(self, "reference_epochs", None)
 
 
 def check_schedule(c: ScheduleConfig) -> Iterator[Check]:
     """Impossible values of the group `schedule`."""
     yield "schedule.epochs", c.epochs, is_time(c.epochs, above=True), f"{REMEDY}, above 0"
-    yield "schedule.made_for", c.made_for, c.made_for is None or is_time(c.made_for, above=True), REMEDY
+    yield (
+        "schedule.reference_epochs",
+        c.reference_epochs,
+        c.reference_epochs is None or is_time(c.reference_epochs, above=True),
+        REMEDY,
+    )
     yield "schedule.warmup_epochs", c.warmup_epochs, is_time(c.warmup_epochs), f"{REMEDY}, 0 or more"
-    (warmup, unit), (epochs, other) = parse_time(c.warmup_epochs), parse_time(c.made_for or c.epochs)
+    (warmup, unit), (epochs, other) = parse_time(c.warmup_epochs), parse_time(c.reference_epochs or c.epochs)
     shorter = warmup < epochs or unit != other
     yield "schedule.warmup_epochs", c.warmup_epochs, shorter, "give 0 or more, below schedule.epochs"
     yield share("schedule.warmup_start", c.warmup_start)

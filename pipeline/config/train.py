@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.fields import Check, free, positive
+from pipeline.config.fields import Check, positive, runtime_field
 
 
 @dataclass(frozen=True)
@@ -13,34 +13,34 @@ class TrainConfig:
 
     global_batch_size: int = 256
     """Images a step over all ranks; stays the same when the number of ranks changes."""
-    micro_batch_size: int | None = free(None)
+    micro_batch_size: int | None = runtime_field(None)
     """Images that a rank puts through the network at once; the local batch is accumulated from as many as it
     takes. BatchNorm's statistics are over these. Default: the local batch at once."""
-    eval_batch_size: int | None = free(None)
+    eval_batch_size: int | None = runtime_field(None)
     """Validation images a rank at once; default: the micro batch."""
-    eval_every_epochs: float = free(1.0)
+    eval_every_epochs: float = runtime_field(1.0)
     """Evaluate whenever this many epochs are done, and at the end."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    channels_last: bool = free(True)
-    compile: bool = free(False)
+    channels_last: bool = runtime_field(True)
+    compile: bool = runtime_field(False)
     """torch.compile the model."""
-    cuda_graphs: bool = free(False)
+    cuda_graphs: bool = runtime_field(False)
     """With compile, on CUDA: record the step's kernels as graphs and replay them."""
-    bucket_mb: float = free(25.0)
+    bucket_mb: float = runtime_field(25.0)
     """MiB of gradients that are exchanged at once while the backward pass goes on. With more than two ranks the order
     of sums follows from it."""
     compress_gradients: Literal["bf16"] | None = None
     """Exchange gradients in this type, half the bytes; default: as they are."""
-    profile: int | None = free(None)
-    """Watch so many steps, after the first three of a start: a trace, and on CUDA a snapshot of the memory, in
+    profile_steps: int | None = runtime_field(None)
+    """Profile so many steps, after the first three of a start: a trace, and on CUDA a snapshot of the memory, in
     run_dir/profile."""
     seed: int = 0
-    max_steps: int | None = free(None)
+    max_steps: int | None = runtime_field(None)
     """Stop after this many steps in all, in the midst of the schedule; default: to its end."""
-    device: Literal["auto", "cuda", "cpu"] = free("auto")
-    timeout_s: float = free(600.0)
+    device: Literal["auto", "cuda", "cpu"] = runtime_field("auto")
+    hang_timeout_s: float = runtime_field(600.0)
     """Seconds without progress after which a rank counts as hung: it is named, and the job ends for a restart."""
-    deterministic: bool = free(False)
+    deterministic: bool = runtime_field(False)
     """On CUDA: only deterministic kernels (slower), so that resuming is bit-exact there too. On CPU it is always."""
 
 
@@ -53,6 +53,6 @@ def check_train(c: TrainConfig) -> Iterator[Check]:
     yield positive("train.max_steps", c.max_steps, optional=True)
     yield "train.cuda_graphs", c.cuda_graphs, c.compile or not c.cuda_graphs, "give train.compile, too"
     yield positive("train.bucket_mb", c.bucket_mb)
-    yield positive("train.profile", c.profile, optional=True)
-    yield positive("train.timeout_s", c.timeout_s)
+    yield positive("train.profile_steps", c.profile_steps, optional=True)
+    yield positive("train.hang_timeout_s", c.hang_timeout_s)
     yield "train.seed", c.seed, 0 <= c.seed < 2**63, "give a whole number from 0 to 2^63 - 1"

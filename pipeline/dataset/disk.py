@@ -6,18 +6,18 @@ import os
 import shutil
 from pathlib import Path
 
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 
 BLOCK = 4096  #: bytes that a file's size is rounded up to, as most file systems do
 
 
-def explain(error: OSError, path: Path | str) -> UserError | BrokenError:
+def explain(error: OSError, path: Path | str) -> UserError | TransientError:
     """One line for a file system's refusal: the user can mend a full disk or a missing right, and nothing else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"disk full while writing {path}; free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
         return UserError(f"can't write {path} ({error.strerror}); mend that or give another folder")
-    return BrokenError(f"can't write {path} ({error.strerror or error})")
+    return TransientError(f"can't write {path} ({error.strerror or error})")
 
 
 def check_space(folder: Path, needed: float, files: int = 0) -> None:

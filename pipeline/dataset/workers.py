@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 
 READERS = 8  #: files that a process reads at once
 
@@ -57,7 +57,7 @@ def map_in_order(
 ) -> Iterator[Result]:
     """`function` (importable by name) of each task, in the tasks' order; at most 4 tasks a process are held at a time.
 
-    With one process the work is done here, without starting any. Raises BrokenError if a process is killed.
+    With one process the work is done here, without starting any. Raises TransientError if a process is killed.
     """
     processes = processes or available_cores()
     if processes == 1:
@@ -73,6 +73,6 @@ def map_in_order(
         while pending:
             yield pending.popleft().result()
     except (BrokenProcessPool, MemoryError) as error:
-        raise BrokenError("a worker process ran out of memory or was killed; run the same command again") from error
+        raise TransientError("a worker process ran out of memory or was killed; run the same command again") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

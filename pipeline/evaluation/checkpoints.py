@@ -11,7 +11,7 @@ from pipeline.config import Config, load_config
 from pipeline.dataset.index.index import Index, index_folder, open_index
 from pipeline.errors import UserError
 from pipeline.evaluation.class_map import imagenet_classes
-from pipeline.model.build import Normalised, build_model
+from pipeline.model.build import Normalized, build_model
 from pipeline.model.heads import count_outputs
 from pipeline.model.published import Published
 from pipeline.model.weights import load_whole, start_from
@@ -30,7 +30,7 @@ FILES = {"raw": "model", "ema": "ema"}  # weights -> their file in a checkpoint
 
 
 @dataclass(frozen=True)
-class Subject:
+class ScoredNetwork:
     """What is scored: networks by name on the device, their outputs, their classes (None: not known), and where they
     come from: checkpoint, its meta."""
 
@@ -66,23 +66,23 @@ def find_checkpoint(folder: RunFolder, name: str) -> tuple[Path, dict]:
         raise UserError(f"{error}; give another --checkpoint") from error
 
 
-def normalised(model: nn.Module, config: Config, world: World) -> nn.Module:
-    return Normalised(model, config.data.mean, config.data.std, config.train.channels_last).to(world.device)
+def normalized(model: nn.Module, config: Config, world: World) -> nn.Module:
+    return Normalized(model, config.data.mean, config.data.std, config.train.channels_last).to(world.device)
 
 
-def load_published(config: Config, published: Published, index: Index, world: World) -> Subject:
+def load_published(config: Config, published: Published, index: Index, world: World) -> ScoredNetwork:
     """torchvision's published weights, downloaded by rank 0 where they are not cached. Collective."""
     model = build_model(config.model, published.outputs)
-    world.on_main(lambda: start_from(model, config.model))
-    network = normalised(model, config, world)
+    world.on_rank_zero(lambda: start_from(model, config.model))
+    network = normalized(model, config, world)
     for value in network.state_dict().values():
         torch.distributed.broadcast(value, src=0)
-    return Subject({published.name: network}, published.outputs, imagenet_classes(index, published.outputs))
+    return ScoredNetwork({published.name: network}, published.outputs, imagenet_classes(index, published.outputs))
 
 
-def load_run(weights: str, checkpoint: str, config: Config, folder: RunFolder, world: World) -> Subject:
+def load_run(weights: str, checkpoint: str, config: Config, folder: RunFolder, world: World) -> ScoredNetwork:
     """The networks of a run's checkpoint. weights: "raw", "ema", their average, or "both". Collective."""
-    path, meta = world.on_main(lambda: find_checkpoint(folder, checkpoint))
+    path, meta = world.on_rank_zero(lambda: find_checkpoint(folder, checkpoint))
     wanted = ["raw", "ema"] if weights == "both" else [weights]
     there = [name for name in wanted if f"{FILES[name]}.pt" in meta["files"]]
     if not there:
@@ -93,8 +93,8 @@ def load_run(weights: str, checkpoint: str, config: Config, folder: RunFolder, w
         outputs = count_outputs(config.model.name, state)
         model = build_model(config.model, outputs)
         load_whole(model, state)
-        networks[name] = normalised(model, config, world)
-    return Subject(networks, outputs, meta.get("classes") or classes_of(folder), path, meta)
+        networks[name] = normalized(model, config, world)
+    return ScoredNetwork(networks, outputs, meta.get("classes") or classes_of(folder), path, meta)
 
 
 def classes_of(folder: RunFolder) -> list[str] | None:

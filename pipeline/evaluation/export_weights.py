@@ -165,7 +165,7 @@ def write_safetensors(model: nn.Module, config: Config, path: Path) -> None:
 
 
 def write_onnx(model: nn.Module, config: Config, path: Path) -> None:
-    """ONNX of normalised images float32 [B, 3, H, W] -> logits, for any B. Raises UserError where a part is missing."""
+    """ONNX of normalized images float32 [B, 3, H, W] -> logits, for any B. Raises UserError where a part is missing."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401

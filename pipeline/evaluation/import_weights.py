@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.command import run_command
-from pipeline.config import ModelConfig, identity, load_config, resolve_recipe, to_yaml
+from pipeline.config import ModelConfig, load_config, resolve_recipe, semantic_config, to_yaml
 from pipeline.dataset.index.index import Index, index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.class_map import imagenet_classes
@@ -100,7 +100,13 @@ def write_run(folder: RunFolder, config, model: torch.nn.Module, facts: dict) ->
         optimizer = make_optimizer(model, config.optim, heads_for(config)).state_dict()
         scaler = torch.amp.GradScaler("cpu", enabled=config.train.precision == "fp16").state_dict()
         state = {"model": model.state_dict(), "optimizer": {"optimizer": optimizer, "scaler": scaler}}
-        meta = {"identity": identity(config), "index_fingerprint": "", "blacklist": [], "world_size": 1, **facts}
+        meta = {
+            "semantic_config": semantic_config(config),
+            "index_fingerprint": "",
+            "blacklist": [],
+            "world_size": 1,
+            **facts,
+        }
         write_checkpoint(folder.checkpoints, 0, state, {**meta, "torch": torch.__version__})
         folder.config.write_text(to_yaml(config))
     except OSError as error:

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
 from pipeline.dataset.index.index import Index
 from pipeline.errors import EXIT_OK, UserError
-from pipeline.evaluation.checkpoints import Subject, load_published, load_run
+from pipeline.evaluation.checkpoints import ScoredNetwork, load_published, load_run
 from pipeline.evaluation.class_map import class_positions
 from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.published import PREFIX, Published, find_published
@@ -90,7 +90,7 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
         world.close()
     if results is None:
         return interrupted_exit_code()
-    if world.is_main:
+    if world.is_rank_zero:
         tell(ask, results, subject, published)
     return EXIT_OK
 
@@ -141,7 +141,7 @@ class Result:
 def score_all(
     ask: Request,
     config: Config,
-    subject: Subject,
+    subject: ScoredNetwork,
     index: Index,
     sizes: list[tuple[int, int]],
     world: World,
@@ -177,7 +177,13 @@ def score_all(
 
 
 def recalibrated(
-    network: nn.Module, config: Config, subject: Subject, index: Index, count: int, world: World, stop: StopRequest
+    network: nn.Module,
+    config: Config,
+    subject: ScoredNetwork,
+    index: Index,
+    count: int,
+    world: World,
+    stop: StopRequest,
 ) -> bool:
     """BatchNorm's statistics anew over the last `count` training batches; False if any rank was asked to stop."""
     if subject.meta.get("index_fingerprint") != index.fingerprint:
@@ -196,7 +202,7 @@ def recalibrated(
         stream.close()
 
 
-def tell(ask: Request, results: list[Result], subject: Subject, published: Published | None) -> None:
+def tell(ask: Request, results: list[Result], subject: ScoredNetwork, published: Published | None) -> None:
     """Print the scores, and write them where that was asked for."""
     where = {"checkpoint": str(subject.path), "step": subject.meta["step"]} if subject.path else {}
     facts = where | results[0].facts

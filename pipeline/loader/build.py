@@ -15,7 +15,7 @@ from pipeline.loader.source import Source
 from pipeline.loader.stream import Stream
 
 
-class Place(Protocol):
+class RankInfo(Protocol):
     """Where a rank stands among all, and where it wants its batches."""
 
     rank: int
@@ -89,13 +89,18 @@ def make_decoder(
     return ReferenceDecoder(threads, prefetch, resize, interpolation)
 
 
-def make_train_stream(index: Index, plan: TrainPlan, data: DataConfig, place: Place) -> Stream:
+def make_train_stream(index: Index, plan: TrainPlan, data: DataConfig, place: RankInfo) -> Stream:
     """The training batches of a rank."""
     return _make_stream(index, "train", plan, data, plan.global_batch_size // place.size, place)
 
 
 def make_eval_stream(
-    index: Index, data: DataConfig, batch_size: int, place: Place, crops: bool = False, labels: np.ndarray | None = None
+    index: Index,
+    data: DataConfig,
+    batch_size: int,
+    place: RankInfo,
+    crops: bool = False,
+    labels: np.ndarray | None = None,
 ) -> Stream:
     """The validation batches of a rank, at most `batch_size` images each.
 
@@ -116,7 +121,7 @@ def make_eval_stream(
 
 
 def _make_stream(
-    index: Index, name: str, plan: TrainPlan | EvalPlan, data: DataConfig, batch_size: int, place: Place
+    index: Index, name: str, plan: TrainPlan | EvalPlan, data: DataConfig, batch_size: int, place: RankInfo
 ) -> Stream:
     split = index.splits[name]
     threads = data.threads or cores_per_rank(place.local_size)

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.loader.plan import Planned
 from pipeline.loader.resize import Resizer, Resizing, decoded_windows
-from pipeline.loader.stream import Samples, UndecodableSample
+from pipeline.loader.stream import EncodedBatch, UndecodableSample
 
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|cannot allocate memory|can't start new thread", re.IGNORECASE)
 
@@ -46,9 +46,9 @@ class DaliDecoder:
         self.on_gpu = device.type == "cuda"
         self.resizer = None if self.on_gpu else Resizer(threads, interpolation)
         self.pipeline = None
-        self._feed: Iterator[Samples] = iter(())
+        self._feed: Iterator[EncodedBatch] = iter(())
         self._feed_failed: RuntimeError | None = None
-        self._handed: deque[Samples] = deque()  # what DALI holds, oldest first
+        self._handed: deque[EncodedBatch] = deque()  # what DALI holds, oldest first
 
     def _next(self):
         """DALI's callback: the next batch as lists and arrays of one row a sample."""
@@ -107,7 +107,7 @@ class DaliDecoder:
         pipe.build()
         return pipe
 
-    def decode(self, batches: Iterable[Samples]) -> Iterator[torch.Tensor]:
+    def decode(self, batches: Iterable[EncodedBatch]) -> Iterator[torch.Tensor]:
         """Images uint8 [B, H, W, 3] of each batch, in order. Raises UndecodableSample, after which it starts anew."""
         self._feed, self._handed = iter(batches), deque()
         pipeline, self.pipeline = self.pipeline or self._build(), None
@@ -141,7 +141,7 @@ class DaliDecoder:
             if len(resizing) > 1:
                 yield resizing.popleft().result()
 
-    def _find_undecodable(self, samples: Samples) -> int | None:
+    def _find_undecodable(self, samples: EncodedBatch) -> int | None:
         """The first position of a batch that fails when it is decoded alone: DALI's message does not always say."""
         alone = DaliDecoder(1, 1, self.device, 1, self.interpolation)
         for position in range(len(samples.data)):

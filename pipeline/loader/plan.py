@@ -5,7 +5,7 @@ The samples of all epochs form one endless sequence, an epoch's permutation afte
 `global_batch_size` positions from s * global_batch_size on. So every sample comes exactly once an epoch, none is
 dropped or repeated, and a batch at an epoch's border holds the last samples of one epoch and the first of the next.
 
-The random numbers are a hash of (seed, epoch, sample, copy, draw): windows, flips, colours, geometry and erasing follow
+The random numbers are a hash of (seed, epoch, sample, copy, draw): windows, flips, colors, geometry and erasing follow
 the sample to whatever rank reads it. Mixing is a hash of (seed, step, group): its groups are consecutive positions of
 the global batch that no rank splits, so a sample's partner is the same for any world size.
 
@@ -30,8 +30,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
-from pipeline.augment.params import Drawn, Mixing, draw_erased, draw_mixing
-from pipeline.augment.policies import draw_ops
+from pipeline.augment.params import AugmentParams, Mixing, sample_erase_boxes, sample_mixing
+from pipeline.augment.policies import sample_ops
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
 from pipeline.rng import GOLDEN, hash_counter, splitmix64, uniform
 
@@ -58,7 +58,7 @@ class Planned:
     flips: np.ndarray
     size: int
     copies: np.ndarray | None = None
-    drawn: Drawn | None = None
+    drawn: AugmentParams | None = None
     mixing: Mixing | None = None
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ def batch_digest(
     ids: np.ndarray,
     windows: np.ndarray,
     flips: np.ndarray,
-    drawn: Drawn | None = None,
+    drawn: AugmentParams | None = None,
     mixing: Mixing | None = None,
     size: int | None = None,
 ) -> str:
@@ -224,9 +224,11 @@ class TrainPlan:
         drawn = None
         if self.augment.draws:
             keys, jitter = self._keys(_POLICY, *sample), self._keys(_JITTER, *sample)
-            ops, amounts = draw_ops(self.augment, keys, jitter, size) or (None, None)
-            erase = self.augment.erase > 0
-            drawn = Drawn(ops, amounts, draw_erased(self.augment, self._keys(_ERASE, *sample), size) if erase else None)
+            ops, amounts = sample_ops(self.augment, keys, jitter, size) or (None, None)
+            erase = self.augment.random_erase > 0
+            drawn = AugmentParams(
+                ops, amounts, sample_erase_boxes(self.augment, self._keys(_ERASE, *sample), size) if erase else None
+            )
         return Planned(ids, epochs, windows, rois, flips, size, copies, drawn)
 
     def with_ids(self, planned: Planned, ids: np.ndarray) -> Planned:
@@ -241,7 +243,7 @@ class TrainPlan:
         if not self.augment.mixes:
             return planned
         key = hash_counter(self.seed, _MIX, step)
-        return replace(planned, mixing=draw_mixing(self.augment, key, start, stop, size))
+        return replace(planned, mixing=sample_mixing(self.augment, key, start, stop, size))
 
     def local(self, step: int, rank: int = 0, world_size: int = 1) -> Planned:
         """What `rank` of `world_size` sees in `step`: its slice of the global batch."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+def prefetch_to_device(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     """The same batches: while one is trained on, the next one's bytes are on their way to `device`.
 
     Whatever `batches` sends there, it sends on the current stream and without waiting; here that is not the stream of

@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, crop, hflip, resized_crop
 from torchvision.transforms.functional import resize as resize_image
 
-from pipeline.loader.stream import Samples, UndecodableSample
+from pipeline.loader.stream import EncodedBatch, UndecodableSample
 
 
 def cut_window(
@@ -67,14 +67,14 @@ class ReferenceDecoder:
         self.prefetch, self.resize, self.interpolation = prefetch, resize, interpolation
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def _submit(self, samples: Samples) -> tuple[Samples, list[Future]]:
+    def _submit(self, samples: EncodedBatch) -> tuple[EncodedBatch, list[Future]]:
         p = samples.planned
         origins = p.windows[:, :2] + p.rois[:, :2]
         jobs = zip(samples.data, p.windows, p.flips, origins, strict=True)
         how = p.size, self.resize
         return samples, [self.pool.submit(decode_sample, *job, *how, at, self.interpolation) for *job, at in jobs]
 
-    def _collect(self, samples: Samples, futures: list[Future]) -> torch.Tensor:
+    def _collect(self, samples: EncodedBatch, futures: list[Future]) -> torch.Tensor:
         size = samples.planned.size
         images = np.empty((len(futures), size, size, 3), np.uint8)
         for i, future in enumerate(futures):
@@ -84,7 +84,7 @@ class ReferenceDecoder:
                 raise UndecodableSample(samples.step, i, f"{type(error).__name__}: {error}") from error
         return torch.from_numpy(images)
 
-    def decode(self, batches: Iterable[Samples]) -> Iterator[torch.Tensor]:
+    def decode(self, batches: Iterable[EncodedBatch]) -> Iterator[torch.Tensor]:
         """Images uint8 [B, H, W, 3] of each batch, in order. Raises UndecodableSample."""
         pending: deque = deque()
         for samples in batches:

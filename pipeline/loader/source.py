@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from pipeline.dataset.index.index import Split
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # no fault of the file's
@@ -61,7 +61,7 @@ class Source:
     def read(self, sample: int) -> np.ndarray:
         """The sample's bytes, uint8 [size].
 
-        Raises UnreadableSample where they are missing or not those that were indexed, and BrokenError where the data
+        Raises UnreadableSample where they are missing or not those that were indexed, and TransientError where the data
         root itself is gone. Errors that pass (a network file system's) are tried again for some seconds.
         """
         (row,) = self._rows(np.array([sample]))
@@ -83,7 +83,7 @@ class Source:
                 if getattr(error, "errno", None) in _OURS:
                     raise
                 if not self.split.root.is_dir():
-                    raise BrokenError(f"data root {self.split.root} is gone: {error}") from error
+                    raise TransientError(f"data root {self.split.root} is gone: {error}") from error
                 if wait is None or getattr(error, "errno", None) not in _PASSING:
                     raise UnreadableSample(sample, str(error)) from error
                 time.sleep(wait)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.augment.apply import Changes, Retouch, deliver
-from pipeline.errors import BrokenError
+from pipeline.augment.apply import EraseAndMix, PixelOps, deliver
+from pipeline.errors import TransientError
 from pipeline.loader.plan import EvalPlan, Planned, TrainPlan
-from pipeline.loader.prefetch import ahead
+from pipeline.loader.prefetch import prefetch_to_device
 from pipeline.loader.source import Source, UnreadableSample
 
 
@@ -24,30 +24,30 @@ class Batch:
     """One step's local batch, on the step's device.
 
     images: uint8 [B, H, W, 3]. targets: int64 [B]. ids: int64 [B]. In validation B may be short, or 0. changes,
-    retouch: what the step has yet to do to the images, None where nothing is.
+    erase_mix: what the step has yet to do to the images, None where nothing is.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     ids: torch.Tensor
-    changes: Changes | None = None
-    retouch: Retouch | None = None
+    changes: PixelOps | None = None
+    erase_mix: EraseAndMix | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 @dataclass(frozen=True)
-class Samples:
+class EncodedBatch:
     """What a decoder gets: the plan of a batch and, in the same order, each sample's bytes (uint8)."""
 
     step: int
     planned: Planned
     data: list[np.ndarray]
 
-    def only(self, position: int) -> "Samples":
+    def only(self, position: int) -> "EncodedBatch":
         """One sample of the batch, as a batch."""
-        return Samples(self.step, self.planned.only(position), self.data[position : position + 1])
+        return EncodedBatch(self.step, self.planned.only(position), self.data[position : position + 1])
 
 
 class UndecodableSample(Exception):
@@ -69,7 +69,7 @@ class Stream:
         rank, world_size: this rank's slice of every batch.
         device: where batches are delivered.
         prefetch: batches read ahead.
-        max_unreadable: distinct bad samples that are borne before BrokenError.
+        max_unreadable: distinct bad samples that are borne before TransientError.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Stream:
         if sample not in self.unreadable:
             self.unreadable[sample] = reason
         if len(self.unreadable) > self.max_unreadable:
-            raise BrokenError(
+            raise TransientError(
                 f"more than {self.max_unreadable} unreadable samples, the last one {self.source.describe(sample)} "
                 f"({reason}); check the data with: pipeline verify ROOT"
             )
@@ -111,24 +111,24 @@ class Stream:
                 return candidate, self.source.read(candidate)
             except UnreadableSample as error:
                 self._note(error.sample, error.reason)
-        raise BrokenError(
+        raise TransientError(
             f"no readable substitute for {self.source.describe(sample)}; check the data: pipeline verify ROOT"
         )
 
-    def _mend(self, step: int, planned: Planned, data: list) -> Samples:
+    def _mend(self, step: int, planned: Planned, data: list) -> EncodedBatch:
         """Replace (training) or leave out (validation) the samples whose place in `data` holds an exception."""
         bad = [i for i, item in enumerate(data) if isinstance(item, UnreadableSample)]
         if not bad:
-            return Samples(step, planned, data)
+            return EncodedBatch(step, planned, data)
         ids = planned.ids.copy()
         if isinstance(self.plan, EvalPlan):
             keep = np.setdiff1d(np.arange(len(ids)), bad)
-            return Samples(step, self.plan.cut(ids[keep], planned.epochs[keep]), [data[i] for i in keep])
+            return EncodedBatch(step, self.plan.cut(ids[keep], planned.epochs[keep]), [data[i] for i in keep])
         for i in bad:
             ids[i], data[i] = self._stand_in(int(ids[i]))
-        return Samples(step, self.plan.with_ids(planned, ids), data)
+        return EncodedBatch(step, self.plan.with_ids(planned, ids), data)
 
-    def _prepare(self, step: int) -> Samples:
+    def _prepare(self, step: int) -> EncodedBatch:
         planned = self.plan.local(step, self.rank, self.world_size)
         data = self.source.read_batch(planned.ids)
         for i, sample in enumerate(planned.ids):
@@ -142,14 +142,14 @@ class Stream:
         """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`."""
         self._skip = skip
         batches = self._batches(start, stop)
-        return ahead(batches, self.device) if self.device.type == "cuda" else batches
+        return prefetch_to_device(batches, self.device) if self.device.type == "cuda" else batches
 
     def _batches(self, start: int, stop: int) -> Iterator[Batch]:
         reading: dict[int, Future] = {}
-        handed: dict[int, Samples] = {}  # with the decoder, not yet delivered; in order
-        mended: dict[int, Samples] = {}  # to be handed again after a decoder gave up
+        handed: dict[int, EncodedBatch] = {}  # with the decoder, not yet delivered; in order
+        mended: dict[int, EncodedBatch] = {}  # to be handed again after a decoder gave up
 
-        def feed(first: int) -> Iterator[Samples]:
+        def feed(first: int) -> Iterator[EncodedBatch]:
             for step in range(first, stop):
                 for coming in range(step, min(step + self.prefetch, stop)):
                     if coming not in reading and coming not in mended:
@@ -177,7 +177,7 @@ class Stream:
             for future in reading.values():
                 future.cancel()
 
-    def _without(self, samples: Samples, error: UndecodableSample) -> Samples:
+    def _without(self, samples: EncodedBatch, error: UndecodableSample) -> EncodedBatch:
         """A batch whose bytes are those indexed, but which a decoder refuses: mended."""
         sample = int(samples.planned.ids[error.position])
         self._note(sample, error.reason)
@@ -185,14 +185,14 @@ class Stream:
         data[error.position] = UnreadableSample(sample, error.reason)
         return self._mend(samples.step, samples.planned, data)
 
-    def _batch(self, images: torch.Tensor, samples: Samples) -> Batch:
+    def _batch(self, images: torch.Tensor, samples: EncodedBatch) -> Batch:
         planned = samples.planned
         ids, targets = (deliver(array, self.device) for array in (planned.ids, self.labels[planned.ids]))
-        changes = Changes.of(planned.drawn, planned.size, self.device)
-        retouch = Retouch.of(planned.drawn, planned.mixing, self.device)
+        changes = PixelOps.of(planned.drawn, planned.size, self.device)
+        erase_mix = EraseAndMix.of(planned.drawn, planned.mixing, self.device)
         if self.device.type == "cuda" and not images.is_cuda:
             images = images.pin_memory().to(self.device, non_blocking=True)
-        return Batch(images, targets, ids, changes, retouch)
+        return Batch(images, targets, ids, changes, erase_mix)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

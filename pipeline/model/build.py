@@ -11,7 +11,7 @@ from pipeline.config import INPUT_SIZES, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.drops import tie_drops
 from pipeline.model.heads import drop_before_head, freeze
-from pipeline.model.regularise import add_blurpool, add_stochastic_depth
+from pipeline.model.regularize import add_blurpool, add_stochastic_depth
 from pipeline.model.weights import is_published
 
 #: weight of the auxiliary heads' losses as published: Szegedy et al. 2015 (GoogLeNet), 2016 (Inception v3: torchvision
@@ -38,7 +38,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
     num_classes: outputs of the head. Takes float [B, 3, H, W], gives logits [B, num_classes]; in training GoogLeNet and
     Inception v3 give a tuple, the logits first and then the auxiliary heads'. `start_from` loads `config.weights`. Its
-    attribute `places` holds the keys that drop-out and stochastic depth follow; None where nothing is dropped.
+    attribute `drop_keys` holds the keys that drop-out and stochastic depth follow; None where nothing is dropped.
     Raises UserError for a name that torchvision does not know, or an option that the model has no use for.
     """
     check_name(config.name)
@@ -61,7 +61,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         drop_before_head(model, config.name, config.dropout)
     if config.freeze:
         freeze(model, config.name, config.freeze)
-    model.places = tie_drops(model)
+    model.drop_keys = tie_drops(model)
     return model
 
 
@@ -106,8 +106,8 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-class Normalised(nn.Module):
-    """uint8 [B, H, W, 3] in, logits out: casts and normalises on the device, then calls `model`.
+class Normalized(nn.Module):
+    """uint8 [B, H, W, 3] in, logits out: casts and normalizes on the device, then calls `model`.
 
     mean, std: of each channel, 0 to 1. The permuted image is channels_last as it is, without a copy.
     """
@@ -120,7 +120,7 @@ class Normalised(nn.Module):
         shift = -torch.tensor(mean) / torch.tensor(std)
         self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]."""
         pixels = images.permute(0, 3, 1, 2)
         if not self.channels_last:
@@ -128,4 +128,4 @@ class Normalised(nn.Module):
         return torch.addcmul(self.shift, pixels.float(), self.scale)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(self.normalise(images))
+        return self.model(self.normalize(images))

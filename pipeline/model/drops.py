@@ -16,7 +16,7 @@ _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
 
-class PlaceKeys:
+class DropKeys:
     """What the drops of a network share. keys: int64 [B], 0 to 2^32 - 1, one for each sample that goes through it now;
     None: there are none. network: drops while it is in training mode, whatever mode the layers are in (frozen ones are
     in evaluation mode, and BatchNorm alone in training mode when its statistics are computed anew)."""
@@ -53,17 +53,17 @@ class Drop:
 
     def __init__(self, share: float, rows: bool):
         self.share, self.rows = share, rows
-        self.places, self.number = PlaceKeys(), 0
+        self.drop_keys, self.number = DropKeys(), 0
 
     def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        return self.drop(output) if self.places.drops() else output
+        return self.drop(output) if self.drop_keys.drops() else output
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
         """x: [B, ...]."""
-        if self.places.keys is None:
+        if self.drop_keys.keys is None:
             return stochastic_depth(x, self.share, "row") if self.rows else nn.functional.dropout(x, self.share)
         shape = [1] * (x.ndim - 1) if self.rows else x.shape[1:]
-        kept = keyed_uniform(self.places.keys, self.number, math.prod(shape)) >= self.share
+        kept = keyed_uniform(self.drop_keys.keys, self.number, math.prod(shape)) >= self.share
         return x * (kept.to(x.dtype) / (1 - self.share)).view(len(x), *shape)
 
 
@@ -71,7 +71,7 @@ class DropInput(Drop):
     """A forward pre-hook: the same for a layer's first input."""
 
     def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
-        return (self.drop(inputs[0]), *inputs[1:]) if self.places.drops() else inputs
+        return (self.drop(inputs[0]), *inputs[1:]) if self.drop_keys.drops() else inputs
 
 
 #: block -> its StochasticDepth, and the ends of the two branches that both go through it
@@ -82,9 +82,9 @@ _SHARED = {
 }
 
 
-def tie_drops(model: nn.Module) -> PlaceKeys | None:
+def tie_drops(model: nn.Module) -> DropKeys | None:
     """Let hooks do what the model's own drop-out and stochastic depth layers do, number all drops from the input on,
-    and give them one `PlaceKeys`. None: nothing is ever dropped."""
+    and give them one `DropKeys`. None: nothing is ever dropped."""
     for block in model.modules():
         name, ends = _SHARED.get(type(block), ("", ()))
         if ends and getattr(block, name).p > 0:  # each branch has its own draws
@@ -95,11 +95,11 @@ def tie_drops(model: nn.Module) -> PlaceKeys | None:
         if isinstance(module, nn.Dropout | StochasticDepth) and module.p > 0:
             module.register_forward_hook(Drop(module.p, isinstance(module, StochasticDepth)))
             module.p = 0.0
-    places, number = PlaceKeys(), 0
+    places, number = DropKeys(), 0
     places.network = model
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if isinstance(hook, Drop):
-                hook.places, hook.number = places, number
+                hook.drop_keys, hook.number = places, number
                 number += 1
     return places if number else None

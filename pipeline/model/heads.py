@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.model.drops import DropInput
-from pipeline.model.meta_init import without_data
+from pipeline.model.meta_init import meta_init
 
 BODY = "body"  #: as a pattern of --model.freeze: everything but the heads
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
@@ -22,7 +22,7 @@ def find_heads(name: str) -> tuple[str, ...]:
     """Module names of a torchvision classifier's heads, auxiliary ones too: `fc`, `classifier.6`, `heads.head`, ..."""
     shapes = []
     for classes in (3, 5):
-        with without_data():
+        with meta_init():
             model = torchvision.models.get_model(name, weights=None, num_classes=classes)
         shapes.append({key: value.shape for key, value in model.named_parameters()})
     differing = [key for key, shape in shapes[0].items() if shape != shapes[1][key]]

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextlib.contextmanager
-def without_data(fake: FakeTensorMode | None = None) -> Iterator[None]:
+def meta_init(fake: FakeTensorMode | None = None) -> Iterator[None]:
     """What parameters and buffers modules take on in this context have a shape, a dtype and no data.
 
     fake: they are its fake tensors, on the device where they were made; default: they are on the meta device. Only they
@@ -33,7 +33,7 @@ def without_data(fake: FakeTensorMode | None = None) -> Iterator[None]:
     registered = nn.Module.register_parameter, nn.Module.register_buffer
     nn.Module.register_parameter, nn.Module.register_buffer = take_parameter, take_buffer
     try:
-        with _BlankDraws():
+        with _MetaDraws():
             yield
     finally:
         nn.Module.register_parameter, nn.Module.register_buffer = registered
@@ -43,7 +43,7 @@ def _has_no_data(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-class _BlankDraws(TorchDispatchMode):
+class _MetaDraws(TorchDispatchMode):
     """Initialisers that draw until all values fit ask about values, of which there are none: they are told 'done'."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -10,7 +10,7 @@ from torch import nn
 from pipeline.config import Config, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight, built_for, check_name
-from pipeline.model.meta_init import without_data
+from pipeline.model.meta_init import meta_init
 
 
 def check_image_sizes(config: Config) -> None:
@@ -58,7 +58,7 @@ class SizeProbe:
     asked for, which it takes."""
 
     def __init__(self, config: ModelConfig):
-        self.name, self.made_for = config.name, built_for(config)
+        self.name, self.reference_epochs = config.name, built_for(config)
         self.heads = auxiliary_weight(config) > 0
         self.takes = cache(self._takes)
         self._network = cache(self._build)
@@ -66,13 +66,13 @@ class SizeProbe:
     def _build(self, heads: bool) -> nn.Module:
         extra = {"aux_logits": heads, "init_weights": False} if self.name in AUXILIARY_WEIGHTS else {}
         if self.name.startswith("vit_"):
-            extra["image_size"] = self.made_for
-        with without_data():
+            extra["image_size"] = self.reference_epochs
+        with meta_init():
             return torchvision.models.get_model(self.name, weights=None, **extra)
 
     def _takes(self, size: int, training: bool) -> bool:
         """Can it compute size x size pixels? training: with its auxiliary heads, if it has any."""
-        if size == self.made_for:
+        if size == self.reference_epochs:
             return True
         network = self._network(self.heads and training).eval()
         network.training = training  # of the whole, which asks the heads then; not of BatchNorm, which averages
@@ -95,7 +95,7 @@ class SizeProbe:
 
     def fitting(self, size: int, training: bool) -> str:
         """What to give in place of a size that the network can't take: "at least 75", or "224"."""
-        refused, taken = size, self.made_for
+        refused, taken = size, self.reference_epochs
         if taken < refused or not self.takes(taken + 32, training):
             return str(taken)
         while taken - refused > 1:

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from pipeline.config import ModelConfig
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.model.heads import find_heads
 
 _DOTTED = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
@@ -20,7 +20,7 @@ _DOTTED = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 def start_from(model: nn.Module, config: ModelConfig) -> None:
     """Load what `config.weights` names into a model; heads for other classes keep their fresh weights.
 
-    Raises UserError for a name or a file that does not fit, BrokenError where the download fails.
+    Raises UserError for a name or a file that does not fit, TransientError where the download fails.
     """
     if config.weights is None:
         return
@@ -44,7 +44,7 @@ def published_state(config: ModelConfig) -> dict[str, torch.Tensor]:
     try:
         return renamed(known[config.weights].get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
-        raise BrokenError(
+        raise TransientError(
             f"--model.weights {config.weights} could not be downloaded ({error}); or give a file"
         ) from error
 

@@ -65,7 +65,7 @@ class Console:
             left = (self.total_steps - row["step"]) * (self._last - self._begun) / max(1, row["step"] - self._first)
             print(
                 f"step {row['step']}/{self.total_steps}  {text}  lr {row['lr']:.4g}  "
-                f"data wait {100 * row['data_wait']:.0f} %  {_duration(left)} left",
+                f"data wait {100 * row['data_wait_fraction']:.0f} %  {_duration(left)} left",
                 flush=True,
             )
 

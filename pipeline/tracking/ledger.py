@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipeline.files import write_whole
+from pipeline.files import atomic_write
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -99,7 +99,7 @@ class Ledger:
         #: of the training rows in the file now
         self.losses = [row.get("loss") for row in keep if row.get("kind") == "train"]
         if len(keep) < len(rows) or events or self._torn():
-            write_whole(self.path, b"".join(map(_line, [*keep, *events])))
+            atomic_write(self.path, b"".join(map(_line, [*keep, *events])))
         self._open()
 
     def _open(self) -> None:
@@ -177,7 +177,7 @@ class Ledger:
         if here.st_nlink == 0:
             self.path.parent.mkdir(exist_ok=True)
             rest = self._rest
-            write_whole(self.path, os.pread(self.file.fileno(), self._safe, 0))
+            atomic_write(self.path, os.pread(self.file.fileno(), self._safe, 0))
             self._open()
             self._rest = rest
             raise FileNotFoundError(errno.ENOENT, "it was deleted", str(self.path))

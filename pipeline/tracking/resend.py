@@ -10,8 +10,8 @@ from typing import Literal
 
 from pipeline.command import run_command
 from pipeline.config import load_config
-from pipeline.config.run import identity
-from pipeline.errors import EXIT_OK, BrokenError, UserError
+from pipeline.config.run import semantic_config
+from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.progress import Progress
 from pipeline.tracking.ledger import read_rows
 
@@ -51,7 +51,7 @@ def resend(
             entity=entity or tracking.entity,
             name=name or f"{tracking.name or folder.name}-resent",
             dir=str(folder),
-            config=identity(config),
+            config=semantic_config(config),
             mode=mode,
             settings=quiet_settings(wandb),
         )
@@ -59,7 +59,7 @@ def resend(
         raise UserError(f"W&B can't be imported ({error}); pip install wandb") from error
     except wandb.errors.Error as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        raise BrokenError(f"W&B: {first}; try again, or give --mode offline and later: wandb sync") from error
+        raise TransientError(f"W&B: {first}; try again, or give --mode offline and later: wandb sync") from error
     sent.define_metric("val_top1", summary="max")
     with Progress("sending", len(rows), "rows") as progress:
         for row in sorted(rows, key=lambda row: row["step"]):  # stable: a step's evaluation comes after it

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from pipeline.config import TrackingConfig
-from pipeline.files import write_whole
+from pipeline.files import atomic_write
 from pipeline.redact import redact
 
 _INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 30, 60
@@ -59,7 +59,7 @@ class WandbView:
         except (OSError, ValueError, TypeError, AttributeError):
             before = {}
         sent = {kind: max(before.get(kind, 0), last_steps.get(kind, 0)) for kind in ("train", "eval")}
-        write_whole(path, json.dumps(sent))
+        atomic_write(path, json.dumps(sent))
         return sent
 
     def _start(self, wandb, config: TrackingConfig, run_dir: Path, settings: dict) -> None:
@@ -70,7 +70,7 @@ class WandbView:
                 self.say("W&B: no key, so offline; upload later with: wandb sync " + str(self.folder / "offline-*"))
         identifier = self.folder / "run-id"
         if not identifier.exists():
-            write_whole(identifier, uuid.uuid4().hex[:8])
+            atomic_write(identifier, uuid.uuid4().hex[:8])
         arguments = {
             "project": config.project,
             "entity": config.entity,

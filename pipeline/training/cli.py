@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.imports import importing
 from pipeline.redact import redact
 from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun
 
 
-def _on_main() -> bool:
+def _is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -30,7 +30,7 @@ def train(argv: list[str]) -> int:
     with importing():
         from pipeline.training.loop import Trainer
         from pipeline.training.ranks.consistency import program_and_settings, refuse_differences
-        from pipeline.training.ranks.translate_error import told
+        from pipeline.training.ranks.translate_error import translating_errors
         from pipeline.training.ranks.world import meet_all, start_world
         from pipeline.training.run_folder.folder import make_run_folder
         from pipeline.training.run_folder.lock import RunLock
@@ -40,20 +40,20 @@ def train(argv: list[str]) -> int:
 
     def last_words(message: str) -> None:
         if lock.held:
-            leave_word(config.run_dir, BrokenError(message))
+            leave_word(config.run_dir, TransientError(message))
             lock.release()
 
     world.watch.folder, world.watch.last_words = run_dir / DEBUG if config.run_dir else None, last_words
     try:
         meet_all(world)
-        with told(config, world):
+        with translating_errors(config, world):
             refuse_differences(program_and_settings(config, world), world)
-            world.on_main(lambda: (make_run_folder(config), lock.acquire())[1])
+            world.on_rank_zero(lambda: (make_run_folder(config), lock.acquire())[1])
             return Trainer(config, world, stop).run()
-    except (UserError, BrokenError) as error:
+    except (UserError, TransientError) as error:
         if lock.held:
             leave_word(config.run_dir, error)
-        if error.alike:
+        if error.on_all_ranks:
             world.meet()  # the first rank that is gone makes torchrun and Slurm end the others
         raise
     finally:
@@ -116,14 +116,14 @@ def evaluate(argv: list[str]) -> int:
     return run_command(evaluate, "evaluate", argv)
 
 
-def leave_word(run_dir: str, error: UserError | BrokenError) -> None:
+def leave_word(run_dir: str, error: UserError | TransientError) -> None:
     """Mark the run folder as failed, if there is one, for those who look at it from outside."""
-    from pipeline.errors import EXIT_BROKEN, EXIT_USER
+    from pipeline.errors import EXIT_RETRY, EXIT_USER
     from pipeline.training.run_folder.folder import RunFolder
 
     folder = Path(run_dir).expanduser()
-    code = EXIT_USER if isinstance(error, UserError) else EXIT_BROKEN
-    if _on_main() and run_dir and (folder / "config.yaml").exists():
+    code = EXIT_USER if isinstance(error, UserError) else EXIT_RETRY
+    if _is_rank_zero() and run_dir and (folder / "config.yaml").exists():
         try:
             RunFolder(folder).mark("failed", exit_code=code, message=redact(str(error)))
         except OSError as problem:

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.dataset.index.index import Index, index_folder, open_index
 from pipeline.dataset.index.scan import build_index
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.training.ranks.world import World
 
 _VISIBLE_AFTER_S = 60
@@ -32,7 +32,7 @@ def open_data(data: DataConfig, world: World, say: Callable[[str], None], to_sco
             say(f"no index at {folder or index_folder(root)}: building it (once)")
         return build_index(root, folder, to_score=to_score).folder
 
-    return _open_here(world.on_main(build, limit_s=math.inf), world)
+    return _open_here(world.on_rank_zero(build, limit_s=math.inf), world)
 
 
 def check_labels(index: Index, classes: int) -> None:
@@ -55,8 +55,8 @@ def _open_here(folder: Path, world: World) -> Index:
         try:
             return open_index(folder)
         except UserError as error:
-            if world.is_main or time.monotonic() > deadline:
-                raise BrokenError(
+            if world.is_rank_zero or time.monotonic() > deadline:
+                raise TransientError(
                     f"on {socket.gethostname()}: {error}; rank 0 can read it: is it mounted here?"
                 ) from error
             time.sleep(0.5)

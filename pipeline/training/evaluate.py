@@ -110,7 +110,7 @@ def evaluate(
     """
     was_training = network.training
     network.eval()
-    with world.watch.together("the exchange of buffers"):
+    with world.watch.collective("the exchange of buffers"):
         share_buffers(network, world)
     tally = Tally(classes, world.device)
     steps = stream.plan.steps(world.size)
@@ -119,7 +119,7 @@ def evaluate(
         for _ in range(steps):  # the same number on every rank, though one may have no batch left
             if world.any(bool(stop)):
                 return None
-            world.watch.at("waiting for validation images")
+            world.watch.phase("waiting for validation images")
             batch = next(batches, None)
             if batch is None:
                 continue

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
 from pipeline.config import GuardConfig
-from pipeline.errors import BrokenError
-from pipeline.training.ranks.step_stats import StepReport
+from pipeline.errors import TransientError
+from pipeline.training.ranks.step_stats import StepStats
 
 WINDOW, ENOUGH = 100, 20  # losses that a spike is judged by, and the fewest that will do
 
@@ -46,10 +46,10 @@ class Guard:
         self.bad_since: int | None = None  # the first of the bad steps in a row
         self.tripped: int | None = None  # the same once there were too many
 
-    def note(self, report: StepReport) -> str | None:
+    def note(self, report: StepStats) -> str | None:
         """Take note of a step. Returns a warning, at the first of several bad steps.
 
-        Raises BrokenError where the policy is to stop, or has no other answer left.
+        Raises TransientError where the policy is to stop, or has no other answer left.
         """
         if not self._is_bad(report):
             self.bad_since = None
@@ -58,18 +58,18 @@ class Guard:
         if first:
             self.bad_since = report.step
         if self.config.nonfinite == "stop":
-            raise BrokenError(f"{_describe(report)}; nothing was saved since. {self._remedy()}", alike=True)
+            raise TransientError(f"{_describe(report)}; nothing was saved since. {self._remedy()}", on_all_ranks=True)
         if report.step + 1 - self.bad_since >= self.config.max_skipped and self.tripped is None:
             self.tripped = self.bad_since
             if len(self.rollbacks) >= self.config.max_rollbacks:
-                raise BrokenError(
+                raise TransientError(
                     f"{_describe(report)}, and so since step {self.bad_since}, after going back "
                     f"{len(self.rollbacks)} times. {self._remedy()}",
-                    alike=True,
+                    on_all_ranks=True,
                 )
         return f"{_describe(report)}: left out" if first else None
 
-    def _is_bad(self, report: StepReport) -> bool:
+    def _is_bad(self, report: StepStats) -> bool:
         if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
             return False
         looking_for_scale = self.precision == "fp16" and math.isfinite(report.loss) and report.scale >= 1
@@ -112,7 +112,7 @@ class Guard:
         self.rollbacks = [Rollback(row["at"], row["to"], row["lr_factor"], row["reshuffle"]) for row in rows]
 
 
-def _describe(report: StepReport) -> str:
+def _describe(report: StepStats) -> str:
     scale = f", the fp16 loss scale {report.scale:g}" if report.scale != 1 else ""
     return f"step {report.step + 1}: the loss is {report.loss}, the gradient's norm {report.grad_norm}{scale}"
 

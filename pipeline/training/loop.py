@@ -9,7 +9,7 @@ import time
 import torch
 from torch import nn
 
-from pipeline.config import Config, identity
+from pipeline.config import Config, semantic_config
 from pipeline.dataset.index.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.loader.build import choose_loader, make_eval_stream, make_train_plan, make_train_stream
@@ -23,16 +23,16 @@ from pipeline.training.guard import Guard
 from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 from pipeline.training.profile import Profiler
 from pipeline.training.ranks.consistency import compare_parameters, refuse_differences
-from pipeline.training.ranks.step_stats import Reports, StepReport, Wish
+from pipeline.training.ranks.step_stats import StepStats, StepStatsExchange, Vote
 from pipeline.training.ranks.stop_request import StopRequest, interrupted_exit_code
 from pipeline.training.ranks.stragglers import Stragglers
-from pipeline.training.ranks.world import Clock, World, seed_step
+from pipeline.training.ranks.world import Clock, World
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
-from pipeline.training.recorder import Records, going_back, mark_finished
+from pipeline.training.recorder import RunRecorder, going_back, mark_finished
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder, open_run_folder
 from pipeline.training.start import Start, find_start, find_way_back
-from pipeline.training.step import TrainStep
+from pipeline.training.step import TrainStep, seed_step
 from pipeline.training.validate import check_batch, check_network
 
 
@@ -48,10 +48,10 @@ class Trainer:
     def __init__(self, config: Config, world: World, stop: StopRequest):
         self.config, self.world, self.stop = config, world, stop
         self.watch = world.watch
-        self.console = Console(config.tracking.print_every_s, quiet=not world.is_main)
+        self.console = Console(config.tracking.print_every_s, quiet=not world.is_rank_zero)
         check_batch(config, world.size)
-        world.on_main(lambda: check_network(config, world))
-        self.folder: RunFolder = world.on_main(lambda: open_run_folder(config))
+        world.on_rank_zero(lambda: check_network(config, world))
+        self.folder: RunFolder = world.on_rank_zero(lambda: open_run_folder(config))
         if world.local_rank == 0:  # one a node: a network file system may show it late on all nodes but its writer's
             stop.watch(self.folder.stop)
         self.index: Index = open_data(config.data, world, self.console.say)
@@ -71,18 +71,18 @@ class Trainer:
             )
         check_labels(self.index, self.classes)
         self.guard = Guard(config.guard, config.train.precision)
-        self.reports = Reports(world)
+        self.step_stats = StepStatsExchange(world)
         self.stragglers = Stragglers(world.size)
         self.blacklist: dict[int, int] = {}  # unreadable sample -> the step that met it
-        self.records: Records | None = None  # rank 0's
+        self.recorder: RunRecorder | None = None  # rank 0's
         self.profiler: Profiler | None = None  # rank 0's
         self.step = 0  # steps done
         self.asked_to_stop = self.asked_to_save = False  # agreed among all ranks
 
     def run(self) -> int:
         """Train to the end, or until somebody asks to stop. Returns the exit code."""
-        self.restore(self.world.on_main(self.find_start))
-        if self.world.on_main(self.was_finished):
+        self.restore(self.world.on_rank_zero(self.find_start))
+        if self.world.on_rank_zero(self.was_finished):
             return EXIT_OK
         self.open()
         self.asked_to_stop = self.world.any(bool(self.stop))  # while all was being loaded
@@ -103,7 +103,7 @@ class Trainer:
             self.close()
 
     def warm_up(self) -> None:
-        with self.watch.together("the first forward and backward, which leave no trace"):
+        with self.watch.collective("the first forward and backward, which leave no trace"):
             self.train_step.warm_up(self.plan.size(self.step))
 
     def next_pause(self) -> int:
@@ -123,43 +123,43 @@ class Trainer:
         batches = self.train_stream.batches(self.step, pause, skip)
         clock = Clock()
         while self.step < pause and not self.asked_to_stop and self.guard.tripped is None:
-            self.watch.at("waiting for images", self.step + 1)
+            self.watch.phase("waiting for images", self.step + 1)
             batch = next(batches)
             waited = clock.peek()
             seed_step(self.config.train.seed, self.step, self.world.rank)
-            with self.watch.together("forward, backward and the exchange of gradients"):
+            with self.watch.collective("forward, backward and the exchange of gradients"):
                 numbers = self.train_step(batch, self.lr(self.step), self.step)
             own = waited + self.train_step.own_time.take()
-            self.reports.push(self.step, numbers, batch.ids, self.wish(), waited, clock.lap(), own)
+            self.step_stats.push(self.step, numbers, batch.ids, self.vote(), waited, clock.lap(), own)
             self.step += 1
             self.train_step.average(self.step)
             if self.profiler and not self.profiler.step(self.step):
                 self.profiler = None
-            self.take_in(self.reports.due())
+            self.process_step_stats(self.step_stats.due())
             if self.step % self.config.guard.compare_every_steps == 0:
                 compare_parameters(self.model, self.world, self.step)
             if self.saves_at(self.step):
                 self.save()
                 clock.lap()
         batches.close()
-        self.take_in(self.reports.due(everything=True))
+        self.process_step_stats(self.step_stats.due(everything=True))
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, lowered wherever the run went back."""
         return self.schedule.lr(step) * self.guard.lr_factor(step)
 
-    def wish(self) -> Wish:
+    def vote(self) -> Vote:
         """What this rank asks of all, with its report of this step."""
         if self.stop:
-            return Wish.STOP
+            return Vote.STOP
         every = self.config.checkpoint.every_minutes
-        if self.world.is_main and every and time.monotonic() - self.saved_at > 60 * every:
-            return Wish.SAVE
-        if self.records and self.records.owes_save:
-            return Wish.SAVE
-        return Wish.NONE
+        if self.world.is_rank_zero and every and time.monotonic() - self.saved_at > 60 * every:
+            return Vote.SAVE
+        if self.recorder and self.recorder.owes_save:
+            return Vote.SAVE
+        return Vote.NONE
 
-    def take_in(self, reports: list[StepReport]) -> None:
+    def process_step_stats(self, reports: list[StepStats]) -> None:
         """Take in what all ranks said of these steps: wishes, unreadable samples, bad numbers, the ledger's rows."""
         for report in reports:
             planned, _ = self.plan.positions(report.step, 0, self.plan.global_batch_size)
@@ -170,16 +170,16 @@ class Trainer:
                     self.console.say(
                         f"unreadable from now on: {self.train_stream.source.describe(sample)}; substituted"
                     )
-            self.asked_to_stop |= report.wish == Wish.STOP
-            self.asked_to_save |= report.wish == Wish.SAVE
-            if self.records:
-                self.records.note_step(report, ids, self.lr(report.step))
+            self.asked_to_stop |= report.vote == Vote.STOP
+            self.asked_to_save |= report.vote == Vote.SAVE
+            if self.recorder:
+                self.recorder.record_step(report, ids, self.lr(report.step))
             warning = self.guard.note(report)
             if warning:
                 self.console.warn(warning)
             slow = self.stragglers.note(report.own_s)
-            if slow and self.records:
-                self.records.note_slow(report.step + 1, slow, self.watch.names[slow.rank])
+            if slow and self.recorder:
+                self.recorder.record_straggler(report.step + 1, slow, self.watch.names[slow.rank])
 
     # --- evaluation
 
@@ -189,7 +189,7 @@ class Trainer:
         return step > 0 and (step == self.last_step or math.ceil(step // every * every) == step)
 
     def is_evaluated(self) -> bool:
-        return self.world.any(self.records is not None and self.records.is_evaluated(self.step))
+        return self.world.any(self.recorder is not None and self.recorder.is_evaluated(self.step))
 
     def evaluate(self) -> None:
         """Score the weights, and their average, on the validation set; nothing is recorded if somebody asks to stop
@@ -202,8 +202,8 @@ class Trainer:
             if found[name] is None:
                 self.asked_to_stop = True
                 return
-        if self.records:
-            self.records.note_scores(self.step, found)
+        if self.recorder:
+            self.recorder.record_scores(self.step, found)
 
     def score(self, network: nn.Module) -> Scores | None:
         """The scores of a network; its buffers are afterwards what they were."""
@@ -231,14 +231,14 @@ class Trainer:
 
     def save(self) -> None:
         """Snapshot this step; rank 0 writes it behind the training. The ledger reaches the disk before it does."""
-        self.take_in(self.reports.due(everything=True))
+        self.process_step_stats(self.step_stats.due(everything=True))
         compare_parameters(self.model, self.world, self.step)
         self.saved_step, self.saved_at, self.asked_to_save = self.step, time.monotonic(), False
-        if self.records is None:
+        if self.recorder is None:
             return
-        self.watch.at("saving")
+        self.watch.phase("saving")
         meta = {
-            "identity": identity(self.config),
+            "semantic_config": semantic_config(self.config),
             "index_fingerprint": self.index.fingerprint,
             "classes": list(self.index.synsets),
             "blacklist": [list(item) for item in sorted(self.blacklist.items())],
@@ -246,7 +246,7 @@ class Trainer:
             "torch": torch.__version__,
             **self.guard.state(),
         }
-        self.records.save(self.step, self.train_step.state_dict(), meta)
+        self.recorder.save(self.step, self.train_step.state_dict(), meta)
 
     def find_start(self) -> Start:
         return find_start(self.config, self.folder, self.guard, self.index.fingerprint, self.console.warn)
@@ -259,8 +259,10 @@ class Trainer:
         self.train_step = None  # its memory is needed again
         self.model = build_model(self.config.model, self.classes)
         if self.resumed_from is None:
-            self.world.on_main(lambda: start_from(self.model, self.config.model))  # TrainStep gives it to all ranks
-        with self.watch.together("giving the weights to all"):
+            self.world.on_rank_zero(
+                lambda: start_from(self.model, self.config.model)
+            )  # TrainStep gives it to all ranks
+        with self.watch.collective("giving the weights to all"):
             self.train_step = TrainStep(self.model, self.config, self.world, self.schedule.warmup_steps)
         if self.resumed_from is not None:
             parts = [name.removesuffix(".pt") for name in start.meta["files"]]
@@ -277,15 +279,15 @@ class Trainer:
 
     def roll_back(self) -> None:
         """Too many bad steps in a row: go back to the last checkpoint before them, and on from there another way."""
-        self.restore(self.world.on_main(self.go_back))
+        self.restore(self.world.on_rank_zero(self.go_back))
         self.warm_up()
 
     def go_back(self) -> Start:
         """Enter into the books that the run goes back, and where to, before it does. Rank 0 only."""
-        self.records.writer.wait()
+        self.recorder.writer.wait()
         path, meta = find_way_back(self.folder, self.guard, self.console.warn)
         made = self.guard.go_back(self.step, meta.get("step", 0))
-        self.records.go_back(made)
+        self.recorder.go_back(made)
         self.console.warn(going_back(made, path, self.lr(made.to)))
         return Start(path, meta, self.guard.rollbacks)
 
@@ -307,16 +309,18 @@ class Trainer:
         self.train_stream = make_train_stream(self.index, self.plan, data, world)
         self.eval_stream = make_eval_stream(self.index, data, eval_batch, world)
         self.watch.detail = lambda: self.train_stream.source.slowest() or self.eval_stream.source.slowest()
-        if not world.is_main:
+        if not world.is_rank_zero:
             return
-        self.records = Records(self.config, self.folder, self.plan, self.console, self.step, world)
-        self.records.host_copy.reserve(self.train_step.state_dict())
+        self.recorder = RunRecorder(self.config, self.folder, self.plan, self.console, self.step, world)
+        self.recorder.host_copy.reserve(self.train_step.state_dict())
         name = "started" if self.resumed_from is None else "resumed"
         facts = {"last_step": self.last_step, "hardware": world.hardware, "torch": torch.__version__}
-        self.records.event(name, self.step, world_size=world.size, **facts)
+        self.recorder.event(name, self.step, world_size=world.size, **facts)
         self.introduce()
-        if self.config.train.profile:
-            self.profiler = Profiler(self.config.train.profile, self.folder.path / "profile", world, self.console.say)
+        if self.config.train.profile_steps:
+            self.profiler = Profiler(
+                self.config.train.profile_steps, self.folder.path / "profile", world, self.console.say
+            )
         self.console.start(self.step, self.last_step)
 
     def introduce(self) -> None:
@@ -335,19 +339,19 @@ class Trainer:
 
     def finished(self) -> int:
         """The last step is done and scored."""
-        if self.records:
-            self.records.finish(self.step)
-            self.watch.at("the report", limit_s=math.inf)
+        if self.recorder:
+            self.recorder.finish(self.step)
+            self.watch.phase("the report", limit_s=math.inf)
             if self.config.tracking.report:
-                self.records.report(self.step, self.world.device.type, self.stop)
+                self.recorder.report(self.step, self.world.device.type, self.stop)
         return EXIT_OK
 
     def interrupted(self) -> int:
         """Somebody asked to stop: save what there is, say so, and go."""
         if self.saved_step != self.step:
             self.save()
-        if self.records:
-            self.records.interrupt(self.step, self.stop)
+        if self.recorder:
+            self.recorder.interrupt(self.step, self.stop)
         return interrupted_exit_code()
 
     def close(self) -> None:
@@ -356,6 +360,6 @@ class Trainer:
             self.profiler.close()
         self.train_stream.close()
         self.eval_stream.close()
-        if self.records:
-            self.records.close()
+        if self.recorder:
+            self.recorder.close()
         self.console.close()

@@ -59,7 +59,7 @@ def recalibrate(
                 for images in batch.images.split(at_once or len(batch.images)):
                     with autocast(world.device, precision):
                         network(images)
-            with world.watch.together("the mean of BatchNorm's statistics"):
+            with world.watch.collective("the mean of BatchNorm's statistics"):
                 for statistic in (s for norm in norms for s in (norm.running_mean, norm.running_var)):
                     torch.distributed.all_reduce(statistic)
                     statistic /= world.size

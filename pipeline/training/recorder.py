@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import Config, identity
-from pipeline.errors import BrokenError
+from pipeline.config import Config, semantic_config
+from pipeline.errors import TransientError
 from pipeline.loader.plan import TrainPlan
 from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import Ledger, best_step, last_steps
@@ -18,7 +18,7 @@ from pipeline.tracking.wandb_view import WandbView
 from pipeline.training.evaluate import Scores
 from pipeline.training.final_report import write_report
 from pipeline.training.guard import Rollback, Spikes
-from pipeline.training.ranks.step_stats import StepReport
+from pipeline.training.ranks.step_stats import StepStats
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.stragglers import Slow
 from pipeline.training.ranks.world import World
@@ -28,7 +28,7 @@ from pipeline.training.run_folder.outage import Outage
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
 
 
-class Records:
+class RunRecorder:
     """The books of a run; opened at `step`, whose later rows are taken out.
 
     Args:
@@ -41,7 +41,7 @@ class Records:
 
     def __init__(self, config: Config, folder: RunFolder, plan: TrainPlan, console: Console, step: int, world: World):
         self.config, self.folder, self.plan, self.console = config, folder, plan, console
-        settings = identity(config) | {"world_size": world.size}
+        settings = semantic_config(config) | {"world_size": world.size}
         self.wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), console.say)
         self.ledger = Ledger(folder.ledger, step)
         self.spikes = Spikes(config.guard.spike_factor, self.ledger.losses)
@@ -53,13 +53,13 @@ class Records:
             before=self.ledger.sync,
         )
         self.host_copy = HostCopy(world.device, console.warn)
-        self.outage = Outage(folder.path, 60 * config.checkpoint.wait_minutes, self.alarm)
+        self.outage = Outage(folder.path, 60 * config.checkpoint.outage_timeout_minutes, self.alarm)
         self.owes_save = False  # was the run folder away?
 
     def epoch(self, step: int) -> float:
         return step * self.plan.global_batch_size / self.plan.samples
 
-    def note_step(self, report: StepReport, ids: np.ndarray, lr: float) -> None:
+    def record_step(self, report: StepStats, ids: np.ndarray, lr: float) -> None:
         """The ledger's row of a step: row s says that s steps are done. ids: as they were used, of all ranks."""
         done = report.step + 1
         row = {
@@ -70,7 +70,7 @@ class Records:
             "top1": report.top1,
             "lr": lr,
             "images_per_s": self.plan.global_batch_size / report.step_s,
-            "data_wait": min(1.0, report.wait_s / report.step_s),
+            "data_wait_fraction": min(1.0, report.wait_s / report.step_s),
             "grad_norm": report.grad_norm,
             "batch_digest": self.plan.digest(report.step, ids),
         }
@@ -84,7 +84,7 @@ class Records:
         self.log(row)
         self.console.step(row)
 
-    def note_slow(self, step: int, slow: Slow, who: str) -> None:
+    def record_straggler(self, step: int, slow: Slow, who: str) -> None:
         """A rank that holds up the others."""
         self.event("straggler", step, rank=slow.rank, who=who, own_s=slow.own_s, median_s=slow.median_s)
         self.console.warn(
@@ -92,7 +92,7 @@ class Records:
             f"the median rank {slow.median_s:.3f} s"
         )
 
-    def note_scores(self, step: int, found: dict[str, Scores]) -> None:
+    def record_scores(self, step: int, found: dict[str, Scores]) -> None:
         """The ledger's row of an evaluation. found: "raw" and, where there is an average of the weights, "ema"."""
         epoch, scores, average = self.epoch(step), found["raw"], found.get("ema")
         row = {"kind": "eval", "step": step, "epoch": epoch, **dataclasses.asdict(scores)}
@@ -110,7 +110,7 @@ class Records:
         self.wandb.alert(text)
 
     def log(self, row: dict) -> None:
-        """A row to the ledger, and to W&B, which is a view of it. Raises BrokenError where the disk refuses for too
+        """A row to the ledger, and to W&B, which is a view of it. Raises TransientError where the disk refuses for too
         long."""
         self.ledger.append(row)
         self.wandb.log(row)
@@ -143,9 +143,9 @@ class Records:
         self.spikes = Spikes(self.config.guard.spike_factor, self.ledger.losses)
 
     def finish(self, step: int) -> None:
-        """The last step is done, scored and on the disk. Raises BrokenError where its checkpoint could not be."""
+        """The last step is done, scored and on the disk. Raises TransientError where its checkpoint could not be."""
         if not self.writer.wait():
-            raise BrokenError(f"the last checkpoint could not be written to {self.folder.checkpoints}; start again")
+            raise TransientError(f"the last checkpoint could not be written to {self.folder.checkpoints}; start again")
         self.event("finished", step)
         self.ledger.sync()
         mark_finished(self.folder, self.ledger.evaluations[-1], "finished", self.console.say)
@@ -157,9 +157,9 @@ class Records:
             self.wandb.show(sorted(page.parent.glob("pictures/*.png")), step)
 
     def interrupt(self, step: int, stop: StopRequest) -> None:
-        """Somebody asked to stop, and all is saved. Raises BrokenError where it could not be."""
+        """Somebody asked to stop, and all is saved. Raises TransientError where it could not be."""
         if not self.writer.wait():
-            raise BrokenError(f"the checkpoint could not be written to {self.folder.checkpoints} before stopping")
+            raise TransientError(f"the checkpoint could not be written to {self.folder.checkpoints} before stopping")
         reason, seconds = stop.reason or "another rank was asked", stop.seconds()
         self.event("interrupted", step, reason=reason, seconds=seconds)
         self.ledger.sync()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config import Config, identity
+from pipeline.config import Config, semantic_config
 from pipeline.errors import UserError
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.guard import Guard, Rollback, rollbacks_of
@@ -41,7 +41,7 @@ def find_start(
             raise UserError(f"--resume {path}: {error}; give another checkpoint folder, or 'auto'") from error
     if found is None:
         return Start(rollbacks=guard.rollbacks)
-    check_fingerprints(*found, identity(config), index_fingerprint)
+    check_fingerprints(*found, semantic_config(config), index_fingerprint)
     return Start(*found, guard.rollbacks or rollbacks_of(found[1]))
 
 

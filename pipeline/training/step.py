@@ -9,15 +9,16 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.augment.apply import Retouch, deliver
-from pipeline.augment.mixing import Retouched, blank_retouch, soft_targets
-from pipeline.augment.ops import change
+from pipeline.augment.apply import EraseAndMix, deliver
+from pipeline.augment.mixing import apply_erase_mix, neutral_erase_mix, soft_targets
+from pipeline.augment.ops import apply_ops
 from pipeline.config import Config, TrainConfig
 from pipeline.loader.stream import Batch
+from pipeline.model.build import Normalized
 from pipeline.model.heads import frozen_norms, in_heads
 from pipeline.model.weights import load_whole
 from pipeline.rng import hash_counter
-from pipeline.training.optim.clipping import clip_adaptive, clip_norm
+from pipeline.training.optim.clipping import adaptive_gradient_clip, clip_norm
 from pipeline.training.optim.ema import WeightAverage
 from pipeline.training.optim.loss import make_loss
 from pipeline.training.optim.optimizer import heads_for, make_optimizer
@@ -64,6 +65,28 @@ def compiled(module: nn.Module, sizes: list[int], mode: str | None = None) -> nn
     return torch.compile(module, dynamic=False, mode=mode)
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one step: what a layer draws from them follows from (seed, step, rank), not from
+    history. (Drop-out and stochastic depth do not even depend on the rank: `model.drops`.)"""
+    torch.manual_seed(int(hash_counter(seed, 0x5EED, step, rank)) >> 1)
+
+
+class NormalizeEraseMix(Normalized):
+    """`Normalized`, which also erases and mixes when it is told what. keys: int64 [B], which `model.drops` follows."""
+
+    def __init__(self, model: nn.Module, mean: tuple, std: tuple, channels_last: bool, group: int):
+        super().__init__(model, mean, std, channels_last)
+        self.group = group
+
+    def forward(
+        self, images: torch.Tensor, how: EraseAndMix | None = None, keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if keys is not None:
+            self.model.drop_keys.keys = keys
+        pixels = self.normalize(images)
+        return self.model(pixels if how is None else apply_erase_mix(pixels, how, self.group))
+
+
 class TrainStep:
     """Model, optimizer and scaler of one rank, and the step that changes them.
 
@@ -77,7 +100,7 @@ class TrainStep:
         self.micro = config.train.micro_batch_size or local
         self.model = model
         data, group = config.data, config.augment.mix_group
-        whole = Retouched(model, data.mean, data.std, config.train.channels_last, group).to(self.device)
+        whole = NormalizeEraseMix(model, data.mean, data.std, config.train.channels_last, group).to(self.device)
         self.network = whole  # for evaluation: no gradients to exchange
         self.exchanging = exchange_gradients(whole, config.train, self.device) if world.size > 1 else whole
         self.own_time = OwnTime(self.device)
@@ -109,15 +132,17 @@ class TrainStep:
         before = self._flat_buffers()
         total, hits = torch.zeros((2,), device=self.device)
         pieces = self._pieces(batch, step)
-        for number, (images, targets, retouch, keys) in enumerate(pieces, 1):
+        for number, (images, targets, erase_mix, keys) in enumerate(pieces, 1):
             last = number == len(pieces)
             with contextlib.nullcontext() if last or self.network is self.exchanging else self.exchanging.no_sync():
                 with autocast(self.device, self.config.train.precision):
                     with self.own_time.measure():
-                        output = self.forward(images, retouch, keys)
+                        output = self.forward(images, erase_mix, keys)
                     logits = output[0] if isinstance(output, tuple) else output
-                    if retouch is not None and retouch.shares is not None:
-                        targets = soft_targets(targets, retouch.shares, self.config.augment.mix_group, logits.shape[1])
+                    if erase_mix is not None and erase_mix.shares is not None:
+                        targets = soft_targets(
+                            targets, erase_mix.shares, self.config.augment.mix_group, logits.shape[1]
+                        )
                     loss = self.loss(output, targets) * (len(images) / len(batch))
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -126,8 +151,8 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         trained = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained])
-        if self.config.optim.clip_adaptive is not None:
-            clip_adaptive([p for p in self.body if p.grad is not None], self.config.optim.clip_adaptive)
+        if self.config.optim.agc is not None:
+            adaptive_gradient_clip([p for p in self.body if p.grad is not None], self.config.optim.agc)
         if self.config.optim.clip_norm is not None:
             clip_norm(trained, self.config.optim.clip_norm)
         self._update(norm, before)
@@ -135,23 +160,23 @@ class TrainStep:
 
     def _pieces(
         self, batch: Batch, step: int
-    ) -> list[tuple[torch.Tensor, torch.Tensor, Retouch | None, torch.Tensor | None]]:
+    ) -> list[tuple[torch.Tensor, torch.Tensor, EraseAndMix | None, torch.Tensor | None]]:
         """(images, labels, erasing and mixing, keys of what is dropped) of each part that goes through the network at
         once. Colours and geometry are changed here: as bytes, before anything is compiled, as each op is for other
         images at every step."""
         images, c = batch.images, self.config.augment
         if batch.changes is not None:
-            images = change(images, batch.changes, c.interpolation, c.fill)
+            images = apply_ops(images, batch.changes, c.interpolation, c.fill)
         images, targets = images.split(self.micro), batch.targets.split(self.micro)
-        retouch = [None] * len(images) if batch.retouch is None else batch.retouch.split(self.micro)
-        keys = self._place_keys(step, len(batch))
+        erase_mix = [None] * len(images) if batch.erase_mix is None else batch.erase_mix.split(self.micro)
+        keys = self._drop_keys(step, len(batch))
         keys = [None] * len(images) if keys is None else keys.split(self.micro)
-        return list(zip(images, targets, retouch, keys, strict=True))
+        return list(zip(images, targets, erase_mix, keys, strict=True))
 
-    def _place_keys(self, step: int, count: int) -> torch.Tensor | None:
+    def _drop_keys(self, step: int, count: int) -> torch.Tensor | None:
         """int64 [count] on the device: a hash of seed, step and the places of the local batch in the global one; None
         for a network that drops nothing."""
-        if getattr(self.model, "places", None) is None:
+        if getattr(self.model, "drop_keys", None) is None:
             return None
         places = np.arange(self.rank * count, (self.rank + 1) * count)
         hashed = hash_counter(self.config.train.seed, _DROPS, step, places) >> np.uint64(32)
@@ -202,11 +227,11 @@ class TrainStep:
         count += -count % self.config.augment.mix_group
         images = torch.zeros(count, size, size, 3, dtype=torch.uint8, device=self.device)
         targets = torch.zeros(count, dtype=torch.int64, device=self.device)
-        retouch = blank_retouch(self.config.augment, count, self.device)
+        erase_mix = neutral_erase_mix(self.config.augment, count, self.device)
         self.train()
         for _ in range(2):
             with autocast(self.device, self.config.train.precision):
-                loss = self.loss(self.forward(images, retouch, self._place_keys(0, count)), targets)
+                loss = self.loss(self.forward(images, erase_mix, self._drop_keys(0, count)), targets)
             self.scaler.scale(loss).backward()
             self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

@@ -32,7 +32,7 @@ from pipeline.dataset.acquire.zip_directory import Directory, Source, check_safe
 from pipeline.dataset.disk import BLOCK, check_space
 from pipeline.dataset.index.index import PACKED
 from pipeline.dataset.shards.plan import Options as PackOptions
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 
 UNPACKED = 1.06  # bytes of the images for each byte of the archive, and what the file system adds
 NAMED = 3  # members named in an error
@@ -66,7 +66,7 @@ class Acquisition:
     def run(self, selection: Selection, pack: PackOptions | None = None) -> dict[str, int]:
         """Bring everything selected into the tree, or by `pack` into shards; the number of images of each split.
 
-        Raises UserError or BrokenError, one line each.
+        Raises UserError or TransientError, one line each.
         """
         if is_tar(self.source):
             return self._unpack_tar(self.source.open(0, self.source.size), self.source.size, selection, pack)
@@ -180,7 +180,7 @@ class Acquisition:
         transfer.run(requests, self.options.streams, title)
         if transfer.damaged:
             some = ", ".join(f"{name} ({reason})" for name, reason in sorted(transfer.damaged)[:NAMED])
-            raise BrokenError(
+            raise TransientError(
                 f"{self.source.name}: {len(transfer.damaged)} of {len(missing):,} members arrive damaged: {some}; "
                 "all others are whole, the same command tries these again"
             )

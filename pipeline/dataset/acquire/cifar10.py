@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.command import run_command
 from pipeline.dataset.index.index import index_folder, is_current, open_index
 from pipeline.dataset.index.scan import build_index
-from pipeline.errors import EXIT_OK, BrokenError, UserError
+from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.progress import Progress
 
 STATE = ".cifar10"  #: holds the archive until the tree is whole
@@ -60,7 +60,7 @@ def take_archive(file: Path, state: Path) -> None:
 
 
 def read_split(state: Path, train: bool):
-    """torchvision's data set, downloaded and verified. Raises BrokenError where that fails."""
+    """torchvision's data set, downloaded and verified. Raises TransientError where that fails."""
     from torchvision.datasets import CIFAR10
 
     try:
@@ -68,7 +68,7 @@ def read_split(state: Path, train: bool):
     except (RuntimeError, OSError, EOFError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         archive = state / CIFAR10.filename
-        raise BrokenError(
+        raise TransientError(
             f"CIFAR-10 could not be downloaded from {CIFAR10.url} or does not have its checksum ({reason}); "
             f"start again, or give --from FILE; what is there: {archive}"
         ) from error

@@ -13,7 +13,7 @@ from typing import Literal
 from pipeline.command import run_command
 from pipeline.dataset.acquire import kaggle
 from pipeline.dataset.acquire.acquisition import UNPACKED, Acquisition, Options
-from pipeline.dataset.acquire.manifest import ALL, Receipt, read_receipt
+from pipeline.dataset.acquire.manifest import ALL, Manifest, read_manifest
 from pipeline.dataset.acquire.remote import ArchiveChangedError, LocalFile, Patience, RemoteFile
 from pipeline.dataset.acquire.selection import SPLITS, Selection, parse_classes
 from pipeline.dataset.acquire.tree import STATE
@@ -22,7 +22,7 @@ from pipeline.dataset.disk import check_space, explain
 from pipeline.dataset.imagenet import CLS_LOC
 from pipeline.dataset.index.index import PACKED, index_folder, is_current, open_index
 from pipeline.dataset.shards.plan import Options as PackOptions
-from pipeline.errors import EXIT_INTERRUPTED, BrokenError, UserError
+from pipeline.errors import EXIT_INTERRUPTED, TransientError, UserError
 
 CHANGES = 3  # times that the archive may be replaced under one run
 
@@ -68,7 +68,7 @@ def fetch(
     packing = PackOptions(shard_mb=shard_mb) if pack else None
     options = Options(streams, max(1, int(request_mb * 1e6)), Patience(stall_s, give_up_s))
     root = Path(dest).absolute()
-    receipt = Receipt(
+    receipt = Manifest(
         competition=None if from_file else competition, file=from_file and str(Path(from_file).absolute())
     )
     with _terminated_like_interrupted(), _locked(root):
@@ -96,7 +96,7 @@ def repair(root: Path, members: list[str], options: Options | None = None) -> No
     Raises UserError where the set was not fetched, or the archive does not have a member.
     """
     options, stop = options or Options(), threading.Event()
-    receipt = read_receipt(root)
+    receipt = read_manifest(root)
     if receipt is None:
         raise UserError(
             f"{root} was not fetched by this program (no fetch.json), so it can't be repaired from the source"
@@ -118,10 +118,10 @@ def _check_kind(root: Path, packing: PackOptions | None) -> None:
 
 
 def _bring(
-    root: Path, receipt: Receipt, selection: Selection, options: Options, via: str, packing: PackOptions | None
+    root: Path, receipt: Manifest, selection: Selection, options: Options, via: str, packing: PackOptions | None
 ) -> None:
     """Fetch until all is whole, and note that; an archive that is replaced meanwhile is opened anew."""
-    earlier = read_receipt(root)
+    earlier = read_manifest(root)
     if earlier is not None:
         receipt.selected, receipt.whole, receipt.images = earlier.selected, earlier.whole, earlier.images
 
@@ -142,7 +142,7 @@ def _bring(
 
 
 @contextlib.contextmanager
-def _opened(root: Path, receipt: Receipt, options: Options, via: str, stop: threading.Event) -> Iterator:
+def _opened(root: Path, receipt: Manifest, options: Options, via: str, stop: threading.Event) -> Iterator:
     """The archive as a source of byte ranges: a local file, the one behind Kaggle's address, or its download."""
     if receipt.file is not None:
         yield LocalFile(Path(receipt.file))
@@ -159,16 +159,16 @@ def _opened(root: Path, receipt: Receipt, options: Options, via: str, stop: thre
     file = client.download(folder, size)
     try:
         yield LocalFile(file)
-    except (BrokenError, NotAnArchiveError) as error:
+    except (TransientError, NotAnArchiveError) as error:
         shutil.rmtree(folder)
-        raise BrokenError(f"{error} (the download was removed: the same command downloads it again)") from error
+        raise TransientError(f"{error} (the download was removed: the same command downloads it again)") from error
     shutil.rmtree(folder)
 
 
 def _finish(root: Path, index: bool) -> None:
     """Sort the validation images and index the whole; UserError where an image does not decode."""
     _sort_val(root)
-    receipt = read_receipt(root)
+    receipt = read_manifest(root)
     if (root / PACKED).exists():
         made = open_index(index_folder(root))
     elif index and set(receipt.selected) == set(SPLITS):
@@ -199,7 +199,7 @@ def _sort_val(root: Path) -> None:
 
 def _is_done(root: Path, selection: Selection, index: bool) -> bool:
     """Was all this fetched, and has no folder changed since it was indexed? Then nothing is asked of Kaggle."""
-    receipt = read_receipt(root)
+    receipt = read_manifest(root)
     if receipt is None or not receipt.has(selection) or not index or not (index_folder(root) / "index.json").exists():
         return False
     opened = open_index(index_folder(root))
@@ -208,7 +208,7 @@ def _is_done(root: Path, selection: Selection, index: bool) -> bool:
 
 
 def _describe(root: Path) -> str:
-    receipt = read_receipt(root)
+    receipt = read_manifest(root)
     counts = " and ".join(f"{receipt.images[split]:,} {split}" for split in SPLITS if split in receipt.images)
     classes = {len(chosen) for chosen in receipt.whole.values() if chosen != ALL}
     part = f" of {max(classes)} classes" if classes else ""

@@ -22,7 +22,7 @@ from pipeline.dataset import imagenet
 from pipeline.dataset.acquire.catalog import Catalog, iter_names
 from pipeline.dataset.acquire.selection import BASE, Selection
 from pipeline.dataset.disk import explain
-from pipeline.dataset.index.index import PACKED, RECORD, Index, Split, index_folder, pack_names, replacing
+from pipeline.dataset.index.index import PACKED, RECORD, Index, Split, index_folder, pack_names
 from pipeline.dataset.index.scan import UNREADABLE, decode_fully
 from pipeline.dataset.shards.format import (
     BLOCK,
@@ -40,7 +40,8 @@ from pipeline.dataset.shards.format import (
 from pipeline.dataset.shards.format import STATE as SHARD_STATE
 from pipeline.dataset.shards.plan import Options, make_key, make_plan
 from pipeline.dataset.workers import map_in_order
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
+from pipeline.files import atomic_open
 from pipeline.progress import Progress
 
 LONGEST_NAME = 60  # of a file: a key must fit into one block of tar header
@@ -193,7 +194,7 @@ class FinishTask:
 def finish_shard(task: FinishTask) -> tuple[int, list[str]]:
     """Check a shard from disk and give it its final name: (samples, members that do not decode).
 
-    Raises BrokenError where the disk does not hold what was written; the shard is removed then, to be fetched anew.
+    Raises TransientError where the disk does not hold what was written; the shard is removed then, to be fetched anew.
     """
     shard, rows, names, bad = task.shard, [], [], []
     path = temporary_path(task.dest, shard.split, shard.number)
@@ -206,7 +207,7 @@ def finish_shard(task: FinishTask) -> tuple[int, list[str]]:
                 header, data = file.read(BLOCK), file.read(size)
                 if zlib.crc32(data) != crc:
                     path.unlink()
-                    raise BrokenError(f"{path} does not hold what was written; the same command fetches it again")
+                    raise TransientError(f"{path} does not hold what was written; the same command fetches it again")
                 name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
                 try:
                     width, height = decode_fully(data)
@@ -246,7 +247,7 @@ class Packing:
                 final.replace(temporary_path(self.dest, shard.split, shard.number))
 
     def _note(self, marker: dict) -> None:
-        with replacing(self.dest / PACKED) as file:
+        with atomic_open(self.dest / PACKED) as file:
             file.write(json.dumps(marker, indent=1).encode() + b"\n")
 
     def find_whole(self, trusted: np.ndarray) -> np.ndarray:
@@ -288,7 +289,7 @@ class Packing:
             )
         words = imagenet.read_synset_words(self.dest)
         made, _ = merge_shards(self.dest, [(s, words.get(s, s)) for s in self.plan.synsets], self.plan.counts())
-        with replacing(self.dest / UNREADABLE) as file:
+        with atomic_open(self.dest / UNREADABLE) as file:
             file.write(json.dumps({split: [] for split in self.plan.counts()}, indent=1).encode() + b"\n")
         marker = json.loads((self.dest / PACKED).read_bytes())
         self._note({**marker, "source": made.fingerprint, "complete": True})

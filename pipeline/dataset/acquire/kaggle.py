@@ -21,7 +21,7 @@ from requests.adapters import HTTPAdapter
 
 from pipeline.dataset.acquire.remote import BUSY, REFUSED, Address, Backoff, Patience, parse_retry_after
 from pipeline.dataset.disk import explain
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.progress import Progress
 
 COMPETITION = "imagenet-object-localization-challenge"
@@ -53,7 +53,7 @@ class _Calls:
         if wait > 5:
             print(f"asking Kaggle for an address again in {wait:.0f} s", file=sys.stderr, flush=True)
         if self.stop.wait(wait):
-            raise BrokenError("stopped")
+            raise TransientError("stopped")
         self.left -= 1
 
 
@@ -128,7 +128,7 @@ class Kaggle:
         response = error.response
         if response is None:
             if not self._reached and time.monotonic() - self._begin > FIRST_CONTACT_S:
-                raise BrokenError(
+                raise TransientError(
                     f"Kaggle can't be reached ({type(error).__name__}); is this machine on the internet, and a proxy "
                     "named in https_proxy if it needs one?"
                 ) from None
@@ -150,7 +150,7 @@ class Kaggle:
         elif status == 404:
             raise UserError(f"Kaggle has no competition '{self.competition}' (404); check --competition") from None
         else:
-            raise BrokenError(f"Kaggle answered {status} to the download call; try again later") from None
+            raise TransientError(f"Kaggle answered {status} to the download call; try again later") from None
 
     def sign(self) -> Address:
         """A fresh address of the archive, its size and ETag; the client follows the redirect, the body stays unread."""
@@ -178,7 +178,7 @@ class Kaggle:
     def download(self, folder: Path, size: int | None) -> Path:
         """The whole archive into `folder` by the client's own download; goes on with the part that is there.
 
-        Raises BrokenError where it does not arrive whole: exit code and size are the client's only checks.
+        Raises TransientError where it does not arrive whole: exit code and size are the client's only checks.
         """
         _check_version()
         backoff = Backoff(self.patience, self.stop)

@@ -5,17 +5,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pipeline.dataset.acquire.selection import SPLITS, Selection
-from pipeline.dataset.index.index import replacing
 from pipeline.errors import UserError
+from pipeline.files import atomic_open
 
-RECEIPT = "fetch.json"
+MANIFEST = "fetch.json"
 ALL = "all"
 
 Chosen = dict[str, str | list[str]]  #: split -> "all" or sorted synsets
 
 
 @dataclass
-class Receipt:
+class Manifest:
     """What `fetch` has brought, or is bringing, into a data root.
 
     competition: of Kaggle, or None; file: absolute path of a local archive, or None.
@@ -54,15 +54,15 @@ class Receipt:
 
     def write(self, root: Path) -> None:
         """Write it to `root`, all or nothing."""
-        with replacing(root / RECEIPT) as file:
+        with atomic_open(root / MANIFEST) as file:
             file.write(json.dumps(asdict(self), indent=1).encode() + b"\n")
 
 
-def read_receipt(root: Path) -> Receipt | None:
+def read_manifest(root: Path) -> Manifest | None:
     """The receipt of a data root; None where it was not fetched. UserError where it is damaged."""
-    path = root / RECEIPT
+    path = root / MANIFEST
     try:
-        return Receipt(**json.loads(path.read_bytes()))
+        return Manifest(**json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError as Urllib3Error
 
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 
 BUFFER = 1 << 18
 SLOWEST = 1024  #: bytes/s; a stream that is slower for `stall_s` counts as stalled
@@ -29,7 +29,7 @@ BUSY = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
-class ArchiveChangedError(BrokenError):
+class ArchiveChangedError(TransientError):
     """The file behind the address is not the one that was opened."""
 
 
@@ -92,21 +92,23 @@ class Backoff:
         self.tries, self.last = 0, time.monotonic()
 
     def wait(self, who: str, reason: str, asked_s: float | None = None) -> None:
-        """Sleep before the next try. Raises BrokenError when patience has run out, or on `stop`."""
+        """Sleep before the next try. Raises TransientError when patience has run out, or on `stop`."""
         self.tries += 1
         wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(self.tries - 1, 10)) * random.uniform(0.75, 1.25)
         wait = wait if asked_s is None else asked_s
         idle = time.monotonic() - self.last
         if idle + (asked_s or 0) > self.patience.give_up_s:
             asked = f" and asks to wait {asked_s:.0f} s" if asked_s else ""
-            raise BrokenError(f"{who}: {reason}{asked}; no progress for {idle:.0f} s: the same command goes on later")
+            raise TransientError(
+                f"{who}: {reason}{asked}; no progress for {idle:.0f} s: the same command goes on later"
+            )
         if asked_s is None:
             wait = min(wait, max(0.05, self.patience.give_up_s - idle))
         if idle > TELL_AFTER_S and time.monotonic() - Backoff.told > TELL_EVERY_S:
             Backoff.told = time.monotonic()
             print(f"{who}: {reason}; trying again", file=sys.stderr, flush=True)
         if self.stop.wait(wait):
-            raise BrokenError("stopped")
+            raise TransientError("stopped")
 
 
 class RemoteFile:
@@ -123,7 +125,7 @@ class RemoteFile:
             self.size = self._probe_size()
 
     def open(self, start: int, end: int) -> io.BufferedReader:
-        """A buffered stream over bytes [start, end). Reads raise BrokenError, ArchiveChangedError or NoRangesError."""
+        """A buffered stream over bytes [start, end). Reads raise TransientError, ArchiveChangedError, NoRangesError."""
         return io.BufferedReader(_RangeReader(self, start, end), BUFFER)
 
     def _probe_size(self) -> int:
@@ -179,7 +181,7 @@ class RemoteFile:
         if status == 206:
             match = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
             if not match or int(match[1]) != start:
-                raise BrokenError(f"{address.host} sent another range than asked for; use --via zip")
+                raise TransientError(f"{address.host} sent another range than asked for; use --via zip")
             if (self.etag and etag and etag != self.etag) or (
                 match[3] != "*" and self.size not in (None, int(match[3]))
             ):
@@ -195,7 +197,7 @@ class RemoteFile:
                 f"(it needs room for the archive as well: {2.04 * (self.size or 0) / 1e9:.1f} GB in all)"
             )
         else:
-            raise BrokenError(f"{address.host} answered {status} for {self.name}; try again later")
+            raise TransientError(f"{address.host} answered {status} for {self.name}; try again later")
 
     def _renew(self, stale: Address, status: int) -> None:
         with self._lock:
@@ -203,7 +205,7 @@ class RemoteFile:
                 return  # another stream has renewed it
             self._refused += 1
             if self._refused >= REFUSALS:
-                raise BrokenError(f"{stale.host} refuses freshly signed addresses ({status}); try again later")
+                raise TransientError(f"{stale.host} refuses freshly signed addresses ({status}); try again later")
             fresh = self._sign()
             if fresh.size not in (None, self.size) or (fresh.etag and self.etag and fresh.etag != self.etag):
                 raise ArchiveChangedError(f"{fresh.host}: {self.name} was replaced while it was read")

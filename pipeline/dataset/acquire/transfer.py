@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.dataset.acquire.journal import Journal
 from pipeline.dataset.acquire.zip_directory import DEFLATED, LOCAL_HEADER, Directory, Source
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 from pipeline.progress import Progress
 
 CHUNK = 4 << 20
@@ -141,7 +141,7 @@ class Transfer:
         self._error: BaseException | None = None
 
     def run(self, requests: list[np.ndarray], streams: int, title: str, quiet: bool = False) -> None:
-        """Fetch every member of `requests`; raises what stopped it (UserError, BrokenError)."""
+        """Fetch every member of `requests`; raises what stopped it (UserError, TransientError)."""
         if not requests:
             return
         packed = self.directory.entries["packed"]
@@ -211,7 +211,7 @@ class Transfer:
         """`unpack`, unless this run was stopped meanwhile: a stream left behind must not write any more."""
         yield from unpack(reader, self.directory, number)
         if self.stop.is_set():
-            raise BrokenError("stopped")
+            raise TransientError("stopped")
 
     def _fetch_again(self, stream: int, name: str, number: int) -> bool:
         """A member that arrived damaged, alone and from the start, to tell a bad line from a bad archive."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import xxhash
 
 from pipeline.dataset.workers import read_ahead
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 
 _GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
@@ -53,14 +53,14 @@ class Content(NamedTuple):
 
 
 def read_file(path: str) -> Content:
-    """Read one file. Raises BrokenError where the disk fails, which says nothing about the image."""
+    """Read one file. Raises TransientError where the disk fails, which says nothing about the image."""
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - one call a file, 1.28 M times
             mtime_ns = os.fstat(file.fileno()).st_mtime_ns
             return Content(file.read(), mtime_ns)
     except OSError as error:
         if error.errno not in _GONE:
-            raise BrokenError(f"can't read {path} ({error.strerror}); run the same command again") from error
+            raise TransientError(f"can't read {path} ({error.strerror}); run the same command again") from error
         return Content(b"", 0, str(error.strerror))
 
 

@@ -2,7 +2,7 @@
 
 A folder of an index holds `index.json` (classes, counts, fingerprint; the commit point, written last) and for each
 split `SPLIT-<fingerprint>.npy` (records, dtype `RECORD`) and `SPLIT-<fingerprint>.names` (UTF-8 names, end to end).
-Samples are ordered by class (sorted synsets), then by name, as torchvision's ImageFolder orders them.
+EncodedBatch are ordered by class (sorted synsets), then by name, as torchvision's ImageFolder orders them.
 """
 
 import json
@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from pipeline.errors import UserError
+from pipeline.files import atomic_open
 
 RECORD = np.dtype(
     [
@@ -154,9 +155,9 @@ def write_index(
             blob = pack_names(names, records)
             tag = xxhash.xxh3_64_hexdigest(records.tobytes())  # of places too: a new file for every new content
             files = {"records": f"{name}-{tag}.npy", "names": f"{name}-{tag}.names"}
-            with replacing(folder / files["records"]) as file:
+            with atomic_open(folder / files["records"]) as file:
                 np.save(file, records)
-            with replacing(folder / files["names"]) as file:
+            with atomic_open(folder / files["names"]) as file:
                 file.write(blob.data)
             meta["splits"][name] = {
                 **files,
@@ -164,7 +165,7 @@ def write_index(
                 "shards": list((shards or {}).get(name, ())),
             }
         meta["folders"] = folders or {}
-        with replacing(folder / "index.json") as file:
+        with atomic_open(folder / "index.json") as file:
             file.write(json.dumps(meta, indent=1).encode())
     except OSError as error:
         raise UserError(
@@ -172,27 +173,6 @@ def write_index(
         ) from error
     _remove_stale(folder, meta)
     return open_index(folder)
-
-
-class replacing:
-    """A binary file written under a temporary name, fsynced, then renamed to `path`."""
-
-    def __init__(self, path: Path):
-        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-
-    def __enter__(self):
-        self.file = self.temporary.open("wb")
-        return self.file
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
 
 
 def _remove_stale(folder: Path, meta: dict) -> None:

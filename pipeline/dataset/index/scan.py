@@ -26,12 +26,12 @@ from pipeline.dataset.index.index import (
     index_folder,
     is_current,
     open_index,
-    replacing,
     write_index,
 )
 from pipeline.dataset.index.listing import Listing, list_split
 from pipeline.dataset.workers import available_cores, map_in_order
 from pipeline.errors import UserError
+from pipeline.files import atomic_open
 from pipeline.progress import Progress
 
 UNREADABLE = "unreadable.json"
@@ -229,7 +229,7 @@ def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | N
             splits[split] = records, names
         words = imagenet.read_synset_words(root)
         noted = {name: mtime for listing in listings.values() for name, mtime in listing.places.items()}
-        with replacing(folder / UNREADABLE) as file:
+        with atomic_open(folder / UNREADABLE) as file:
             file.write(json.dumps(bad, indent=1).encode())
         made = write_index(folder, root, [(name, words.get(name, name)) for name in classes], splits, folders=noted)
         done = True

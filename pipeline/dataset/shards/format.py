@@ -20,8 +20,9 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from pipeline.dataset.index.index import RECORD, Index, index_folder, pack_names, replacing, write_index
+from pipeline.dataset.index.index import RECORD, Index, index_folder, pack_names, write_index
 from pipeline.errors import UserError
+from pipeline.files import atomic_open
 
 STATE = ".packing"  #: folder below the destination: records of the shards that are whole, until they are merged
 BLOCK = tarfile.BLOCKSIZE
@@ -96,7 +97,7 @@ def write_records(dest: Path, split: str, number: int, rows: list[tuple], names:
         order[i] = row[-1]
     records["shard"] = number
     blob = pack_names(names, records)
-    with replacing(_records_path(dest, split, number)) as file:
+    with atomic_open(_records_path(dest, split, number)) as file:
         np.savez(
             file, records=records, order=order, names=blob, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8)
         )

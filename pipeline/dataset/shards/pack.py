@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.decode import decode_fully
-from pipeline.dataset.index.index import PACKED, Index, index_folder, open_index, replacing, safe_join
+from pipeline.dataset.index.index import PACKED, Index, index_folder, open_index, safe_join
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
 from pipeline.dataset.shards.format import (
     Sample,
@@ -34,6 +34,7 @@ from pipeline.dataset.shards.reencode import reencode
 from pipeline.dataset.verify.expected import read_selected
 from pipeline.dataset.workers import available_cores, map_in_order, read_ahead
 from pipeline.errors import UserError
+from pipeline.files import atomic_open
 from pipeline.progress import Progress
 
 #: Lists of the archive that go with the shards, so that `verify` knows what is to be there.
@@ -157,7 +158,7 @@ def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
             raise UserError(
                 f"{dest} has {free / 1e9:,.1f} GB free, but {plan.size / 1e9:,.1f} GB are needed; give another folder"
             )
-        with replacing(dest / PACKED) as file:
+        with atomic_open(dest / PACKED) as file:
             file.write(json.dumps(marker, indent=1).encode() + b"\n")
     except OSError as error:
         raise UserError(f"can't write into {dest} ({error.strerror}); give another folder") from error
@@ -177,9 +178,9 @@ def _finish(root: Path, dest: Path, index: Index, shards: dict[str, int], select
     marker = json.loads((dest / PACKED).read_bytes())
     if selected is not None:
         marker["selected"] = selected
-    with replacing(dest / UNREADABLE) as file:
+    with atomic_open(dest / UNREADABLE) as file:
         file.write(json.dumps(notes, indent=1).encode() + b"\n")
-    with replacing(dest / PACKED) as file:
+    with atomic_open(dest / PACKED) as file:
         file.write(json.dumps({**marker, "complete": True}, indent=1).encode() + b"\n")
     remove_records(dest)
     return made

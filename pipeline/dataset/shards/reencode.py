@@ -21,7 +21,7 @@ def reencode(data: bytes, short_side: int | None, quality: int, damaged: bool = 
     """(JPEG bytes, width, height) of an image, its shorter side reduced to `short_side` pixels (None: kept).
 
     Shrinking is by Lanczos. Grayscale stays grayscale, all else becomes RGB. The pixels are taken as stored and the
-    EXIF note is dropped, so that every reader sees what ImageFolder sees. `damaged`: missing parts become grey
+    EXIF note is dropped, so that every reader sees what ImageFolder sees. `damaged`: missing parts become gray
     instead of an error. Not for several threads at once. Raises OSError or ValueError where there is nothing to decode.
     """
     with warnings.catch_warnings(), _tolerant(damaged):

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.dataset import imagenet
-from pipeline.dataset.synthetic.generate import MARKER
-from pipeline.dataset.synthetic.plan import Sample, Settings, choose_recipe, list_samples, make_image, synset
+from pipeline.dataset.synthetic.plan import MARKER, Sample, Settings, choose_recipe, list_samples, make_image, synset
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 

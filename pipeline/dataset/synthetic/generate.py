@@ -14,6 +14,7 @@ from pipeline.command import run_command
 from pipeline.dataset import imagenet
 from pipeline.dataset.synthetic.images import TYPICAL_WIDTH, Box, class_look
 from pipeline.dataset.synthetic.plan import (
+    MARKER,
     Recipe,
     Sample,
     Settings,
@@ -27,7 +28,6 @@ from pipeline.dataset.workers import available_cores, map_in_order
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 
-MARKER = "synthetic.json"  #: holds the settings; tells a made-up tree from a real one
 CHUNK = 16  # images a task
 SMALL = 8_000_000  # pixels in all, below which starting processes costs more than it saves
 

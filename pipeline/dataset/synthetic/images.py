@@ -1,4 +1,4 @@
-"""Pictures that a network can learn to tell apart: a class is a shape, a texture, a colour and a grain of texture.
+"""Pictures that a network can learn to tell apart: a class is a shape, a texture, a color and a grain of texture.
 
 Everything else (place, size, rotation, background, light, noise) differs from image to image. A picture is a pure
 function of its seed.
@@ -40,9 +40,9 @@ def class_look(label: int) -> Look:
     """The look of class `label` (0 <= label < MAX_CLASSES); no two are alike, and neighbours differ in every part."""
     shape = SHAPES[label % 8]
     texture = TEXTURES[(label + label // 8) % 5]
-    colour = (7 * label + label // 40) % 12
+    color = (7 * label + label // 40) % 12
     pitch, periods = PITCHES[label // 480]
-    return Look(shape, texture, colour / 12, periods, f"{pitch} {texture} {COLOURS[colour]} {shape}")
+    return Look(shape, texture, color / 12, periods, f"{pitch} {texture} {COLOURS[color]} {shape}")
 
 
 def draw_size(rng: np.random.Generator, typical_width: int) -> tuple[int, int]:
@@ -107,8 +107,8 @@ def _colour(hue: float, saturation: float, value: float) -> tuple[int, int, int]
 def render(look: Look, rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray, list[Box]]:
     """A picture, uint8 [height, width, 3], without noise, and the boxes of its objects."""
     coarse = rng.integers(20, 236, (5, 6, 3), dtype=np.uint8)
-    grey = coarse.mean(2, keepdims=True)
-    coarse = grey + rng.uniform(0.1, 0.4) * (coarse - grey)
+    gray = coarse.mean(2, keepdims=True)
+    coarse = gray + rng.uniform(0.1, 0.4) * (coarse - gray)
     tint = np.array(_colour(look.hue + 0.5, 1.0, 1.0))  # as fish are seen before water: a class has its surroundings
     coarse += rng.uniform(0.1, 0.35) * (tint - coarse)
     picture = Image.fromarray(coarse.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
@@ -116,13 +116,13 @@ def render(look: Look, rng: np.random.Generator, width: int, height: int) -> tup
     draw = ImageDraw.Draw(mask)
     side, outline, boxes = min(width, height), _outline(look.shape), []
     for radius in side * np.array([rng.uniform(0.3, 0.46), *rng.uniform(0.1, 0.2, rng.integers(0, 4))]):
-        centre = rng.uniform(0.25, 0.75, 2) * (width, height)
+        center = rng.uniform(0.25, 0.75, 2) * (width, height)
         turn = rng.uniform(0, 2 * math.pi)
         rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-        corners = outline @ rotation.T * radius * (1, rng.uniform(0.8, 1.0)) + centre
+        corners = outline @ rotation.T * radius * (1, rng.uniform(0.8, 1.0)) + center
         draw.polygon([tuple(corner) for corner in corners.tolist()], fill=255)
         if look.shape == "ring":
-            draw.polygon([tuple(corner) for corner in (centre + 0.55 * (corners - centre)).tolist()], fill=0)
+            draw.polygon([tuple(corner) for corner in (center + 0.55 * (corners - center)).tolist()], fill=0)
         low = np.clip(np.floor(corners.min(0)), 0, (width - 2, height - 2)).astype(int)
         high = np.clip(np.ceil(corners.max(0)), low + 1, (width - 1, height - 1)).astype(int)
         boxes.append((int(low[0]), int(low[1]), int(high[0]), int(high[1])))

@@ -18,6 +18,8 @@ from pipeline.dataset.synthetic.images import (
 )
 from pipeline.errors import UserError
 
+MARKER = "synthetic.json"  #: holds the settings; tells a made-up tree from a real one
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -15,7 +15,7 @@ import xxhash
 from pipeline.dataset.index.decode import decode_fully
 from pipeline.dataset.index.index import Split
 from pipeline.dataset.workers import map_in_order, read_ahead
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 
 CHUNK = 128  # samples a task
 MISSING = "missing"
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
     kind: str = ""
 
 
-KINDS = ("", "png", "grayscale", "cmyk", "other")  #: "": a JPEG in colour; "other": neither JPEG nor PNG
+KINDS = ("", "png", "grayscale", "cmyk", "other")  #: "": a JPEG in color; "other": neither JPEG nor PNG
 
 
 def image_kind(data: bytes) -> str:
@@ -62,7 +62,7 @@ def image_kind(data: bytes) -> str:
 
 
 def read_item(item: Item) -> bytes | Finding:
-    """A sample's bytes, or what is wrong where there are none. BrokenError where the disk fails."""
+    """A sample's bytes, or what is wrong where there are none. TransientError where the disk fails."""
     try:
         with open(item.path, "rb") as file:  # noqa: PTH123 - one call a file, 1.28 M times
             if item.offset < 0:
@@ -73,7 +73,7 @@ def read_item(item: Item) -> bytes | Finding:
     except OSError as error:
         if isinstance(error, PermissionError | IsADirectoryError):
             return Finding(f"can't be read ({error.strerror})")
-        raise BrokenError(f"can't read {item.path} ({error.strerror}); run the same command again") from error
+        raise TransientError(f"can't read {item.path} ({error.strerror}); run the same command again") from error
 
 
 def check_item(item: Item, data: bytes, decode: bool) -> Finding:

@@ -14,7 +14,7 @@ from pipeline.dataset.valprep import ANNOTATIONS, read_val_annotations
 from pipeline.errors import UserError
 
 TRAIN_LIST = "ILSVRC/ImageSets/CLS-LOC/train_cls.txt"
-RECEIPT = "fetch.json"
+MANIFEST = "fetch.json"
 
 Chosen = dict[str, frozenset[str] | None]  #: split -> synsets that were asked for, None: all
 
@@ -34,7 +34,7 @@ def read_selected(root: Path) -> dict[str, str | list[str]] | None:
 
     None where that is not known. UserError where the file that tells it is damaged.
     """
-    for name in (RECEIPT, PACKED):
+    for name in (MANIFEST, PACKED):
         path = root / name
         if not path.is_file():
             continue

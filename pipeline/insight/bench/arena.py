@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 from pipeline.progress import Progress
 
 
@@ -64,7 +64,7 @@ class Outcome:
 
 def compete(contenders: Sequence[Contender], rounds: int, warm_up: int = 1, about: str = "") -> dict[str, Outcome]:
     """Let the contenders take turns, `warm_up` + `rounds` rounds each; name -> outcome. CPU time is that of all threads
-    and child processes of a contender. Raises BrokenError where one fails."""
+    and child processes of a contender. Raises TransientError where one fails."""
     context = multiprocessing.get_context("spawn")
     members: dict[str, tuple] = {}
     outcomes: dict[str, Outcome] = {}
@@ -118,7 +118,7 @@ def ratios(outcomes: dict[str, Outcome], of: str, to: str, what: str = "cpu_ms")
 
 
 def _ask(contender: Contender, process, connection) -> tuple[str, object]:
-    """What the contender answers. Raises BrokenError where it fails, unless it may."""
+    """What the contender answers. Raises TransientError where it fails, unless it may."""
     try:
         kind, value = connection.recv()
     except EOFError:
@@ -127,7 +127,7 @@ def _ask(contender: Contender, process, connection) -> tuple[str, object]:
     if kind == "failed":
         if contender.may_crash:
             return "absent", str(value)
-        raise BrokenError(f"bench: {contender.name} failed: {value}")
+        raise TransientError(f"bench: {contender.name} failed: {value}")
     return kind, value
 
 

@@ -17,7 +17,7 @@ BENCHES = {
     "train": "a whole run: is it data, compute, communication or checkpointing that holds it back?",
     "checkpoint": "how long a step waits for a checkpoint, and the writing behind it",
     "startup": "from the start of the process to the first step, part by part",
-    "overlap": "how much of the gradients' exchange hides behind computing, from a trace of --train.profile",
+    "overlap": "how much of the gradients' exchange hides behind computing, from a trace of --train.profile_steps",
     "io": "reading the data set's files and shards, without decoding",
 }
 

@@ -109,7 +109,7 @@ def class_folders(root: str, split: str) -> Path:
 
 
 def torchvision_loader(root: str, split: str, size: int, batch: int, images: int, workers: int) -> Callable[[], int]:
-    """ImageFolder and DataLoader with PIL, as in torchvision's reference training script: float32, normalised."""
+    """ImageFolder and DataLoader with PIL, as in torchvision's reference training script: float32, normalized."""
     from torch.utils.data import DataLoader, RandomSampler
     from torchvision import datasets, transforms
 

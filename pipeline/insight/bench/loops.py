@@ -100,7 +100,7 @@ def bare(
     from torch import nn
 
     from pipeline.config import OptimConfig
-    from pipeline.model.build import Normalised, build_model
+    from pipeline.model.build import Normalized, build_model
     from pipeline.training.step import autocast
 
     if threads:
@@ -110,7 +110,7 @@ def bare(
     torch.backends.cudnn.benchmark = True
     data, optim = DataConfig(), OptimConfig()
     network = build_model(replace(ModelConfig(), name=model), 1000)
-    network = Normalised(network, data.mean, data.std, train.channels_last).to(device).train()
+    network = Normalized(network, data.mean, data.std, train.channels_last).to(device).train()
     forward = torch.compile(network) if train.compile else network
     optimizer = torch.optim.SGD(
         network.parameters(), lr=0.1, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True

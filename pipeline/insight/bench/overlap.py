@@ -1,4 +1,4 @@
-"""`bench overlap`: from a trace of `--train.profile`, how much of the gradients' exchange hides behind computing."""
+"""`bench overlap`: how much of the gradient exchange computing hides, from a trace of `--train.profile_steps`."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ def read_spans(path: Path) -> tuple[list[Span], list[Span]]:
         opened = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         events = [event for event in json.loads(opened)["traceEvents"] if event.get("ph") == "X"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no trace ({error}); give one that --train.profile wrote") from error
+        raise UserError(f"{path} is no trace ({error}); give one that --train.profile_steps wrote") from error
     exchange, computing = [], []
     on_gpu = any(event.get("cat") == "kernel" for event in events)
     for event in events:
@@ -57,7 +57,7 @@ def overlap(trace: str) -> dict:
     """How much of the gradients' exchange hides behind computing.
 
     Args:
-        trace: what --train.profile wrote, of a run of several ranks.
+        trace: what --train.profile_steps wrote, of a run of several ranks.
     """
     exchange, computing = read_spans(Path(trace).expanduser())
     if not exchange:

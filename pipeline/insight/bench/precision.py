@@ -3,7 +3,7 @@
 import dataclasses
 import time
 
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.insight.bench.table import rows
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -77,12 +77,12 @@ def one_step_s(model: str, size: int, batch: int, precision: str, compile: bool)
 
 
 def precision_table(model: str, size: int, batches: str, compile: bool) -> dict:
-    """Images/s, memory and the share of the roofline by precision and batch. Raises BrokenError without a GPU."""
+    """Images/s, memory and the share of the roofline by precision and batch. Raises TransientError without a GPU."""
     import torch
 
     sizes = parse_sizes(batches)
     if not torch.cuda.is_available():
-        raise BrokenError("bench step --batches needs a GPU; without it, the loop beside a bare one can be measured")
+        raise TransientError("bench step --batches needs a GPU; without it, the loop beside a bare one can be measured")
     device = torch.device("cuda", torch.cuda.current_device())
     ceilings = measured_ceilings(device)
     print(f"{torch.cuda.get_device_name(device)}: measured " + ", ".join(f"{k} {v:,.0f}" for k, v in ceilings.items()))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 from pipeline.insight.bench.arena import Spread
 from pipeline.insight.bench.table import rows
 
@@ -72,7 +72,7 @@ def _line(spread: Spread, cpu: float | None = None) -> str:
 def _run(argv: list[str]) -> subprocess.CompletedProcess:
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BrokenError(f"bench startup: {' '.join(argv)[:80]}: {done.stderr.strip()[-300:]}")
+        raise TransientError(f"bench startup: {' '.join(argv)[:80]}: {done.stderr.strip()[-300:]}")
     return done
 
 

@@ -23,9 +23,9 @@ REMEDIES = {
     "data": "more cores or --data.threads, shards with a reduced short side (pipeline pack --short_side 256), a disk "
     "nearer by (pipeline stage); bench loader and bench io tell which",
     "communication": "a larger local batch, --train.compress_gradients bf16, --train.bucket_mb, or a faster link; "
-    "--train.profile 10 shows what overlaps",
+    "--train.profile_steps 10 shows what overlaps",
     "checkpointing": "a larger --checkpoint.every_minutes, or a faster disk; bench checkpoint tells of a save",
-    "records": "look at --train.profile 10",
+    "records": "look at --train.profile_steps 10",
 }
 ABOUT = """usage: pipeline bench train --config NAME_OR_FILE --data.root ROOT [options of train] [these]
 
@@ -57,11 +57,11 @@ def main(argv: list[str]) -> dict | None:
     from pipeline.training.ranks.world import start_world
 
     world = start_world(config.train)
-    folder = world.on_main(lambda: tempfile.mkdtemp(prefix="bench-train-"))
+    folder = world.on_rank_zero(lambda: tempfile.mkdtemp(prefix="bench-train-"))
     try:
         return take_apart(quiet(config, folder), world, options.steps, options.rounds, config.checkpoint.every_minutes)
     finally:
-        if world.is_main:
+        if world.is_rank_zero:
             shutil.rmtree(folder, ignore_errors=True)
         world.close()
 
@@ -82,7 +82,7 @@ def take_apart(config: Config, world, steps: int, rounds: int, save_every_minute
     from pipeline.insight.bench.loops import ResidentStream, open_trainer, wait_for
     from pipeline.tracking.ledger import read_rows
 
-    world.on_main(lambda: Path(config.run_dir).mkdir(parents=True, exist_ok=True))
+    world.on_rank_zero(lambda: Path(config.run_dir).mkdir(parents=True, exist_ok=True))
     trainer = open_trainer(config, world)
     stream, step = trainer.train_stream, trainer.train_step
     (batch,) = ResidentStream(stream, world, config.data.image_size).batches(0, 1)
@@ -124,18 +124,20 @@ def take_apart(config: Config, world, steps: int, rounds: int, save_every_minute
             begun = time.perf_counter()
             trainer.records.writer.wait()
             seen.setdefault("written behind", []).append(time.perf_counter() - begun)
-    waits = [row["data_wait"] for row in read_rows(trainer.folder.ledger) if row.get("kind") == "train"][steps:]
+    waits = [row["data_wait_fraction"] for row in read_rows(trainer.folder.ledger) if row.get("kind") == "train"][
+        steps:
+    ]
     trainer.close()
-    if not world.is_main:
+    if not world.is_rank_zero:
         return None
     spreads = {name: Spread.of(values) for name, values in seen.items()}
     return judge(config, world, spreads, Spread.of(waits).median, save_every_minutes)
 
 
 def judge(
-    config: Config, world, spreads: dict[str, Spread], data_wait: float, save_every_minutes: float | None
+    config: Config, world, spreads: dict[str, Spread], data_wait_fraction: float, save_every_minutes: float | None
 ) -> dict:
-    """Print and return the parts of a step, their shares, and what they come to. data_wait: share of a step."""
+    """Print and return the parts of a step, their shares, and the verdict. data_wait_fraction: share of a step."""
     images = config.train.global_batch_size
     run = spreads["run"].median
     compute = spreads["compute"].median
@@ -144,8 +146,8 @@ def judge(
     shares = {
         "compute": min(1.0, compute / run),
         "communication": max(0.0, step - compute) / run,
-        "data": data_wait,
-        "records": max(0.0, run - step - data_wait * run) / run,
+        "data": data_wait_fraction,
+        "records": max(0.0, run - step - data_wait_fraction * run) / run,
         "checkpointing": save,
     }
     loader_rate, step_rate = images / spreads["loader"].median, images / step

@@ -18,7 +18,7 @@ from typing import Literal
 import yaml
 
 from pipeline.command import run_command
-from pipeline.errors import EXIT_BROKEN, EXIT_OK, BrokenError, UserError
+from pipeline.errors import EXIT_OK, EXIT_RETRY, TransientError, UserError
 from pipeline.insight.chaos.faults import LATEST, Disturbance, Moment, descendants, draw, send, strike
 from pipeline.progress import Progress
 from pipeline.tracking.ledger import read_rows
@@ -72,11 +72,11 @@ class Job:
         return self.process is None or self.process.poll() is not None
 
     def wait_for_all(self) -> None:
-        """Wait until torchrun and every process below it are gone. Raises BrokenError if they are not in time."""
+        """Wait until torchrun and every process below it are gone. Raises TransientError if they are not in time."""
         begun = time.monotonic()
         while not self.ended() or any(Path(f"/proc/{pid}").exists() for pid in self.below):
             if time.monotonic() > begun + PATIENCE_S:
-                raise BrokenError(f"a job did not end within {PATIENCE_S:.0f} s; its output is in {self.log}")
+                raise TransientError(f"a job did not end within {PATIENCE_S:.0f} s; its output is in {self.log}")
             time.sleep(LOOK_EVERY_S)
 
     def stop(self) -> None:
@@ -117,7 +117,7 @@ class Chaos:
         return step in self.evaluations and all(row["step"] != step for row in self.job.rows("eval"))
 
     def run(self) -> None:
-        """Until the run has finished. Raises BrokenError where it ends or hangs by itself."""
+        """Until the run has finished. Raises TransientError where it ends or hangs by itself."""
         self.job.start()
         moment, moved, before = self.next_moment(), time.monotonic(), (-1, -1)
         while True:
@@ -129,9 +129,9 @@ class Chaos:
             if self.job.ended():
                 if self.job.process.returncode == 0 and (self.job.run / "finished").exists():
                     return
-                raise BrokenError(f"a job ended by itself with {self.job.process.returncode}; see {self.job.log}")
+                raise TransientError(f"a job ended by itself with {self.job.process.returncode}; see {self.job.log}")
             if time.monotonic() > moved + PATIENCE_S:
-                raise BrokenError(f"no step within {PATIENCE_S:.0f} s; see {self.job.log}")
+                raise TransientError(f"no step within {PATIENCE_S:.0f} s; see {self.job.log}")
             if moment is not None and moment.is_due():
                 self.disturb(moment.what)
                 moment, moved = self.next_moment(), time.monotonic()
@@ -200,7 +200,7 @@ def chaos(
     if json:
         write_json(Path(json), figures)
     print("nothing was lost" if not figures["problems"] else f"problems; the runs are in {work}")
-    return EXIT_BROKEN if figures["problems"] else EXIT_OK
+    return EXIT_RETRY if figures["problems"] else EXIT_OK
 
 
 def write_json(path: Path, figures: dict) -> None:
@@ -270,7 +270,7 @@ def watch(job: Job, progress: Progress) -> float:
         progress.advance(step - progress.count)
         time.sleep(0.05)
     if job.process.returncode:
-        raise BrokenError(f"the undisturbed run ended with {job.process.returncode}; see {job.log}")
+        raise TransientError(f"the undisturbed run ended with {job.process.returncode}; see {job.log}")
     return start_s or time.monotonic() - begun
 
 

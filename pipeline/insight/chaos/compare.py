@@ -15,7 +15,7 @@ from pipeline.loader.build import make_train_plan
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.run_folder.checkpoint import list_checkpoints, load_state, verify_checkpoint
 
-TIMES = ("images_per_s", "data_wait")  # what differs from run to run by nature
+TIMES = ("images_per_s", "data_wait_fraction")  # what differs from run to run by nature
 _EXPECTED = {"config.yaml", "metrics.jsonl", "finished", "checkpoints", "report", "wandb", "debug"}
 
 

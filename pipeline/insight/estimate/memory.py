@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.config import Config
-from pipeline.model.build import Normalised, build_model
+from pipeline.model.build import Normalized, build_model
 from pipeline.model.heads import frozen_norms
-from pipeline.model.meta_init import without_data
+from pipeline.model.meta_init import meta_init
 from pipeline.training.optim.loss import make_loss
 from pipeline.training.step import autocast
 
@@ -132,8 +132,8 @@ class Trace:
         )
 
 
-def build_fake(config: Config, num_classes: int, conv_bias: bool = False) -> Normalised:
-    """The network of a run, in `without_data`."""
+def build_fake(config: Config, num_classes: int, conv_bias: bool = False) -> Normalized:
+    """The network of a run, in `meta_init`."""
     model = build_model(config.model, num_classes)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -142,7 +142,7 @@ def build_fake(config: Config, num_classes: int, conv_bias: bool = False) -> Nor
                 module.weight = nn.Parameter(weight, module.weight.requires_grad)
             if conv_bias and module.bias is None:
                 module.bias = nn.Parameter(torch.empty(module.out_channels))
-    network = Normalised(nn.Identity(), config.data.mean, config.data.std, config.train.channels_last)
+    network = Normalized(nn.Identity(), config.data.mean, config.data.std, config.train.channels_last)
     network.model = model  # not handed over above: fake tensors can't change their memory format in place
     network.train()
     for norm in frozen_norms(model):
@@ -197,7 +197,7 @@ class Tracer:
 
     def __init__(self, config: Config, num_classes: int, conv_bias: bool = False):
         self.config, self.fake = config, FakeTensorMode()
-        with without_data(self.fake):
+        with meta_init(self.fake):
             self.network = build_fake(config, num_classes, conv_bias)
         self.model = self.network.model
         for parameter in self.model.parameters():  # gradients count as fixed: each goes as soon as it is there

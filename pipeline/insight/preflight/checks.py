@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config, identity
+from pipeline.config import Config, semantic_config
 from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 from pipeline.insight.preflight.node_facts import nearest_existing
@@ -30,7 +30,7 @@ class Finding:
 def check_recipe(config: Config, world_size: int) -> Finding:
     """Can the global batch be shared among the processes, the network be built, and does it take the images?"""
     from pipeline.model.build import build_model
-    from pipeline.model.meta_init import without_data
+    from pipeline.model.meta_init import meta_init
     from pipeline.model.sizes import check_image_sizes
 
     batch = config.train.global_batch_size
@@ -40,7 +40,7 @@ def check_recipe(config: Config, world_size: int) -> Finding:
         return Finding(FAIL, "recipe", f"{about}: not divisible; give --train.global_batch_size {fitting}")
     try:
         check_image_sizes(config)
-        with without_data():
+        with meta_init():
             build_model(config.model, config.model.num_classes or 1000)
     except UserError as error:
         return Finding(FAIL, "recipe", str(error))
@@ -157,7 +157,7 @@ def _check_identity(run_dir: Path, config: Config, data: dict, checkpoint: tuple
         RunFolder(run_dir).check_recipe(config)
         if checkpoint is not None and data["fingerprint"]:
             path = run_dir / "checkpoints" / folder_name(checkpoint[0])
-            check_fingerprints(path, read_meta(path), identity(config), data["fingerprint"])
+            check_fingerprints(path, read_meta(path), semantic_config(config), data["fingerprint"])
     except UserError as error:
         return Finding(FAIL, "run folder", str(error))
     except DamagedCheckpoint as error:
@@ -190,9 +190,9 @@ def estimate_checkpoint(config: Config, classes: int) -> int:
     """Bytes of a checkpoint: weights, their average if there is one, and the optimizer's state, in float32."""
     from pipeline.insight.estimate.memory import optimizer_states, weight_bytes
     from pipeline.model.build import build_model
-    from pipeline.model.meta_init import without_data
+    from pipeline.model.meta_init import meta_init
 
-    with without_data():
+    with meta_init():
         model = build_model(config.model, config.model.num_classes or classes)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return weight_bytes(model) * (2 if config.ema.decay else 1) + 4 * trained * optimizer_states(config)

@@ -12,13 +12,13 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
 
 @dataclass(frozen=True)
 class Series:
-    """A line. colour: number of the page's colour; faint: of the training, beside the validation's; dashed: where the
-    colours begin again."""
+    """A line. color: number of the page's color; faint: of the training, beside the validation's; dashed: where the
+    colors begin again."""
 
     label: str
     xs: list[float]
     ys: list[float]
-    colour: int
+    color: int
     faint: bool = False
     dashed: bool = False
 
@@ -89,19 +89,19 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
     )
     for one in sorted(drawn, key=lambda s: not s.faint):
-        kind = f"line c{one.colour}" + (" faint" if one.faint else "") + (" dashed" if one.dashed else "")
+        kind = f"line c{one.color}" + (" faint" if one.faint else "") + (" dashed" if one.dashed else "")
         if len(one.xs) > 1:
             points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.xs, one.ys, strict=True))
             parts.append(f'<polyline class="{kind}" points="{points}"/>')
         if len(one.xs) <= 40:
             for a, b in zip(one.xs, one.ys, strict=True):
-                dot = f'<circle class="dot c{one.colour}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.6">'
+                dot = f'<circle class="dot c{one.color}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.6">'
                 parts.append(f"{dot}<title>{escape(one.label)}: {b:.4g} at {a:.4g}</title></circle>")
     parts.append("</svg>")
     if len(drawn) == 1:
         return f'{head}<div class="unit">{escape(y_label)}</div>{"".join(parts)}</figure>'
     keys = "".join(
-        f'<li class="c{one.colour}{" faint" if one.faint else ""}{" dashed" if one.dashed else ""}"><i></i>'
+        f'<li class="c{one.color}{" faint" if one.faint else ""}{" dashed" if one.dashed else ""}"><i></i>'
         f"{escape(one.label)}</li>"
         for one in drawn
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.command import make_parser, normalise
+from pipeline.command import make_parser, normalize
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
@@ -21,7 +21,7 @@ COLOURS = 6
 
 def charts(records: list) -> str:
     """Loss and accuracy against epochs and hours, learning rate, speed. One run: training and validation in two
-    colours; several: a colour each."""
+    colors; several: a color each."""
     alone = len(records) == 1
     drawn = []
     binary = any(record.config.optim.loss == "bce" for record in records)
@@ -36,12 +36,12 @@ def charts(records: list) -> str:
             series = []
             for number, record in enumerate(records):
                 name = "" if alone else f"{record.name}: "
-                colour, again = number % COLOURS, number >= COLOURS
+                color, again = number % COLOURS, number >= COLOURS
                 x = record.column("epoch") if against == "epochs" else record.hours
                 x_eval = record.column("epoch", "eval") if against == "epochs" else record.eval_hours()
-                series.append(Series(f"{name}training", x, record.column(train), colour, True, again))
+                series.append(Series(f"{name}training", x, record.column(train), color, True, again))
                 validation = record.column(val, "eval")
-                series.append(Series(f"{name}validation", x_eval, validation, 1 if alone else colour, dashed=again))
+                series.append(Series(f"{name}validation", x_eval, validation, 1 if alone else color, dashed=again))
                 if alone and any(row.get(f"val_ema_{train}") is not None for row in record.evals):
                     averaged = record.column(f"val_ema_{train}", "eval")
                     series.append(Series("validation, averaged weights", x_eval, averaged, 3))
@@ -51,7 +51,7 @@ def charts(records: list) -> str:
     for title, column, unit, factor in (
         ("Learning rate", "lr", "", 1),
         ("Speed", "images_per_s", "images/s", 1),
-        ("Waiting for data", "data_wait", "percent of the step", 100),
+        ("Waiting for data", "data_wait_fraction", "percent of the step", 100),
         ("Gradient", "grad_norm", "norm", 1),
     ):
         series = [
@@ -190,7 +190,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--images", type=int, help=f"validation images to look at; default: all with CUDA, otherwise {ON_CPU:,}"
     )
-    options = parser.parse_args(normalise(argv, set()))
+    options = parser.parse_args(normalize(argv, set()))
     if options.device == "cuda":
         import torch
 

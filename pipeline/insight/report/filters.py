@@ -1,4 +1,4 @@
-"""A network's convolutions as pictures: the first layer's kernels in colour, one kernel of the second as grey tiles."""
+"""A network's convolutions as pictures: the first layer's kernels in color, one kernel of the second as gray tiles."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ def convolutions(model: nn.Module) -> list[Kernels]:
 
 
 def grid(tiles: np.ndarray, columns: int, scale: int) -> np.ndarray:
-    """uint8 [n, h, w, 3] as one picture, each pixel `scale` wide, with lines of one pixel between (mid-grey)."""
+    """uint8 [n, h, w, 3] as one picture, each pixel `scale` wide, with lines of one pixel between (mid-gray)."""
     n, h, w, _ = tiles.shape
     rows = -(-n // columns)
     canvas = np.full((rows * (h * scale + 1) + 1, columns * (w * scale + 1) + 1, 3), 128, np.uint8)
@@ -44,7 +44,7 @@ def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def picture_first(kernels: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Each kernel of [n, c, h, w] as a tile, in colour where c is 3, otherwise the mean over its channels in grey."""
+    """Each kernel of [n, c, h, w] as a tile, in color where c is 3, otherwise the mean over its channels in gray."""
     tiles = kernels.transpose(0, 2, 3, 1)
     if tiles.shape[-1] != 3:
         tiles = tiles.mean(-1, keepdims=True).repeat(3, -1)
@@ -52,7 +52,7 @@ def picture_first(kernels: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def picture_second(kernel: np.ndarray, low: float, high: float) -> np.ndarray:
-    """The channels of one kernel [c, h, w] as grey tiles."""
+    """The channels of one kernel [c, h, w] as gray tiles."""
     tiles = kernel[..., None].repeat(3, -1)
     return grid(_to_bytes(tiles, low, high), COLUMNS, max(2, TILE // tiles.shape[1]))
 
@@ -60,7 +60,7 @@ def picture_second(kernel: np.ndarray, low: float, high: float) -> np.ndarray:
 def before_after(before: nn.Module, after: nn.Module) -> list[tuple[str, dict[str, np.ndarray]]]:
     """[(caption, {"before", "after", "difference": picture uint8 [h, w, 3]})] of the first and second convolution.
 
-    Before and after share a scale; the difference has its own, with grey for no change.
+    Before and after share a scale; the difference has its own, with gray for no change.
     """
     shown = []
     for number, (old, new) in enumerate(zip(convolutions(before), convolutions(after), strict=True)):

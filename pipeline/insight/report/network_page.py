@@ -109,8 +109,8 @@ def looks(network, said, names: list[str], index, config, device, save) -> Itera
     for place, picture, one in zip(chosen, pictures, heat, strict=True):
         size = picture.shape[1::-1]
         wide = np.asarray(Image.fromarray((255 * one).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)) / 255
-        colour = colormaps["inferno"](wide)[..., :3] * 255
-        laid = (0.45 * picture + 0.55 * colour).astype(np.uint8)
+        color = colormaps["inferno"](wide)[..., :3] * 255
+        laid = (0.45 * picture + 0.55 * color).astype(np.uint8)
         label, guess = names[said.labels[place]], names[said.guesses[place]]
         both = page.image(small(picture), label, "JPEG") + page.image(small(laid), f"Grad-CAM of {guess}", "JPEG")
         verdict = "right" if label == guess else f"is {escape(label)}"
@@ -129,7 +129,7 @@ def network_sections(record, data_root: str | None, device_name: str, most: int 
     from pipeline.evaluation.class_map import class_positions
     from pipeline.insight.report.predictions import predict
     from pipeline.insight.report.run_record import load_networks, open_index_of
-    from pipeline.model.build import Normalised
+    from pipeline.model.build import Normalized
 
     index = None
     try:
@@ -157,7 +157,7 @@ def network_sections(record, data_root: str | None, device_name: str, most: int 
     device = torch.device("cuda" if cuda else "cpu")
     most = most if most is not None else (None if cuda else ON_CPU)
     data, train = record.config.data, record.config.train
-    network = Normalised(networks.after, data.mean, data.std, train.channels_last).to(device).eval()
+    network = Normalized(networks.after, data.mean, data.std, train.channels_last).to(device).eval()
     said = predict(network, index, record.config, device, most, places)
     if not len(said.ids):
         yield '<p class="none">Not shown: no validation image can be read</p>'

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.config import Config, identity, load_config
+from pipeline.config import Config, load_config, semantic_config
 from pipeline.dataset.index.index import Index, index_folder, open_index
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.evaluation.checkpoints import find_checkpoint
 from pipeline.model.build import build_model
 from pipeline.model.heads import count_outputs
@@ -38,7 +38,7 @@ class Record:
 
     @property
     def settings(self) -> dict:
-        return identity(self.config)
+        return semantic_config(self.config)
 
     @property
     def best(self) -> dict | None:
@@ -112,7 +112,7 @@ def load_networks(record: Record) -> Networks:
     before, missing = build_model(config, outputs).requires_grad_(True), ""
     try:
         start_from(before, config)
-    except (UserError, BrokenError) as error:
+    except (UserError, TransientError) as error:
         before, missing = None, f"the initial weights can't be made again: {error}"
     after = build_model(config, outputs)
     load_whole(after, state)

@@ -61,8 +61,10 @@ def render(state: RunState, slurm: dict[str, str] | None) -> str:
     else:
         best = f"best {state.best_top1:.2f} % at step {state.best_step:,}"
         rows.append(("top-1", f"{state.top1:.2f} % at step {state.top1_step:,}; {best}"))
-    data_wait = None if state.data_wait is None else 100 * state.data_wait
-    rows.append(("speed", f"{number(state.images_per_s, ',.0f')} images/s, data wait {number(data_wait, '.0f', ' %')}"))
+    data_wait_fraction = None if state.data_wait_fraction is None else 100 * state.data_wait_fraction
+    rows.append(
+        ("speed", f"{number(state.images_per_s, ',.0f')} images/s, data wait {number(data_wait_fraction, '.0f', ' %')}")
+    )
     if state.state not in ENDED:
         rows.append(("time left", f"{duration(state.left_s)} of training"))
     if state.checkpoint_step is None:

@@ -27,7 +27,8 @@ class RunState:
     """Facts about a run; None: not known (yet).
 
     state: starting, training, evaluating, preempted, stopped, failed, finished or stalled. Percent: top1, best_top1.
-    Shares: data_wait. Seconds: step_s, left_s (training alone), checkpoint_age_s, silent_s (since the last row).
+    Share: data_wait_fraction. Seconds: step_s, left_s (training alone), checkpoint_age_s, silent_s (since the last
+    row).
     """
 
     run: str
@@ -43,7 +44,7 @@ class RunState:
     best_step: int | None
     images_per_s: float | None
     step_s: float | None
-    data_wait: float | None
+    data_wait_fraction: float | None
     left_s: float | None
     checkpoint_step: int | None
     checkpoint_age_s: float | None
@@ -151,7 +152,9 @@ def read_state(folder: Path, now: float | None = None) -> RunState:
         best_step=best.get("step"),
         images_per_s=batch / step_s if step_s else None,
         step_s=step_s,
-        data_wait=statistics.fmean(row["data_wait"] for row in tail) if tail and "data_wait" in tail[-1] else None,
+        data_wait_fraction=statistics.fmean(row["data_wait_fraction"] for row in tail)
+        if tail and "data_wait_fraction" in tail[-1]
+        else None,
         left_s=(last_step - step) * step_s if step_s and last_step is not None else None,
         checkpoint_step=checkpoint[0] if checkpoint else None,
         checkpoint_age_s=max(0.0, now - checkpoint[1]) if checkpoint else None,

@@ -18,7 +18,7 @@ def unit_norms(values: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def clip_adaptive(parameters: list[nn.Parameter], share: float) -> None:
+def adaptive_gradient_clip(parameters: list[nn.Parameter], share: float) -> None:
     """Scale each unit's gradient so that its norm is at most `share` times that of the unit's weights (Brock et al.
     2021, equation 3)."""
     for p in parameters:

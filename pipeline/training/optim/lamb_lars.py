@@ -6,7 +6,7 @@ Both leave an update out on the device's own judgement, as torch's fused optimiz
 
 import torch
 
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 
 Tensors = list[torch.Tensor]
 
@@ -20,7 +20,7 @@ class _Layerwise(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         """Change the weights by their gradients. A closure is not taken."""
         if closure is not None:
-            raise BrokenError(f"{type(self).__name__} takes no closure")
+            raise TransientError(f"{type(self).__name__} takes no closure")
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if weights:

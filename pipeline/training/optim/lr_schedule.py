@@ -29,7 +29,9 @@ class Schedule:
         self.config, self.peak = config, peak
         length = steps_of(config.epochs, steps_per_epoch)
         #: how much longer the run is than the one that the recipe's times are for
-        stretch = 1.0 if config.made_for is None else length / steps_of(config.made_for, steps_per_epoch)
+        stretch = (
+            1.0 if config.reference_epochs is None else length / steps_of(config.reference_epochs, steps_per_epoch)
+        )
         self.total_steps = max(1, round(length))
         warmup = steps_of(config.warmup_epochs, steps_per_epoch) * min(1.0, stretch)
         if config.name == "one_cycle" and not warmup:

@@ -41,14 +41,14 @@ def decay_of(config: OptimConfig, name: str, module: nn.Module) -> float:
 def parameter_groups(model: nn.Module, config: OptimConfig, heads: tuple[str, ...] = ()) -> list[dict]:
     """The trained parameters by weight decay (`decay_of`) and `lr_factor`, what the schedule's rate is multiplied by.
 
-    heads: names of the modules whose factor is 1; all before them have `body_lr`, and `layer_decay` once for each layer
-    from there to the head. The groups come in the order of their first parameter.
+    heads: names of the modules whose factor is 1; all before them have `body_lr_factor`, and `layer_decay` once
+    for each layer from there to the head. The groups come in the order of their first parameter.
     """
     numbers = layer_numbers(model, heads) if config.layer_decay != 1 else {}
     last = max(numbers.values(), default=0)
     groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter, module in _trained_parameters(model):
-        factor = config.body_lr if config.body_lr != 1 and not in_heads(name, heads) else 1.0
+        factor = config.body_lr_factor if config.body_lr_factor != 1 and not in_heads(name, heads) else 1.0
         if numbers:
             factor *= config.layer_decay ** (last - numbers[name])
         small = isinstance(module, NORMS) or is_bias(name)
@@ -59,7 +59,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, heads: tuple[str, ..
 def heads_for(config: Config) -> tuple[str, ...]:
     """The heads' names, where the optimizer treats them otherwise than the rest; () where it does not."""
     optim = config.optim
-    differs = optim.body_lr != 1 or optim.layer_decay != 1 or optim.clip_adaptive is not None
+    differs = optim.body_lr_factor != 1 or optim.layer_decay != 1 or optim.agc is not None
     return find_heads(config.model.name) if differs else ()
 
 

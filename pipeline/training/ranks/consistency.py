@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import nn
 
 import pipeline
-from pipeline.config import Config, identity
-from pipeline.errors import BrokenError, UserError
+from pipeline.config import Config, semantic_config
+from pipeline.errors import TransientError, UserError
 from pipeline.training.ranks.world import World
 
 
 def compare_parameters(model: nn.Module, world: World, step: int) -> None:
-    """Raises BrokenError, on all ranks, that names the first parameter in which a rank differs. Collective.
+    """Raises TransientError, on all ranks, that names the first parameter in which a rank differs. Collective.
 
     Each rank digests its own: the sum of each tensor's bits taken as integers, which any single flipped bit changes.
     """
@@ -25,7 +25,7 @@ def compare_parameters(model: nn.Module, world: World, step: int) -> None:
     sums = [p.detach().flatten().view(torch.int32).sum(dtype=torch.int64) for _, p in named]
     mine = torch.stack(sums).cpu()
     everyone = torch.empty(world.size * len(mine), dtype=torch.int64)
-    with world.watch.together("the comparison of parameters"):
+    with world.watch.collective("the comparison of parameters"):
         dist.all_gather_into_tensor(everyone, mine)
     table = everyone.view(world.size, -1)
     common = table.mode(dim=0).values
@@ -35,10 +35,10 @@ def compare_parameters(model: nn.Module, world: World, step: int) -> None:
     tensor = int(odd[:, 1].min())
     ranks = sorted(int(rank) for rank, where in odd.tolist() if where == tensor)
     who = f"rank {ranks[0]} differs from the others" if world.size > 2 else "ranks 0 and 1 differ"
-    raise BrokenError(
+    raise TransientError(
         f"step {step}: {who} in {named[tensor][0]}, where all must be alike: a faulty GPU or memory? Nothing was saved "
         "since the ranks last agreed; leave that node out and start again",
-        alike=True,
+        on_all_ranks=True,
     )
 
 
@@ -48,7 +48,11 @@ _LOCAL = ("data.root", "data.index", "data.threads")
 
 def program_and_settings(config: Config, world: World) -> dict[str, str]:
     """What a rank runs, by name; the program itself is read by one rank a node."""
-    facts = {f"--{name}": str(value) for name, value in identity(config, everything=True).items() if name not in _LOCAL}
+    facts = {
+        f"--{name}": str(value)
+        for name, value in semantic_config(config, everything=True).items()
+        if name not in _LOCAL
+    }
     facts |= {"Python": platform.python_version(), "torch": torch.__version__}
     if world.local_rank == 0:
         facts["pipeline's code"] = code_digest()
@@ -70,7 +74,7 @@ def refuse_differences(facts: dict[str, str], world: World) -> None:
     if world.size == 1:
         return
     everyone: list[dict] = [{} for _ in range(world.size)]
-    with world.watch.together("the comparison of settings"):
+    with world.watch.collective("the comparison of settings"):
         dist.all_gather_object(everyone, facts)
     differing = []
     for name in dict.fromkeys(name for there in everyone for name in there):

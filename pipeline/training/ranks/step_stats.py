@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from pipeline.training.ranks.world import World
 
-_LOSS, _HITS, _NORM, _SCALE, _WISH, _WAIT, _TIME, _OWN, _HEAD = range(9)
+_LOSS, _HITS, _NORM, _SCALE, _VOTE, _WAIT, _TIME, _OWN, _HEAD = range(9)
 
 
-class Wish(IntEnum):
-    """What a rank asks of all; the greatest wish counts."""
+class Vote(IntEnum):
+    """What a rank asks of all; the greatest vote counts."""
 
     NONE = 0
     SAVE = 1
@@ -25,9 +25,9 @@ class Wish(IntEnum):
 
 
 @dataclass(frozen=True)
-class StepReport:
+class StepStats:
     """One step over all ranks. loss: mean over the global batch. top1: percent of its images. grad_norm: of the mean
-    gradient. scale: of fp16's loss, else 1. wish: the greatest of all ranks. wait_s, step_s: seconds, of the rank that
+    gradient. scale: of fp16's loss, else 1. vote: the greatest of all ranks. wait_s, step_s: seconds, of the rank that
     waited longest and of rank 0. ids: int64 [global_batch_size]. own_s: float64 [ranks], see `stragglers`."""
 
     step: int
@@ -35,14 +35,14 @@ class StepReport:
     top1: float
     grad_norm: float
     scale: float
-    wish: Wish
+    vote: Vote
     wait_s: float
     step_s: float
     ids: torch.Tensor
     own_s: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
 
 
-class Reports:
+class StepStatsExchange:
     """Gathers a report a step and gives each back `lag` steps later (0 on the CPU, where there is nothing to hide)."""
 
     def __init__(self, world: World, lag: int | None = None):
@@ -55,13 +55,13 @@ class Reports:
         step: int,
         numbers: torch.Tensor,
         ids: torch.Tensor,
-        wish: Wish,
+        vote: Vote,
         wait_s: float,
         step_s: float,
         own_s: float = 0.0,
     ) -> None:
         """Send this rank's report. numbers: [4] as `TrainStep` gives them; ids: int64 [local batch]; on the device."""
-        host = torch.tensor([0.0, 0.0, 0.0, 0.0, float(wish), wait_s, step_s, own_s], dtype=torch.float64)
+        host = torch.tensor([0.0, 0.0, 0.0, 0.0, float(vote), wait_s, step_s, own_s], dtype=torch.float64)
         if self.world.device.type == "cuda":
             host = host.pin_memory()
         mine = torch.empty(_HEAD + len(ids), dtype=torch.float64, device=self.world.device)
@@ -69,7 +69,7 @@ class Reports:
         mine[: len(numbers)] = numbers
         mine[_HEAD:] = ids  # exact: ids are far below 2^53
         everyone = torch.empty(self.world.size * len(mine), dtype=torch.float64, device=self.world.device)
-        with self.world.watch.together("the exchange of reports"):
+        with self.world.watch.collective("the exchange of reports"):
             dist.all_gather_into_tensor(everyone, mine)
         event = None
         if self.world.device.type == "cuda":
@@ -79,25 +79,25 @@ class Reports:
             event.record()
         self.pending.append((step, everyone, event))
 
-    def due(self, everything: bool = False) -> list[StepReport]:
+    def due(self, everything: bool = False) -> list[StepStats]:
         """The reports that are at least `lag` steps old, or all of them; oldest first."""
         ready = []
         while self.pending and (everything or len(self.pending) > self.lag):
             ready.append(self._read(*self.pending.popleft()))
         return ready
 
-    def _read(self, step: int, everyone: torch.Tensor, event: torch.cuda.Event | None) -> StepReport:
+    def _read(self, step: int, everyone: torch.Tensor, event: torch.cuda.Event | None) -> StepStats:
         if event is not None:
-            with self.world.watch.together("the steps before this one on the GPU"):
+            with self.world.watch.collective("the steps before this one on the GPU"):
                 event.synchronize()
         table = everyone.view(self.world.size, -1)
-        return StepReport(
+        return StepStats(
             step=step,
             loss=table[:, _LOSS].mean().item(),
             top1=100 * table[:, _HITS].sum().item() / table[:, _HEAD:].numel(),
             grad_norm=table[0, _NORM].item(),
             scale=table[0, _SCALE].item(),
-            wish=Wish(int(table[:, _WISH].max())),
+            vote=Vote(int(table[:, _VOTE].max())),
             wait_s=table[:, _WAIT].max().item(),
             step_s=table[0, _TIME].item(),
             ids=table[:, _HEAD:].reshape(-1).to(torch.int64),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Config
-from pipeline.errors import BrokenError, UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.training.ranks.launcher import without_launcher
 from pipeline.training.ranks.world import World
 
@@ -33,31 +33,33 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno
 
 
 @contextlib.contextmanager
-def told(config: Config, world: World) -> Iterator[None]:
-    """Turns what breaks inside into a BrokenError that says what it was, and tells the other ranks."""
+def translating_errors(config: Config, world: World) -> Iterator[None]:
+    """Turns what breaks inside into a TransientError that says what it was, and tells the other ranks."""
     try:
         yield
     except UserError:
         raise
-    except BrokenError as error:
-        if not error.alike:
-            world.watch.leave(str(error))
+    except TransientError as error:
+        if not error.on_all_ranks:
+            world.watch.announce_exit(str(error))
         raise
     except (RuntimeError, OSError, MemoryError) as error:
-        world.watch.at("the end of a rank that broke", limit_s=_LIMIT_S)
+        world.watch.phase("the end of a rank that broke", limit_s=_LIMIT_S)
         first = False
-        message = explain(error, config, world)
+        message = translate_error(error, config, world)
         if message is None or not _lost_contact(error):
-            first = world.watch.leave(message or f"{type(error).__name__}: {first_line(error)}")
+            first = world.watch.announce_exit(message or f"{type(error).__name__}: {first_line(error)}")
         if message is None:
             raise
         if first and _out_of_memory(error):
-            message += fitting(config, _room_mib(world))
+            message += largest_fitting_batch(config, _room_mib(world))
         world.watch.dump()
-        raise BrokenError(message, alike=_lost_contact(error) and world.rank != world.watch.speaker()) from error
+        raise TransientError(
+            message, on_all_ranks=_lost_contact(error) and world.rank != world.watch.reporter()
+        ) from error
 
 
-def explain(error: BaseException, config: Config, world: World) -> str | None:
+def translate_error(error: BaseException, config: Config, world: World) -> str | None:
     """One line on what broke; None where it is not known."""
     number = getattr(error, "errno", None)
     text = str(error)
@@ -160,7 +162,7 @@ def _room_mib(world: World) -> float:
     return (_host_available() + used) / MIB
 
 
-def fitting(config: Config, room_mib: float) -> str:
+def largest_fitting_batch(config: Config, room_mib: float) -> str:
     """What `pipeline estimate` says fits, as the rest of a sentence; how to ask it where it gives no answer."""
     saved = Path(config.run_dir).expanduser() / "config.yaml"
     ask = ["estimate", "--config", str(saved), "--card_mib", f"{room_mib:.0f}", "--data.root", ""]

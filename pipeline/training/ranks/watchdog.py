@@ -1,8 +1,9 @@
-"""Where each rank is, and since when: one that hangs is named within `train.timeout_s`, and the job ends for a restart.
+"""Where each rank is, and since when. A rank that hangs is named within `train.hang_timeout_s`, and the job ends.
 
-The training thread says where it is (`Watch.at`, `Watch.together`); a thread beside it tells the other ranks through
-torchrun's store, warns of long waits, and ends the process where nothing moves any more. A rank that waits for others
-does not judge by its own clock alone: as long as one that is behind shows signs of life, that one's limit counts.
+The training thread says where it is (`Watchdog.phase`, `Watchdog.collective`); a thread beside it tells the other
+ranks through torchrun's store, warns of long waits, and ends the process where nothing moves any more. A rank that
+waits for others does not judge by its own clock alone: as long as one that is
+behind shows signs of life, that one's limit counts.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import EXIT_BROKEN
+from pipeline.errors import EXIT_RETRY
 from pipeline.redact import redact
 
 DEBUG = "debug"  # folder in the run folder: what ranks that hung or broke leave for those who look into it
@@ -38,24 +39,24 @@ class Mark:
     limit_s: float
 
 
-class Watch:
+class Watchdog:
     """Watches over one rank; its thread runs from `start` to `close`.
 
     Args:
         rank, size: this process among all.
         names: of all ranks, for messages: "rank 3 (host n2, GPU 1, pid 77)".
-        timeout_s: seconds without progress after which a rank counts as hung.
+        hang_timeout_s: seconds without progress after which a rank counts as hung.
         store: shared by all ranks (torch.distributed.Store); None: this process is alone.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, timeout_s: float = math.inf, store=None):
-        self.rank, self.size, self.timeout_s, self.store = rank, size, timeout_s, store
+    def __init__(self, rank: int = 0, size: int = 1, hang_timeout_s: float = math.inf, store=None):
+        self.rank, self.size, self.hang_timeout_s, self.store = rank, size, hang_timeout_s, store
         self.names = [f"rank {number}" for number in range(size)]
         self.detail: Callable[[], str] = lambda: ""  # more on where the training thread is: the file being read
         self.last_words: Callable[[str], None] = lambda message: None  # called before the process is ended
         self.folder: Path | None = None  # where stacks and collectives are left
         self.step: int | None = None
-        self.parted = False  # was contact to the other ranks lost?
+        self.disconnected = False  # was contact to the other ranks lost?
         self.silent: list[int] = []  # ranks found dead
         self._mark = Mark("start-up", None, 0, False, 0.0, math.inf)
         self._since = time.monotonic()
@@ -67,32 +68,34 @@ class Watch:
 
     # --- said by the training thread
 
-    def at(self, what: str, step: int | None = None, limit_s: float | None = None) -> None:
-        """This rank now does `what`, for which it has `limit_s` seconds (default: timeout_s)."""
+    def phase(self, what: str, step: int | None = None, limit_s: float | None = None) -> None:
+        """This rank now does `what`, for which it has `limit_s` seconds (default: hang_timeout_s)."""
         self.step = self.step if step is None else step
-        self._enter(Mark(what, self.step, self._mark.count, False, 0.0, self.timeout_s if limit_s is None else limit_s))
+        self._enter(
+            Mark(what, self.step, self._mark.count, False, 0.0, self.hang_timeout_s if limit_s is None else limit_s)
+        )
 
     @contextlib.contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def collective(self, what: str) -> Iterator[None]:
         """All ranks do `what`; entered by all in the same order."""
-        self._enter(Mark(what, self.step, self._mark.count + 1, True, 0.0, self.timeout_s))
+        self._enter(Mark(what, self.step, self._mark.count + 1, True, 0.0, self.hang_timeout_s))
         try:
             yield
         finally:
-            self.at(f"what comes after {what}")
+            self.phase(f"what comes after {what}")
 
     def _enter(self, mark: Mark) -> None:
         self._mark, self._since = mark, time.monotonic()
 
     def start(self) -> None:
         """Begin to watch."""
-        self._enter(replace(self._mark, limit_s=self.timeout_s))
+        self._enter(replace(self._mark, limit_s=self.hang_timeout_s))
         self._post(self._here())
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join(2 * BEAT_S)
@@ -100,14 +103,14 @@ class Watch:
     # --- the thread
 
     def _run(self) -> None:
-        beat = min(BEAT_S, self.timeout_s / 10)
+        beat = min(BEAT_S, self.hang_timeout_s / 10)
         while not self._ended.wait(beat):
             mark = self._here()
             self._say_if_long(mark)
             self._post(mark)
             message = self._judge(mark, beat)
             if message is not None and not self._ended.is_set() and not self._moved(mark):
-                self._end(message, own=not mark.together)
+                self._end(message, own=not mark.collective)
 
     def _here(self) -> Mark:
         mark, since = self._mark, self._since
@@ -121,12 +124,12 @@ class Watch:
         if self._said is not None and self._said[0] != self._since:
             print(f"{self.names[self.rank]} goes on after {time.monotonic() - self._said[0]:.0f} s", file=sys.stderr)
             self._said, self._warned = None, WARN_AFTER_S
-        if not mark.together and mark.age_s > self._warned and mark.limit_s < math.inf:
+        if not mark.collective and mark.age_s > self._warned and mark.limit_s < math.inf:
             self._said, self._warned = (self._since, mark.what), 2 * mark.age_s
             print(redact(f"warning: {self._sentence(self.rank, mark)}"), file=sys.stderr, flush=True)
 
     def _sentence(self, rank: int, mark: Mark) -> str:
-        detail = self.detail() if rank == self.rank and not mark.together else ""
+        detail = self.detail() if rank == self.rank and not mark.collective else ""
         return f"{self.names[rank]} has been in {_place(mark)} for {mark.age_s:.0f} s{detail and ': '}{detail}"
 
     def _post(self, mark: Mark) -> None:
@@ -139,11 +142,11 @@ class Watch:
 
     def _judge(self, mark: Mark, beat: float) -> str | None:
         """Is it over? Then the sentence that names who hangs."""
-        if mark.together and (gone := self.gone()) is not None and mark.age_s > 2 * beat:
+        if mark.collective and (gone := self.first_failure()) is not None and mark.age_s > 2 * beat:
             return f"{gone}; the others can't go on"
         if mark.age_s <= mark.limit_s:
             return None
-        if not mark.together or self.store is None:
+        if not mark.collective or self.store is None:
             return f"{self._sentence(self.rank, mark)}; it counts as hung"
         marks, silent = self.look(3 * beat)
         if silent:
@@ -180,7 +183,7 @@ class Watch:
 
     # --- the end of a rank
 
-    def leave(self, message: str) -> bool:
+    def announce_exit(self, message: str) -> bool:
         """Tell the others why this rank ends. True if it is the first to do so."""
         if self.store is None:
             return True
@@ -189,7 +192,7 @@ class Watch:
             return self.store.compare_set("gone", "", mine).decode() == mine
         return False
 
-    def gone(self) -> str | None:
+    def first_failure(self) -> str | None:
         """Which rank was the first to end, and why; None: nobody said so."""
         if self.store is not None:
             with contextlib.suppress(RuntimeError):
@@ -197,23 +200,23 @@ class Watch:
                     return self.store.get("gone").decode()
         return None
 
-    def speaker(self) -> int:
+    def reporter(self) -> int:
         """Which rank tells of another's death: the first that is not missing itself."""
         return next((rank for rank in range(self.size) if rank not in self.silent), 0)
 
     def missing(self) -> str:
         """Contact was lost: a sentence on who is missing. Takes some seconds."""
-        self.parted = True
+        self.disconnected = True
         if self.store is None:
             return ""
-        gone = self.gone()
+        gone = self.first_failure()
         if gone is not None:
             return gone
-        marks, self.silent = self.look(3 * min(BEAT_S, self.timeout_s / 10))
+        marks, self.silent = self.look(3 * min(BEAT_S, self.hang_timeout_s / 10))
         silent = self.silent
         if silent:
             return f"{self._names(silent)} has died, last seen in {_place(marks[silent[0]])}"
-        return self.gone() or "all ranks show signs of life: the network?"
+        return self.first_failure() or "all ranks show signs of life: the network?"
 
     def _names(self, ranks: list[int]) -> str:
         more = f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
@@ -224,12 +227,12 @@ class Watch:
         words = threading.Thread(target=self._speak, args=(message, own), daemon=True)
         words.start()
         words.join(_LAST_WORDS_S)
-        os._exit(EXIT_BROKEN)
+        os._exit(EXIT_RETRY)
 
     def _speak(self, message: str, own: bool) -> None:
         if own:
-            self.leave(message)
-        if own or self.rank == self.speaker():
+            self.announce_exit(message)
+        if own or self.rank == self.reporter():
             print(redact(f"pipeline train: {message}"), file=sys.stderr, flush=True)
         self.last_words(message)
         self.dump()

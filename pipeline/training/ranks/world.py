@@ -13,29 +13,29 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import TrainConfig
-from pipeline.errors import BrokenError, UserError
-from pipeline.training.ranks.watchdog import Watch
+from pipeline.errors import TransientError, UserError
+from pipeline.training.ranks.watchdog import Watchdog
 
 MEETING = timedelta(seconds=30)
-PATIENCE = timedelta(days=1)  # of what only waits for rank 0; the watch ends it before, where nothing moves
+LONG_TIMEOUT = timedelta(days=1)  # of what only waits for rank 0; the watch ends it before, where nothing moves
 STORE_TIMEOUT = timedelta(seconds=10)
 _LEAVE_S = 60.0
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. `device`: where it computes. `patient`: a process group for long waits."""
+    """This process among all. `device`: where it computes. `long_timeout_group`: a process group for long waits."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
-    watch: Watch = field(default_factory=Watch, compare=False)
-    patient: Any = field(default=None, compare=False)
+    watch: Watchdog = field(default_factory=Watchdog, compare=False)
+    long_timeout_group: Any = field(default=None, compare=False)
 
     @property
-    def is_main(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     @property
@@ -48,45 +48,45 @@ class World:
     def any(self, flag: bool) -> bool:
         """Is the flag up on any rank? Collective, on the host."""
         value = torch.tensor([int(flag)])
-        with self.watch.together("a question to all"):
+        with self.watch.collective("a question to all"):
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64. Collective, on the host."""
         total = torch.tensor(values, dtype=torch.float64)
-        with self.watch.together("the sum of scores"):
+        with self.watch.collective("the sum of scores"):
             dist.all_reduce(total)
         return total.tolist()
 
-    def on_main(self, function: Callable[[], Any], limit_s: float | None = None) -> Any:
-        """Call `function` on rank 0 alone; all ranks get its result, or raise its UserError or BrokenError. It may take
-        `limit_s` seconds; default: as long as anything."""
+    def on_rank_zero(self, function: Callable[[], Any], limit_s: float | None = None) -> Any:
+        """Call `function` on rank 0 alone; all ranks get its result, or raise its UserError or TransientError. It may
+        take `limit_s` seconds; default: as long as anything."""
         answer: list[Any] = [None]
-        if self.is_main:
+        if self.is_rank_zero:
             name = function.__name__.replace("_", " ")
-            self.watch.at("rank 0's part" + (f" ({name})" if name != "<lambda>" else ""), limit_s=limit_s)
+            self.watch.phase("rank 0's part" + (f" ({name})" if name != "<lambda>" else ""), limit_s=limit_s)
             try:
                 answer = [("result", function())]
-            except (UserError, BrokenError) as error:
+            except (UserError, TransientError) as error:
                 answer = [("user" if isinstance(error, UserError) else "broken", str(error))]
-        with self.watch.together("waiting for rank 0"):
-            dist.broadcast_object_list(answer, src=0, group=self.patient)
+        with self.watch.collective("waiting for rank 0"):
+            dist.broadcast_object_list(answer, src=0, group=self.long_timeout_group)
         kind, value = answer[0]
         if kind != "result":
-            raise UserError(value) if kind == "user" else BrokenError(value, alike=True)
+            raise UserError(value) if kind == "user" else TransientError(value, on_all_ranks=True)
         return value
 
     def meet(self) -> None:
         """Wait for all ranks, but not for long. Collective, on the host."""
-        if self.watch.parted:
+        if self.watch.disconnected:
             return
-        self.watch.at("waiting for the other ranks' end", limit_s=2 * MEETING.total_seconds())
+        self.watch.phase("waiting for the other ranks' end", limit_s=2 * MEETING.total_seconds())
         with contextlib.suppress(RuntimeError):  # late, or gone
             dist.all_reduce(torch.zeros(1), async_op=True).wait(timeout=MEETING)
 
     def close(self) -> None:
-        self.watch.at("leaving the other ranks", limit_s=_LEAVE_S)
+        self.watch.phase("leaving the other ranks", limit_s=_LEAVE_S)
         dist.destroy_process_group()
         self.watch.close()
 
@@ -117,13 +117,13 @@ def start_world(train: TrainConfig) -> World:
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    limit = timedelta(seconds=1.5 * train.timeout_s + 30)  # the watch comes first, and can tell who hangs
+    limit = timedelta(seconds=1.5 * train.hang_timeout_s + 30)  # the watch comes first, and can tell who hangs
     try:
         dist.init_process_group(backend, timeout=limit, **place)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).strip().splitlines()[0][:200]
-        raise BrokenError(
+        raise TransientError(
             f"rank {rank} on {socket.gethostname()} can't meet the others at {where} ({reason}); "
             "is that port free, and not closed by a firewall? Give torchrun another --rdzv-endpoint or --master-port"
         ) from error
@@ -133,9 +133,9 @@ def start_world(train: TrainConfig) -> World:
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
-    watch = Watch(rank, size, train.timeout_s, _shared_store(size))
-    return World(rank, size, local_rank, local_size, device, watch, patient)
+    long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if size > 1 else None
+    watch = Watchdog(rank, size, train.hang_timeout_s, _shared_store(size))
+    return World(rank, size, local_rank, local_size, device, watch, long_timeout_group)
 
 
 def _shared_store(size: int) -> dist.Store | None:
@@ -156,14 +156,6 @@ def meet_all(world: World) -> None:
     else:
         world.watch.names[0] = mine
     world.watch.start()
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators for one step: what a layer draws from them follows from (seed, step, rank), not from
-    history. (Drop-out and stochastic depth do not even depend on the rank: `model.drops`.)"""
-    from pipeline.loader.plan import hash_counter
-
-    torch.manual_seed(int(hash_counter(seed, 0x5EED, step, rank)) >> 1)
 
 
 class Clock:

@@ -18,8 +18,8 @@ import torch
 import xxhash
 
 from pipeline.config import Config
-from pipeline.config import identity as settings_of
-from pipeline.errors import BrokenError, UserError
+from pipeline.config import semantic_config as settings_of
+from pipeline.errors import TransientError, UserError
 from pipeline.training.run_folder.snapshot import Snapshot
 
 FORMAT = 1
@@ -139,7 +139,7 @@ def _is_complete(meta: dict) -> bool:
         and isinstance(files, dict)
         and all(name == Path(name).name and isinstance(entry, dict) for name, entry in files.items())
         and all(isinstance(entry.get("size"), int) and "xxh3_128" in entry for entry in files.values())
-        and isinstance(meta.get("identity", {}), dict)
+        and isinstance(meta.get("semantic_config", {}), dict)
         and all(isinstance(meta.get(name, []), list) for name in ("blacklist", "rollbacks"))
     )
 
@@ -182,7 +182,7 @@ def load_state(path: Path, names: Iterable[str] = ("model", "optimizer")) -> dic
             state[name] = torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            raise BrokenError(f"checkpoint {path}: {name}.pt can't be loaded ({reason})") from error
+            raise TransientError(f"checkpoint {path}: {name}.pt can't be loaded ({reason})") from error
     return state
 
 
@@ -202,7 +202,7 @@ def find_newest_good(
 
 def check_fingerprints(path: Path, meta: dict, identity: dict, index_fingerprint: str) -> None:
     """Raises UserError that names each value in which a checkpoint's recipe or data set differs from the wanted one."""
-    compare_identity(meta.get("identity", {}), identity, f"checkpoint {path}")
+    compare_semantic_config(meta.get("semantic_config", {}), identity, f"checkpoint {path}")
     if meta.get("index_fingerprint") != index_fingerprint:
         raise UserError(
             f"checkpoint {path} was trained on another data set: index fingerprint {meta.get('index_fingerprint')}, "
@@ -210,7 +210,7 @@ def check_fingerprints(path: Path, meta: dict, identity: dict, index_fingerprint
         )
 
 
-def compare_identity(there: dict, here: dict, whose: str) -> None:
+def compare_semantic_config(there: dict, here: dict, whose: str) -> None:
     """Raises UserError that lists the settings of `whose` that differ from the ones asked for. A setting that was not
     known when `whose` was written counts as its default."""
     there = {**{name: value for name, value in settings_of(Config()).items() if name in here}, **there}

@@ -12,11 +12,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config, identity, load_config, to_yaml
+from pipeline.config import Config, load_config, semantic_config, to_yaml
 from pipeline.errors import UserError
-from pipeline.files import write_whole
+from pipeline.files import atomic_write
 from pipeline.redact import redact
-from pipeline.training.run_folder.checkpoint import compare_identity, list_checkpoints
+from pipeline.training.run_folder.checkpoint import compare_semantic_config, list_checkpoints
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class RunFolder:
         over a wrong option say, has not."""
         begun = self.ledger.exists() or list_checkpoints(self.checkpoints)
         if begun and self.config.exists():
-            compare_identity(identity(load_config(self.config)), identity(config), f"run folder {self.path}")
+            compare_semantic_config(
+                semantic_config(load_config(self.config)), semantic_config(config), f"run folder {self.path}"
+            )
 
     def save_config(self, config: Config) -> None:
         """Write `config.yaml` atomically. What a recipe says of itself may name its source: without credentials."""
         about = json.loads(redact(json.dumps(config.about)))
-        write_whole(self.config, to_yaml(dataclasses.replace(config, about=about)))
+        atomic_write(self.config, to_yaml(dataclasses.replace(config, about=about)))
 
     def mark(self, name: str, **facts) -> None:
         """Write the marker `name` atomically; of interrupted, finished and failed only one stands."""
@@ -59,7 +61,7 @@ class RunFolder:
             if other != name:
                 (self.path / other).unlink(missing_ok=True)
         facts = {"state": name, **facts, "time": time.time(), "host": socket.gethostname()}
-        write_whole(self.path / name, json.dumps(facts) + "\n")
+        atomic_write(self.path / name, json.dumps(facts) + "\n")
 
     def clear_marks(self) -> None:
         """Remove the marks of the start before this one. A request to stop that was meant for this one stays."""

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.errors import EXIT_BROKEN, BrokenError, UserError
+from pipeline.errors import EXIT_RETRY, TransientError, UserError
 
 HEARTBEAT_S = 5.0
 STALE_S = 60.0  # a lock untouched for so long belongs to nobody
@@ -57,8 +57,8 @@ class RunLock:
         self._me: dict = {}
 
     def acquire(self) -> None:
-        """Take the lock. Raises UserError, naming host, pid and job, if another living process has it, and BrokenError
-        where the disk refuses."""
+        """Take the lock. Raises UserError, naming host, pid and job, if another living process has it, and
+        TransientError where the disk refuses."""
         self._me = {
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
@@ -73,7 +73,9 @@ class RunLock:
             self._take(self.path)
             self._sweep()
         except OSError as error:
-            raise BrokenError(f"the lock {self.path} can't be written ({error.strerror})", alike=True) from error
+            raise TransientError(
+                f"the lock {self.path} can't be written ({error.strerror})", on_all_ranks=True
+            ) from error
         self.held, self._device = True, self.folder.stat().st_dev
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
@@ -204,7 +206,7 @@ class RunLock:
                         file=sys.stderr,
                         flush=True,
                     )
-                    os._exit(EXIT_BROKEN)  # nothing more may be written
+                    os._exit(EXIT_RETRY)  # nothing more may be written
                 os.utime(self.path)
 
     def release(self) -> None:

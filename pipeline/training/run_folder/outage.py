@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.errors import BrokenError
+from pipeline.errors import TransientError
 
 SAY_AGAIN_AFTER_S = 60.0  # and again after twice as long
 
@@ -25,7 +25,7 @@ class Outage:
 
     def note(self, refusal: OSError | None, step: int) -> bool:
         """The disk refused the row of `step`, or (None) took it and all before it. True: an outage has just ended.
-        Raises BrokenError when it has lasted for too long."""
+        Raises TransientError when it has lasted for too long."""
         now = time.monotonic()
         if refusal is None:
             if self._since is None:
@@ -37,7 +37,7 @@ class Outage:
             self._since, self._say_at = now, now
         reason = f"run folder {self.folder} can't be written ({refusal.strerror})"
         if now - self._since > self.wait_s:
-            raise BrokenError(
+            raise TransientError(
                 f"step {step}: {reason} for {self.wait_s / 60:.3g} min now; mend that and start the same command "
                 "again: it goes on from the last checkpoint there"
             )
@@ -45,7 +45,8 @@ class Outage:
             left = (self.wait_s - now + self._since) / 60
             self.warn(
                 f"step {step}: {reason}; training goes on and keeps its rows in memory, no checkpoint is saved; "
-                f"if that is not mended in {left:.3g} min (--checkpoint.wait_minutes), the run ends with exit code 1"
+                f"if that is not mended in {left:.3g} min (--checkpoint.outage_timeout_minutes), "
+                "the run ends with exit code 1"
             )
             self._say_at = now + max(SAY_AGAIN_AFTER_S, 2 * (now - self._since))
         return False

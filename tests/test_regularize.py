@@ -9,7 +9,7 @@ from torchvision.ops import StochasticDepth
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.build import build_model
-from pipeline.model.regularise import Blur, BlurMaxPool
+from pipeline.model.regularize import Blur, BlurMaxPool
 
 
 def build(name: str = "resnet18", **settings) -> nn.Module:
