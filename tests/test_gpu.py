@@ -6,13 +6,13 @@ import runs
 import torch
 from torch import nn
 
-from pipeline.augment.mixing import NormalizeEraseMix
 from pipeline.augment.ops import apply_ops
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig
 from pipeline.dataset.index.scan import build_index
 from pipeline.loader import build
 from pipeline.training.ranks.world import World
 from pipeline.training.run_folder.snapshot import HostCopy
+from pipeline.training.step import NormalizeEraseMix
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

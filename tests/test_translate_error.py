@@ -23,8 +23,8 @@ from pipeline.config import Config, TrainConfig, load_config, to_yaml
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import TransientError, UserError
 from pipeline.loader.source import Source
-from pipeline.training.ranks import translate_error as mishaps
-from pipeline.training.ranks.translate_error import explain, fitting, translating_errors
+from pipeline.training.ranks import translate_error as translation
+from pipeline.training.ranks.translate_error import largest_fitting_batch, translate_error, translating_errors
 from pipeline.training.ranks.world import World, start_world
 
 CLONE_NEWNS = 0x20000  # <sched.h>
@@ -47,7 +47,7 @@ def broken(function) -> str:
 
 
 def test_host_memory(monkeypatch):
-    monkeypatch.setattr(mishaps, "fitting", lambda config, room: f"; {room:.0f} MiB are room")
+    monkeypatch.setattr(translation, "fitting", lambda config, room: f"; {room:.0f} MiB are room")
     line = broken(lambda: torch.empty(1 << 50))
     assert "out of host memory on rank 0: 4194304.0 GiB asked for" in line and "GiB are free; " in line
     assert "Unable to allocate" in broken(lambda: np.empty(1 << 58, np.uint8))
@@ -56,15 +56,15 @@ def test_host_memory(monkeypatch):
 def test_gpu_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 80 << 30))
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of ...")
-    line = explain(error, Config(), replace(WORLD, device=torch.device("cuda", 0)))
+    line = translate_error(error, Config(), replace(WORLD, device=torch.device("cuda", 0)))
     assert line == "out of GPU memory on rank 0: 20.50 GiB asked for, 3.0 of its 80.0 GiB are free"
 
 
 def test_the_batch_that_fits_is_asked_of_estimate(tmp_path):
     config = load_config(runs.TINY, ["--run_dir", str(tmp_path)])
-    assert "--card_mib 2000" in fitting(config, 2000)  # there is no saved configuration yet: how to ask
+    assert "--card_mib 2000" in largest_fitting_batch(config, 2000)  # there is no saved configuration yet: how to ask
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    line = fitting(config, 2000)
+    line = largest_fitting_batch(config, 2000)
     batch = int(line.rsplit(" or less", 1)[0].rsplit(" ", 1)[1])
     assert batch > 1 and f"{batch} images at once fit: give --train.micro_batch_size {batch} or less" in line
 
@@ -94,8 +94,8 @@ def test_too_few_file_handles_are_no_bad_image(root):
         source.read_batch(np.arange(8))
     source.close()
     assert error.value.errno == errno.EMFILE
-    assert "too few file handles" in explain(error.value, Config(), WORLD)
-    assert "ulimit -n" in explain(error.value, Config(), WORLD)
+    assert "too few file handles" in translate_error(error.value, Config(), WORLD)
+    assert "ulimit -n" in translate_error(error.value, Config(), WORLD)
 
 
 def test_a_port_that_is_taken(monkeypatch):
@@ -127,9 +127,11 @@ def in_a_container(function):
 @AS_ROOT
 def test_small_shared_memory():
     error = torch.distributed.DistBackendError("NCCL error: unhandled system error")
-    line = in_a_container(lambda: explain(error, Config(), WORLD)) or pytest.skip("no mount namespace to be had")
+    line = in_a_container(lambda: translate_error(error, Config(), WORLD)) or pytest.skip(
+        "no mount namespace to be had"
+    )
     assert "/dev/shm has 1 MiB free" in line and "--shm-size" in line
-    assert "/dev/shm" not in explain(error, Config(), WORLD)
+    assert "/dev/shm" not in translate_error(error, Config(), WORLD)
 
 
 @AS_ROOT
@@ -139,7 +141,7 @@ def test_a_process_that_the_kernel_killed_for_memory_is_told_of():
     if not group.parent.is_dir():
         pytest.skip("needs cgroup v1's memory")
     error = RuntimeError("Connection closed by peer")
-    assert "killed" not in explain(error, Config(), WORLD)
+    assert "killed" not in translate_error(error, Config(), WORLD)
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text("20000000")
@@ -147,7 +149,7 @@ def test_a_process_that_the_kernel_killed_for_memory_is_told_of():
         assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
     finally:
         group.rmdir()
-    line = explain(error, Config(), WORLD)
+    line = translate_error(error, Config(), WORLD)
     assert line.startswith("before the first step: contact") and "has killed 1 for want of host memory" in line
 
 
