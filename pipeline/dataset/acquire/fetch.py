@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.command import run_command
-from pipeline.dataset.acquire import kaggle
+from pipeline.dataset.acquire import cifar10, kaggle
 from pipeline.dataset.acquire.acquisition import UNPACKED, Acquisition, Options
 from pipeline.dataset.acquire.manifest import ALL, Manifest, read_manifest
 from pipeline.dataset.acquire.remote import ArchiveChangedError, LocalFile, Patience, RemoteFile
@@ -252,11 +252,5 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["cifar10"]:
-        import importlib
-
-        return importlib.import_module("pipeline.dataset.acquire.cifar10").main(
-            argv[1:]
-        )  # it needs torchvision, which this room has not
-    return run_command(
-        fetch, "fetch", ["--from_file" + word[6:] if word.split("=")[0] == "--from" else word for word in argv]
-    )
+        return cifar10.main(argv[1:])
+    return run_command(fetch, "fetch", cifar10.spell_out_from(argv))
