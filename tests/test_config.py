@@ -10,7 +10,15 @@ import pytest
 import yaml
 from complaints import complaint
 
-from pipeline.config import Config, load_config, parse_config, recipe_names, recipes_folder, semantic_config, to_yaml
+from pipeline.config import (
+    RawConfig,
+    load_config,
+    parse_config,
+    recipe_names,
+    recipes_folder,
+    semantic_config,
+    to_yaml,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +84,11 @@ def test_saved_configuration_reads_back(tmp_path):
 
 
 def test_identity_holds_what_changes_the_result_and_nothing_else():
-    names = semantic_config(Config())
+    names = semantic_config(RawConfig().resolve())
     assert {"optim.lr", "data.image_size", "train.seed", "train.global_batch_size", "schedule.epochs"} <= names.keys()
     free = {"data.root", "run_dir", "data.threads", "train.device", "checkpoint.keep", "tracking.wandb", "resume"}
     assert not free & names.keys()
-    moved = dataclasses.replace(Config(), run_dir="elsewhere")
+    moved = dataclasses.replace(RawConfig().resolve(), run_dir="elsewhere")
     assert semantic_config(moved) == names
 
 

@@ -39,7 +39,7 @@ def test_resizing_on_the_gpu_gives_the_cpus_pixels(root):
     if build.dali_problem():
         pytest.skip("no DALI")
     index = build_index(root)
-    config = DataConfig(loader="dali", image_size=64, val_size=64, val_resize=72)
+    config = DataConfig(loader="dali", image_size=64, val_size=64, val_resize=72).resolve()
     plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=16))
     images = {}
     for name in ("cpu", "cuda"):
@@ -54,7 +54,7 @@ def test_resizing_on_the_gpu_gives_the_cpus_pixels(root):
 def test_augmentation_on_the_gpu_gives_the_cpus_pixels(root):
     """Bytes within a level where a sum is rounded the other way; erased and mixed as floats."""
     index = build_index(root)
-    config = DataConfig(loader="reference", image_size=64, val_size=64, val_resize=72)
+    config = DataConfig(loader="reference", image_size=64, val_size=64, val_resize=72).resolve()
     c = AugmentConfig(
         policy="randaugment-timm", num_ops=4, jitter=(0.3, 0.3, 0.3, 0.1), random_erase=0.5, mixup=0.2, cutmix=1.0
     )
@@ -97,7 +97,7 @@ def test_batches_arrive_ahead_and_whole(root, loader):
     if loader == "dali" and build.dali_problem():
         pytest.skip("no DALI")
     index = build_index(root)
-    config = DataConfig(loader=loader, image_size=64, val_size=64, val_resize=72)
+    config = DataConfig(loader=loader, image_size=64, val_size=64, val_resize=72).resolve()
     plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=16))
     stream = build.make_train_stream(index, plan, config, World(0, 1, 0, 1, torch.device("cuda", 0)))
     once, again = (torch.cat([batch.images for batch in stream.batches(0, 5)]).cpu() for _ in range(2))

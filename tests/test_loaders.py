@@ -49,7 +49,7 @@ def index(synthetic_root):
 
 
 def streams(index, loader, batch=12, place=RankInfo(), **data):
-    config = DataConfig(loader=loader, image_size=64, val_size=64, val_resize=72, **data)
+    config = DataConfig(loader=loader, image_size=64, val_size=64, val_resize=72, **data).resolve()
     plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=batch, seed=3))
     return (
         build.make_train_stream(index, plan, config, place),
@@ -135,7 +135,7 @@ def test_any_step_can_be_first(index, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_images_grow_without_a_new_pipeline(index, loader):
     """Progressive resizing: 32, 64 and 96 px in one stream, whose decoder is built once."""
-    growing = DataConfig(loader=loader, image_size=96, start_size=32, ramp_epochs=(0, 2))
+    growing = DataConfig(loader=loader, image_size=96, start_size=32, ramp_epochs=(0, 2)).resolve()
     plan = build.make_train_plan(index, growing, TrainConfig(global_batch_size=24, seed=3))
     stream = build.make_train_stream(index, plan, growing, RankInfo())
     sizes, pipelines = [], set()

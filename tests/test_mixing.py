@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from pipeline.augment.apply import EraseAndMix
 from pipeline.augment.mixing import apply_erase_mix, partners, soft_targets
 from pipeline.augment.ops import apply_ops
-from pipeline.config import AugmentConfig, Config, DataConfig, TrainConfig, parse_config
+from pipeline.config import AugmentConfig, DataConfig, RawConfig, TrainConfig, parse_config
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.loader import build
@@ -98,7 +98,7 @@ def index(synthetic_root):
 
 def seen(index, step, world_size):
     """What the networks of all ranks see in a step, in the order of the global batch: pixels, soft targets, ids."""
-    data = DataConfig(loader="reference", image_size=48, val_size=48, val_resize=48, interpolation="bicubic")
+    data = DataConfig(loader="reference", image_size=48, val_size=48, val_resize=48, interpolation="bicubic").resolve()
     plan = build.make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
     whole = NormalizeEraseMix(nn.Identity(), data.mean, data.std, True, EVERYTHING.mix_group)
     parts = []
@@ -119,7 +119,7 @@ def test_pixels_and_targets_are_the_same_for_any_world_size(index):
         assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True)), world_size
     pixels, targets, ids, plain = alone
     assert ((targets > 0).sum(1) == 2).any()  # something was mixed, ...
-    data = DataConfig()
+    data = DataConfig().resolve()
     untouched = NormalizeEraseMix(nn.Identity(), data.mean, data.std, True, 3)(plain)
     assert ((pixels != untouched).flatten(1).any(1)).float().mean() > 0.8  # and most images were changed
     assert len(set(ids.tolist())) < 24  # and copies of a sample are in one batch
@@ -128,7 +128,7 @@ def test_pixels_and_targets_are_the_same_for_any_world_size(index):
 
 
 def test_a_micro_batch_sees_its_part(index):
-    data = DataConfig(loader="reference", image_size=32, val_size=32, val_resize=32)
+    data = DataConfig(loader="reference", image_size=32, val_size=32, val_resize=32).resolve()
     plan = build.make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
     stream = build.make_train_stream(index, plan, data, RankInfo())
     (batch,) = stream.batches(0, 1)
@@ -141,7 +141,7 @@ def test_a_micro_batch_sees_its_part(index):
 
 
 def test_a_group_that_ranks_would_split_is_one_line():
-    config = Config(augment=AugmentConfig(mixup=0.2, mix_group=4), train=TrainConfig(global_batch_size=24))
+    config = RawConfig(augment=AugmentConfig(mixup=0.2, mix_group=4), train=TrainConfig(global_batch_size=24)).resolve()
     check_batch(config, 2)
     with pytest.raises(UserError) as caught:
         check_batch(config, 4)

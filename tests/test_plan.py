@@ -212,7 +212,7 @@ def test_augmented_digests_never_change():
     assert plan.digest(12345, plan.local(12345).ids) == "662ea4441b1ae01b"
 
 
-SIZES = DataConfig(image_size=192, start_size=160, ramp_epochs=(65, 76))
+SIZES = DataConfig(image_size=192, start_size=160, ramp_epochs=(65, 76)).resolve()
 
 
 def test_sizes_grow_between_epochs_in_multiples_of_32():
@@ -220,14 +220,14 @@ def test_sizes_grow_between_epochs_in_multiples_of_32():
     sizes = [SIZES.size_at(epoch) for epoch in range(88)]
     assert sizes == [160] * 71 + [192] * 17
     assert SIZES.sizes() == [160, 192]
-    ramp = DataConfig(image_size=224, start_size=100, ramp_epochs=(0, 8))
+    ramp = DataConfig(image_size=224, start_size=100, ramp_epochs=(0, 8)).resolve()
     assert [ramp.size_at(epoch) for epoch in range(10)] == [100, 128, 128, 160, 160, 192, 192, 224, 224, 224]
     assert ramp.sizes() == [100, 128, 160, 192, 224]
-    assert DataConfig(image_size=176).sizes() == [176]
+    assert DataConfig(image_size=176).resolve().sizes() == [176]
 
 
 def test_the_plan_says_the_size_of_a_step_and_its_digest_holds_it():
-    data = DataConfig(image_size=96, start_size=64, ramp_epochs=(1, 1))
+    data = DataConfig(image_size=96, start_size=64, ramp_epochs=(1, 1)).resolve()
     plan = make_plan(samples=100, batch=24, size_at=data.size_at, sizes_change=True)
     sizes = [plan.local(step).size for step in range(12)]
     assert sizes == [64] * 9 + [96] * 3  # two epochs are full after 9 steps

@@ -16,7 +16,7 @@ from runs import call
 
 import pipeline
 from pipeline.__main__ import main
-from pipeline.config import Config
+from pipeline.config import RawConfig
 from pipeline.errors import UserError
 from pipeline.model.weights import read_state
 from pipeline.redact import MASK, redact
@@ -131,7 +131,7 @@ def test_the_watch_shows_and_leaves_no_credential(secrets, capsys, tmp_path):
 def test_the_report_page_shows_no_credential(secrets, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.checkpoints.mkdir(parents=True)
-    folder.save_config(Config(run_dir=str(folder.path), about={"source": secrets}))
+    folder.save_config(RawConfig(run_dir=str(folder.path), about={"source": secrets}).resolve())
     rows = [{"kind": "event", "event": "interrupted", "step": 0, "time": 0, "reason": secrets}]
     rows += [{"kind": "train", "step": 1, "epoch": 0.1, "loss": 1.0, "lr": 0.1, "images_per_s": 9.0}]
     folder.ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))

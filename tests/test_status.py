@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.config import Config, TrainConfig, to_yaml
+from pipeline.config import RawConfig, TrainConfig, to_yaml
 from pipeline.insight.status.cli import duration
 from pipeline.insight.status.run_state import read_rare, read_state, read_tail
 
@@ -21,7 +21,9 @@ BATCH, PER_EPOCH, LAST = 32, 10, 40
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A run folder, 40 steps long, an epoch of 10, that has just started."""
-    (tmp_path / "config.yaml").write_text(to_yaml(Config(train=TrainConfig(global_batch_size=BATCH, max_steps=LAST))))
+    (tmp_path / "config.yaml").write_text(
+        to_yaml(RawConfig(train=TrainConfig(global_batch_size=BATCH, max_steps=LAST)).resolve())
+    )
     append(tmp_path, {"kind": "event", "event": "started", "step": 0, "world_size": 4, "host": "n1"})
     return tmp_path
 

@@ -19,7 +19,7 @@ import pytest
 import runs
 import torch
 
-from pipeline.config import Config, TrainConfig, load_config, to_yaml
+from pipeline.config import RawConfig, TrainConfig, load_config, to_yaml
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import TransientError, UserError
 from pipeline.loader.source import Source
@@ -40,7 +40,7 @@ def root(synthetic_root):
 
 def broken(function) -> str:
     """The one line that a rank ends with when `function` breaks."""
-    with pytest.raises(TransientError) as error, translating_errors(Config(run_dir="/nowhere"), WORLD):
+    with pytest.raises(TransientError) as error, translating_errors(RawConfig(run_dir="/nowhere").resolve(), WORLD):
         function()
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -56,7 +56,7 @@ def test_host_memory(monkeypatch):
 def test_gpu_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 80 << 30))
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of ...")
-    line = translate_error(error, Config(), replace(WORLD, device=torch.device("cuda", 0)))
+    line = translate_error(error, RawConfig().resolve(), replace(WORLD, device=torch.device("cuda", 0)))
     assert line == "out of GPU memory on rank 0: 20.50 GiB asked for, 3.0 of its 80.0 GiB are free"
 
 
@@ -94,8 +94,8 @@ def test_too_few_file_handles_are_no_bad_image(root):
         source.read_batch(np.arange(8))
     source.close()
     assert error.value.errno == errno.EMFILE
-    assert "too few file handles" in translate_error(error.value, Config(), WORLD)
-    assert "ulimit -n" in translate_error(error.value, Config(), WORLD)
+    assert "too few file handles" in translate_error(error.value, RawConfig().resolve(), WORLD)
+    assert "ulimit -n" in translate_error(error.value, RawConfig().resolve(), WORLD)
 
 
 def test_a_port_that_is_taken(monkeypatch):
@@ -127,11 +127,11 @@ def in_a_container(function):
 @AS_ROOT
 def test_small_shared_memory():
     error = torch.distributed.DistBackendError("NCCL error: unhandled system error")
-    line = in_a_container(lambda: translate_error(error, Config(), WORLD)) or pytest.skip(
+    line = in_a_container(lambda: translate_error(error, RawConfig().resolve(), WORLD)) or pytest.skip(
         "no mount namespace to be had"
     )
     assert "/dev/shm has 1 MiB free" in line and "--shm-size" in line
-    assert "/dev/shm" not in translate_error(error, Config(), WORLD)
+    assert "/dev/shm" not in translate_error(error, RawConfig().resolve(), WORLD)
 
 
 @AS_ROOT
@@ -141,7 +141,7 @@ def test_a_process_that_the_kernel_killed_for_memory_is_told_of():
     if not group.parent.is_dir():
         pytest.skip("needs cgroup v1's memory")
     error = RuntimeError("Connection closed by peer")
-    assert "killed" not in translate_error(error, Config(), WORLD)
+    assert "killed" not in translate_error(error, RawConfig().resolve(), WORLD)
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text("20000000")
@@ -149,7 +149,7 @@ def test_a_process_that_the_kernel_killed_for_memory_is_told_of():
         assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
     finally:
         group.rmdir()
-    line = translate_error(error, Config(), WORLD)
+    line = translate_error(error, RawConfig().resolve(), WORLD)
     assert line.startswith("before the first step: contact") and "has killed 1 for want of host memory" in line
 
 
@@ -185,7 +185,7 @@ def test_too_little_memory_is_no_bad_image(root):
 
 def test_a_user_error_and_the_unknown_stay_what_they_are():
     for error in (UserError("give another"), ZeroDivisionError("?"), RuntimeError("shapes [2] and [3] differ")):
-        with pytest.raises(type(error), match=re.escape(str(error))), translating_errors(Config(), WORLD):
+        with pytest.raises(type(error), match=re.escape(str(error))), translating_errors(RawConfig().resolve(), WORLD):
             raise error
 
 

@@ -14,7 +14,7 @@ from test_wandb import history
 from wandb_server import KEY, WandbServer
 
 from pipeline.__main__ import main
-from pipeline.config import Config, TrackingConfig, to_yaml
+from pipeline.config import RawConfig, TrackingConfig, to_yaml
 from pipeline.insight.chaos.faults import descendants
 from pipeline.tracking import wandb_view
 from pipeline.tracking.wandb_view import WandbView
@@ -92,7 +92,7 @@ def test_the_whole_history_can_be_sent_afterwards(server, tmp_path, capsys, mode
     """From a ledger that was torn in its last line, whatever W&B had got of it."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(to_yaml(Config(run_dir=str(run))))
+    (run / "config.yaml").write_text(to_yaml(RawConfig(run_dir=str(run)).resolve()))
     rows = [{"kind": "train", "step": step, "loss": 1 / step} for step in range(1, 31)]
     rows += [{"kind": "event", "event": "resumed", "step": 3}, {"kind": "eval", "step": 20, "val_top1": 50.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tra')

@@ -6,7 +6,7 @@ saved) and may change when it resumes. All others define the run: changing one o
 
 from pipeline.config.augment import AugmentConfig
 from pipeline.config.average import EmaConfig, EvaluationConfig
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, ResolvedDataConfig
 from pipeline.config.model import INPUT_SIZES, ModelConfig
 from pipeline.config.optim import OptimConfig
 from pipeline.config.parse import (
@@ -18,7 +18,7 @@ from pipeline.config.parse import (
     recipes_folder,
     resolve_recipe,
 )
-from pipeline.config.run import Config, semantic_config, to_yaml
+from pipeline.config.run import Config, RawConfig, semantic_config, to_yaml
 from pipeline.config.running import CheckpointConfig, GuardConfig, TrackingConfig
 from pipeline.config.schedule import ScheduleConfig
 from pipeline.config.train import TrainConfig
@@ -34,6 +34,8 @@ __all__ = [
     "GuardConfig",
     "ModelConfig",
     "OptimConfig",
+    "RawConfig",
+    "ResolvedDataConfig",
     "ScheduleConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -1,16 +1,19 @@
 """The group `data`: where the samples are, and what is cut from them."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config.fields import Check, at_least_zero, positive, runtime_field, share
+from pipeline.config.model import INPUT_SIZES
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the samples are, and what is cut from them."""
+    """Where the samples are, and what is cut from them: as the user gives it. `resolve` fills in the sizes."""
 
     root: str = runtime_field("")
     """Data root: an ILSVRC root, or a folder with train/ and val/ (or test/), or packed shards."""
@@ -51,10 +54,40 @@ class DataConfig:
     max_unreadable: int = runtime_field(100)
     """Samples that may turn out unreadable at run time (each is substituted) before the run stops."""
 
+    def resolve(self, model: str = "") -> "ResolvedDataConfig":
+        """The same with every size as a number of pixels. model: the network's name, whose input size is the default.
+
+        Raises UserError for a val_crop_ratio that is impossible, or given beside val_resize.
+        """
+        image_size = self.image_size or INPUT_SIZES.get(model, 224)
+        val_size = self.val_size or image_size
+        val_resize = self.val_resize or round(val_size * 256 / 224)
+        ratio = self.val_crop_ratio
+        if ratio is not None:
+            if not 0 < ratio <= 1:
+                raise UserError(f"--data.val_crop_ratio is {ratio}: give a number above 0, at most 1")
+            if self.val_resize is not None:
+                raise UserError(
+                    f"--data.val_crop_ratio is {ratio}: data.val_resize is {self.val_resize}; give one, the other null"
+                )
+            val_resize = int(val_size / ratio)
+        sizes = {"image_size": image_size, "val_size": val_size, "val_resize": val_resize, "val_crop_ratio": None}
+        given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return ResolvedDataConfig(**(given | sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedDataConfig(DataConfig):
+    """The group `data` of a run: every size is a number of pixels. Made by `DataConfig.resolve`."""
+
+    image_size: int
+    val_size: int
+    val_resize: int
+
     def size_at(self, epoch: int) -> int:
         """Pixels of a training image's side in an epoch (0: the first). Between the epochs of the ramp it grows
         linearly, rounded to a multiple of 32 (half to even), as in FFCV's ImageNet recipes; never beyond image_size."""
-        if self.start_size is None:
+        if self.start_size is None or self.ramp_epochs is None:
             return self.image_size
         first, last = self.ramp_epochs
         if epoch <= first:
@@ -66,20 +99,20 @@ class DataConfig:
 
     def sizes(self) -> list[int]:
         """All sizes that a training image's side may have, rising."""
-        if self.start_size is None:
+        if self.ramp_epochs is None:
             return [self.image_size]
         first, last = self.ramp_epochs
         return sorted({self.size_at(epoch) for epoch in (0, *range(math.floor(first), math.ceil(last) + 2))})
 
 
-def check_data(c: DataConfig) -> Iterator[Check]:
+def check_data(c: ResolvedDataConfig) -> Iterator[Check]:
     """Impossible values of the group `data`."""
     yield positive("data.image_size", c.image_size)
     yield (
         "data.start_size",
         c.start_size,
         (c.start_size is None) == (c.ramp_epochs is None),
-        ("give data.start_size and data.ramp_epochs, or neither"),
+        "give data.start_size and data.ramp_epochs, or neither",
     )
     if c.start_size is not None and c.ramp_epochs is not None:
         small = 0 < c.start_size <= c.image_size

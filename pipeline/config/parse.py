@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import make_parser, normalize
-from pipeline.config.run import Config
+from pipeline.config.run import Config, RawConfig
 from pipeline.config.time import Time, is_time, parse_time
 from pipeline.errors import UserError
 
@@ -63,7 +63,7 @@ def make_config_parser(prog: str):
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = make_parser(prog, "Train a recipe. The same command again continues the run in run_dir.")
     parser.add_argument("--config", action=ActionConfigFile, help="a recipe's name or a YAML file")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(RawConfig)
     return parser
 
 
@@ -79,7 +79,7 @@ def _flags(item: Any, prefix: str = "--") -> set[str]:
 
 def parse_config(argv: list[str], verb: str = "train") -> Config:
     """The configuration that a command line asks for. Exits with code 2 and one line on an impossible one."""
-    argv = normalize(list(argv), _flags(Config))
+    argv = normalize(list(argv), _flags(RawConfig))
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
             argv[i + 1] = resolve_recipe(argv[i + 1])
@@ -106,7 +106,7 @@ def _options(item: Any, prefix: str = "") -> Iterator[str]:
 def _refuse_strangers(argv: list[str]) -> None:
     """Raises UserError for an option by the name that it has elsewhere, with the one that it has here: --lr, --epochs,
     --data_root, and --model resnet50, as model is a group of options."""
-    known, groups = set(_options(Config)), {"model": "model.name", "data": "data.root"}
+    known, groups = set(_options(RawConfig)), {"model": "model.name", "data": "data.root"}
     for item, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, value = item.removeprefix("--").partition("=")
         if not item.startswith("--"):
@@ -178,8 +178,8 @@ def load_config(path: Path, overrides: list[str] | None = None, verb: str = "tra
 def from_dict(values: dict[str, Any]) -> Config:
     """A `Config` from nested plain values as jsonargparse gives them."""
     values = {key: value for key, value in values.items() if key != "config"}
-    for item in dataclasses.fields(Config):
+    for item in dataclasses.fields(RawConfig):
         if dataclasses.is_dataclass(item.type) and isinstance(values.get(item.name), dict):
             group = {k: tuple(v) if isinstance(v, list) else v for k, v in values[item.name].items()}
             values[item.name] = item.type(**group)
-    return Config(**values)
+    return RawConfig(**values).resolve()

@@ -9,9 +9,9 @@ import yaml
 
 from pipeline.config.augment import AugmentConfig, check_augment
 from pipeline.config.average import EmaConfig, EvaluationConfig, check_ema, check_evaluation
-from pipeline.config.data import DataConfig, check_data
+from pipeline.config.data import DataConfig, ResolvedDataConfig, check_data
 from pipeline.config.fields import Check, runtime_field
-from pipeline.config.model import INPUT_SIZES, ModelConfig, check_model
+from pipeline.config.model import ModelConfig, check_model
 from pipeline.config.optim import OptimConfig, check_optim
 from pipeline.config.running import (
     CheckpointConfig,
@@ -27,8 +27,8 @@ from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
-class Config:
-    """A run: its recipe and where it happens."""
+class RawConfig:
+    """A run as the user gives it: its recipe, and where it runs."""
 
     run_dir: str = runtime_field("")
     """The run's folder: config, ledger, checkpoints, W&B. The same command again continues what is there."""
@@ -49,22 +49,22 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    def __post_init__(self):
-        data = self.data
-        size = data.image_size or INPUT_SIZES.get(self.model.name, 224)
-        val_size = data.val_size or size
-        resize = data.val_resize or round(val_size * 256 / 224)
-        ratio = data.val_crop_ratio
-        if ratio is not None:
-            if not 0 < ratio <= 1:
-                raise UserError(f"--data.val_crop_ratio is {ratio}: give a number above 0, at most 1")
-            if data.val_resize is not None:
-                raise UserError(
-                    f"--data.val_crop_ratio is {ratio}: data.val_resize is {data.val_resize}; give one, the other null"
-                )
-            resize = int(val_size / ratio)
-        sizes = {"image_size": size, "val_size": val_size, "val_resize": resize, "val_crop_ratio": None}
-        object.__setattr__(self, "data", dataclasses.replace(data, **sizes))
+    def resolve(self) -> "Config":
+        """The run's configuration: defaults that depend on other options filled in, and every value checked.
+
+        Raises UserError for the first impossible value.
+        """
+        groups = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return Config(**(groups | {"data": self.data.resolve(self.model.name)}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RawConfig):
+    """A run's configuration, resolved and checked: what the package works with. Made by `RawConfig.resolve`."""
+
+    data: ResolvedDataConfig
+
+    def __post_init__(self) -> None:
         for name, value, good, remedy in check_all(self):
             if not good:
                 raise UserError(f"--{name} is {value}: {remedy}")
@@ -88,7 +88,7 @@ def check_all(c: Config) -> Iterator[Check]:
 def semantic_config(config: Any, prefix: str = "", everything: bool = False) -> dict[str, Any]:
     """The run's identity as flat names: {"optim.lr": 0.1, ...}; fields made with `runtime_field` are left out, unless
     `everything` is asked for."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
@@ -101,7 +101,7 @@ def semantic_config(config: Any, prefix: str = "", everything: bool = False) -> 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `--config` reads back."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -45,7 +45,7 @@ class ScheduleConfig:
     min_lr: float = 0.0
     """cosine, linear, polynomial, one_cycle: learning rate at the end."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("epochs", "reference_epochs", "warmup_epochs", "step_every"):
             object.__setattr__(self, name, plain_time(getattr(self, name)))
         object.__setattr__(self, "milestones", tuple(map(plain_time, self.milestones)))

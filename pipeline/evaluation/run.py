@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
+from pipeline.config import Config, DataConfig, ModelConfig, RawConfig, ResolvedDataConfig, TrainConfig, load_config
 from pipeline.dataset.index.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.checkpoints import ScoredNetwork, load_published, load_run
@@ -50,7 +50,7 @@ class Request:
         return self.weights.startswith(PREFIX)
 
 
-def parse_sizes(text: str | None, data: DataConfig) -> list[tuple[int, int]]:
+def parse_sizes(text: str | None, data: ResolvedDataConfig) -> list[tuple[int, int]]:
     """(size, resize) pairs in pixels of "224,288/320"; a size alone keeps the recipe's share. Raises UserError."""
     if text is None:
         return [(data.val_size, data.val_resize)]
@@ -117,7 +117,7 @@ def published_config(ask: Request, published: Published) -> Config:
         std=published.std,
     )
     model = ModelConfig(name=ask.model, num_classes=published.outputs, weights=published.name)
-    return Config(data=data, model=model, train=TrainConfig(precision="fp32"))
+    return RawConfig(data=data, model=model, train=TrainConfig(precision="fp32")).resolve()
 
 
 @dataclass(frozen=True)

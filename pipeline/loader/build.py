@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pipeline.config import DataConfig, TrainConfig
+from pipeline.config import ResolvedDataConfig, TrainConfig
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
 from pipeline.dataset.index.index import Index
 from pipeline.errors import UserError
@@ -51,7 +51,7 @@ def cores_per_rank(local_world_size: int) -> int:
 
 
 def make_train_plan(
-    index: Index, data: DataConfig, train: TrainConfig, augment: AugmentConfig = UNAUGMENTED
+    index: Index, data: ResolvedDataConfig, train: TrainConfig, augment: AugmentConfig = UNAUGMENTED
 ) -> TrainPlan:
     """The plan of a run: a function of the index, the recipe and the seed alone."""
     records = index.splits["train"].records
@@ -89,14 +89,14 @@ def make_decoder(
     return ReferenceDecoder(threads, prefetch, resize, interpolation)
 
 
-def make_train_stream(index: Index, plan: TrainPlan, data: DataConfig, place: RankInfo) -> Stream:
+def make_train_stream(index: Index, plan: TrainPlan, data: ResolvedDataConfig, place: RankInfo) -> Stream:
     """The training batches of a rank."""
     return _make_stream(index, "train", plan, data, plan.global_batch_size // place.size, place)
 
 
 def make_eval_stream(
     index: Index,
-    data: DataConfig,
+    data: ResolvedDataConfig,
     batch_size: int,
     place: RankInfo,
     crops: bool = False,
@@ -121,7 +121,7 @@ def make_eval_stream(
 
 
 def _make_stream(
-    index: Index, name: str, plan: TrainPlan | EvalPlan, data: DataConfig, batch_size: int, place: RankInfo
+    index: Index, name: str, plan: TrainPlan | EvalPlan, data: ResolvedDataConfig, batch_size: int, place: RankInfo
 ) -> Stream:
     split = index.splits[name]
     threads = data.threads or cores_per_rank(place.local_size)

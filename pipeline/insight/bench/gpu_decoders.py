@@ -25,7 +25,7 @@ def decode_for_gpu(root: str, size: int, batch: int, images: int, threads: int, 
     if not torch.cuda.is_available():
         raise Absent("no CUDA device")
     index = open_index(index_folder(root))
-    plan = make_train_plan(index, DataConfig(root, image_size=size), TrainConfig(global_batch_size=batch))
+    plan = make_train_plan(index, DataConfig(root, image_size=size).resolve(), TrainConfig(global_batch_size=batch))
     source = Source(index.splits["train"], threads)
     steps = max(1, images // batch)
     planned = [plan.local(step) for step in range(steps)]

@@ -47,7 +47,7 @@ def open_stream(root: str, split: str, size: int, batch: int, threads: int | Non
     from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
 
     resize = round(size * 256 / 224)
-    data = DataConfig(root, loader=loader, image_size=size, val_size=size, val_resize=resize, threads=threads)
+    data = DataConfig(root, loader=loader, image_size=size, val_size=size, val_resize=resize, threads=threads).resolve()
     index = open_index(index_folder(Path(root)))
     if split == "val":
         return make_eval_stream(index, data, batch, _Place())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.config import CheckpointConfig, Config, DataConfig, ModelConfig, TrackingConfig, TrainConfig
+from pipeline.config import CheckpointConfig, Config, DataConfig, ModelConfig, RawConfig, TrackingConfig, TrainConfig
 from pipeline.loader.stream import Batch
 from pipeline.training.ranks.world import World
 
@@ -47,14 +47,14 @@ def make_data(folder: Path, images: int, size: int = 32) -> Path:
 def bench_config(folder: Path, model: str, size: int, batch: int, precision: str, **train) -> Config:
     """A run in `folder` that saves and evaluates nothing by itself."""
     root = make_data(folder / "data", batch)
-    return Config(
+    return RawConfig(
         run_dir=str(folder / "run"),
         data=DataConfig(root=str(root), image_size=size, loader="reference"),
         model=ModelConfig(name=model, num_classes=1000),
         train=TrainConfig(global_batch_size=batch, precision=precision, **train),
         checkpoint=CheckpointConfig(every_minutes=None, every_epoch=False),
         tracking=TrackingConfig(wandb="disabled", report=False, print_every_s=1e9),
-    )
+    ).resolve()
 
 
 def open_trainer(config: Config, world: World):

@@ -50,7 +50,7 @@ def one_step_s(model: str, size: int, batch: int, precision: str, compile: bool)
     """(seconds of a step, MiB that torch's allocator holds at most) on resident images. OutOfMemoryError passes on."""
     import torch
 
-    from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
+    from pipeline.config import DataConfig, ModelConfig, RawConfig, TrainConfig
     from pipeline.loader.stream import Batch
     from pipeline.model.build import build_model
     from pipeline.training.ranks.world import World
@@ -58,7 +58,9 @@ def one_step_s(model: str, size: int, batch: int, precision: str, compile: bool)
 
     device = torch.device("cuda", torch.cuda.current_device())
     train = TrainConfig(global_batch_size=batch, precision=precision, compile=compile, cuda_graphs=compile)
-    config = Config(data=DataConfig(image_size=size), model=ModelConfig(name=model, num_classes=1000), train=train)
+    config = RawConfig(
+        data=DataConfig(image_size=size), model=ModelConfig(name=model, num_classes=1000), train=train
+    ).resolve()
     torch.backends.cudnn.benchmark = True
     step = TrainStep(build_model(config.model, 1000), config, World(0, 1, 0, 1, device))
     images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
@@ -119,10 +121,10 @@ def _measure(model: str, size: int, batch: int, precision: str, compile: bool, c
 
 def roofline_s(model: str, size: int, batch: int, precision: str, ceilings: dict[str, float]) -> float:
     """The least time of a step at these ceilings: each kernel by itself, its FLOPs or its bytes, the slower of both."""
-    from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
+    from pipeline.config import DataConfig, ModelConfig, RawConfig, TrainConfig
     from pipeline.insight.estimate.memory import Tracer
 
-    config = Config(data=DataConfig(image_size=size), model=ModelConfig(name=model), train=TrainConfig())
+    config = RawConfig(data=DataConfig(image_size=size), model=ModelConfig(name=model), train=TrainConfig()).resolve()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
     step = Tracer(config, 1000).trace(batch)
     return step.seconds(ceilings["half_tflops"], ceilings["tflops"], ceilings["gb_s"])

@@ -175,7 +175,7 @@ def _time_plan(folder: Path, rounds: int) -> dict[str, list[float]]:
         taken.setdefault(name, []).append(time.perf_counter() - begun)
         return result
 
-    data, train = DataConfig(image_size=224), TrainConfig(global_batch_size=256)
+    data, train = DataConfig(image_size=224).resolve(), TrainConfig(global_batch_size=256)
     for _ in range(rounds):
         index = timed("open the index", lambda: open_index(folder))
         plan = timed("make the plan", lambda i=index: make_train_plan(i, data, train))
