@@ -21,13 +21,13 @@ class UserError(ValueError):
     All ranks of a job meet it alike, so only rank 0 says it.
     """
 
-    alike = True
+    on_all_ranks = True
 
 
 class TransientError(RuntimeError):
     """Something underneath failed; the message is one line that names it. Trying again may help.
 
-    `alike`: all ranks of a job meet it alike, so only rank 0 says it.
+    `on_all_ranks`: all ranks of a job meet it alike, so only rank 0 says it.
     """
 
     def __init__(self, message: str, on_all_ranks: bool = False):

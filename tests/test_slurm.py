@@ -276,7 +276,7 @@ def shapes_and_the_site_file(site: Site, _: Reference) -> None:
 
 
 @pytest.fixture(scope="module")
-def translating_errors(request, tmp_path_factory):
+def told(request, tmp_path_factory):
     """The wanted stories, begun: name -> what comes of it."""
     problem = slurm_cluster.why_not()
     if problem is not None:

@@ -29,12 +29,12 @@ _LAST_WORDS_S = 5.0  # for what is written before the process ends; the disk may
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a rank is. `count`: collectives entered; `together`: inside one; `age_s` in this place, of `limit_s`."""
+    """Where a rank is. `count`: collectives entered; `collective`: inside one; `age_s` in this place, of `limit_s`."""
 
     what: str
     step: int | None
     count: int
-    together: bool
+    collective: bool
     age_s: float
     limit_s: float
 
