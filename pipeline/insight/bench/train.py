@@ -120,9 +120,9 @@ def take_apart(config: Config, world, steps: int, rounds: int, save_every_minute
             timed("compute, exchange", compute_and_exchange, counts)
         timed("run", lambda: trainer.train_until(trainer.step + steps), counts)
         timed("save", trainer.save, counts, units=1)
-        if trainer.records:
+        if trainer.recorder:
             begun = time.perf_counter()
-            trainer.records.writer.wait()
+            trainer.recorder.writer.wait()
             seen.setdefault("written behind", []).append(time.perf_counter() - begun)
     waits = [row["data_wait_fraction"] for row in read_rows(trainer.folder.ledger) if row.get("kind") == "train"][
         steps:
