@@ -19,7 +19,7 @@ VERBS = {
         "train",
         "train a recipe; the same command again goes on where it stopped",
     ),
-    "evaluate": ("pipeline.training.cli", "evaluate", "score a run's checkpoint on the whole validation set"),
+    "evaluate": ("pipeline.evaluation.cli", "evaluate", "score a run's checkpoint on the whole validation set"),
     "import": (
         "pipeline.evaluation.import_weights",
         "main",
