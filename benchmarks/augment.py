@@ -95,8 +95,8 @@ def measure(batch: int, size: int, rounds: int) -> dict:
         plan = make_plan(c, batch, size)
 
         def ours(plan=plan, c=c, step=step):
-            changes = PixelOps.of(plan.local(next(step)).drawn, size, CPU)
-            return apply_ops(images, changes, c.interpolation, c.fill)
+            pixel_ops = PixelOps.of(plan.local(next(step)).augment_params, size, CPU)
+            return apply_ops(images, pixel_ops, c.interpolation, c.fill)
 
         def theirs(transform=transform):
             return [transform(plane) for plane in planes]
@@ -109,7 +109,7 @@ def measure(batch: int, size: int, rounds: int) -> dict:
 
     def retouched():
         planned = plan.local(next(step))
-        how = EraseAndMix.of(planned.drawn, planned.mixing, CPU)
+        how = EraseAndMix.of(planned.augment_params, planned.mixing, CPU)
         return whole(images, how), soft_targets(labels, how.shares, 2, CLASSES)
 
     def torchvisions():

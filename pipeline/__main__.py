@@ -23,7 +23,7 @@ VERBS = {
     "import": (
         "pipeline.evaluation.import_weights",
         "main",
-        "weights from elsewhere as a run: the slides' resnet.pth, torchvision's",
+        "external weights as a run: the original ResNet-152 script's, torchvision's",
     ),
     "export": (
         "pipeline.evaluation.export_weights",

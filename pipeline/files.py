@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, after a power cut too."""
+"""Atomic writes: a file is complete or absent, after a power failure too."""
 
 import contextlib
 import os
@@ -9,8 +9,8 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write. It lies beside `path` under a temporary name (`.NAME.PID-HEX.tmp`); when the block ends
-    it is brought to the disk and renamed to `path`. If the block raises, it is removed and `path` is what it was.
+    """A binary file to write, beside `path` under a temporary name (`.NAME.PID-HEX.tmp`). At the end of the block it
+    is flushed to disk and renamed to `path`. If the block raises, it is removed and `path` is unchanged.
     Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
@@ -26,6 +26,6 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
-    """Write a small file whole or not at all, as `atomic_open` does. Text is written as UTF-8. Raises OSError."""
+    """Write a small file atomically, as `atomic_open` does. Text is written as UTF-8. Raises OSError."""
     with atomic_open(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)

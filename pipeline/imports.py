@@ -1,4 +1,4 @@
-"""Importing much without the garbage collector, which would walk over all that was imported again and again."""
+"""Large imports with the garbage collector off: it would traverse all imported objects again and again."""
 
 import contextlib
 import gc

@@ -2,6 +2,11 @@
 
 import sys
 import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 
 class Progress:
@@ -12,12 +17,12 @@ class Progress:
 
     LINE_EVERY_S = 30.0
 
-    def __init__(self, title: str, total: int | None, unit: str = "items", quiet: bool = False):
+    def __init__(self, title: str, total: int | None, unit: str = "items", quiet: bool = False) -> None:
         self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
         self.count = 0
-        self._bar = None
+        self._bar: Bar | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._start = self._last_line = time.monotonic()
         if not self.quiet and sys.stderr.isatty():
             self._bar = self._make_bar()
@@ -25,10 +30,11 @@ class Progress:
             self._task = self._bar.add_task(self.title, total=self.total)
         return self
 
-    def _make_bar(self):
+    def _make_bar(self) -> "Bar":
         from rich import progress
         from rich.console import Console
 
+        counts: list[progress.ProgressColumn]
         if self.unit == "bytes":
             counts = [progress.DownloadColumn(), progress.TransferSpeedColumn()]
         else:
@@ -59,7 +65,9 @@ class Progress:
             done, tail = f"{done} {unit}", ""
         return f"{self.title}: {done}, {rate / scale:,.1f} {unit}/s{tail}"
 
-    def __exit__(self, kind, *_):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         elif not self.quiet and kind is None:

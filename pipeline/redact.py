@@ -1,5 +1,5 @@
-"""No credential in what is printed, logged or sent: values of secret-looking variables, well-known kinds of keys, and
-passwords and signatures in URLs."""
+"""Removes credentials from what is printed, logged or sent: values of environment variables with secret-looking names,
+well-known kinds of keys, and passwords and signatures in URLs."""
 
 import os
 import re
@@ -20,7 +20,7 @@ _QUERY = re.compile(
 def redact(text: str) -> str:
     """`text` without credentials."""
     values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
-    values |= {escape(value) for value in values}  # as a page has them
+    values |= {escape(value) for value in values}  # as in an HTML page
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, MASK)
     return _QUERY.sub(rf"\1={MASK}", _KEY.sub(MASK, _URL.sub(MASK, text)))

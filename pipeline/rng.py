@@ -1,19 +1,20 @@
-"""Random numbers without a state: splitmix64 over a counter, and the distributions that the plan draws from.
+"""Stateless random numbers: splitmix64 over a counter, and the distributions that the plan samples from.
 
-NumPy only. Every number is a function of its key, so any of them can be had at once, on any rank, and they do not
+NumPy only. Every number is a function of its key, so any rank can compute any of them directly, and they do not
 depend on NumPy's version.
 """
 
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_TRIES = 32  # of the rejection methods: the chance that none fits is 2^-32 at most
+_TRIES = 32  # of the rejection methods: all fail with a probability of at most 2^-32
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): uint64 -> uint64, a bijection that mixes every bit."""
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): uint64 -> uint64, a bijection that mixes every bit."""
     x = np.asarray(x, np.uint64)
     with np.errstate(over="ignore"):
         x = x + GOLDEN
@@ -22,9 +23,9 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def hash_counter(*parts) -> np.ndarray:
+def hash_counter(*parts: npt.ArrayLike) -> np.ndarray:
     """uint64 hash of the parts, each an integer or an array of them (broadcast together)."""
-    key = np.uint64(0)
+    key = np.asarray(0, np.uint64)
     for part in parts:
         key = splitmix64(key ^ np.asarray(part).astype(np.uint64))
     return key
@@ -36,7 +37,7 @@ def uniform(bits: np.ndarray) -> np.ndarray:
 
 
 def uniforms(keys: np.ndarray, count: int) -> np.ndarray:
-    """float64 in [0, 1), [B, count]: so many draws for each key (uint64 [B])."""
+    """float64 in [0, 1), [B, count]: `count` draws for each key (uint64 [B])."""
     counters = np.arange(count, dtype=np.uint64) * GOLDEN
     return uniform(splitmix64(np.asarray(keys, np.uint64)[:, None] + counters))
 

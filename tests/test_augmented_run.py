@@ -84,7 +84,8 @@ def test_two_one_two_ranks_see_the_same_batches(root, recipe, undisturbed, tmp_p
     config = parse_config(["--config", recipe])
     plan = make_train_plan(build_index(root), config.data, config.train, config.augment)
     assert digests(run) == [plan.digest(step, plan.local(step).ids) for step in range(STEPS)]
-    seen = Counter((int(i), int(c)) for step in range(5) for i, c in zip(*plan.places(step, 0, 20)[::2], strict=True))
+    epoch = (plan.samples_at(step, 0, 20) for step in range(5))
+    seen = Counter((int(i), int(c)) for ids, _, copies in epoch for i, c in zip(ids, copies, strict=True))
     assert set(seen.values()) == {1}
 
 

@@ -16,7 +16,7 @@ from pipeline.config import ModelConfig, load_config, parse_config
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.evaluation.export_weights import expected_means
-from pipeline.model.slides import fold, guess_name
+from pipeline.model.legacy_checkpoint import convert_to_torchvision, guess_model_name
 from pipeline.model.weights import start_from
 
 
@@ -81,7 +81,7 @@ def test_the_slides_model_is_theirs():
     with torch.device("meta"):
         model = SlidesResNet([3, 8, 36, 3], 1000)
     assert sum(p.numel() for p in model.parameters()) == 60_268_520
-    assert guess_name(model.state_dict()) == "resnet152"
+    assert guess_model_name(model.state_dict()) == "resnet152"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def imported(slides, synthetic_root, tmp_path_factory):
 def test_folded_biases_give_the_same_outputs(blocks, name):
     theirs = lived_in(SlidesResNet(blocks, 10))
     ours = torchvision.models.get_model(name, num_classes=10).eval()
-    ours.load_state_dict(fold(theirs.state_dict()), strict=True)
+    ours.load_state_dict(convert_to_torchvision(theirs.state_dict()), strict=True)
     with torch.no_grad():
         expected, found = theirs(IMAGES), ours(IMAGES)
     assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_named(slides, tmp_path, capsys, change, words):
 
 def test_a_bias_that_cannot_be_folded():
     with pytest.raises(UserError, match=r"downsample\.0\.bias"):
-        fold({"a.downsample.0.weight": torch.ones(1, 1, 1, 1), "a.downsample.0.bias": torch.ones(1)})
+        convert_to_torchvision({"a.downsample.0.weight": torch.ones(1, 1, 1, 1), "a.downsample.0.bias": torch.ones(1)})
 
 
 @pytest.mark.parametrize("layout", ["dotted", "wrapped", "references", "timm", "old"])

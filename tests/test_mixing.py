@@ -105,7 +105,7 @@ def seen(index, step, world_size):
     for rank in range(world_size):
         stream = build.make_train_stream(index, plan, data, RankInfo(rank, world_size))
         (batch,) = stream.batches(step, step + 1)
-        images = apply_ops(batch.images, batch.changes, EVERYTHING.interpolation, None)
+        images = apply_ops(batch.images, batch.pixel_ops, EVERYTHING.interpolation, None)
         targets = soft_targets(batch.targets, batch.erase_mix.shares, EVERYTHING.mix_group, 4)
         parts.append((whole(images, batch.erase_mix), targets, batch.ids, batch.images))
         stream.close()

@@ -155,7 +155,7 @@ def test_repeated_augmentation_sees_every_sample_so_often():
     assert set(seen.values()) == {1} and len(seen) == 300
     assert np.mean([len(found) for found in windows.values()]) > 2.9
     assert plan.epoch_end(1) == make_plan(samples=100, batch=24).epoch_end(1)  # an epoch has as many steps as ever
-    first = [plan.places(step, 0, 24) for step in range(plan.epoch_end(1))]
+    first = [plan.samples_at(step, 0, 24) for step in range(plan.epoch_end(1))]
     in_first = {int(i) for ids, epochs, _ in first for i, epoch in zip(ids, epochs, strict=True) if epoch == 0}
     assert len(in_first) == 34  # of 100 samples
 
@@ -178,7 +178,7 @@ def test_repeats_go_on_in_another_order_when_asked_to():
     assert not np.array_equal(plan.local(5).ids, other.local(5).ids)
     seen = Counter()
     for step in range(other.epoch_end(3)):
-        ids, epochs, _ = other.places(step, 0, 24)
+        ids, epochs, _ = other.samples_at(step, 0, 24)
         seen.update(ids[epochs < 3].tolist())
     assert set(seen.values()) == {3}
 
@@ -188,10 +188,10 @@ def test_digest_covers_what_is_drawn_and_only_that():
     plan, plain = make_plan(augment=everything), make_plan()
     batch = plan.local(0)
     digest = plan.digest(0, batch.ids)
-    assert digest == batch_digest(batch.ids, batch.windows, batch.flips, batch.drawn, batch.mixing)
+    assert digest == batch_digest(batch.ids, batch.windows, batch.flips, batch.augment_params, batch.mixing)
     without = batch_digest(batch.ids, batch.windows, batch.flips)
     assert without == plain.digest(0, batch.ids) == DIGESTS[0]  # windows and flips are as without augmentation
-    drawn, mixing = batch.drawn, batch.mixing
+    drawn, mixing = batch.augment_params, batch.mixing
     for part, name in [(drawn, n) for n in ("ops", "amounts", "erased")] + [
         (mixing, n) for n in ("blends", "boxes", "shares")
     ]:

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.__main__ import main
 from pipeline.dataset.synthetic.archive import NESTED, write_kaggle_zip
 from pipeline.dataset.synthetic.generate import MARKER, generate_tree, is_whole
-from pipeline.dataset.synthetic.images import MAX_CLASSES, class_look
+from pipeline.dataset.synthetic.images import MAX_CLASSES, class_style
 from pipeline.dataset.synthetic.plan import Settings, list_samples
 from pipeline.errors import UserError
 
@@ -145,7 +145,7 @@ def test_classes_can_be_learned_from_pixels_but_not_from_one(synthetic_root):
 
 
 def test_a_thousand_classes_all_look_different():
-    looks = {(look.shape, look.texture, look.hue, look.pitch) for look in map(class_look, range(MAX_CLASSES))}
+    looks = {(look.shape, look.texture, look.hue, look.pitch) for look in map(class_style, range(MAX_CLASSES))}
     assert len(looks) == MAX_CLASSES >= 1000
 
 

@@ -1,4 +1,4 @@
-"""Verification: what is missing, damaged, mislabelled or foreign is named; what is merely odd is not; repair mends."""
+"""Verification: what is missing, damaged, mislabeled or foreign is named; what is merely odd is not; repair mends."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_a_whole_set_passes_with_exit_code_0(root, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["good"] is True
     assert report["fingerprint"] == open_index(root / "index").fingerprint
-    assert [report[key] for key in ("missing", "damaged", "unlisted", "mislabelled")] == [[], [], [], []]
+    assert [report[key] for key in ("missing", "damaged", "unlisted", "mislabeled")] == [[], [], [], []]
 
 
 def lose(path: Path) -> None:
@@ -153,8 +153,8 @@ def test_images_that_no_list_names_and_wrong_labels(root):
     report = verify_root(root)
     assert not report.good
     assert names(report.unlisted) == [f"{CLS_LOC}/train/n99000003/cat.JPEG"]
-    assert names(report.mislabelled) == [str(moved.relative_to(root))]
-    assert report.mislabelled[0].problem == f"lies in {folders[1].name}, belongs to {folders[0].name}"
+    assert names(report.mislabeled) == [str(moved.relative_to(root))]
+    assert report.mislabeled[0].problem == f"lies in {folders[1].name}, belongs to {folders[0].name}"
     assert check(report, "val images a class").found == "5 to 7"
     assert not report.missing
 

@@ -1,7 +1,7 @@
 """Erasing, mixup and CutMix: of normalized images, on the device, inside what is compiled.
 
-Images are mixed within groups of consecutive ones, each with the one before it (the first with the last): what
-torchvision's MixUp and CutMix do with a batch. No rank and no micro batch splits a group.
+Images are mixed within groups of consecutive ones, each with the one before it (the first with the last): as
+torchvision's MixUp and CutMix do in a batch. No rank and no micro batch splits a group.
 """
 
 import torch
@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 
 
 def partners(values: torch.Tensor, group: int) -> torch.Tensor:
-    """[B, ...] -> [B, ...]: at each place what stands before it in its group of `group`."""
+    """[B, ...] -> [B, ...]: for each sample the one before it in its group of `group`."""
     return values.unflatten(0, (-1, group)).roll(1, 1).flatten(0, 1)
 
 
@@ -30,7 +30,7 @@ def apply_erase_mix(pixels: torch.Tensor, how: EraseAndMix, group: int) -> torch
     size = pixels.shape[-2:]
     if how.erased is not None:
         pixels = torch.where(inside(how.erased, *size), 0.0, pixels)
-    if how.boxes is not None:
+    if how.boxes is not None and how.blends is not None:
         others = partners(pixels, group)
         blended = torch.lerp(others, pixels, how.blends.view(-1, 1, 1, 1))
         pixels = torch.where(inside(how.boxes, *size), others, blended)
@@ -45,7 +45,7 @@ def soft_targets(targets: torch.Tensor, shares: torch.Tensor, group: int, classe
 
 
 def neutral_erase_mix(c: AugmentConfig, count: int, device: torch.device) -> EraseAndMix | None:
-    """What erases and mixes nothing, in the form of what a step of this configuration gets for `count` images."""
+    """Parameters that erase and mix nothing, shaped as a step of this configuration gets them."""
     if not c.mixes and c.random_erase == 0:
         return None
 

@@ -1,7 +1,7 @@
-"""Changes of color and geometry for many images at once, each with its own amount, on the images' device.
+"""Color and geometric ops for many images at once, each with its own amount, on the images' device.
 
-uint8 in and out, and pixel for pixel what torchvision.transforms.v2.functional makes of each image alone: its kernels
-are called where they take no amount, and where they do the same sums are made in the same order.
+uint8 in and out; the result equals torchvision.transforms.v2.functional's for each image alone, pixel for pixel:
+kernels without an amount are called, the others are computed by the same sums in the same order.
 """
 
 import torch
@@ -10,16 +10,16 @@ from torchvision.transforms.v2 import functional as tv
 
 from pipeline.augment.apply import PixelOps
 
-_ON_A_CPU = 4  # images at a time: as many as its caches hold; a GPU takes all there are
+_ON_A_CPU = 4  # images at a time, to stay in the caches; a GPU gets all at once
 _RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114  # ITU-R 601-2, as in PIL and torchvision
 
 
-def apply_ops(images: torch.Tensor, changes: PixelOps, mode: str, fill: tuple[int, int, int] | None) -> torch.Tensor:
-    """The images uint8 [B, H, W, 3], changed. mode: "nearest" or "bilinear"; fill: color of what geometric changes
-    uncover, None: black. Nothing here waits for the device."""
+def apply_ops(images: torch.Tensor, pixel_ops: PixelOps, mode: str, fill: tuple[int, int, int] | None) -> torch.Tensor:
+    """The images uint8 [B, H, W, 3] after all ops. mode: "nearest" or "bilinear"; fill: color of the pixels that
+    geometric ops uncover, None: black. Never synchronizes with the device."""
     images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
     most = _ON_A_CPU if images.device.type == "cpu" else len(images)
-    for groups in changes.rounds:
+    for groups in pixel_ops.rounds:
         for op, *group in groups:
             for rows, amounts in zip(*(part.split(most) for part in group), strict=True):
                 some = images.index_select(0, rows)
@@ -46,7 +46,7 @@ def _to_bytes(values: torch.Tensor) -> torch.Tensor:
     return values.clamp_(0, 255).to(torch.uint8)
 
 
-def _grey(images: torch.Tensor) -> torch.Tensor:
+def _gray(images: torch.Tensor) -> torch.Tensor:
     """Luma of whole levels, float32 [n, 1, H, W]."""
     red, green, blue = images.unbind(1)
     return red.mul(_RED).add_(green, alpha=_GREEN).add_(blue, alpha=_BLUE).floor_().unsqueeze(1)
@@ -63,11 +63,11 @@ def brightness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def color(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    return _blend(images, _grey(images), factors)
+    return _blend(images, _gray(images), factors)
 
 
 def contrast(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), factors)
+    return _blend(images, _gray(images).mean((1, 2, 3), keepdim=True), factors)
 
 
 def sharpness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def sharpness(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     rows = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
     middle = values[:, :, 1:-1, 1:-1]
     smooth = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * middle  # whole numbers: exact
-    smooth = smooth.div_(13).round_()  # thirteenths are never halves: any way of dividing rounds alike
+    smooth = smooth.div_(13).round_()  # thirteenths are never halves: every way of dividing rounds the same
     rest = (1 - factors.double()).float()
     values[:, :, 1:-1, 1:-1] = torch.addcmul(middle, smooth - middle, _each(rest))
     return _to_bytes(values)
@@ -134,7 +134,7 @@ def hue(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
 
 
 def affine(images: torch.Tensor, matrices: torch.Tensor, mode: str, fill: tuple[int, int, int] | None) -> torch.Tensor:
-    """Move pixels: matrices float32 [n, 2, 3] say where, in pixels from the middle, each output pixel comes from."""
+    """Move pixels: matrices float32 [n, 2, 3]: the source of each output pixel, in pixels from the center."""
     count, channels, height, width = images.shape
     device = images.device
     base = torch.ones(height, width, 3, device=device)

@@ -1,6 +1,6 @@
-"""What is drawn for a training batch beside its windows and flips: changes of each image, erasing, and mixing.
+"""The random parameters of a training batch besides its windows and flips: ops of each image, erasing, and mixing.
 
-NumPy only. The first two follow from the sample, mixing from the step and the place in the global batch.
+NumPy only. The first two follow from the sample, mixing from the step and the position in the global batch.
 """
 
 import math
@@ -35,15 +35,15 @@ class Mixing:
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """What is done to each of B images. ops: uint8 [B, S] (codes of `policies.OPS`), amounts: float32 [B, S];
-    erased: int32 [B, 4] (left, top, width, height; width 0: nothing). None: not asked for."""
+    """The augmentations of each of B images. ops: uint8 [B, S] (codes of `policies.OPS`), amounts: float32 [B, S];
+    erased: int32 [B, 4] (left, top, width, height; width 0: nothing). None: off."""
 
     ops: np.ndarray | None = None
     amounts: np.ndarray | None = None
     erased: np.ndarray | None = None
 
     def arrays(self) -> Iterator[tuple[np.ndarray, str]]:
-        """Each array there is, and its type in the digest."""
+        """Each array that is present, and its type in the digest."""
         for array, dtype in ((self.ops, "u1"), (self.amounts, "<f4"), (self.erased, "<i4")):
             if array is not None:
                 yield array, dtype

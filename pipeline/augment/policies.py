@@ -1,4 +1,4 @@
-"""What a policy does to an image: its changes (ops) and their amounts, drawn from a hash of the sample.
+"""The policies: ops and their amounts for each image, sampled from a hash of the sample.
 
 NumPy only. An amount means, by op: shear_x, shear_y: the tangent; translate_x, translate_y: pixels; rotate: degrees
 counter-clockwise; brightness, color, contrast, sharpness: the factor; posterize: bits kept; solarize: the threshold
@@ -83,12 +83,12 @@ class Space:
         return found.astype(np.float32)
 
 
-_COLOURS = (*_ENHANCING, "posterize", "solarize", "autocontrast", "equalize")
+_COLORS = (*_ENHANCING, "posterize", "solarize", "autocontrast", "equalize")
 #: torchvision's RandAugment, AutoAugment and TrivialAugmentWide, and timm's increasing RandAugment
-RAND = Space(("identity", *_GEOMETRIC, *_COLOURS), 0.3, 150 / 331, 30, 0.9, 4)
-AUTO = Space((*_GEOMETRIC, *_COLOURS, "invert"), 0.3, 150 / 331, 30, 0.9, 4)
-WIDE = Space(("identity", *_GEOMETRIC, *_COLOURS), 0.99, 32, 135, 0.99, 6)
-TIMM = Space((*_GEOMETRIC, *_COLOURS, "invert", "solarize_add"), 0.3, 0.45, 30, 0.9, 4, whole_shift=False, timm=True)
+RAND = Space(("identity", *_GEOMETRIC, *_COLORS), 0.3, 150 / 331, 30, 0.9, 4)
+AUTO = Space((*_GEOMETRIC, *_COLORS, "invert"), 0.3, 150 / 331, 30, 0.9, 4)
+WIDE = Space(("identity", *_GEOMETRIC, *_COLORS), 0.99, 32, 135, 0.99, 6)
+TIMM = Space((*_GEOMETRIC, *_COLORS, "invert", "solarize_add"), 0.3, 0.45, 30, 0.9, 4, whole_shift=False, timm=True)
 
 #: Cubuk et al. 2019 (arXiv 1805.09501), table 9: op, probability, tenths of the strength (x: it has none)
 _AUTO_POLICIES = """
@@ -169,8 +169,8 @@ _DRAW = {"randaugment": _random, "randaugment-timm": _random, "trivialaugment": 
 def sample_ops(
     c: AugmentConfig, keys: np.ndarray, jitter_keys: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """What the policy, and then the color jitter, do to each sample: (ops uint8, amounts float32), each [B, S] for S
-    changes one after another; None if there is neither.
+    """The ops of the policy, then those of the color jitter, for each sample: (ops uint8, amounts float32), each [B, S]
+    for S ops one after another; None if there is neither.
 
     keys, jitter_keys: uint64 [B], independent hashes of the sample; size: pixels of the image's side.
     """
@@ -186,7 +186,7 @@ def sample_ops(
 
 
 def inverse_affine(op: str, amounts: np.ndarray, size: int) -> np.ndarray:
-    """float32 [n, 2, 3]: where, in pixels from the image's middle, each output pixel is taken from.
+    """float32 [n, 2, 3]: the source of each output pixel, in pixels from the image's center.
 
     The conventions are torchvision's: shears leave the left or upper edge where it is.
     """

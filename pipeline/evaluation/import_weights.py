@@ -13,7 +13,7 @@ from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.class_map import imagenet_classes
 from pipeline.model.build import AUXILIARY_WEIGHTS, build_model, check_name, count_parameters
 from pipeline.model.heads import find_heads
-from pipeline.model.slides import fold, guess_name, is_slides
+from pipeline.model.legacy_checkpoint import convert_to_torchvision, guess_model_name, is_legacy
 from pipeline.model.weights import load_whole, read_state
 from pipeline.training.optim.optimizer import heads_for, make_optimizer
 from pipeline.training.run_folder.checkpoint import folder_name, write_checkpoint
@@ -23,7 +23,7 @@ from pipeline.training.run_folder.folder import RunFolder
 def import_weights(
     file: str, run: str, name: str | None = None, config: str = "resnet152-torchvision-v1", data_root: str | None = None
 ) -> int:
-    """Make a run folder of weights from elsewhere: the slides' resnet.pth, or torchvision's own.
+    """Make a run folder of weights from elsewhere: the original ResNet-152 script's resnet.pth, or torchvision's own.
 
     Args:
         file: state_dict as .pth, .pt or .safetensors; it is read without unpickling.
@@ -36,10 +36,10 @@ def import_weights(
     if folder.config.exists():
         raise UserError(f"{run} is a run already; give another folder")
     state = read_state(Path(file).expanduser())
-    name = name or guess_name(state)
+    name = name or guess_model_name(state)
     check_name(name, "--name")
-    slides = is_slides(state)
-    state = fold(state) if slides else state
+    legacy = is_legacy(state)
+    state = convert_to_torchvision(state) if legacy else state
     settings = load_config(Path(resolve_recipe(config)), ["--model.name", name], verb="import")
     head = next((key for key in state if key.rpartition(".")[0] in find_heads(name) and key.endswith("weight")), None)
     if head is None:
@@ -52,7 +52,7 @@ def import_weights(
     index = open_index(index_folder(Path(data_root).expanduser())) if data_root else None
     facts = {"index_fingerprint": index.fingerprint, "classes": classes_for(index, len(state[head]))} if index else {}
     write_run(folder, settings, model, facts)
-    what = "the slides' layout, biases folded into BatchNorm" if slides else "torchvision's layout"
+    what = "the original script's layout, biases folded into BatchNorm" if legacy else "torchvision's layout"
     print(f"{folder.path}: {name}, {count_parameters(model):,} parameters, {len(state[head])} classes; {what}")
     weights = folder.checkpoints / folder_name(0)
     print(f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {weights}")

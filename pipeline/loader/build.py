@@ -1,6 +1,5 @@
 """From a configuration to the two streams of a run: training and validation."""
 
-import os
 from typing import Protocol
 
 import numpy as np
@@ -9,14 +8,15 @@ import torch
 from pipeline.config import ResolvedDataConfig, TrainConfig
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
 from pipeline.dataset.index.index import Index
+from pipeline.dataset.workers import available_cores
 from pipeline.errors import UserError
 from pipeline.loader.plan import EvalPlan, FiveCropPlan, TrainPlan
 from pipeline.loader.source import Source
-from pipeline.loader.stream import Stream
+from pipeline.loader.stream import Decoder, Stream
 
 
 class RankInfo(Protocol):
-    """Where a rank stands among all, and where it wants its batches."""
+    """A rank, the number of ranks, and the device of its batches."""
 
     rank: int
     size: int
@@ -47,7 +47,7 @@ def choose_loader(name: str) -> tuple[str, str | None]:
 
 def cores_per_rank(local_world_size: int) -> int:
     """This rank's share of the cores that this process may use, at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    return max(1, available_cores() // local_world_size)
 
 
 def make_train_plan(
@@ -78,7 +78,7 @@ def make_decoder(
     prefetch: int,
     resize: int | None = None,
     interpolation: str = "bilinear",
-):
+) -> Decoder:
     """A decoder by name, "dali" or "reference". resize: of the shorter side in validation, None in training."""
     if name == "dali":
         from pipeline.loader.dali import DaliDecoder

@@ -1,14 +1,15 @@
 """Decoding with NVIDIA DALI: only the planned window is decoded, then resized and flipped.
 
-DALI holds no state of ours: bytes, windows and flips come in through external_source, so any step can be first. The
+DALI holds no state of the run: bytes, windows and flips come in through external_source, so any step can be first. The
 window is always decoded on the CPU: hardware decoders give other pixels than the CPU's, and a run must not depend on
-which it met. On a GPU DALI resizes it there; without one torch does (`resize.py`), at an eighth of what DALI's resize
-on a CPU costs.
+which one a node has. On a GPU DALI resizes it there; without one torch does (`resize.py`), at an eighth of the cost of
+DALI's resize on a CPU.
 """
 
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class DaliDecoder:
     """A DALI pipeline fed from outside.
 
     Args:
-        max_batch_size: largest batch that will come.
+        max_batch_size: size of the largest batch.
         threads: CPU threads of the pipeline.
         device: "cpu", or a CUDA device (resize there; batches are delivered there).
         prefetch: batches decoded ahead.
@@ -45,40 +46,44 @@ class DaliDecoder:
         self.settings = {"batch_size": max_batch_size, "num_threads": threads, "prefetch_queue_depth": prefetch}
         self.on_gpu = device.type == "cuda"
         self.resizer = None if self.on_gpu else Resizer(threads, interpolation)
-        self.pipeline = None
+        self.pipeline: Any = None
         self._feed: Iterator[EncodedBatch] = iter(())
         self._feed_failed: RuntimeError | None = None
-        self._handed: deque[EncodedBatch] = deque()  # what DALI holds, oldest first
+        self._handed: deque[EncodedBatch] = deque()  # inside DALI's pipeline, oldest first
 
-    def _next(self):
+    def _next(self) -> tuple:
         """DALI's callback: the next batch as lists and arrays of one row a sample."""
         try:
-            samples = next(self._feed)
+            encoded = next(self._feed)
         except RuntimeError as error:
             self._feed_failed = error
             raise
-        self._handed.append(samples)
-        windows, rois, flips = self._cut(samples.planned)
-        boxes = (windows[:, [1, 0]], windows[:, [3, 2]])  # axes in the order y, x
+        self._handed.append(encoded)
+        windows, rois, flips = self._cut(encoded.planned)
+        boxes: tuple[np.ndarray, ...] = (windows[:, [1, 0]], windows[:, [3, 2]])  # axes in the order y, x
         if self.on_gpu:
-            sizes = np.full((len(flips), 2), samples.planned.size, np.float32)
+            sizes = np.full((len(flips), 2), encoded.planned.size, np.float32)
             boxes += (rois[:, [1, 0]], rois[:, [3, 2]], flips, sizes)
-        return samples.data, *map(np.ascontiguousarray, boxes)
+        return encoded.data, *map(np.ascontiguousarray, boxes)
 
     def _cut(self, planned: Planned) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Windows to decode int32 [B, 4], and for the GPU regions of them float32 [B, 4] and flips int32 [B]."""
         windows = planned.windows if self.on_gpu else decoded_windows(planned)
         return windows, planned.rois.astype(np.float32), planned.flips.astype(np.int32)
 
-    def _build(self):
-        from nvidia.dali import fn, pipeline_def, types
+    def _build(self) -> Any:
+        import nvidia.dali.fn
+        import nvidia.dali.types
+
+        dali: Any = nvidia.dali  # its stubs lack much of what it has
+        fn, pipeline_def, types = dali.fn, dali.pipeline_def, dali.types
 
         types_of_rows = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT]
         rows = 7 if self.on_gpu else 3
         kind = types.INTERP_CUBIC if self.interpolation == "bicubic" else types.INTERP_LINEAR
 
         @pipeline_def(device_id=self.device.index or 0 if self.on_gpu else None, exec_dynamic=True, **self.settings)
-        def graph():
+        def graph() -> Any:
             data, anchor, shape, *more = fn.external_source(
                 source=self._next,
                 num_outputs=rows,
@@ -108,7 +113,7 @@ class DaliDecoder:
         return pipe
 
     def decode(self, batches: Iterable[EncodedBatch]) -> Iterator[torch.Tensor]:
-        """Images uint8 [B, H, W, 3] of each batch, in order. Raises UndecodableSample, after which it starts anew."""
+        """Images uint8 [B, H, W, 3] of each batch, in order. After UndecodableSample, `decode` can be called again."""
         self._feed, self._handed = iter(batches), deque()
         pipeline, self.pipeline = self.pipeline or self._build(), None
         resizing: deque[Resizing] = deque()  # on a CPU a batch is resized while the next is decoded
@@ -120,38 +125,38 @@ class DaliDecoder:
                 self.pipeline = pipeline  # drained to the end: good for the next stream
                 yield from (batch.result() for batch in resizing)
                 return
-            except RuntimeError as error:  # a failed pipeline is dead for good
-                if _OUT_OF_MEMORY.search(str(error)):  # no image's fault: none is substituted for it
+            except RuntimeError as error:  # a failed pipeline can't be used again
+                if _OUT_OF_MEMORY.search(str(error)):  # not caused by an image: none is replaced
                     raise (torch.OutOfMemoryError if self.on_gpu else MemoryError)(_reason(str(error))) from error
                 if error is self._feed_failed:
                     raise
                 yield from (batch.result() for batch in resizing)
-                samples = self._handed[0]
+                encoded = self._handed[0]
                 position = _sample_number(str(error))
                 if position is None:
-                    position = self._find_undecodable(samples)
+                    position = self._find_undecodable(encoded)
                 if position is None:
                     raise
-                raise UndecodableSample(samples.step, position, _reason(str(error))) from error
-            samples = self._handed.popleft()
-            if self.on_gpu:
-                yield self._to_torch(images, samples.planned.size)
+                raise UndecodableSample(encoded.step, position, _reason(str(error))) from error
+            encoded = self._handed.popleft()
+            if self.resizer is None:
+                yield self._to_torch(images, encoded.planned.size)
                 continue
-            resizing.append(self.resizer.start(images, samples.planned))
+            resizing.append(self.resizer.start(images, encoded.planned))
             if len(resizing) > 1:
                 yield resizing.popleft().result()
 
-    def _find_undecodable(self, samples: EncodedBatch) -> int | None:
+    def _find_undecodable(self, encoded: EncodedBatch) -> int | None:
         """The first position of a batch that fails when it is decoded alone: DALI's message does not always say."""
         alone = DaliDecoder(1, 1, self.device, 1, self.interpolation)
-        for position in range(len(samples.data)):
+        for position in range(len(encoded.data)):
             try:
-                list(alone.decode([samples.only(position)]))
+                list(alone.decode([encoded.only(position)]))
             except (RuntimeError, UndecodableSample):
                 return position
         return None
 
-    def _to_torch(self, images, size: int) -> torch.Tensor:
+    def _to_torch(self, images: Any, size: int) -> torch.Tensor:
         """A copy of the GPU's output in memory of torch, ordered on torch's current stream."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 

@@ -1,25 +1,25 @@
 """The plan: which samples a step sees, their crop windows and flips, as a pure function of (seed, step).
 
-NumPy only. Nothing here is carried from step to step, so any step can be asked for at once, by any rank of any world.
+NumPy only. No state is carried from step to step, so any rank of any world size can compute any step directly.
 The samples of all epochs form one endless sequence, an epoch's permutation after another; step s takes the
 `global_batch_size` positions from s * global_batch_size on. So every sample comes exactly once an epoch, none is
 dropped or repeated, and a batch at an epoch's border holds the last samples of one epoch and the first of the next.
 
 The random numbers are a hash of (seed, epoch, sample, copy, draw): windows, flips, colors, geometry and erasing follow
-the sample to whatever rank reads it. Mixing is a hash of (seed, step, group): its groups are consecutive positions of
+the sample, whichever rank reads it. Mixing is a hash of (seed, step, group): its groups are consecutive positions of
 the global batch that no rank splits, so a sample's partner is the same for any world size.
 
 With repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) a permutation lasts `repeats` epochs, and each of
-its samples stands in it `repeats` times in a row. So an epoch has as many positions and steps as ever, and sees one in
-`repeats` of the samples, each so many times; after `repeats` epochs every sample was seen so many times, exactly. (The
-samplers of timm and DeiT draw an epoch's samples anew instead.) In a batch the first copies of all its samples come
-first, then the second ones: copies of a sample lie far apart, mostly on other ranks, and are not mixed with each other
-while a mixing group is no longer than a copy's share of the batch.
+its samples appears in it `repeats` times in a row. The number of positions and steps of an epoch does not change: it
+holds one in `repeats` of the samples, each `repeats` times. After `repeats` epochs every sample was used exactly
+`repeats` times. (The samplers of timm and DeiT draw an epoch's samples anew instead.) In a batch the first copies of
+all its samples come first, then the second ones: copies of a sample lie far apart, mostly on other ranks, and are not
+mixed with each other while a mixing group is no longer than a copy's share of the batch.
 
 The digest of a batch is xxh3_64 over ids (int64), windows (int32) and flips (uint8) of the global batch, and then over
-what there is of: ops (uint8), amounts (float32), erased (int32), blends (float32), boxes (int32), shares (float32),
-and, where it changes over the run, the image's side (int32); little-endian, C order. What is not asked for adds
-nothing.
+those that are present of: ops (uint8), amounts (float32), erased (int32), blends (float32), boxes (int32), shares
+(float32), and, where it changes over the run, the image's side (int32); little-endian, C order. An augmentation that is
+off adds nothing.
 """
 
 import functools
@@ -43,12 +43,12 @@ _TRIES = 10  # of RandomResizedCrop before it falls back to the middle, as in to
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be cut from B samples, and what is done to the images.
+    """The crop windows of B samples, and their augmentations.
 
     ids, epochs: int64 [B]. windows: int32 [B, 4], the part of the stored image to decode (left, top, width, height).
     rois: float64 [B, 4], the part of that window (left, top, right, bottom) which is resized to the output.
     flips: bool [B]. size: pixels of the output's side. copies: int64 [B], which of a sample's repetitions it is.
-    drawn, mixing: what is done to the images beside that, None where nothing is.
+    augment_params, mixing: the other augmentations, None where there are none.
     """
 
     ids: np.ndarray
@@ -58,32 +58,35 @@ class Planned:
     flips: np.ndarray
     size: int
     copies: np.ndarray | None = None
-    drawn: AugmentParams | None = None
+    augment_params: AugmentParams | None = None
     mixing: Mixing | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def only(self, position: int) -> "Planned":
-        """What is to be cut from one sample of the batch, as a batch."""
+        """One sample of the batch, as a batch."""
         here = slice(position, position + 1)
-        arrays = (self.ids, self.epochs, self.windows, self.rois, self.flips)
-        return Planned(*(array[here] for array in arrays), self.size)
+        return Planned(
+            self.ids[here], self.epochs[here], self.windows[here], self.rois[here], self.flips[here], self.size
+        )
 
 
 def batch_digest(
     ids: np.ndarray,
     windows: np.ndarray,
     flips: np.ndarray,
-    drawn: AugmentParams | None = None,
+    augment_params: AugmentParams | None = None,
     mixing: Mixing | None = None,
     size: int | None = None,
 ) -> str:
     """The digest (hex) of a global batch; see the head of this file. size: where it changes over the run."""
     state = xxhash.xxh3_64()
     parts = [(ids, "<i8"), (windows, "<i4"), (flips, "u1")]
-    for more in (drawn, mixing):
-        parts += [] if more is None else more.arrays()
+    if augment_params is not None:
+        parts += augment_params.arrays()
+    if mixing is not None:
+        parts += mixing.arrays()
     if size is not None:
         parts.append((np.array([size]), "<i4"))
     for array, dtype in parts:
@@ -131,7 +134,7 @@ class TrainPlan:
         global_batch_size: images a step over all ranks.
         seed: 0 to 2^63 - 1.
         area, ratio: RandomResizedCrop's ranges. flip: probability.
-        augment: what else is done to the images.
+        augment: the other augmentations.
         size_at: epoch -> pixels of the side of its images. sizes_change: whether that is not the same for all epochs.
     """
 
@@ -157,8 +160,7 @@ class TrainPlan:
         self.reshuffle([])
 
     def reshuffle(self, steps: list[int]) -> None:
-        """From each of these steps on, draw the rest of that epoch's permutation in another order; each sample still
-        comes as often."""
+        """Permute the rest of an epoch anew from each of these steps on. Each sample still comes as often."""
         self.reshuffled_from = list(steps)
         self.permutation = functools.lru_cache(maxsize=2)(self._permutation)
 
@@ -168,11 +170,11 @@ class TrainPlan:
         keys = hash_counter(self.seed, _ORDER, number, np.arange(self.samples))
         order = np.argsort(keys, kind="stable")
         for i, step in enumerate(self.reshuffled_from):
-            place = step * self.global_batch_size - number * self.samples * self.augment.repeats
-            place = -(-place // self.augment.repeats)
-            if 0 <= place < self.samples:
-                rest = order[place:]
-                order[place:] = rest[np.argsort(hash_counter(self.seed, _AGAIN, i, rest), kind="stable")]
+            start = step * self.global_batch_size - number * self.samples * self.augment.repeats
+            start = -(-start // self.augment.repeats)
+            if 0 <= start < self.samples:
+                rest = order[start:]
+                order[start:] = rest[np.argsort(hash_counter(self.seed, _AGAIN, i, rest), kind="stable")]
         return order
 
     def epoch_end(self, epoch: int) -> int:
@@ -191,20 +193,16 @@ class TrainPlan:
         """Pixels of the side of the images of `step`: that of the epoch in which its first sample lies."""
         return self.size_at(self.epochs_done(step))
 
-    def places(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def samples_at(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, epochs, copies), int64 [stop - start], of positions start..stop-1 of the global batch of `step`."""
-        positions = step * self.global_batch_size + self.layout[start:stop]
-        numbers, places = np.divmod(positions, self.samples * self.augment.repeats)
-        places, copies = np.divmod(places, self.augment.repeats)
-        ids = np.empty(len(positions), np.int64)
+        offsets = step * self.global_batch_size + self.layout[start:stop]  # in the endless sequence
+        numbers, ranks = np.divmod(offsets, self.samples * self.augment.repeats)
+        ranks, copies = np.divmod(ranks, self.augment.repeats)
+        ids = np.empty(len(offsets), np.int64)
         for number in np.unique(numbers):
             here = numbers == number
-            ids[here] = self.permutation(int(number))[places[here]]
-        return ids, positions // self.samples, copies
-
-    def positions(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, epochs) of `places`."""
-        return self.places(step, start, stop)[:2]
+            ids[here] = self.permutation(int(number))[ranks[here]]
+        return ids, offsets // self.samples, copies
 
     def _keys(self, stream: np.uint64, epochs: np.ndarray, ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
         """uint64 [B], a hash of seed, epoch, sample and, where there are several, copy."""
@@ -212,7 +210,7 @@ class TrainPlan:
         return keys if self.augment.repeats == 1 else hash_counter(keys, copies)
 
     def cut(self, ids: np.ndarray, epochs: np.ndarray, copies: np.ndarray | None = None, size: int = 224) -> Planned:
-        """Windows, flips and changes of these samples in these epochs: a hash of (seed, epoch, id, copy)."""
+        """Windows, flips and augmentations of these samples in these epochs: a hash of (seed, epoch, id, copy)."""
         copies = np.zeros_like(ids) if copies is None else copies
         sample = epochs, ids, copies
         windows = random_resized_windows(
@@ -221,24 +219,24 @@ class TrainPlan:
         flips = uniform(self._keys(_FLIP, *sample)) < self.flip
         rois = np.zeros((len(ids), 4))
         rois[:, 2:] = windows[:, 2:]
-        drawn = None
+        augment_params = None
         if self.augment.draws:
             keys, jitter = self._keys(_POLICY, *sample), self._keys(_JITTER, *sample)
             ops, amounts = sample_ops(self.augment, keys, jitter, size) or (None, None)
             erase = self.augment.random_erase > 0
-            drawn = AugmentParams(
+            augment_params = AugmentParams(
                 ops, amounts, sample_erase_boxes(self.augment, self._keys(_ERASE, *sample), size) if erase else None
             )
-        return Planned(ids, epochs, windows, rois, flips, size, copies, drawn)
+        return Planned(ids, epochs, windows, rois, flips, size, copies, augment_params)
 
     def with_ids(self, planned: Planned, ids: np.ndarray) -> Planned:
-        """The same places of the same batch with other samples in them (after substitution)."""
+        """The same positions of the same batch with other samples in them (after substitution)."""
         return replace(self.cut(ids, planned.epochs, planned.copies, planned.size), mixing=planned.mixing)
 
     def _slice(self, step: int, start: int, stop: int, ids: np.ndarray | None = None) -> Planned:
-        """What positions start..stop-1 of the global batch of `step` see. ids: instead of the planned samples."""
+        """Positions start..stop-1 of the global batch of `step`. ids: instead of the planned samples."""
         size = self.size(step)
-        planned_ids, epochs, copies = self.places(step, start, stop)
+        planned_ids, epochs, copies = self.samples_at(step, start, stop)
         planned = self.cut(planned_ids if ids is None else ids, epochs, copies, size)
         if not self.augment.mixes:
             return planned
@@ -246,7 +244,7 @@ class TrainPlan:
         return replace(planned, mixing=sample_mixing(self.augment, key, start, stop, size))
 
     def local(self, step: int, rank: int = 0, world_size: int = 1) -> Planned:
-        """What `rank` of `world_size` sees in `step`: its slice of the global batch."""
+        """The slice of the global batch of `step` that belongs to `rank` of `world_size`."""
         size = self.global_batch_size // world_size
         return self._slice(step, rank * size, (rank + 1) * size)
 
@@ -254,11 +252,11 @@ class TrainPlan:
         """`batch_digest` of the global batch of `step` whose ids, in order, were `ids` (after substitution)."""
         planned = self._slice(step, 0, self.global_batch_size, ids)
         size = planned.size if self.sizes_change else None
-        return batch_digest(planned.ids, planned.windows, planned.flips, planned.drawn, planned.mixing, size)
+        return batch_digest(planned.ids, planned.windows, planned.flips, planned.augment_params, planned.mixing, size)
 
-    def substitute(self, sample: int, attempt: int) -> int:
-        """The sample that stands in for an unreadable one; attempt 0, 1, ... until one is readable."""
-        return int(hash_counter(self.seed, _SUBSTITUTE, sample, attempt) % np.uint64(self.samples))
+    def substitute(self, sample_id: int, attempt: int) -> int:
+        """The sample that replaces an unreadable one; attempt 0, 1, ... until one is readable."""
+        return int(hash_counter(self.seed, _SUBSTITUTE, sample_id, attempt) % np.uint64(self.samples))
 
 
 class EvalPlan:
@@ -278,7 +276,7 @@ class EvalPlan:
         self.samples = len(widths)
 
     def steps(self, world_size: int) -> int:
-        """Batches that the rank with the most samples needs; a rank that is done earlier gets empty ones."""
+        """Batches that the rank with the most samples needs; a rank that finishes earlier gets empty ones."""
         most = math.ceil(self.samples / world_size)
         return math.ceil(most / self.batch_size)
 
@@ -287,7 +285,7 @@ class EvalPlan:
         return np.rint(room_x / 2), np.rint(room_y / 2)
 
     def cut(self, ids: np.ndarray, epochs: np.ndarray) -> Planned:
-        """The middle of these samples; `epochs` is only passed through."""
+        """The center crops of these samples; `epochs` is only passed through."""
         w, h = self.widths[ids].astype(np.int64), self.heights[ids].astype(np.int64)
         short = np.minimum(w, h)
         new_w, new_h = (self.resize * w // short), (self.resize * h // short)
@@ -303,7 +301,7 @@ class EvalPlan:
         return Planned(ids, epochs, windows, rois, np.zeros(len(ids), bool), self.size)
 
     def local(self, step: int, rank: int = 0, world_size: int = 1) -> Planned:
-        """What `rank` of `world_size` scores in batch `step`; empty when its share is done."""
+        """Batch `step` of `rank` of `world_size`; empty when the rank has finished its share."""
         first, last = self.samples * rank // world_size, self.samples * (rank + 1) // world_size
         start = min(first + step * self.batch_size, last)
         ids = np.arange(start, min(start + self.batch_size, last), dtype=np.int64)
@@ -312,7 +310,7 @@ class EvalPlan:
 
 class FiveCropPlan(EvalPlan):
     """Each validation sample five times in a row: cropped from the middle and from the four corners (Krizhevsky et al.
-    2012, section 4.1). The crop's number takes the place of `epochs`. batch_size: in crops, a multiple of five."""
+    2012, section 4.1). The crop's number is passed as `epochs`. batch_size: in crops, a multiple of five."""
 
     CROPS = 5
 

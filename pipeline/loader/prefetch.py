@@ -1,17 +1,16 @@
-"""Batches brought to a CUDA device ahead of the step, by a stream of their own."""
+"""Batches copied to a CUDA device ahead of the step, on a stream of their own."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
 
 
-def prefetch_to_device(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-    """The same batches: while one is trained on, the next one's bytes are on their way to `device`.
+def prefetch_to_device(batches: Generator[Any], device: torch.device) -> Iterator[Any]:
+    """The same batches: the next one is copied to `device` while the step of the current one runs.
 
-    Whatever `batches` sends there, it sends on the current stream and without waiting; here that is not the stream of
-    the training.
+    `batches` copies asynchronously on the current stream; here that is a stream other than the training's.
     """
     stream = torch.cuda.Stream(device)
 
@@ -29,7 +28,7 @@ def prefetch_to_device(batches: Iterator[Any], device: torch.device) -> Iterator
             training = torch.cuda.current_stream(device)
             training.wait_event(event)
             for tensor in _tensors(batch):
-                tensor.record_stream(training)  # its memory is not another's before the step has read it
+                tensor.record_stream(training)  # its memory is not reused before the step has read it
             yield batch
             batch, event = following
     finally:

@@ -1,4 +1,4 @@
-"""Decoding with PIL and torchvision's transforms: what DALI's pixels are held to, and the loader without DALI."""
+"""Decoding with PIL and torchvision's transforms: the reference for DALI's pixels, and the loader without DALI."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -36,7 +36,7 @@ def decode_sample(
     """One sample by torchvision's PIL transforms, uint8 [size, size, 3]: the window resized, or (with `resize`, for
     validation) the shorter side resized and a crop cut out: the middle, or what begins at `origin` (x, y: in pixels of
     the stored image)."""
-    with Image.open(BytesIO(data)) as opened:
+    with Image.open(BytesIO(data.data)) as opened:
         image = opened.convert("RGB")
     if resize is None:
         image = cut_window(image, window, flip, size, interpolation)
@@ -52,7 +52,7 @@ def decode_sample(
 
 
 class ReferenceDecoder:
-    """Decodes with `threads` threads (PIL lets go of the interpreter's lock while it decodes).
+    """Decodes with `threads` threads (PIL releases the GIL while it decodes).
 
     Args:
         threads: decoding threads.
@@ -67,28 +67,30 @@ class ReferenceDecoder:
         self.prefetch, self.resize, self.interpolation = prefetch, resize, interpolation
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def _submit(self, samples: EncodedBatch) -> tuple[EncodedBatch, list[Future]]:
-        p = samples.planned
+    def _submit(self, encoded: EncodedBatch) -> tuple[EncodedBatch, list[Future]]:
+        p = encoded.planned
         origins = p.windows[:, :2] + p.rois[:, :2]
-        jobs = zip(samples.data, p.windows, p.flips, origins, strict=True)
-        how = p.size, self.resize
-        return samples, [self.pool.submit(decode_sample, *job, *how, at, self.interpolation) for *job, at in jobs]
+        jobs = zip(encoded.data, p.windows, p.flips.tolist(), origins, strict=True)
+        return encoded, [
+            self.pool.submit(decode_sample, data, window, flip, p.size, self.resize, origin, self.interpolation)
+            for data, window, flip, origin in jobs
+        ]
 
-    def _collect(self, samples: EncodedBatch, futures: list[Future]) -> torch.Tensor:
-        size = samples.planned.size
+    def _collect(self, encoded: EncodedBatch, futures: list[Future]) -> torch.Tensor:
+        size = encoded.planned.size
         images = np.empty((len(futures), size, size, 3), np.uint8)
         for i, future in enumerate(futures):
             try:
                 images[i] = future.result()
             except (OSError, ValueError, SyntaxError) as error:
-                raise UndecodableSample(samples.step, i, f"{type(error).__name__}: {error}") from error
+                raise UndecodableSample(encoded.step, i, f"{type(error).__name__}: {error}") from error
         return torch.from_numpy(images)
 
     def decode(self, batches: Iterable[EncodedBatch]) -> Iterator[torch.Tensor]:
         """Images uint8 [B, H, W, 3] of each batch, in order. Raises UndecodableSample."""
         pending: deque = deque()
-        for samples in batches:
-            pending.append(self._submit(samples))
+        for encoded in batches:
+            pending.append(self._submit(encoded))
             if len(pending) > self.prefetch:
                 yield self._collect(*pending.popleft())
         while pending:

@@ -4,8 +4,10 @@ It is PIL's algorithm (two passes of fixed-point weights, rounded to bytes betwe
 instructions, a fifth of PIL's time. An image at a time: windows differ in size.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +70,7 @@ class Resizer:
         self.bytes_only = interpolation != "bilinear"
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
 
-    def start(self, windows, planned: Planned) -> Resizing:
+    def start(self, windows: Sequence[Any], planned: Planned) -> Resizing:
         """Begin with a batch. windows: of `decoded_windows`, a sequence of arrays uint8 [h, w, 3]."""
         size = planned.size
         with torch.inference_mode(False):  # other threads fill it, and inference mode is a thread's own

@@ -1,7 +1,7 @@
 """The bytes of a sample, from an image tree or tar shards, checked against the index's digest.
 
-The check costs a hundredth of a decode, and it means that a damaged, truncated or exchanged file is noticed at its
-first use, whichever window is cut from it, by every loader alike.
+The check costs a hundredth of a decode. With it every loader detects a damaged, truncated or replaced file at its
+first use, whichever window is cropped from it.
 """
 
 import errno
@@ -16,17 +16,17 @@ import xxhash
 from pipeline.dataset.index.index import Split
 from pipeline.errors import TransientError
 
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
-_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # no fault of the file's
-_RETRY_AFTER_S = (0.1, 1.0, 5.0)  # a network file system's hiccup
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
+_LOCAL_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # this process's limits, not the file's fault
+_RETRY_AFTER_S = (0.1, 1.0, 5.0)  # short failures of a network file system
 
 
 class UnreadableSample(Exception):
-    """A sample whose bytes are gone, changed or can't be decoded. `sample`: id; `reason`: for the log."""
+    """A sample whose bytes are missing, changed or can't be decoded. `reason`: for the log."""
 
-    def __init__(self, sample: int, reason: str):
-        super().__init__(f"sample {sample}: {reason}")
-        self.sample, self.reason = sample, reason
+    def __init__(self, sample_id: int, reason: str):
+        super().__init__(f"sample {sample_id}: {reason}")
+        self.sample_id, self.reason = sample_id, reason
 
 
 class Source:
@@ -43,60 +43,60 @@ class Source:
         self.threads = threads
         self._shards: dict[int, int] = {}
         self._lock = threading.Lock()
-        self._busy: dict[int, tuple[float, int]] = {}  # thread -> since when it reads which sample
+        self._busy: dict[int, tuple[float, int]] = {}  # thread -> (start time, sample id) of its read
 
-    def _shard(self, sample: int, number: int) -> int:
+    def _shard(self, sample_id: int, number: int) -> int:
         """The file descriptor of a shard, opened once."""
         with self._lock:
             if number not in self._shards:
-                self._shards[number] = os.open(self.split.path(sample), os.O_RDONLY)
+                self._shards[number] = os.open(self.split.path(sample_id), os.O_RDONLY)
             return self._shards[number]
 
-    def _read(self, sample: int, shard: int, offset: int, size: int) -> bytes:
+    def _read(self, sample_id: int, shard: int, offset: int, size: int) -> bytes:
         if shard >= 0:
-            return os.pread(self._shard(sample, shard), size, offset)
-        with open(self.split.path(sample), "rb") as file:  # noqa: PTH123 - the shorter way, for every sample
-            return file.read(size + 1)  # whatever has taken its place may be without end
+            return os.pread(self._shard(sample_id, shard), size, offset)
+        with open(self.split.path(sample_id), "rb") as file:  # noqa: PTH123 - the shorter way, for every sample
+            return file.read(size + 1)  # bounded: the file may have been replaced by an endless one
 
-    def read(self, sample: int) -> np.ndarray:
+    def read(self, sample_id: int) -> np.ndarray:
         """The sample's bytes, uint8 [size].
 
-        Raises UnreadableSample where they are missing or not those that were indexed, and TransientError where the data
-        root itself is gone. Errors that pass (a network file system's) are tried again for some seconds.
+        Raises UnreadableSample where they are missing or differ from those indexed, and TransientError where the data
+        root itself is gone. Transient errors (of a network file system) are retried for some seconds.
         """
-        (row,) = self._rows(np.array([sample]))
+        (row,) = self._rows(np.array([sample_id]))
         return self._checked(*row)
 
-    def _rows(self, samples: np.ndarray) -> list[tuple[int, int, int, int, int]]:
-        """(sample, shard, offset, size, digest) of each: the index is asked once for all, not a field at a time."""
-        records = self.split.records[samples]
+    def _rows(self, sample_ids: np.ndarray) -> list[tuple[int, int, int, int, int]]:
+        """(sample id, shard, offset, size, digest) of each: the index is asked once for all, not a field at a time."""
+        records = self.split.records[sample_ids]
         fields = (records[name].tolist() for name in ("shard", "offset", "size", "digest"))
-        return list(zip(samples.tolist(), *fields, strict=True))
+        return list(zip(sample_ids.tolist(), *fields, strict=True))
 
-    def _checked(self, sample: int, shard: int, offset: int, size: int, digest: int) -> np.ndarray:
+    def _checked(self, sample_id: int, shard: int, offset: int, size: int, digest: int) -> np.ndarray:
         for wait in (*_RETRY_AFTER_S, None):
             try:
-                self._busy[threading.get_ident()] = time.monotonic(), sample
-                data = self._read(sample, shard, offset, size)
+                self._busy[threading.get_ident()] = time.monotonic(), sample_id
+                data = self._read(sample_id, shard, offset, size)
                 break
             except (OSError, ValueError) as error:
-                if getattr(error, "errno", None) in _OURS:
+                if getattr(error, "errno", None) in _LOCAL_LIMITS:
                     raise
                 if not self.split.root.is_dir():
                     raise TransientError(f"data root {self.split.root} is gone: {error}") from error
-                if wait is None or getattr(error, "errno", None) not in _PASSING:
-                    raise UnreadableSample(sample, str(error)) from error
+                if wait is None or getattr(error, "errno", None) not in _TRANSIENT:
+                    raise UnreadableSample(sample_id, str(error)) from error
                 time.sleep(wait)
             finally:
                 self._busy.pop(threading.get_ident(), None)
         if len(data) != size:
-            raise UnreadableSample(sample, f"has {len(data)} bytes, {size} when it was indexed")
+            raise UnreadableSample(sample_id, f"has {len(data)} bytes, {size} when it was indexed")
         if xxhash.xxh3_64_intdigest(data) != digest:
-            raise UnreadableSample(sample, "its bytes have changed since it was indexed")
+            raise UnreadableSample(sample_id, "its bytes have changed since it was indexed")
         return np.frombuffer(data, np.uint8)
 
-    def _read_part(self, rows: list[tuple]) -> list[np.ndarray | UnreadableSample]:
-        parts = []
+    def _read_part(self, rows: list[tuple[int, int, int, int, int]]) -> list[np.ndarray | UnreadableSample]:
+        parts: list[np.ndarray | UnreadableSample] = []
         for row in rows:
             try:
                 parts.append(self._checked(*row))
@@ -104,22 +104,22 @@ class Source:
                 parts.append(error)
         return parts
 
-    def read_batch(self, samples: np.ndarray) -> list[np.ndarray | UnreadableSample]:
-        """The bytes of each sample, read by several threads; an unreadable one gives its exception in its place."""
-        rows = self._rows(samples)
+    def read_batch(self, sample_ids: np.ndarray) -> list[np.ndarray | UnreadableSample]:
+        """The bytes of each sample, read by several threads; for an unreadable one its exception, returned."""
+        rows = self._rows(sample_ids)
         size = max(1, -(-len(rows) // self.threads))
         parts = self.pool.map(self._read_part, (rows[i : i + size] for i in range(0, len(rows), size)))
         return [item for part in parts for item in part]
 
     def slowest(self) -> str:
-        """The file whose reading lasts longest at this moment, for messages; empty if none is being read."""
-        since, sample = min(list(self._busy.values()), default=(0.0, -1))
-        return "" if sample < 0 else f"reading {self.split.path(sample)} for {time.monotonic() - since:.0f} s"
+        """The file that is being read for the longest time, for messages; empty if none is being read."""
+        since, sample_id = min(list(self._busy.values()), default=(0.0, -1))
+        return "" if sample_id < 0 else f"reading {self.split.path(sample_id)} for {time.monotonic() - since:.0f} s"
 
-    def describe(self, sample: int) -> str:
-        """Where the sample lies, for messages."""
-        name = self.split.name(sample)
-        shard = int(self.split.records["shard"][sample])
+    def describe(self, sample_id: int) -> str:
+        """The sample's file, for messages."""
+        name = self.split.name(sample_id)
+        shard = int(self.split.records["shard"][sample_id])
         return name if shard < 0 else f"{self.split.shards[shard]}:{name}"
 
     def close(self) -> None:

@@ -1,13 +1,14 @@
-"""A rank's batches of steps start..stop-1: plan and source joined, decoded, and whole in the face of bad samples.
+"""A rank's batches of steps start..stop-1: planned, read, decoded, and complete in spite of unreadable samples.
 
-In training an unreadable sample is replaced by a substitute that follows from (seed, sample) alone, so every rank and
-every restart takes the same one. In validation it is left out and the batch is shorter: a substitute would falsify the
-score.
+In training an unreadable sample is replaced by a substitute that follows from (seed, sample id) alone, so every rank
+and every restart takes the same one. In validation it is left out and the batch is shorter: a substitute would falsify
+the score.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,14 +24,14 @@ from pipeline.loader.source import Source, UnreadableSample
 class Batch:
     """One step's local batch, on the step's device.
 
-    images: uint8 [B, H, W, 3]. targets: int64 [B]. ids: int64 [B]. In validation B may be short, or 0. changes,
-    erase_mix: what the step has yet to do to the images, None where nothing is.
+    images: uint8 [B, H, W, 3]. targets: int64 [B]. ids: int64 [B]. In validation B may be short, or 0.
+    pixel_ops, erase_mix: the augmentations that the step has to apply, None where there are none.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     ids: torch.Tensor
-    changes: PixelOps | None = None
+    pixel_ops: PixelOps | None = None
     erase_mix: EraseAndMix | None = None
 
     def __len__(self) -> int:
@@ -39,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What a decoder gets: the plan of a batch and, in the same order, each sample's bytes (uint8)."""
+    """Input of a decoder: the plan of a batch and, in the same order, each sample's bytes (uint8)."""
 
     step: int
     planned: Planned
@@ -58,6 +59,15 @@ class UndecodableSample(Exception):
         self.step, self.position, self.reason = step, position, reason
 
 
+class Decoder(Protocol):
+    """`DaliDecoder` or `ReferenceDecoder`."""
+
+    def decode(self, batches: Iterable[EncodedBatch]) -> Iterator[torch.Tensor]:
+        """Images uint8 [B, H, W, 3] of each batch, in order. Raises UndecodableSample."""
+
+    def close(self) -> None: ...
+
+
 class Stream:
     """A rank's batches of one split.
 
@@ -69,14 +79,14 @@ class Stream:
         rank, world_size: this rank's slice of every batch.
         device: where batches are delivered.
         prefetch: batches read ahead.
-        max_unreadable: distinct bad samples that are borne before TransientError.
+        max_unreadable: distinct unreadable samples that are tolerated; one more raises TransientError.
     """
 
     def __init__(
         self,
         plan: TrainPlan | EvalPlan,
         source: Source,
-        decoder,
+        decoder: Decoder,
         labels: np.ndarray,
         rank: int,
         world_size: int,
@@ -88,55 +98,60 @@ class Stream:
         self.labels = np.ascontiguousarray(labels, np.int64)
         self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
         self.max_unreadable = max_unreadable
-        self.unreadable: dict[int, str] = {}  # id -> reason: everything this rank has met
+        self.unreadable: dict[int, str] = {}  # sample id -> reason: all that this rank has found
         self._pool = ThreadPoolExecutor(prefetch, thread_name_prefix="prepare")
         self._skip: frozenset[int] = frozenset()
 
-    def _note(self, sample: int, reason: str) -> None:
-        if sample not in self.unreadable:
-            self.unreadable[sample] = reason
+    def _record_unreadable(self, sample_id: int, reason: str) -> None:
+        if sample_id not in self.unreadable:
+            self.unreadable[sample_id] = reason
         if len(self.unreadable) > self.max_unreadable:
             raise TransientError(
-                f"more than {self.max_unreadable} unreadable samples, the last one {self.source.describe(sample)} "
+                f"more than {self.max_unreadable} unreadable samples, the last one {self.source.describe(sample_id)} "
                 f"({reason}); check the data with: pipeline verify ROOT"
             )
 
-    def _stand_in(self, sample: int) -> tuple[int, np.ndarray]:
-        """The first readable substitute of a bad sample, and its bytes."""
+    def _read_substitute(self, sample_id: int) -> tuple[int, np.ndarray]:
+        """The first readable substitute of an unreadable sample, and its bytes."""
+        assert isinstance(self.plan, TrainPlan)
         for attempt in range(1000):
-            candidate = self.plan.substitute(sample, attempt)
+            candidate = self.plan.substitute(sample_id, attempt)
             if candidate in self._skip or candidate in self.unreadable:
                 continue
             try:
                 return candidate, self.source.read(candidate)
             except UnreadableSample as error:
-                self._note(error.sample, error.reason)
+                self._record_unreadable(error.sample_id, error.reason)
         raise TransientError(
-            f"no readable substitute for {self.source.describe(sample)}; check the data: pipeline verify ROOT"
+            f"no readable substitute for {self.source.describe(sample_id)}; check the data: pipeline verify ROOT"
         )
 
-    def _mend(self, step: int, planned: Planned, data: list) -> EncodedBatch:
-        """Replace (training) or leave out (validation) the samples whose place in `data` holds an exception."""
-        bad = [i for i, item in enumerate(data) if isinstance(item, UnreadableSample)]
-        if not bad:
-            return EncodedBatch(step, planned, data)
+    def _replace_unreadable(
+        self, step: int, planned: Planned, data: list[np.ndarray | UnreadableSample]
+    ) -> EncodedBatch:
+        """Replace (training) or leave out (validation) the samples for which `data` holds an exception."""
+        readable = {i: item for i, item in enumerate(data) if not isinstance(item, UnreadableSample)}
+        if len(readable) == len(data):
+            return EncodedBatch(step, planned, list(readable.values()))
         ids = planned.ids.copy()
         if isinstance(self.plan, EvalPlan):
-            keep = np.setdiff1d(np.arange(len(ids)), bad)
-            return EncodedBatch(step, self.plan.cut(ids[keep], planned.epochs[keep]), [data[i] for i in keep])
-        for i in bad:
-            ids[i], data[i] = self._stand_in(int(ids[i]))
-        return EncodedBatch(step, self.plan.with_ids(planned, ids), data)
+            keep = np.array(list(readable), np.int64)
+            return EncodedBatch(step, self.plan.cut(ids[keep], planned.epochs[keep]), list(readable.values()))
+        for i in range(len(data)):
+            if i not in readable:
+                ids[i], readable[i] = self._read_substitute(int(ids[i]))
+        return EncodedBatch(step, self.plan.with_ids(planned, ids), [readable[i] for i in range(len(data))])
 
     def _prepare(self, step: int) -> EncodedBatch:
         planned = self.plan.local(step, self.rank, self.world_size)
         data = self.source.read_batch(planned.ids)
-        for i, sample in enumerate(planned.ids):
-            if int(sample) in self._skip:
-                data[i] = UnreadableSample(int(sample), "on the blacklist")
-            elif isinstance(data[i], UnreadableSample):
-                self._note(int(sample), data[i].reason)
-        return self._mend(step, planned, data)
+        for i, sample_id in enumerate(planned.ids.tolist()):
+            item = data[i]
+            if sample_id in self._skip:
+                data[i] = UnreadableSample(sample_id, "on the blacklist")
+            elif isinstance(item, UnreadableSample):
+                self._record_unreadable(sample_id, item.reason)
+        return self._replace_unreadable(step, planned, data)
 
     def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Iterator[Batch]:
         """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`."""
@@ -144,20 +159,20 @@ class Stream:
         batches = self._batches(start, stop)
         return prefetch_to_device(batches, self.device) if self.device.type == "cuda" else batches
 
-    def _batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def _batches(self, start: int, stop: int) -> Generator[Batch]:
         reading: dict[int, Future] = {}
-        handed: dict[int, EncodedBatch] = {}  # with the decoder, not yet delivered; in order
-        mended: dict[int, EncodedBatch] = {}  # to be handed again after a decoder gave up
+        handed: dict[int, EncodedBatch] = {}  # given to the decoder, not yet delivered; in order
+        repaired: dict[int, EncodedBatch] = {}  # to be given to the decoder again after it failed
 
         def feed(first: int) -> Iterator[EncodedBatch]:
             for step in range(first, stop):
                 for coming in range(step, min(step + self.prefetch, stop)):
-                    if coming not in reading and coming not in mended:
+                    if coming not in reading and coming not in repaired:
                         reading[coming] = self._pool.submit(self._prepare, coming)
-                samples = mended.pop(step) if step in mended else reading.pop(step).result()
-                if samples.data:
-                    handed[step] = samples
-                    yield samples
+                encoded = repaired.pop(step) if step in repaired else reading.pop(step).result()
+                if encoded.data:
+                    handed[step] = encoded
+                    yield encoded
 
         position = start
         try:
@@ -170,29 +185,29 @@ class Stream:
                     return
                 except UndecodableSample as error:
                     handed[error.step] = self._without(handed[error.step], error)
-                    mended.update(handed)
+                    repaired.update(handed)
                     handed.clear()
                     position = error.step
         finally:
             for future in reading.values():
                 future.cancel()
 
-    def _without(self, samples: EncodedBatch, error: UndecodableSample) -> EncodedBatch:
-        """A batch whose bytes are those indexed, but which a decoder refuses: mended."""
-        sample = int(samples.planned.ids[error.position])
-        self._note(sample, error.reason)
-        data = list(samples.data)
-        data[error.position] = UnreadableSample(sample, error.reason)
-        return self._mend(samples.step, samples.planned, data)
+    def _without(self, encoded: EncodedBatch, error: UndecodableSample) -> EncodedBatch:
+        """The batch with a sample replaced whose bytes are those indexed but which the decoder can't decode."""
+        sample_id = int(encoded.planned.ids[error.position])
+        self._record_unreadable(sample_id, error.reason)
+        data: list[np.ndarray | UnreadableSample] = list(encoded.data)
+        data[error.position] = UnreadableSample(sample_id, error.reason)
+        return self._replace_unreadable(encoded.step, encoded.planned, data)
 
-    def _batch(self, images: torch.Tensor, samples: EncodedBatch) -> Batch:
-        planned = samples.planned
+    def _batch(self, images: torch.Tensor, encoded: EncodedBatch) -> Batch:
+        planned = encoded.planned
         ids, targets = (deliver(array, self.device) for array in (planned.ids, self.labels[planned.ids]))
-        changes = PixelOps.of(planned.drawn, planned.size, self.device)
-        erase_mix = EraseAndMix.of(planned.drawn, planned.mixing, self.device)
+        pixel_ops = PixelOps.of(planned.augment_params, planned.size, self.device)
+        erase_mix = EraseAndMix.of(planned.augment_params, planned.mixing, self.device)
         if self.device.type == "cuda" and not images.is_cuda:
             images = images.pin_memory().to(self.device, non_blocking=True)
-        return Batch(images, targets, ids, changes, erase_mix)
+        return Batch(images, targets, ids, pixel_ops, erase_mix)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -42,12 +42,12 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     Raises UserError for a name that torchvision does not know, or an option that the model has no use for.
     """
     check_name(config.name)
-    extra = {}
+    extra: dict[str, object] = {}
     if config.name in AUXILIARY_WEIGHTS:
         extra = {"aux_logits": auxiliary_weight(config) > 0, "init_weights": True}
         extra["transform_input"] = transforms_input(config)
     if config.name.startswith("vit_"):
-        extra["image_size"] = built_for(config)
+        extra["image_size"] = native_image_size(config)
     model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
     if config.zero_init_residual:
         zero_init_residual(model)
@@ -71,7 +71,7 @@ def transforms_input(config: ModelConfig) -> bool:
     return config.name in AUXILIARY_WEIGHTS and is_published(config)
 
 
-def built_for(config: ModelConfig) -> int:
+def native_image_size(config: ModelConfig) -> int:
     """Pixels of the side of the images that the network is made for; a vision transformer takes no others. It follows
     the published weights that it starts from (384 for some), or is torchvision's."""
     if config.name.startswith("vit_") and is_published(config):
@@ -114,6 +114,8 @@ class Normalized(nn.Module):
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], channels_last: bool):
         super().__init__()
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
         self.model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         self.channels_last = channels_last
         self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(1, 3, 1, 1)), persistent=False)

@@ -1,7 +1,7 @@
-"""Drop-out and stochastic depth that follow from the sample's place in the global batch, by hooks.
+"""Dropout and stochastic depth that follow from the sample's position in the global batch, by hooks.
 
-What is dropped is a hash of the place's key (a function of seed, step and place), the layer's number and the element:
-it depends on no generator's history, and not on how many ranks share the batch. Without keys torch's generator is used.
+The mask is a hash of the position's key (a function of seed, step and position), the layer's number and the element.
+It depends neither on a generator's state nor on the number of ranks. Without keys torch's generator is used.
 """
 
 import math
@@ -17,9 +17,11 @@ _GOLDEN = 0x9E3779B9
 
 
 class DropKeys:
-    """What the drops of a network share. keys: int64 [B], 0 to 2^32 - 1, one for each sample that goes through it now;
-    None: there are none. network: drops while it is in training mode, whatever mode the layers are in (frozen ones are
-    in evaluation mode, and BatchNorm alone in training mode when its statistics are computed anew)."""
+    """State that the drops of a network share.
+
+    keys: int64 [B], 0 to 2^32 - 1, one for each sample of the batch; None: there are none. network: drops are active
+    while it is in training mode, whatever mode the layers are in (frozen ones are in evaluation mode, and BatchNorm
+    alone in training mode when its statistics are recomputed)."""
 
     keys: torch.Tensor | None = None
     network: nn.Module | None = None
@@ -41,22 +43,18 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def keyed_uniform(keys: torch.Tensor, number: int, count: int) -> torch.Tensor:
-    """float32 [B, count] in [0, 1): so many draws for each key (int64 [B]), other ones for each `number`."""
+    """float32 [B, count] in [0, 1): `count` draws for each key (int64 [B]), other ones for each `number`."""
     own = _mix(keys ^ ((number + 1) * _GOLDEN & _MASK))
-    places = torch.arange(count, device=keys.device)
-    return (_mix(own[:, None] ^ _times(places, _GOLDEN)) >> 8) * 2.0**-24
+    counters = torch.arange(count, device=keys.device)
+    return (_mix(own[:, None] ^ _times(counters, _GOLDEN)) >> 8) * 2.0**-24
 
 
-class Drop:
-    """A forward hook: in training this share of the values of a layer's output becomes 0, or with `rows` of the
-    samples, and the rest is scaled up."""
+class _KeyedDrop:
+    """Sets this share of the values to 0, or with `rows` of the samples, and scales up the rest."""
 
     def __init__(self, share: float, rows: bool):
         self.share, self.rows = share, rows
         self.drop_keys, self.number = DropKeys(), 0
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        return self.drop(output) if self.drop_keys.drops() else output
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
         """x: [B, ...]."""
@@ -67,8 +65,15 @@ class Drop:
         return x * (kept.to(x.dtype) / (1 - self.share)).view(len(x), *shape)
 
 
-class DropInput(Drop):
-    """A forward pre-hook: the same for a layer's first input."""
+class Drop(_KeyedDrop):
+    """A forward hook: drops values of a layer's output in training."""
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        return self.drop(output) if self.drop_keys.drops() else output
+
+
+class DropInput(_KeyedDrop):
+    """A forward pre-hook: drops values of a layer's first input in training."""
 
     def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
         return (self.drop(inputs[0]), *inputs[1:]) if self.drop_keys.drops() else inputs
@@ -83,8 +88,8 @@ _SHARED = {
 
 
 def tie_drops(model: nn.Module) -> DropKeys | None:
-    """Let hooks do what the model's own drop-out and stochastic depth layers do, number all drops from the input on,
-    and give them one `DropKeys`. None: nothing is ever dropped."""
+    """Replace the model's own dropout and stochastic depth layers by hooks, number all drops from the input on, and
+    give them one `DropKeys`. None: nothing is ever dropped."""
     for block in model.modules():
         name, ends = _SHARED.get(type(block), ("", ()))
         if ends and getattr(block, name).p > 0:  # each branch has its own draws
@@ -95,11 +100,11 @@ def tie_drops(model: nn.Module) -> DropKeys | None:
         if isinstance(module, nn.Dropout | StochasticDepth) and module.p > 0:
             module.register_forward_hook(Drop(module.p, isinstance(module, StochasticDepth)))
             module.p = 0.0
-    places, number = DropKeys(), 0
-    places.network = model
+    drop_keys, number = DropKeys(), 0
+    drop_keys.network = model
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if isinstance(hook, Drop):
-                hook.drop_keys, hook.number = places, number
+            if isinstance(hook, _KeyedDrop):
+                hook.drop_keys, hook.number = drop_keys, number
                 number += 1
-    return places if number else None
+    return drop_keys if number else None

@@ -57,7 +57,9 @@ def add_stochastic_depth(model: nn.Module, name: str, rate: float) -> None:
 
 
 class Blur(nn.Module):
-    """[1 2 1] x [1 2 1] / 16 over each channel, zeros beyond the border; takes every `stride`-th place."""
+    """[1 2 1] x [1 2 1] / 16 over each channel, zeros beyond the border; keeps every `stride`-th value."""
+
+    kernel: torch.Tensor
 
     def __init__(self, stride: int = 1):
         super().__init__()
@@ -87,7 +89,9 @@ def _one(stride: int | tuple[int, ...]) -> int:
 
 def _blur_input(conv: nn.Conv2d, inputs: tuple) -> tuple:
     """A forward pre-hook of convolutions that have a `blur`."""
-    return conv.blur(inputs[0]), *inputs[1:]
+    blur = conv.blur
+    assert isinstance(blur, Blur)
+    return blur(inputs[0]), *inputs[1:]
 
 
 def add_blurpool(model: nn.Module, name: str, pools: bool) -> None:

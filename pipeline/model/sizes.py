@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.config import Config, ModelConfig
 from pipeline.errors import UserError
-from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight, built_for, check_name
+from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight, check_name, native_image_size
 from pipeline.model.meta_init import meta_init
 
 
@@ -18,11 +18,11 @@ def check_image_sizes(config: Config) -> None:
     check_name(config.model.name)
     data, probe = config.data, SizeProbe(config.model)
     for size in data.sizes():
-        if not probe.takes(size, training=True):
+        if not probe.accepts(size, training=True):
             option = "start_size" if size == data.start_size else "image_size"
-            without = probe.heads and probe.takes(size, training=False)
+            without = probe.heads and probe.accepts(size, training=False)
             what = f"{config.model.name} with its auxiliary head" if without else config.model.name
-            remedy = probe.fitting(size, training=True) + (", or --model.aux_weight 0" if without else "")
+            remedy = probe.suggest_size(size, training=True) + (", or --model.aux_weight 0" if without else "")
             raise UserError(f"--data.{option} {size}: {what} can't take such images; give {remedy}")
     check_to_score(config.model, [data.val_size], f"--data.val_size {data.val_size}", probe)
 
@@ -31,8 +31,8 @@ def check_to_score(config: ModelConfig, sizes: Iterable[int], option: str, probe
     """Raises UserError, which begins with `option`, if the network can't score images of one of these sizes."""
     probe = probe or SizeProbe(config)
     for size in sizes:
-        if not probe.takes(size, training=False):
-            remedy = probe.fitting(size, training=False)
+        if not probe.accepts(size, training=False):
+            remedy = probe.suggest_size(size, training=False)
             raise UserError(f"{option}: {config.name} can't take images of {size} px; give {remedy}")
 
 
@@ -58,21 +58,23 @@ class SizeProbe:
     asked for, which it takes."""
 
     def __init__(self, config: ModelConfig):
-        self.name, self.reference_epochs = config.name, built_for(config)
+        self.name, self.native_size = config.name, native_image_size(config)
         self.heads = auxiliary_weight(config) > 0
-        self.takes = cache(self._takes)
+        self.accepts = cache(self._accepts)
         self._network = cache(self._build)
 
     def _build(self, heads: bool) -> nn.Module:
-        extra = {"aux_logits": heads, "init_weights": False} if self.name in AUXILIARY_WEIGHTS else {}
+        extra: dict[str, object] = (
+            {"aux_logits": heads, "init_weights": False} if self.name in AUXILIARY_WEIGHTS else {}
+        )
         if self.name.startswith("vit_"):
-            extra["image_size"] = self.reference_epochs
+            extra["image_size"] = self.native_size
         with meta_init():
             return torchvision.models.get_model(self.name, weights=None, **extra)
 
-    def _takes(self, size: int, training: bool) -> bool:
+    def _accepts(self, size: int, training: bool) -> bool:
         """Can it compute size x size pixels? training: with its auxiliary heads, if it has any."""
-        if size == self.reference_epochs:
+        if size == self.native_size:
             return True
         network = self._network(self.heads and training).eval()
         network.training = training  # of the whole, which asks the heads then; not of BatchNorm, which averages
@@ -93,14 +95,14 @@ class SizeProbe:
             return False
         return True
 
-    def fitting(self, size: int, training: bool) -> str:
+    def suggest_size(self, size: int, training: bool) -> str:
         """What to give in place of a size that the network can't take: "at least 75", or "224"."""
-        refused, taken = size, self.reference_epochs
-        if taken < refused or not self.takes(taken + 32, training):
+        refused, taken = size, self.native_size
+        if taken < refused or not self.accepts(taken + 32, training):
             return str(taken)
         while taken - refused > 1:
             middle = (taken + refused) // 2
-            if self.takes(middle, training):
+            if self.accepts(middle, training):
                 taken = middle
             else:
                 refused = middle

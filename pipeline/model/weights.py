@@ -4,7 +4,9 @@ import argparse
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -61,8 +63,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
             state = load_file(path)
         else:
-            options = [argparse.Namespace]  # beside the weights in what torchvision's references save
-            with torch.serialization.safe_globals(options):
+            # argparse.Namespace: beside the weights in what torchvision's references save
+            with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         OSError,
@@ -80,8 +82,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             "save it anew with torch.save(model.state_dict(), FILE)"
         ) from error
     for key in ("model", "state_dict"):  # as torchvision's references save, and timm
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+        if isinstance(state, dict) and isinstance(inner := state.get(key), dict):
+            state = inner
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state_dict (name -> tensor); save model.state_dict()")
@@ -95,9 +97,20 @@ def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     new = OrderedDict(
         (_DOTTED.sub(r"\1\2", key.removeprefix("module.") if wrapped else key), state[key]) for key in state
     )
-    if not wrapped and getattr(state, "_metadata", None) is not None:
-        new._metadata = state._metadata
+    if not wrapped:
+        set_versions(new, get_versions(state))
     return new
+
+
+def get_versions(state: Mapping[str, torch.Tensor]) -> Any:
+    """The versions of its modules that a state_dict carries; None where it has none."""
+    return getattr(state, "_metadata", None)
+
+
+def set_versions(state: Mapping[str, torch.Tensor], versions: Any) -> None:
+    """Let an OrderedDict carry module versions, unless None."""
+    if versions is not None:
+        setattr(state, "_metadata", versions)  # noqa: B010 - torch's attribute, which no type declares
 
 
 def _safetensors_error() -> type[Exception]:
@@ -111,7 +124,7 @@ def load_whole(model: nn.Module, state: dict[str, torch.Tensor], strict: bool = 
     are, counts as written by this version of theirs: some (MNASNet's) refuse one that does not say."""
     own = model.state_dict()
     versioned = OrderedDict(state)
-    versioned._metadata = getattr(state, "_metadata", None) or own._metadata
+    set_versions(versioned, get_versions(state) or get_versions(own))
     for key in own:  # files from before torch 0.4.1 have none
         if key.endswith("num_batches_tracked") and key.removesuffix("num_batches_tracked") + "running_mean" in state:
             versioned.setdefault(key, own[key])
@@ -123,7 +136,8 @@ def load_body(model: nn.Module, state: dict[str, torch.Tensor], name: str, sourc
     that one side has not. Raises UserError that names what does not fit."""
     own = model.state_dict()
     heads = find_heads(name)
-    usable, wrong = OrderedDict(), []
+    usable: OrderedDict[str, torch.Tensor] = OrderedDict()
+    wrong: list[str] = []
     for key, value in state.items():
         if key not in own:
             if not key.lower().startswith("aux"):
@@ -138,5 +152,5 @@ def load_body(model: nn.Module, state: dict[str, torch.Tensor], name: str, sourc
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{source} does not fit --model.name {name}: {'; '.join(wrong[:3])}{more}")
-    usable._metadata = getattr(state, "_metadata", None)
+    set_versions(usable, get_versions(state))
     load_whole(model, usable, strict=False)

@@ -162,7 +162,7 @@ class Trainer:
     def process_step_stats(self, reports: list[StepStats]) -> None:
         """Take in what all ranks said of these steps: wishes, unreadable samples, bad numbers, the ledger's rows."""
         for report in reports:
-            planned, _ = self.plan.positions(report.step, 0, self.plan.global_batch_size)
+            planned, *_ = self.plan.samples_at(report.step, 0, self.plan.global_batch_size)
             ids = report.ids.numpy()
             for sample in planned[planned != ids].tolist():
                 if sample not in self.blacklist:

@@ -165,8 +165,8 @@ class TrainStep:
         once. Colours and geometry are changed here: as bytes, before anything is compiled, as each op is for other
         images at every step."""
         images, c = batch.images, self.config.augment
-        if batch.changes is not None:
-            images = apply_ops(images, batch.changes, c.interpolation, c.fill)
+        if batch.pixel_ops is not None:
+            images = apply_ops(images, batch.pixel_ops, c.interpolation, c.fill)
         images, targets = images.split(self.micro), batch.targets.split(self.micro)
         erase_mix = [None] * len(images) if batch.erase_mix is None else batch.erase_mix.split(self.micro)
         keys = self._drop_keys(step, len(batch))

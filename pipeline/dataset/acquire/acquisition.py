@@ -27,7 +27,7 @@ from pipeline.dataset.acquire.remote import Patience
 from pipeline.dataset.acquire.selection import BASE, Selection, final_name
 from pipeline.dataset.acquire.tarball import TarUnpacker, ZipMemberStream, is_tar
 from pipeline.dataset.acquire.transfer import Transfer, Writer, plan_requests
-from pipeline.dataset.acquire.tree import STATE, Present, TreeWriter, find_whole
+from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter, find_whole
 from pipeline.dataset.acquire.zip_directory import Directory, Source, check_safe, read_directory
 from pipeline.dataset.disk import BLOCK, check_space
 from pipeline.dataset.index.index import PACKED
@@ -107,13 +107,13 @@ class Acquisition:
                     held[final_name(name)] = number
         if held:
             _refuse_unknown(self.source, wanted - set(held))
-        present = Present(self.root)
+        present = ExistingFiles(self.root)
         for name in wanted:
             if found := present.find(name):
                 (self.root / found[0]).unlink()
         if not held:
             self.run(selection)
-            present = Present(self.root)
+            present = ExistingFiles(self.root)
             _refuse_unknown(self.source, {name for name in wanted if present.find(name) is None})
             return
         with self._journal("journal", directory.fingerprint) as journal:

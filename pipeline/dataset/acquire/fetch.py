@@ -68,14 +68,14 @@ def fetch(
     packing = PackOptions(shard_mb=shard_mb) if pack else None
     options = Options(streams, max(1, int(request_mb * 1e6)), Patience(stall_s, give_up_s))
     root = Path(dest).absolute()
-    receipt = Manifest(
+    manifest = Manifest(
         competition=None if from_file else competition, file=from_file and str(Path(from_file).absolute())
     )
     with _terminated_like_interrupted(), _locked(root):
         try:
             _check_kind(root, packing)
             if not _is_done(root, selection, index):
-                _bring(root, receipt, selection, options, via, packing)
+                _bring(root, manifest, selection, options, via, packing)
                 _finish(root, index)
         except KeyboardInterrupt:
             print("pipeline fetch: interrupted; the same command goes on where this stopped", file=sys.stderr)
@@ -96,16 +96,16 @@ def repair(root: Path, members: list[str], options: Options | None = None) -> No
     Raises UserError where the set was not fetched, or the archive does not have a member.
     """
     options, stop = options or Options(), threading.Event()
-    receipt = read_manifest(root)
-    if receipt is None:
+    manifest = read_manifest(root)
+    if manifest is None:
         raise UserError(
             f"{root} was not fetched by this program (no fetch.json), so it can't be repaired from the source"
         )
     if (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards, which are not repaired by the image; remove them and fetch again")
     with _locked(root):
-        with _opened(root, receipt, options, "ranges", stop) as source:
-            Acquisition(root, source, options, stop).repair(members, receipt.to_selection())
+        with _opened(root, manifest, options, "ranges", stop) as source:
+            Acquisition(root, source, options, stop).repair(members, manifest.to_selection())
         _sort_val(root)
 
 
@@ -118,21 +118,21 @@ def _check_kind(root: Path, packing: PackOptions | None) -> None:
 
 
 def _bring(
-    root: Path, receipt: Manifest, selection: Selection, options: Options, via: str, packing: PackOptions | None
+    root: Path, manifest: Manifest, selection: Selection, options: Options, via: str, packing: PackOptions | None
 ) -> None:
     """Fetch until all is whole, and note that; an archive that is replaced meanwhile is opened anew."""
     earlier = read_manifest(root)
     if earlier is not None:
-        receipt.selected, receipt.whole, receipt.images = earlier.selected, earlier.whole, earlier.images
+        manifest.selected, manifest.whole, manifest.images = earlier.selected, earlier.whole, earlier.images
 
     def resolved(chosen: Selection) -> None:
-        receipt.add(chosen)
-        receipt.write(root)
+        manifest.add(chosen)
+        manifest.write(root)
 
     for left in range(CHANGES, -1, -1):
         try:
             stop = threading.Event()  # its own: threads left behind by an earlier try stay stopped
-            with _opened(root, receipt, options, via, stop) as source:
+            with _opened(root, manifest, options, via, stop) as source:
                 Acquisition(root, source, options, stop, resolved).run(selection, packing)
             return
         except ArchiveChangedError as error:
@@ -142,14 +142,14 @@ def _bring(
 
 
 @contextlib.contextmanager
-def _opened(root: Path, receipt: Manifest, options: Options, via: str, stop: threading.Event) -> Iterator:
+def _opened(root: Path, manifest: Manifest, options: Options, via: str, stop: threading.Event) -> Iterator:
     """The archive as a source of byte ranges: a local file, the one behind Kaggle's address, or its download."""
-    if receipt.file is not None:
-        yield LocalFile(Path(receipt.file))
+    if manifest.file is not None:
+        yield LocalFile(Path(manifest.file))
         return
-    client = kaggle.Kaggle(receipt.competition, options.patience, stop)
+    client = kaggle.Kaggle(manifest.competition, options.patience, stop)
     if via == "ranges":
-        yield RemoteFile(receipt.competition, client.sign, options.patience, stop)
+        yield RemoteFile(manifest.competition, client.sign, options.patience, stop)
         return
     folder = root / STATE / "download"
     folder.mkdir(exist_ok=True)
@@ -168,10 +168,10 @@ def _opened(root: Path, receipt: Manifest, options: Options, via: str, stop: thr
 def _finish(root: Path, index: bool) -> None:
     """Sort the validation images and index the whole; UserError where an image does not decode."""
     _sort_val(root)
-    receipt = read_manifest(root)
+    manifest = read_manifest(root)
     if (root / PACKED).exists():
         made = open_index(index_folder(root))
-    elif index and set(receipt.selected) == set(SPLITS):
+    elif index and set(manifest.selected) == set(SPLITS):
         from pipeline.dataset.index.scan import build_index, read_unreadable
 
         made = build_index(root)
@@ -183,11 +183,11 @@ def _finish(root: Path, index: bool) -> None:
             )
     else:
         made = None
-        receipt.images = {split: sum(1 for _ in (root / CLS_LOC / split).glob("*/*")) for split in receipt.selected}
+        manifest.images = {split: sum(1 for _ in (root / CLS_LOC / split).glob("*/*")) for split in manifest.selected}
     if made is not None:
-        receipt.images = {split: len(of_split) for split, of_split in made.splits.items()}
-    receipt.whole = receipt.selected
-    receipt.write(root)
+        manifest.images = {split: len(of_split) for split, of_split in made.splits.items()}
+    manifest.whole = manifest.selected
+    manifest.write(root)
 
 
 def _sort_val(root: Path) -> None:
@@ -199,8 +199,8 @@ def _sort_val(root: Path) -> None:
 
 def _is_done(root: Path, selection: Selection, index: bool) -> bool:
     """Was all this fetched, and has no folder changed since it was indexed? Then nothing is asked of Kaggle."""
-    receipt = read_manifest(root)
-    if receipt is None or not receipt.has(selection) or not index or not (index_folder(root) / "index.json").exists():
+    manifest = read_manifest(root)
+    if manifest is None or not manifest.has(selection) or not index or not (index_folder(root) / "index.json").exists():
         return False
     opened = open_index(index_folder(root))
     shards = [shard for split in opened.splits.values() for shard in split.shards]
@@ -208,9 +208,9 @@ def _is_done(root: Path, selection: Selection, index: bool) -> bool:
 
 
 def _describe(root: Path) -> str:
-    receipt = read_manifest(root)
-    counts = " and ".join(f"{receipt.images[split]:,} {split}" for split in SPLITS if split in receipt.images)
-    classes = {len(chosen) for chosen in receipt.whole.values() if chosen != ALL}
+    manifest = read_manifest(root)
+    counts = " and ".join(f"{manifest.images[split]:,} {split}" for split in SPLITS if split in manifest.images)
+    classes = {len(chosen) for chosen in manifest.whole.values() if chosen != ALL}
     part = f" of {max(classes)} classes" if classes else ""
     return f"{root}: complete and verified: {counts} images{part}"
 

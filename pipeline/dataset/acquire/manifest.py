@@ -59,7 +59,7 @@ class Manifest:
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """The receipt of a data root; None where it was not fetched. UserError where it is damaged."""
+    """The manifest of a data root; None where it was not fetched. UserError where it is damaged."""
     path = root / MANIFEST
     try:
         return Manifest(**json.loads(path.read_bytes()))

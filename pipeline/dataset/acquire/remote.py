@@ -22,7 +22,7 @@ from pipeline.errors import TransientError, UserError
 BUFFER = 1 << 18
 SLOWEST = 1024  #: bytes/s; a stream that is slower for `stall_s` counts as stalled
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 30.0
-TELL_AFTER_S, TELL_EVERY_S = 10.0, 60.0  #: waits that the user is told of
+MESSAGE_AFTER_S, MESSAGE_EVERY_S = 10.0, 60.0  #: waits that the user is told of
 REFUSALS = 4  #: fresh addresses refused in a row before giving up
 REFUSED = (400, 401, 403, 404, 410)  # what storage services answer to an address that has expired
 BUSY = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)
@@ -82,7 +82,7 @@ def parse_retry_after(value: str | None) -> float | None:
 class Backoff:
     """Waits between tries: doubling, with jitter, from 0.25 s to 30 s; gives up `give_up_s` after the last progress."""
 
-    told = -60.0  #: when any wait was last told to the user
+    last_message_at = -60.0  #: when any wait was last told to the user
 
     def __init__(self, patience: Patience, stop: threading.Event):
         self.patience, self.stop = patience, stop
@@ -104,8 +104,8 @@ class Backoff:
             )
         if asked_s is None:
             wait = min(wait, max(0.05, self.patience.give_up_s - idle))
-        if idle > TELL_AFTER_S and time.monotonic() - Backoff.told > TELL_EVERY_S:
-            Backoff.told = time.monotonic()
+        if idle > MESSAGE_AFTER_S and time.monotonic() - Backoff.last_message_at > MESSAGE_EVERY_S:
+            Backoff.last_message_at = time.monotonic()
             print(f"{who}: {reason}; trying again", file=sys.stderr, flush=True)
         if self.stop.wait(wait):
             raise TransientError("stopped")

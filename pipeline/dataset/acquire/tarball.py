@@ -22,7 +22,7 @@ from pipeline.dataset.acquire.catalog import check_listed, hash_name, read_val_l
 from pipeline.dataset.acquire.journal import Journal
 from pipeline.dataset.acquire.selection import LIST, SPLITS, VAL_BOX, Selection
 from pipeline.dataset.acquire.transfer import BARRIER_EVERY_S, CHUNK, MemberDamagedError, Reader, unpack
-from pipeline.dataset.acquire.tree import STATE, Present, TreeWriter
+from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter
 from pipeline.dataset.acquire.zip_directory import Directory, Source, check_name
 from pipeline.errors import TransientError, UserError
 from pipeline.progress import Progress
@@ -106,7 +106,7 @@ class TarUnpacker:
         return digest.intdigest()
 
     def _unpack(self, plain: BinaryIO, journal: Journal) -> None:
-        present, writer, trusted = Present(self.root), TreeWriter(self.root), set(journal.trusted.tolist())
+        present, writer, trusted = ExistingFiles(self.root), TreeWriter(self.root), set(journal.trusted.tolist())
         begin, barrier_at = self.source.received, time.monotonic() + BARRIER_EVERY_S
         with (
             tarfile.open(fileobj=plain, mode="r|", bufsize=1 << 20) as tar,

@@ -52,7 +52,7 @@ class TreeWriter:
         return size
 
 
-class Present:
+class ExistingFiles:
     """Sizes of the files below `root`, folder by folder; validation images count wherever valprep has put them."""
 
     def __init__(self, root: Path):
@@ -107,7 +107,7 @@ def find_whole(
     whole = np.zeros(len(numbers), bool)
     if not (root / imagenet.CLS_LOC).is_dir() and not any(root.glob("LOC_*")):
         return whole
-    present, vouched = Present(root), np.isin(numbers, trusted)
+    present, vouched = ExistingFiles(root), np.isin(numbers, trusted)
     sizes, crcs = directory.entries["size"], directory.entries["crc"]
     unknown: list[tuple[int, str]] = []
     for i, number in enumerate(numbers.tolist()):

@@ -14,7 +14,7 @@ from pipeline.errors import TransientError
 _GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 
-class Seen(NamedTuple):
+class ScannedFile(NamedTuple):
     """What one look at a file found; `reason` is empty for a readable image."""
 
     size: int
@@ -44,7 +44,7 @@ def decode_fully(data: bytes) -> tuple[int, int]:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-class Content(NamedTuple):
+class FileContent(NamedTuple):
     """A file's bytes, or why there are none."""
 
     data: bytes
@@ -52,30 +52,30 @@ class Content(NamedTuple):
     reason: str = ""
 
 
-def read_file(path: str) -> Content:
+def read_file(path: str) -> FileContent:
     """Read one file. Raises TransientError where the disk fails, which says nothing about the image."""
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - one call a file, 1.28 M times
             mtime_ns = os.fstat(file.fileno()).st_mtime_ns
-            return Content(file.read(), mtime_ns)
+            return FileContent(file.read(), mtime_ns)
     except OSError as error:
         if error.errno not in _GONE:
             raise TransientError(f"can't read {path} ({error.strerror}); run the same command again") from error
-        return Content(b"", 0, str(error.strerror))
+        return FileContent(b"", 0, str(error.strerror))
 
 
-def inspect(content: Content) -> Seen:
+def inspect(content: FileContent) -> ScannedFile:
     """Decode one file's bytes."""
     data, mtime_ns, reason = content
     if reason:
-        return Seen(0, mtime_ns, reason=reason)
+        return ScannedFile(0, mtime_ns, reason=reason)
     try:
         width, height = decode_fully(data)
     except (OSError, ValueError) as error:
-        return Seen(len(data), mtime_ns, reason=str(error)[:200] or type(error).__name__)
-    return Seen(len(data), mtime_ns, xxhash.xxh3_64_intdigest(data), width, height)
+        return ScannedFile(len(data), mtime_ns, reason=str(error)[:200] or type(error).__name__)
+    return ScannedFile(len(data), mtime_ns, xxhash.xxh3_64_intdigest(data), width, height)
 
 
-def inspect_all(paths: list[str]) -> list[Seen]:
+def inspect_all(paths: list[str]) -> list[ScannedFile]:
     """Read and decode files."""
     return [inspect(content) for content in read_ahead(read_file, paths)]

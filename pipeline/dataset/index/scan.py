@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
-from pipeline.dataset.index.decode import Seen, inspect_all
+from pipeline.dataset.index.decode import ScannedFile, inspect_all
 from pipeline.dataset.index.decode import decode_fully as decode_fully
 from pipeline.dataset.index.index import (
     PACKED,
@@ -46,21 +46,21 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self.seen: dict[str, Seen] = {}
+        self.seen: dict[str, ScannedFile] = {}
         whole = 0
         if path.exists():
             with path.open("rb") as file:
                 for line in file:
                     try:
                         name, *fields = json.loads(line)
-                        self.seen[name] = Seen(*fields)
+                        self.seen[name] = ScannedFile(*fields)
                     except (ValueError, TypeError):
                         break
                     whole += len(line)
         self.file = path.open("ab")
         self.file.truncate(whole)
 
-    def add(self, names: list[str], found: list[Seen]) -> None:
+    def add(self, names: list[str], found: list[ScannedFile]) -> None:
         lines = (json.dumps([name, *seen]) + "\n" for name, seen in zip(names, found, strict=True))
         self.file.write("".join(lines).encode())
         self.file.flush()
@@ -79,11 +79,11 @@ class Known:
         self.split = index.splits.get(split) if index else None
         self.numbers = {name: i for i, name in enumerate(self.split.iter_names())} if self.split else {}
 
-    def find(self, root: Path, name: str) -> Seen | None:
+    def find(self, root: Path, name: str) -> ScannedFile | None:
         number, seen = self.numbers.get(name), self.journal.get(name)
         if number is not None:
             record = self.split.records[number]
-            seen = Seen(*(int(record[key]) for key in ("size", "mtime_ns", "digest", "width", "height")))
+            seen = ScannedFile(*(int(record[key]) for key in ("size", "mtime_ns", "digest", "width", "height")))
         if seen is None:
             return None
         try:
@@ -109,7 +109,7 @@ def scan_split(
     records["label"], records["shard"] = listing.labels, -1
     keep, unreadable = np.ones(len(records), bool), []
 
-    def take(i: int, seen: Seen) -> None:
+    def take(i: int, seen: ScannedFile) -> None:
         record = records[i]
         record["size"], record["mtime_ns"], record["digest"] = seen.size, seen.mtime_ns, seen.digest
         record["width"], record["height"] = seen.width, seen.height

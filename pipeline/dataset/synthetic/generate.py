@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
-from pipeline.dataset.synthetic.images import TYPICAL_WIDTH, Box, class_look
+from pipeline.dataset.synthetic.images import TYPICAL_WIDTH, Box, class_style
 from pipeline.dataset.synthetic.plan import (
     MARKER,
     Recipe,
@@ -79,7 +79,7 @@ def _chunks(root: Path, samples: list[Sample], recipe: Recipe) -> Iterator[tuple
 
 def _write_lists(root: Path, settings: Settings, rows: dict[str, list[tuple[str, str]]]) -> None:
     """The archive's own lists: words, solutions (validation rows unsorted, as in the real one), image sets."""
-    mapping = "".join(f"{synset(label)} {class_look(label).words}\n" for label in range(settings.classes))
+    mapping = "".join(f"{synset(label)} {class_style(label).words}\n" for label in range(settings.classes))
     _write(root / imagenet.SYNSET_MAPPING, mapping.encode())
     for split, of_split in rows.items():
         order = np.random.default_rng([settings.seed, 3]).permutation(len(of_split))

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 
 SHAPES = ("triangle", "square", "disc", "ring", "cross", "star", "arrow", "crescent")
 TEXTURES = ("striped", "chequered", "ringed", "dotted", "wavy")
-COLOURS = (*("red", "orange", "yellow", "lime", "green", "teal", "cyan", "azure", "blue", "violet", "magenta", "rose"),)
+COLORS = (*("red", "orange", "yellow", "lime", "green", "teal", "cyan", "azure", "blue", "violet", "magenta", "rose"),)
 PITCHES = (("coarse", 5.0), ("fine", 11.0), ("very fine", 20.0))  #: periods of the texture per shorter side
-MAX_CLASSES = len(SHAPES) * len(TEXTURES) * len(COLOURS) * len(PITCHES)
+MAX_CLASSES = len(SHAPES) * len(TEXTURES) * len(COLORS) * len(PITCHES)
 
 #: Common sizes of ImageNet's images (width, height at full size) and their share; the rest is drawn at random.
 SIZES = (((500, 375), 0.45), ((375, 500), 0.15), ((500, 333), 0.12), ((333, 500), 0.05))
@@ -26,7 +26,7 @@ Box = tuple[int, int, int, int]  #: x1, y1, x2, y2 in pixels
 
 
 @dataclass(frozen=True)
-class Look:
+class ClassStyle:
     """What the pictures of a class have in common. `hue` in [0, 1), `pitch` in periods per shorter side."""
 
     shape: str
@@ -36,13 +36,13 @@ class Look:
     words: str
 
 
-def class_look(label: int) -> Look:
+def class_style(label: int) -> ClassStyle:
     """The look of class `label` (0 <= label < MAX_CLASSES); no two are alike, and neighbours differ in every part."""
     shape = SHAPES[label % 8]
     texture = TEXTURES[(label + label // 8) % 5]
     color = (7 * label + label // 40) % 12
     pitch, periods = PITCHES[label // 480]
-    return Look(shape, texture, color / 12, periods, f"{pitch} {texture} {COLOURS[color]} {shape}")
+    return ClassStyle(shape, texture, color / 12, periods, f"{pitch} {texture} {COLORS[color]} {shape}")
 
 
 def draw_size(rng: np.random.Generator, typical_width: int) -> tuple[int, int]:
@@ -76,23 +76,23 @@ def _outline(shape: str) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
 
 
-def _texture(look: Look, rng: np.random.Generator, width: int, height: int) -> Image.Image:
+def _texture(style: ClassStyle, rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """The class's texture, "L", at a random rotation and phase; computed at half size and enlarged."""
     side = min(width, height)
-    frequency = 2 * math.pi * look.pitch * rng.uniform(0.85, 1.15) / side
+    frequency = 2 * math.pi * style.pitch * rng.uniform(0.85, 1.15) / side
     turn = rng.uniform(0, math.pi)
     x = np.arange(0, width, 2, dtype=np.float32)[None, :]
     y = np.arange(0, height, 2, dtype=np.float32)[:, None]
     u = frequency * (x * math.cos(turn) + y * math.sin(turn)) + rng.uniform(0, 2 * math.pi)
     v = frequency * (y * math.cos(turn) - x * math.sin(turn)) + rng.uniform(0, 2 * math.pi)
-    if look.texture == "striped":
+    if style.texture == "striped":
         field = np.sin(u)
-    elif look.texture == "chequered":
+    elif style.texture == "chequered":
         field = 2 * np.sin(u) * np.sin(v)
-    elif look.texture == "ringed":
+    elif style.texture == "ringed":
         cx, cy = rng.uniform(0.2, 0.8, 2) * (width, height)
         field = np.sin(frequency * np.hypot(x - np.float32(cx), y - np.float32(cy)))
-    elif look.texture == "dotted":
+    elif style.texture == "dotted":
         field = np.cos(u) + np.cos(v) - 0.7
     else:
         field = np.sin(u + 1.6 * np.sin(0.8 * v))
@@ -100,36 +100,36 @@ def _texture(look: Look, rng: np.random.Generator, width: int, height: int) -> I
     return Image.fromarray(levels).resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _colour(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
+def _color(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
 
-def render(look: Look, rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray, list[Box]]:
+def render(style: ClassStyle, rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray, list[Box]]:
     """A picture, uint8 [height, width, 3], without noise, and the boxes of its objects."""
     coarse = rng.integers(20, 236, (5, 6, 3), dtype=np.uint8)
     gray = coarse.mean(2, keepdims=True)
     coarse = gray + rng.uniform(0.1, 0.4) * (coarse - gray)
-    tint = np.array(_colour(look.hue + 0.5, 1.0, 1.0))  # as fish are seen before water: a class has its surroundings
+    tint = np.array(_color(style.hue + 0.5, 1.0, 1.0))  # as fish are seen before water: a class has its surroundings
     coarse += rng.uniform(0.1, 0.35) * (tint - coarse)
     picture = Image.fromarray(coarse.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     mask = Image.new("L", (width, height))
     draw = ImageDraw.Draw(mask)
-    side, outline, boxes = min(width, height), _outline(look.shape), []
+    side, outline, boxes = min(width, height), _outline(style.shape), []
     for radius in side * np.array([rng.uniform(0.3, 0.46), *rng.uniform(0.1, 0.2, rng.integers(0, 4))]):
         center = rng.uniform(0.25, 0.75, 2) * (width, height)
         turn = rng.uniform(0, 2 * math.pi)
         rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
         corners = outline @ rotation.T * radius * (1, rng.uniform(0.8, 1.0)) + center
         draw.polygon([tuple(corner) for corner in corners.tolist()], fill=255)
-        if look.shape == "ring":
+        if style.shape == "ring":
             draw.polygon([tuple(corner) for corner in (center + 0.55 * (corners - center)).tolist()], fill=0)
         low = np.clip(np.floor(corners.min(0)), 0, (width - 2, height - 2)).astype(int)
         high = np.clip(np.ceil(corners.max(0)), low + 1, (width - 1, height - 1)).astype(int)
         boxes.append((int(low[0]), int(low[1]), int(high[0]), int(high[1])))
-    hue = look.hue + rng.uniform(-0.025, 0.025)
-    bright = Image.new("RGB", (width, height), _colour(hue, rng.uniform(0.6, 0.95), rng.uniform(0.75, 1.0)))
-    dark = Image.new("RGB", (width, height), _colour(hue, rng.uniform(0.7, 1.0), rng.uniform(0.2, 0.4)))
-    surface = Image.composite(bright, dark, _texture(look, rng, width, height))
+    hue = style.hue + rng.uniform(-0.025, 0.025)
+    bright = Image.new("RGB", (width, height), _color(hue, rng.uniform(0.6, 0.95), rng.uniform(0.75, 1.0)))
+    dark = Image.new("RGB", (width, height), _color(hue, rng.uniform(0.7, 1.0), rng.uniform(0.2, 0.4)))
+    surface = Image.composite(bright, dark, _texture(style, rng, width, height))
     picture.paste(surface, mask=mask)
     light = rng.uniform(0.75, 1.1)
     return np.asarray(picture.point(lambda level: light * level)), boxes

@@ -11,7 +11,7 @@ from pipeline.dataset.synthetic.images import (
     TYPICAL_WIDTH,
     Box,
     add_noise,
-    class_look,
+    class_style,
     draw_size,
     encode,
     render,
@@ -122,7 +122,7 @@ def _draw(sample: Sample, recipe: Recipe) -> tuple[np.ndarray, list[Box], np.ran
     split = ("train", "val", "test").index(sample.split)
     rng = np.random.default_rng([recipe.seed, split, sample.label, sample.number])
     width, height = draw_size(rng, recipe.size)
-    pixels, boxes = render(class_look(sample.label), rng, width, height)
+    pixels, boxes = render(class_style(sample.label), rng, width, height)
     return pixels, boxes, rng
 
 

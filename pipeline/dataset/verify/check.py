@@ -97,7 +97,7 @@ def _check_all(task: tuple[list[Item], bool]) -> list[Finding]:
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedSample:
     """A finding worth naming: split, name (path or member), synset, file stem, and the finding."""
 
     split: str

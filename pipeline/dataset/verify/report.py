@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.index import Index
-from pipeline.dataset.verify.check import MISSING, Named
+from pipeline.dataset.verify.check import MISSING, NamedSample
 from pipeline.dataset.verify.expected import Expected
 
 SHOWN = 10  # names of a kind on the terminal; the JSON file has them all
@@ -30,10 +30,10 @@ class Report:
     expected: Expected
     index: Index | None
     checks: list[Check] = field(default_factory=list)
-    missing: list[Named] = field(default_factory=list)
-    damaged: list[Named] = field(default_factory=list)
-    unlisted: list[Named] = field(default_factory=list)
-    mislabelled: list[Named] = field(default_factory=list)
+    missing: list[NamedSample] = field(default_factory=list)
+    damaged: list[NamedSample] = field(default_factory=list)
+    unlisted: list[NamedSample] = field(default_factory=list)
+    mislabeled: list[NamedSample] = field(default_factory=list)
     kinds: Counter = field(default_factory=Counter)
     known: int = 0
 
@@ -45,13 +45,13 @@ class Report:
     def packed(self) -> bool:
         return self.index is not None and any(split.shards for split in self.index.splits.values())
 
-    def broken(self) -> list[Named]:
+    def broken(self) -> list[NamedSample]:
         """What fetching again would mend."""
         return self.missing + self.damaged
 
 
 @dataclass
-class Tally:
+class SplitCounts:
     """What one split holds: hashes of the ids that are there, and how many sound images each class has."""
 
     ids: list[int] = field(default_factory=list)
@@ -59,16 +59,16 @@ class Tally:
     of_class: Counter = field(default_factory=Counter)
 
 
-def judge(report: Report, tallies: dict[str, Tally]) -> None:
+def judge(report: Report, counts_of: dict[str, SplitCounts]) -> None:
     """Fill in the table."""
     expected, checks = report.expected, report.checks
-    found_classes = {split: set(tally.of_class) for split, tally in tallies.items()}
+    found_classes = {split: set(counted.of_class) for split, counted in counts_of.items()}
     seen = set().union(*found_classes.values())
     counts, classes = dict(expected.counts), len(expected.synsets)
     if not counts and len(seen) == imagenet.CLASSES and all(map(imagenet.SYNSET.fullmatch, seen)):
         counts, classes = {"train": imagenet.TRAIN_IMAGES, "val": imagenet.VAL_IMAGES}, imagenet.CLASSES
-    for split in [name for name in ("train", "val") if name in counts or name in tallies]:
-        sound = tallies.get(split, Tally()).sound
+    for split in [name for name in ("train", "val") if name in counts or name in counts_of]:
+        sound = counts_of.get(split, SplitCounts()).sound
         good = sound == counts[split] if split in counts else None
         checks.append(Check(f"{split} images", f"{counts[split]:,}" if split in counts else "-", f"{sound:,}", good))
     for split, of_split in sorted(found_classes.items()):
@@ -76,13 +76,13 @@ def judge(report: Report, tallies: dict[str, Tally]) -> None:
         checks.append(Check(f"{split} classes", f"{classes:,}" if classes else "-", f"{len(of_split):,}", good))
     if expected.counts.get("val"):
         wanted = Counter(s for s in expected.val_labels.values() if expected.wants("val", s))
-        got = tallies.get("val", Tally()).of_class
+        got = counts_of.get("val", SplitCounts()).of_class
         checks.append(Check("val images a class", _span(wanted.values()), _span(got.values()), got == wanted))
     if report.index is not None:
         order = list(expected.synsets) or sorted(report.index.synsets)
         checks.append(Check("class order", "sorted synsets", *_order(list(report.index.synsets), order)))
     if expected.val_labels:
-        number = len(report.mislabelled)
+        number = len(report.mislabeled)
         checks.append(Check("val labels that differ from the list", "0", f"{number:,}", number == 0))
     checks.append(Check("missing", "0", f"{len(report.missing):,}", not report.missing))
     checks.append(Check("damaged or unreadable", "0", f"{len(report.damaged):,}", not report.damaged))
@@ -131,7 +131,7 @@ def describe(report: Report) -> str:
 def to_json(report: Report) -> dict:
     """Everything in the report, by name."""
 
-    def rows(named: list[Named]) -> list[dict]:
+    def rows(named: list[NamedSample]) -> list[dict]:
         return [{"split": n.split, "file": n.name, "class": n.synset, "problem": n.problem} for n in named]
 
     return {
@@ -143,7 +143,7 @@ def to_json(report: Report) -> dict:
         "missing": rows(report.missing),
         "damaged": rows(report.damaged),
         "unlisted": rows(report.unlisted),
-        "mislabelled": rows(report.mislabelled),
+        "mislabeled": rows(report.mislabeled),
         "oddities": {kind: number for kind, number in report.kinds.items() if kind},
     }
 
@@ -151,7 +151,7 @@ def to_json(report: Report) -> dict:
 def show(report: Report) -> None:
     """Print the table, the first names of each kind, and the verdict."""
     print(format_table(report.checks))
-    for title in ("missing", "damaged", "unlisted", "mislabelled"):
+    for title in ("missing", "damaged", "unlisted", "mislabeled"):
         named = getattr(report, title)
         for one in named[:SHOWN]:
             about = "" if one.problem in ("", MISSING) else f": {one.problem}"

@@ -15,9 +15,9 @@ from pipeline.dataset import imagenet
 from pipeline.dataset.index.index import Index, index_folder, is_current, is_sound, open_index
 from pipeline.dataset.index.listing import list_split
 from pipeline.dataset.index.scan import build_index, read_unreadable
-from pipeline.dataset.verify.check import MISSING, Finding, Named, check_items, iter_samples, make_item, new_item
+from pipeline.dataset.verify.check import MISSING, Finding, NamedSample, check_items, iter_samples, make_item, new_item
 from pipeline.dataset.verify.expected import hash_ids, read_expected, train_id
-from pipeline.dataset.verify.report import Report, Tally, judge, show, to_json
+from pipeline.dataset.verify.report import Report, SplitCounts, judge, show, to_json
 from pipeline.dataset.workers import available_cores
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.progress import Progress
@@ -50,7 +50,7 @@ def _stem(name: str) -> str:
     return name.rpartition("/")[2].rpartition(".")[0]
 
 
-def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[Named, object]]:
+def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[NamedSample, object]]:
     """Every sample that should be looked at, named, and the `check.Item` that tells where its bytes are.
 
     Those of the index; then files of the tree that it does not have: new ones, and those it left out as unreadable.
@@ -65,7 +65,7 @@ def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[Named, obje
             if not current:
                 seen.add(path)
             synset = index.synsets[labels[i]]
-            yield Named(name, path, synset, _stem(path), ""), make_item(split, i, path)
+            yield NamedSample(name, path, synset, _stem(path), ""), make_item(split, i, path)
     for name, place in places.items():
         if current:
             entries = read_unreadable(index.folder).get(name, [])
@@ -75,31 +75,31 @@ def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[Named, obje
             of_file = zip(listing.names, listing.labels.tolist(), strict=True)
             files = ((path, listing.classes[label]) for path, label in of_file if path not in known.get(name, ()))
         for path, synset in files:
-            yield Named(name, path, synset, _stem(path), ""), new_item(root, path)
+            yield NamedSample(name, path, synset, _stem(path), ""), new_item(root, path)
 
 
-def _image_id(named: Named) -> str:
+def _image_id(named: NamedSample) -> str:
     return train_id(named.synset, named.stem) if named.split == "train" else named.stem
 
 
-def _problem(named: Named, finding: Finding) -> Named:
-    return Named(named.split, named.name, named.synset, named.stem, finding.problem)
+def _problem(named: NamedSample, finding: Finding) -> NamedSample:
+    return NamedSample(named.split, named.name, named.synset, named.stem, finding.problem)
 
 
-def _list_missing(report: Report, split: str, tally: Tally, lost: list[Named]) -> None:
+def _list_missing(report: Report, split: str, counted: SplitCounts, lost: list[NamedSample]) -> None:
     """Add what the lists (or, where there is none, the index) name and the root lacks, and what no list names."""
     expected = report.expected
     if split not in expected.counts:
         report.missing += lost
         return
-    here = np.sort(np.array(tally.ids, np.uint64))
+    here = np.sort(np.array(counted.ids, np.uint64))
     listed = hash_ids(expected.ids(split))
     absent = set(np.flatnonzero(~np.isin(listed, here)).tolist())
     for number, name in enumerate(expected.ids(split)):
         if number in absent:
             synset = expected.val_labels[name] if split == "val" else name.partition("/")[0]
             path = f"{imagenet.CLS_LOC}/{split}/{name}.JPEG"
-            report.missing.append(Named(split, path, synset, name.rpartition("/")[2], MISSING))
+            report.missing.append(NamedSample(split, path, synset, name.rpartition("/")[2], MISSING))
     wanted = set(listed.tolist())
     report.missing += (named for named in lost if int(hash_ids([_image_id(named)])[0]) not in wanted)
 
@@ -127,32 +127,32 @@ def verify_root(
     report = Report(root, read_expected(root), open_baseline(root))
     listed = {split: set(hash_ids(report.expected.ids(split)).tolist()) for split in report.expected.counts}
     again = None if before is None else {(named.split, named.stem) for named in before.broken()}
-    tallies: dict[str, Tally] = {}
-    lost: dict[str, list[Named]] = {}
+    counts_of: dict[str, SplitCounts] = {}
+    lost: dict[str, list[NamedSample]] = {}
 
-    def take(named: Named, finding: Finding | None) -> None:
+    def take(named: NamedSample, finding: Finding | None) -> None:
         if finding is not None and finding.problem == MISSING:
             lost.setdefault(named.split, []).append(_problem(named, finding))
             return
-        tally = tallies.setdefault(named.split, Tally())
+        counted = counts_of.setdefault(named.split, SplitCounts())
         key = xxhash.xxh3_64_intdigest(_image_id(named).encode())
-        tally.ids.append(key)
+        counted.ids.append(key)
         if named.split in listed and key not in listed[named.split]:
             report.unlisted.append(named)
         truth = report.expected.val_labels.get(named.stem) if named.split == "val" else None
         if truth is not None and truth != named.synset:
-            report.mislabelled.append(_problem(named, Finding(f"lies in {named.synset}, belongs to {truth}")))
+            report.mislabeled.append(_problem(named, Finding(f"lies in {named.synset}, belongs to {truth}")))
         if finding is not None and finding.problem:
             report.damaged.append(_problem(named, finding))
             return
-        tally.sound += 1
-        tally.of_class[named.synset] += 1
+        counted.sound += 1
+        counted.of_class[named.synset] += 1
         if finding is not None:
             report.kinds[finding.kind] += 1
             report.known += finding.kind == "png" and named.stem in imagenet.KNOWN_PNG
             report.known += finding.kind == "cmyk" and named.stem in imagenet.KNOWN_CMYK
 
-    def items() -> Iterator[tuple[Named, object]]:
+    def items() -> Iterator[tuple[NamedSample, object]]:
         for named, item in _name_samples(root, report.index):
             if again is not None and (named.split, named.stem) not in again:
                 take(named, None)
@@ -167,9 +167,9 @@ def verify_root(
     if before is not None:
         report.kinds += before.kinds
         report.known += before.known
-    for split in sorted({*tallies, *lost, *report.expected.counts}):
-        _list_missing(report, split, tallies.get(split, Tally()), lost.get(split, []))
-    judge(report, tallies)
+    for split in sorted({*counts_of, *lost, *report.expected.counts}):
+        _list_missing(report, split, counts_of.get(split, SplitCounts()), lost.get(split, []))
+    judge(report, counts_of)
     return report
 
 
@@ -189,13 +189,13 @@ def repair_root(report: Report, decode: bool, processes: int | None, quiet: bool
     from pipeline.dataset import valprep
     from pipeline.dataset.acquire import fetch
 
-    def member(named: Named) -> str:
+    def member(named: NamedSample) -> str:
         inner = f"{named.synset}/{named.stem}" if named.split == "train" else named.stem
         return f"{imagenet.CLS_LOC}/{named.split}/{inner}.JPEG"
 
     if report.broken():
         fetch.repair(report.root, sorted({member(named) for named in report.broken()}))
-    if report.mislabelled:
+    if report.mislabeled:
         valprep.sort_val(report.root)
     if report.index is not None:
         build_index(report.root, processes=processes)
@@ -216,8 +216,8 @@ def verify(
     """
     report = verify_root(Path(root), decode, processes, quiet=False)
     show(report)
-    if repair and (report.broken() or report.mislabelled):
-        number = len(report.broken()) + len(report.mislabelled)
+    if repair and (report.broken() or report.mislabeled):
+        number = len(report.broken()) + len(report.mislabeled)
         print(f"repairing {number:,} images")
         report = repair_root(report, decode, processes, quiet=False)
         show(report)

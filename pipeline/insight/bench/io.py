@@ -46,7 +46,7 @@ def io(data: str, batch_size: int = 256, batches: int = 20, threads: str = "1,4,
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
                 bad = next((item for item in read if isinstance(item, UnreadableSample)), None)
                 if bad is not None:
-                    raise UserError(f"{source.describe(bad.sample)}: {bad.reason}; see pipeline verify {data}")
+                    raise UserError(f"{source.describe(bad.sample_id)}: {bad.reason}; see pipeline verify {data}")
                 if number:  # the first opens shards
                     rates.append((batch_size / wall, sum(map(len, read)) / wall / 1e6))
                     cpu_us.append(1e6 * cpu / batch_size)

@@ -28,7 +28,7 @@ class ResidentStream:
     def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Iterator[Batch]:
         count = len(self.images)
         for step in range(start, stop):
-            ids, _ = self.plan.positions(step, self.rank * count, (self.rank + 1) * count)
+            ids, *_ = self.plan.samples_at(step, self.rank * count, (self.rank + 1) * count)
             targets = torch.from_numpy(np.ascontiguousarray(self.labels[ids]))
             yield Batch(self.images, targets.to(self.device), torch.from_numpy(ids).to(self.device))
 

@@ -79,7 +79,7 @@ def check_samples(run: Path) -> list[str]:
     repeats = plan.augment.repeats  # so many epochs go over all samples, and see each so many times
     seen: dict[int, set[tuple[int, int]]] = {}
     for row in rows:
-        ids, epochs, copies = plan.places(row["step"] - 1, 0, plan.global_batch_size)
+        ids, epochs, copies = plan.samples_at(row["step"] - 1, 0, plan.global_batch_size)
         if plan.digest(row["step"] - 1, ids) != row["batch_digest"]:
             return [f"step {row['step']} saw another batch than planned"]
         for sample, number, copy in zip(ids.tolist(), (epochs // repeats).tolist(), copies.tolist(), strict=True):
