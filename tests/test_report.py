@@ -21,6 +21,7 @@ from pipeline.__main__ import main
 from pipeline.dataset.index.scan import build_index
 from pipeline.insight.report.charts import Series, _label, line_chart, thin, ticks
 from pipeline.insight.report.cli import distinct_names
+from pipeline.insight.report.colormap import inferno
 from pipeline.insight.report.filters import before_after, grad_cam, picture_first
 from pipeline.insight.report.predictions import Predictions, spread
 from pipeline.tracking.ledger import better_scores
@@ -258,3 +259,13 @@ def test_grad_cam_finds_the_spot():
     heat = grad_cam(Corner(), images, torch.tensor([1]))
     assert heat.shape == (1, 8, 8) and np.unravel_index(heat[0].argmax(), (8, 8)) == (6, 1)
     assert heat.sum() == pytest.approx(1.0)
+
+
+def test_the_color_map_is_from_dark_to_bright():
+    colors = inferno(np.array([[-1.0, 0.0, 0.5, 1.0, 2.0]]))
+    assert colors.shape == (1, 5, 3)
+    assert colors[0, 0].tolist() == colors[0, 1].tolist() == [0, 0, 4]  # the ends of matplotlib's table
+    assert colors[0, 3].tolist() == colors[0, 4].tolist() == [252, 255, 164]
+    assert np.allclose(colors[0, 2], [187, 55, 84], atol=2)  # its middle
+    brightness = inferno(np.linspace(0, 1, 256)) @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(brightness) > 0).all()

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from pipeline.config import Config, parse_config
+from pipeline.dataset.imagenet import CLASSES, TRAIN_IMAGES
 from pipeline.dataset.index.index import index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.estimate.gpus import Card, find_card
@@ -12,7 +13,6 @@ from pipeline.insight.status.cli import duration
 from pipeline.insight.status.run_state import median_step_s, read_tail
 from pipeline.tracking.ledger import read_rows
 
-IMAGENET = 1_281_167, 1000  # training images, classes
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ABOUT = """usage: pipeline estimate --config NAME_OR_FILE [options of train] [these]
 
@@ -69,7 +69,7 @@ def parse_batches(text: str) -> list[int]:
 def data_set(config: Config) -> tuple[int, int]:
     """(training images, classes): of the index at data.root, or ImageNet's."""
     if not config.data.root:
-        return IMAGENET
+        return TRAIN_IMAGES, CLASSES
     root = Path(config.data.root).expanduser()
     index = open_index(Path(config.data.index).expanduser() if config.data.index else index_folder(root))
     return len(index.splits["train"]), index.num_classes

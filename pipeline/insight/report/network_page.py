@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.insight.report import page
+from pipeline.insight.report.colormap import inferno
 
 ON_CPU = 1000  # validation images that are looked at where there is no GPU
 CLASSES, PAIRS, MISTAKES, LOOKS = 100, 20, 24, 8  # most that is shown of each
@@ -86,7 +87,6 @@ def small(picture: np.ndarray, side: int = 192) -> np.ndarray:
 def looks(network, said, names: list[str], index, config, device, save) -> Iterator[str]:
     """Grad-CAM of validation images: half of them right, half wrong."""
     import torch
-    from matplotlib import colormaps
     from PIL import Image
 
     from pipeline.insight.report.filters import grad_cam
@@ -109,8 +109,7 @@ def looks(network, said, names: list[str], index, config, device, save) -> Itera
     for place, picture, one in zip(chosen, pictures, heat, strict=True):
         size = picture.shape[1::-1]
         wide = np.asarray(Image.fromarray((255 * one).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)) / 255
-        color = colormaps["inferno"](wide)[..., :3] * 255
-        laid = (0.45 * picture + 0.55 * color).astype(np.uint8)
+        laid = (0.45 * picture + 0.55 * inferno(wide)).astype(np.uint8)
         label, guess = names[said.labels[place]], names[said.guesses[place]]
         both = page.image(small(picture), label, "JPEG") + page.image(small(laid), f"Grad-CAM of {guess}", "JPEG")
         verdict = "right" if label == guess else f"is {escape(label)}"
