@@ -1,25 +1,63 @@
-"""From a function's signature to a command line: typed options, help from its docstring, one-line errors."""
+"""From a function's signature or a dataclass to a command line: typed options, help from its docstring, one-line
+errors."""
 
+import dataclasses
 import itertools
 import re
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import EXIT_OK, EXIT_USER, complain
 
-
-def make_parser(prog: str, description: str | None = None):
-    """A jsonargparse parser whose every complaint is one line on stderr and exit code 2."""
+if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+Options = TypeVar("Options")
+
+
+def make_parser(prog: str, description: str | None = None, usage: str | None = None) -> "ArgumentParser":
+    """A jsonargparse parser that reports every error in one line on stderr, with exit code 2.
+
+    Attribute docstrings of dataclasses are the help of their options. usage: what follows the program's name.
+    """
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
     class OneLineParser(ArgumentParser):
-        def error(self, message, ex=None):
-            lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-            text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\.", r"give one of \1.", " ".join(lines))
-            complain(self.prog, f"{text} (see {self.prog} --help)")
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            complain(self.prog, f"{one_line(str(message))} (see {self.prog} --help)")
             sys.exit(EXIT_USER)
 
-    return OneLineParser(prog=prog, description=description, exit_on_error=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    line = f"{prog} {usage}" if usage else None
+    return OneLineParser(prog=prog, description=description, usage=line, exit_on_error=True)
+
+
+#: what a value of each type is called in a message
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list"}
+
+
+def one_line(message: str) -> str:
+    """jsonargparse's message in one line; for a value of the wrong type: the option, the value and what to give."""
+    text = " ".join(line.strip() for line in message.splitlines() if line.strip())
+    key = re.match(r'Parser key "([\w.]+)": ', text)
+    value = re.search(r"(?:Given value|Got value): (.*)$", text)
+    if key is None or value is None:
+        return text
+    choices = re.search(r"typing\.Literal\[(.*?)\]", text)
+    wanted = (
+        f"one of {choices[1]}"
+        if choices
+        else " or ".join(
+            _TYPES[name] for name in dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", text)) if name in _TYPES
+        )
+    )
+    return f"--{key[1]} {value[1]}: give {wanted}" if wanted else text
+
+
+def summary(item: object) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join((item.__doc__ or "").strip().split("\n\n")[0].split())
 
 
 def normalize(argv: list[str], flags: set[str]) -> list[str]:
@@ -41,9 +79,32 @@ def run_command(function: Callable[..., int | None], verb: str, argv: list[str])
 
     Returns the function's exit code, 0 where it returns None.
     """
-    parser = make_parser(f"pipeline {verb}", (function.__doc__ or "").strip().split("\n\n")[0])
-    parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
+    parser = make_parser(f"pipeline {verb}", summary(function))
+    parser.add_function_arguments(function, as_group=False, as_positional=True, fail_untyped=True)
     flags = {f"--{name}" for name, kind in function.__annotations__.items() if kind in (bool, bool | None)}
     arguments = parser.instantiate_classes(parser.parse_args(normalize(argv, flags)))
     code = function(**arguments.as_dict())
     return EXIT_OK if code is None else code
+
+
+def split_options(kind: type[Options], verb: str, argv: list[str]) -> tuple[Options, list[str]]:
+    """(the options that are fields of the dataclass `kind`, all other arguments in their order): for a verb that has
+    options of its own beside those of `train`. Exits with code 2 and one line on an impossible value."""
+    fields = {item.name: item.type for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    argv = normalize(argv, {f"--{name}" for name, of in fields.items() if of is bool})
+    own: list[str] = []
+    rest: list[str] = []
+    into = rest
+    for item in argv:
+        name, equals, _ = item.partition("=")
+        if into is own:  # the value of the option before
+            own.append(item)
+            into = rest
+        elif item.startswith("--") and name[2:] in fields:
+            own.append(item)
+            into = rest if equals else own
+        else:
+            rest.append(item)
+    parser = make_parser(f"pipeline {verb}")
+    parser.add_class_arguments(kind, as_group=False)
+    return kind(**parser.parse_args(own).as_dict()), rest

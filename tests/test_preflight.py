@@ -37,7 +37,7 @@ def no_slurm(monkeypatch):
 @pytest.fixture
 def preflight(data, tmp_path, capsys):
     """Run it on the smoke recipe; returns (exit code, {about: (level, text)})."""
-    names = ("recipe", "versions", "GPUs", "nodes", "data", "run folder", "room", "W&B", "memory", "time")
+    names = ("recipe", "versions", "GPUs", "nodes", "data", "run folder", "disk space", "W&B", "memory", "time")
 
     def call(*options: str, run_dir: Path = tmp_path / "run", root: Path = data):
         base = ["--config", "smoke", "--model.name", "resnet18", "--tracking.wandb", "disabled"]
@@ -81,8 +81,8 @@ def test_it_leaves_nothing_behind(preflight, tmp_path):
 def test_batch_not_divisible(preflight):
     code, rows = preflight("--world_size", "5")
     assert code == 2
-    assert rows["recipe"] == ("FAIL", "resnet18, global batch 32 over 5 processes: not divisible; give "
-                              "--train.global_batch_size 35")  # fmt: skip
+    line = "--train.global_batch_size 32 is not divisible by the 5 ranks; give a multiple, e.g. 35"
+    assert rows["recipe"] == ("FAIL", line)
 
 
 def test_images_that_the_network_cannot_take(preflight):
@@ -141,7 +141,7 @@ def test_time_from_the_ledger_against_the_limit(preflight, data, tmp_path):
     _, rows = preflight("--schedule.epochs", "2400", "--world_size", "2", "--time_limit", "30:00")
     assert rows["time"] == (
         "pass",
-        "7,200 steps of 0.5 s: 1 h 00 min, a time limit of 30 min 00 s: 2 starts, requeued in between",
+        "7,200 steps of 0.5 s: 1 h 00 min, a time limit of 30 min 00 s: 2 starts, with requeues in between",
     )
     _, rows = preflight("--schedule.epochs", "2400", "--world_size", "4", "--time_limit", "2:00:00")
     assert rows["time"][1].startswith("7,200 steps of 0.25 s: 30 min 00 s (at the speed of 2 processes)")
@@ -151,16 +151,16 @@ def test_time_from_a_bench_until_there_is_a_ledger(preflight, data, tmp_path):
     bench = tmp_path / "bench.json"
     bench.write_text(json.dumps({"images_per_s": 320.0, "world_size": 8}))
     options = ["--schedule.epochs", "2400", "--world_size", "4", "--time_limit", "30:00"]
-    assert "known once some are done" in preflight(*options)[1]["time"][1]
+    assert "is known once some are done" in preflight(*options)[1]["time"][1]
     _, rows = preflight(*options, "--bench", str(bench))
     assert rows["time"][1].startswith(
-        "7,200 steps of 0.2 s by --bench: 24 min 00 s (at the speed of 8 processes), a time"
+        "7,200 steps of 0.2 s (from --bench): 24 min 00 s (at the speed of 8 processes), a time"
     )
     start_run(tmp_path / "run", data, "--schedule.epochs", "2400")
     _, rows = preflight(*options, "--bench", str(bench))
     assert rows["time"][1].startswith("7,200 steps of 0.25 s: 30 min")
     bench.write_text("[]")
-    with pytest.raises(UserError, match="no JSON object with images_per_s"):
+    with pytest.raises(UserError, match="not a JSON object with images_per_s"):
         read_bench(bench)
 
 
@@ -223,7 +223,7 @@ def test_facts_travel_as_a_line(preflight, data, tmp_path, capsys):
     facts = tmp_path / "facts"
     facts.write_text(f"a banner\n{line}{line}")
     code, rows = preflight("--nodes_file", str(facts))
-    assert code == 0 and "2 answered alike" in rows["nodes"][1]
+    assert code == 0 and "2 nodes agree" in rows["nodes"][1]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def from_submission_to_the_end(site: Site, _: Reference) -> Job:
     assert_whole(job)
     assert json.loads((job.run / "finished").read_text())["step"] == STEPS
     assert sorted(path.name for path in (job.run / "logs").iterdir()) == [f"{job.id}-n1.log", f"{job.id}-n2.log"]
-    assert "pass  nodes       2 answered alike" in job.log
+    assert "pass  nodes       2 nodes agree" in job.log
     return job
 
 

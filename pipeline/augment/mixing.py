@@ -9,7 +9,6 @@ from torch.nn.functional import one_hot
 
 from pipeline.augment.apply import EraseAndMix
 from pipeline.config import AugmentConfig
-from pipeline.errors import UserError
 
 
 def partners(values: torch.Tensor, group: int) -> torch.Tensor:
@@ -57,13 +56,3 @@ def neutral_erase_mix(c: AugmentConfig, count: int, device: torch.device) -> Era
 
     mixing = (whole(), nowhere(), whole()) if c.mixes else (None, None, None)  # no tensor twice: compiled code asks
     return EraseAndMix(nowhere() if c.random_erase > 0 else None, *mixing)
-
-
-def check_mixing(c: AugmentConfig, global_batch_size: int, world_size: int) -> None:
-    """Raises UserError if a rank's batch would split a group."""
-    local = global_batch_size // world_size
-    if c.mixes and local % c.mix_group:
-        raise UserError(
-            f"--augment.mix_group {c.mix_group} does not divide the {local} images that each of {world_size} ranks has "
-            f"of --train.global_batch_size {global_batch_size}; give a divisor of {local}, or another number of ranks"
-        )

@@ -6,12 +6,15 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.command import make_parser, normalize
+from pipeline.command import make_parser, normalize, summary
 from pipeline.config.run import Config, RawConfig
 from pipeline.config.time import Time, is_time, parse_time
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 #: the schedule's times that follow its length; the warm-up shrinks with a shorter run, and does not grow with a longer
 _TIMES, _SHRINKS = ("warmup_epochs", "milestones", "step_every"), ("warmup_epochs",)
@@ -56,14 +59,20 @@ def resolve_recipe(name: str) -> str:
     raise UserError(f"--config {name} is neither a file nor a recipe; the recipes are: {', '.join(recipe_names())}")
 
 
-def make_config_parser(prog: str):
-    """A parser for `Config`: `--config NAME_OR_FILE`, dotted overrides, `--print_config`."""
-    from jsonargparse import ActionConfigFile, set_parsing_settings
+def make_config_parser(prog: str, options: type | None = None) -> "ArgumentParser":
+    """A parser for `RawConfig`: `--config NAME_OR_FILE`, dotted overrides, `--print_config`.
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = make_parser(prog, "Train a recipe. The same command again continues the run in run_dir.")
-    parser.add_argument("--config", action=ActionConfigFile, help="a recipe's name or a YAML file")
-    parser.add_class_arguments(RawConfig)
+    options: a dataclass with further options of the verb, which come first in the help (see `split_options`).
+    """
+    from jsonargparse import ActionConfigFile
+
+    about = "Train a recipe. Run the same command again to resume the run in run_dir."
+    usage = "--config NAME_OR_FILE [options]"
+    parser = make_parser(prog, summary(options) if options else about, usage)
+    if options is not None:
+        parser.add_class_arguments(options, as_group=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="A recipe's name, or a YAML file.")
+    parser.add_class_arguments(RawConfig, as_group=False)
     return parser
 
 
@@ -77,8 +86,13 @@ def _flags(item: Any, prefix: str = "--") -> set[str]:
     return names
 
 
-def parse_config(argv: list[str], verb: str = "train") -> Config:
-    """The configuration that a command line asks for. Exits with code 2 and one line on an impossible one."""
+def parse_config(argv: list[str], verb: str = "train", options: type | None = None) -> Config:
+    """The configuration that a command line asks for. Exits with code 2 and one line on an impossible one.
+
+    options: the verb's own options, which `argv` no longer has; the help shows them too.
+    """
+    if {"-h", "--help"} & set(argv):
+        make_config_parser(f"pipeline {verb}", options).parse_args(["--help"])
     argv = normalize(list(argv), _flags(RawConfig))
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):

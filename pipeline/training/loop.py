@@ -33,7 +33,7 @@ from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder, open_run_folder
 from pipeline.training.start import Start, find_start, find_way_back
 from pipeline.training.step import TrainStep, seed_step
-from pipeline.training.validate import check_batch, check_network
+from pipeline.training.validate import check_classes, validate
 
 
 class Trainer:
@@ -49,8 +49,7 @@ class Trainer:
         self.config, self.world, self.stop = config, world, stop
         self.watch = world.watch
         self.console = Console(config.tracking.print_every_s, quiet=not world.is_rank_zero)
-        check_batch(config, world.size)
-        world.on_rank_zero(lambda: check_network(config, world))
+        world.on_rank_zero(lambda: validate(config, world.size, world.device.type))
         self.folder: RunFolder = world.on_rank_zero(lambda: open_run_folder(config))
         if world.local_rank == 0:  # one a node: a network file system may show it late on all nodes but its writer's
             stop.watch(self.folder.stop)
@@ -64,11 +63,7 @@ class Trainer:
         )
         self.last_step = min(self.schedule.total_steps, config.train.max_steps or self.schedule.total_steps)
         self.classes = config.model.num_classes or self.index.num_classes
-        if self.classes < self.index.num_classes:
-            raise UserError(
-                f"--model.num_classes {self.classes}: the data set has {self.index.num_classes} classes; "
-                "give at least that"
-            )
+        check_classes(config.model, self.index.num_classes)
         check_labels(self.index, self.classes)
         self.guard = Guard(config.guard, config.train.precision)
         self.step_stats = StepStatsExchange(world)

@@ -1,26 +1,66 @@
-"""Can a recipe be trained by so many ranks, on this device? Said before anything is opened or built."""
+"""The rules of what can be trained. `train` and `preflight` both ask here, so that they give the same answer.
 
-from pipeline.augment.mixing import check_mixing
-from pipeline.config import Config
+What a single option may be is checked by `pipeline.config`. The rules here also depend on the number of ranks, the
+device, the network or the data set.
+"""
+
+from pipeline.config import Config, ModelConfig
 from pipeline.errors import UserError
+from pipeline.model.build import build_model
+from pipeline.model.meta_init import meta_init
 from pipeline.model.sizes import check_image_sizes, check_smallest_piece
-from pipeline.training.ranks.world import World
 
 
-def check_network(config: Config, world: World) -> None:
-    """Raises UserError if the network can't be trained on these images, so many at once, or on this device."""
-    check_image_sizes(config)
-    check_smallest_piece(config, config.train.global_batch_size // world.size)
-    if config.model.sync_batchnorm and world.device.type == "cpu":
-        raise UserError("--model.sync_batchnorm needs GPUs, torch has none for CPUs; give --model.sync_batchnorm false")
+def validate(config: Config, world_size: int, device_type: str, data_classes: int | None = None) -> None:
+    """Raises UserError, in one line, for the first reason why this run can't be trained.
+
+    Nothing is opened, allocated or computed.
+
+    Args:
+        config: the run.
+        world_size: number of ranks.
+        device_type: "cuda" or "cpu": what the ranks compute with.
+        data_classes: number of classes of the data set; None: not known yet (see `check_classes`).
+    """
+    check_batch(config, world_size)
+    check_network(config, world_size, device_type)
+    if data_classes is not None:
+        check_classes(config.model, data_classes)
 
 
 def check_batch(config: Config, world_size: int) -> None:
-    """Raises UserError if the global batch can't be shared equally among the ranks."""
-    size = config.train.global_batch_size
+    """Raises UserError if the ranks can't share the global batch equally, or if that splits a mixing group."""
+    size, group = config.train.global_batch_size, config.augment.mix_group
     if size % world_size:
         raise UserError(
             f"--train.global_batch_size {size} is not divisible by the {world_size} ranks; "
             f"give a multiple, e.g. {-(-size // world_size) * world_size}"
         )
-    check_mixing(config.augment, size, world_size)
+    local = size // world_size
+    if config.augment.mixes and local % group:
+        raise UserError(
+            f"--augment.mix_group {group} does not divide the {local} images that each of {world_size} ranks has of "
+            f"--train.global_batch_size {size}; give a divisor of {local}, or another number of ranks"
+        )
+
+
+def check_network(config: Config, world_size: int, device_type: str) -> None:
+    """Raises UserError if the network can't be built, or can't be trained on these images, this many at a time, on this
+    type of device."""
+    check_image_sizes(config)
+    check_smallest_piece(config, config.train.global_batch_size // world_size)
+    if config.model.sync_batchnorm and device_type == "cpu":
+        raise UserError(
+            "--model.sync_batchnorm requires GPUs (PyTorch has no SyncBatchNorm for CPUs); "
+            "give --model.sync_batchnorm false"
+        )
+    with meta_init():
+        build_model(config.model, config.model.num_classes or 1000)
+
+
+def check_classes(model: ModelConfig, data_classes: int) -> None:
+    """Raises UserError if the network has fewer outputs than the data set has classes."""
+    if model.num_classes is not None and model.num_classes < data_classes:
+        raise UserError(
+            f"--model.num_classes {model.num_classes}: the data set has {data_classes} classes; give at least that"
+        )

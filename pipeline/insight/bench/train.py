@@ -4,15 +4,16 @@ The same steps are timed with more and more of the run about them: the step alon
 loader, reports and ledger; and the loader and a save by themselves. The differences say what holds the run back.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.command import split_options
 from pipeline.config import CheckpointConfig, Config, TrackingConfig, parse_config
 from pipeline.errors import UserError
 from pipeline.insight.bench.arena import Spread
@@ -27,33 +28,25 @@ REMEDIES = {
     "checkpointing": "a larger --checkpoint.every_minutes, or a faster disk; bench checkpoint tells of a save",
     "records": "look at --train.profile_steps 10",
 }
-ABOUT = """usage: pipeline bench train --config NAME_OR_FILE --data.root ROOT [options of train] [these]
 
-Take a run apart: is it data, compute, communication or checkpointing that holds it back, and by how much? Takes what
-`pipeline train` takes, alone or under torchrun; nothing is left behind but the result.
 
-  --steps N            steps a round (default 10)
-  --rounds N           rounds that count, after one that does not (default 5)
-  --json FILE          where the result goes (pipeline preflight --bench FILE reads it)
+@dataclass(frozen=True)
+class Options:
+    """Measure what limits a run's speed: data, compute, communication or checkpointing. Takes the options of `pipeline
+    train`, alone or under torchrun; nothing but the result is kept. --json FILE writes it to that file."""
 
-Options of train, which apply here too:
-"""
+    steps: int = 10
+    """Steps in a round."""
+    rounds: int = 5
+    """Rounds that count, after one that does not."""
 
 
 def main(argv: list[str]) -> dict | None:
     """The result; None on all ranks but the first."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    own.add_argument("--steps", type=int, default=10)
-    own.add_argument("--rounds", type=int, default=5)
-    try:
-        options, rest = own.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
+    options, rest = split_options(Options, "bench train", argv)
     if options.steps < 1 or options.rounds < 1:
         raise UserError("--steps and --rounds must be 1 or more")
-    if {"-h", "--help"} & set(rest):
-        print(ABOUT)
-    config = parse_config(rest, "bench train")
+    config = parse_config(rest, "bench train", Options)
     from pipeline.training.ranks.world import start_world
 
     world = start_world(config.train)

@@ -1,9 +1,10 @@
 """The verb `estimate`: a run's parameters, arithmetic, memory and time, before any GPU is touched."""
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.command import split_options
 from pipeline.config import Config, parse_config
 from pipeline.dataset.imagenet import CLASSES, TRAIN_IMAGES
 from pipeline.dataset.index.index import index_folder, open_index
@@ -14,45 +15,43 @@ from pipeline.insight.status.run_state import median_step_s, read_tail
 from pipeline.tracking.ledger import read_rows
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-ABOUT = """usage: pipeline estimate --config NAME_OR_FILE [options of train] [these]
-
-Parameters, FLOPs, memory and time of a run's network, before any GPU is touched. Takes what `pipeline train` takes;
-with --data.root, classes and images are the data set's, otherwise ImageNet's.
-
-  --card NAME          a GPU: its largest batch, and the epoch's shortest time by its roofline (a6000, h100, ...)
-  --card_mib MIB       memory of the GPU, where that differs from the card's
-  --batches LIST       images at once to tabulate, e.g. 36,48,64 (default: powers of two)
-  --layers             a row for each layer: parameters, output, FLOPs, bytes kept for backward
-  --world_size N       GPUs that share the global batch (default 1, or the run's)
-  --run RUN            epoch time from the last steps that this run measured; its own recipe, unless --config is given
-  --images_per_s R     epoch time from this speed of all GPUs together
-  --conv_bias          give every convolution a bias, as the slides' ResNets have
-  --scale 1..1024      predict speed and time on so many GPUs from the step of one (--run, --images_per_s or --card)
-  --node_gpus N, --inside_gb_s R, --outside_gb_s R, --latency_us T
-                       for --scale: GPUs a node (8), links within it (200), of a node to others (50), a hop (15)
-  --json               print one JSON object instead
-
-Options of train, which apply here too:
-"""
 
 
-def options_parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(prog="pipeline estimate", add_help=False, allow_abbrev=False, exit_on_error=False)
-    own.add_argument("--card")
-    own.add_argument("--card_mib", "--card-mib", type=float)
-    own.add_argument("--batches", default=",".join(map(str, BATCHES)))
-    own.add_argument("--layers", action="store_true")
-    own.add_argument("--world_size", "--world-size", type=int)
-    own.add_argument("--run")
-    own.add_argument("--images_per_s", "--images-per-s", type=float)
-    own.add_argument("--conv_bias", "--conv-bias", action="store_true")
-    own.add_argument("--scale")
-    own.add_argument("--node_gpus", "--node-gpus", type=int, default=8)
-    own.add_argument("--inside_gb_s", "--inside-gb-s", type=float, default=200.0)
-    own.add_argument("--outside_gb_s", "--outside-gb-s", type=float, default=50.0)
-    own.add_argument("--latency_us", "--latency-us", type=float, default=15.0)
-    own.add_argument("--json", action="store_true")
-    return own
+@dataclass(frozen=True)
+class Options:
+    """Estimate a run's parameters, FLOPs, memory and time, before any GPU is used. Takes the options of `pipeline
+    train`; classes and images are those of --data.root if it is given, otherwise ImageNet's."""
+
+    card: str | None = None
+    """A GPU by name (a6000, h100, ...): its largest batch, and the shortest time of an epoch by its roofline."""
+    card_mib: float | None = None
+    """Memory of the GPU in MiB, where it differs from the card's."""
+    batches: str = ",".join(map(str, BATCHES))
+    """Numbers of images at once to tabulate, separated by commas."""
+    layers: bool = False
+    """Print one row for each layer: parameters, output, FLOPs, bytes kept for backward."""
+    world_size: int | None = None
+    """Number of GPUs that share the global batch; default: the run's (with --run), or 1."""
+    run: str | None = None
+    """Run folder: the time of an epoch follows from the run's last steps, and the recipe from its config.yaml unless
+    --config is given."""
+    images_per_s: float | None = None
+    """Speed of all GPUs together, for the time of an epoch."""
+    conv_bias: bool = False
+    """Give every convolution a bias."""
+    scale: str | None = None
+    """Predict speed and time on these numbers of GPUs (1..1024 or 1,8,64) from the time of a step (--run,
+    --images_per_s or --card)."""
+    node_gpus: int = 8
+    """For --scale: GPUs in a node."""
+    inside_gb_s: float = 200.0
+    """For --scale: bandwidth between the GPUs of a node in GB/s."""
+    outside_gb_s: float = 50.0
+    """For --scale: bandwidth from a node to the others in GB/s."""
+    latency_us: float = 15.0
+    """For --scale: latency of a hop in microseconds."""
+    json: bool = False
+    """Print one JSON object instead."""
 
 
 def parse_batches(text: str) -> list[int]:
@@ -75,7 +74,7 @@ def data_set(config: Config) -> tuple[int, int]:
     return len(index.splits["train"]), index.num_classes
 
 
-def measured_rate(options: argparse.Namespace) -> tuple[float, str, int] | None:
+def measured_rate(options: Options) -> tuple[float, str, int] | None:
     """(images/s of all GPUs, where it comes from, of how many), or None where nothing was measured."""
     if options.images_per_s is not None:
         if not options.images_per_s > 0:
@@ -94,7 +93,7 @@ def measured_rate(options: argparse.Namespace) -> tuple[float, str, int] | None:
     return 1 / step_s, f"measured by {options.run}", world_size
 
 
-def estimate(config: Config, options: argparse.Namespace) -> dict:
+def estimate(config: Config, options: Options) -> dict:
     """All that the verb shows, as plain values. Bytes are in MiB, times in seconds, FLOPs of one image."""
     from pipeline.insight.estimate.memory import MIB, Tracer, by_kind, optimizer_states, step_memory, weight_bytes
     from pipeline.model.sizes import check_image_sizes
@@ -105,15 +104,14 @@ def estimate(config: Config, options: argparse.Namespace) -> dict:
     card = find_card(options.card) if options.card else None
     card_mib = options.card_mib or (card.memory_mib if card else None)
     rate = measured_rate(options)
-    if options.world_size is None:
-        options.world_size = rate[2] if rate else 1
-    if options.world_size < 1 or config.train.global_batch_size % options.world_size:
-        raise UserError(f"--world_size {options.world_size} does not divide the global batch; give a divisor")
-    if rate and rate[2] != options.world_size:
+    world_size = options.world_size if options.world_size is not None else rate[2] if rate else 1
+    if world_size < 1 or config.train.global_batch_size % world_size:
+        raise UserError(f"--world_size {world_size} does not divide the global batch; give a divisor")
+    if rate and rate[2] != world_size:
         raise UserError(
-            f"--world_size {options.world_size}: {options.run} was measured on {rate[2]}; leave it out, or see --scale"
+            f"--world_size {world_size}: {options.run} was measured on {rate[2]}; leave it out, or see --scale"
         )
-    local = config.train.global_batch_size // options.world_size
+    local = config.train.global_batch_size // world_size
     at_once = min(config.train.micro_batch_size or local, local)
     check_image_sizes(config)
     tracer = Tracer(config, classes, options.conv_bias)
@@ -145,14 +143,14 @@ def estimate(config: Config, options: argparse.Namespace) -> dict:
         "weights_file_mib": weights / MIB,
         "checkpoint_mib": (weights * (2 if config.ema.decay else 1) + 4 * trained * optimizer_states(config)) / MIB,
         "training_images": images,
-        "world_size": options.world_size,
+        "world_size": world_size,
     }
     if card_mib is not None:
         facts |= {"card": options.card, "card_mib": card_mib, "largest_batch": memory.most_images(card_mib)}
     if rate is not None:
         facts |= {"images_per_s": rate[0], "images_per_s_from": rate[1], "epoch_s": images / rate[0]}
     if card is not None:
-        facts["roofline_epoch_s"] = roofline_epoch_s(step, card, images, options.world_size)
+        facts["roofline_epoch_s"] = roofline_epoch_s(step, card, images, world_size)
     if options.scale:
         facts["scaling"] = scale(
             config,
@@ -180,7 +178,7 @@ def estimate(config: Config, options: argparse.Namespace) -> dict:
     return facts
 
 
-def scale(config: Config, options: argparse.Namespace, facts: dict, roofline_s: float | None) -> dict:
+def scale(config: Config, options: Options, facts: dict, roofline_s: float | None) -> dict:
     """What `scaling` predicts. roofline_s: a step of one GPU by its roofline, if nothing is measured.
 
     Raises UserError where nothing tells the time of a step.
@@ -192,7 +190,7 @@ def scale(config: Config, options: argparse.Namespace, facts: dict, roofline_s: 
         raise UserError("--node_gpus, --inside_gb_s and --outside_gb_s must be above 0, --latency_us 0 or more")
     if "images_per_s" in facts:
         alone_s = config.train.global_batch_size / facts["images_per_s"]
-        origin = f"{facts['images_per_s_from']}, {options.world_size} processes"
+        origin = f"{facts['images_per_s_from']}, {facts['world_size']} processes"
     elif roofline_s is not None:
         alone_s, origin = roofline_s, f"the roofline of {options.card}, which no kernel reaches"
     else:
@@ -284,15 +282,10 @@ def _layer_lines(facts: dict) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    try:
-        options, rest = options_parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
-    if {"-h", "--help"} & set(rest):
-        print(ABOUT)
+    options, rest = split_options(Options, "estimate", argv)
     recipe_given = any(item.partition("=")[0] == "--config" for item in rest)
     if options.run and not recipe_given and (Path(options.run).expanduser() / "config.yaml").exists():
         rest = ["--config", str(Path(options.run).expanduser() / "config.yaml"), *rest]
-    facts = estimate(parse_config(rest, "estimate"), options)
+    facts = estimate(parse_config(rest, "estimate", Options), options)
     print(json.dumps(facts) if options.json else render(facts), flush=True)
     return EXIT_OK

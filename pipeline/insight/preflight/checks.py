@@ -1,8 +1,9 @@
-"""The checks of `preflight`: each looks at one thing and says in a line what it saw, or what is to be done."""
+"""The checks of `preflight`: each looks at one thing, and reports in one line what it saw or what to do."""
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,43 +16,43 @@ from pipeline.insight.status.run_state import median_step_s, newest_checkpoint, 
 from pipeline.tracking.wandb_view import has_key
 
 PASS, WARN, FAIL = "pass", "WARN", "FAIL"
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Finding:
-    """level: pass, WARN or FAIL; about: what was looked at; text: what was seen, and the remedy."""
+class CheckResult:
+    """level: pass, WARN or FAIL; name: what was checked; text: what was seen, and the remedy."""
 
     level: str
-    about: str
+    name: str
     text: str
 
 
-def check_recipe(config: Config, world_size: int) -> Finding:
-    """Can the global batch be shared among the processes, the network be built, and does it take the images?"""
-    from pipeline.model.build import build_model
-    from pipeline.model.meta_init import meta_init
-    from pipeline.model.sizes import check_image_sizes
+def device_type(config: Config, gpus: int) -> str:
+    """ "cuda" or "cpu": what a rank of this run computes with on a machine that has this many GPUs."""
+    wants_gpu = config.train.device == "cuda" or (config.train.device == "auto" and gpus > 0)
+    return "cuda" if wants_gpu else "cpu"
 
-    batch = config.train.global_batch_size
-    about = f"{config.model.name}, global batch {batch} over {world_size} process{'es' if world_size > 1 else ''}"
-    if batch % world_size:
-        fitting = -(-batch // world_size) * world_size
-        return Finding(FAIL, "recipe", f"{about}: not divisible; give --train.global_batch_size {fitting}")
+
+def check_recipe(config: Config, world_size: int, device: str, data_classes: int | None = None) -> CheckResult:
+    """Can this run be trained? The same rules as `pipeline train`: see `pipeline.training.validate`."""
+    from pipeline.training.validate import validate
+
     try:
-        check_image_sizes(config)
-        with meta_init():
-            build_model(config.model, config.model.num_classes or 1000)
+        validate(config, world_size, device, data_classes)
     except UserError as error:
-        return Finding(FAIL, "recipe", str(error))
+        return CheckResult(FAIL, "recipe", str(error))
+    batch = config.train.global_batch_size
     local = batch // world_size
     micro = min(config.train.micro_batch_size or local, local)
+    text = f"{config.model.name}, global batch {batch} over {world_size} process{'es' if world_size > 1 else ''}"
     if micro < 2 and config.train.micro_batch_size != 1:
-        return Finding(WARN, "recipe", f"{about}: 1 image each leaves BatchNorm little to average; use fewer processes")
-    return Finding(PASS, "recipe", f"{about}: {local} each" + (f", {micro} at once" if micro < local else ""))
+        return CheckResult(
+            WARN, "recipe", f"{text}: with 1 image each, BatchNorm has little to average; use fewer processes"
+        )
+    return CheckResult(PASS, "recipe", f"{text}: {local} each" + (f", {micro} at once" if micro < local else ""))
 
 
-def check_versions(node: dict, config: Config) -> Finding:
+def check_versions(node: dict, config: Config) -> CheckResult:
     """Is what the run needs installed?"""
     found = {name: version for name, version in node["versions"].items() if version}
     if node["driver"]:
@@ -59,34 +60,36 @@ def check_versions(node: dict, config: Config) -> Finding:
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     missing = [name for name in ("torch", "torchvision") if name not in found]
     if missing:
-        return Finding(FAIL, "versions", f"{text}: {' and '.join(missing)} missing; is PYTHON the right one?")
+        return CheckResult(
+            FAIL, "versions", f"{text}: {' and '.join(missing)} missing; is PYTHON the right interpreter?"
+        )
     if "DALI" not in found and config.data.loader == "dali":
-        return Finding(
+        return CheckResult(
             FAIL, "versions", f"{text}: no DALI; install nvidia-dali-cuda120, or give --data.loader reference"
         )
     if "DALI" not in found and config.data.loader == "auto":
-        return Finding(WARN, "versions", f"{text}: no DALI, so images are decoded by the slower reference loader")
-    return Finding(PASS, "versions", text)
+        return CheckResult(WARN, "versions", f"{text}: no DALI, so images are decoded by the slower reference loader")
+    return CheckResult(PASS, "versions", text)
 
 
-def check_gpus(node: dict, config: Config) -> Finding:
-    """Are there as many GPUs as Slurm granted, or is a CPU meant?"""
+def check_gpus(node: dict, config: Config) -> CheckResult:
+    """Are there as many GPUs as Slurm granted, or is the run meant for a CPU?"""
     count, granted = len(node["gpus"]), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     names = ", ".join(sorted({gpu["name"] for gpu in node["gpus"]}))
     seen = f"{count} x {names}" if count else "none seen by nvidia-smi"
     if config.train.device == "cpu":
-        return Finding(PASS, "GPUs", f"{seen}; not used: --train.device cpu, {node['cpus']} cores")
+        return CheckResult(PASS, "GPUs", f"{seen}; not used: --train.device cpu, {node['cpus']} cores")
     if count < granted:
-        remedy = "ask the site why, or give --train.device cpu"
-        return Finding(FAIL, "GPUs", f"{seen} on {node['node']}, though Slurm granted {granted}; {remedy}")
+        remedy = "ask your cluster's support, or give --train.device cpu"
+        return CheckResult(FAIL, "GPUs", f"{seen} on {node['node']}, though Slurm granted {granted}; {remedy}")
     if not count and config.train.device == "cuda":
-        return Finding(WARN, "GPUs", f"{seen} here; the nodes of the job must have some")
+        return CheckResult(WARN, "GPUs", f"{seen} here; the nodes of the job must have some")
     if not count:
-        return Finding(WARN, "GPUs", f"{seen}: would train on {node['cpus']} cores of the CPU")
-    return Finding(PASS, "GPUs", seen)
+        return CheckResult(WARN, "GPUs", f"{seen}: would train on {node['cpus']} cores of the CPU")
+    return CheckResult(PASS, "GPUs", seen)
 
 
-def check_nodes(nodes: list[dict], expected: int) -> Finding:
+def check_nodes(nodes: list[dict], expected: int) -> CheckResult:
     """Do all nodes see the same data, folder and versions?"""
     problems = []
     if len(nodes) < expected:
@@ -107,44 +110,43 @@ def check_nodes(nodes: list[dict], expected: int) -> Finding:
             problems.append(f"{node['node']} has {len(node['gpus'])} GPUs, {first['node']} has {len(first['gpus'])}")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        return Finding(FAIL, "nodes", "; ".join(problems[:3]) + more)
+        return CheckResult(FAIL, "nodes", "; ".join(problems[:3]) + more)
     slowest = max((node["data"]["read_s"] or 0.0, node["node"]) for node in nodes)
-    text = f"{len(nodes)} answered alike"
+    text = f"{len(nodes)} nodes agree"
     if slowest[0]:
         text += f"; a few samples were read everywhere, slowest on {slowest[1]} ({slowest[0]:.2f} s)"
-    return Finding(PASS, "nodes", text)
+    return CheckResult(PASS, "nodes", text)
 
 
-def check_data(facts: dict, config: Config) -> Finding:
-    """Is the data set there and whole, as far as seconds can tell?"""
+def check_data(facts: dict, config: Config) -> CheckResult:
+    """Is the data set there and complete? A sample of it is checked, in seconds."""
     if facts["problem"]:
-        return Finding(FAIL, "data", facts["problem"])
+        return CheckResult(FAIL, "data", facts["problem"])
     if not facts["indexed"]:
-        return Finding(
-            WARN, "data", f"no index: the start would scan all images; first: pipeline index {config.data.root}"
+        return CheckResult(
+            WARN,
+            "data",
+            f"no index, so the run would first scan all images; build it before: pipeline index {config.data.root}",
         )
     counts = " + ".join(f"{count:,} {name}" for name, count in facts["images"].items())
     text = f"{counts} images, {facts['classes']} classes, {facts['shards'] or 'no'} shards, {facts['fingerprint'][:12]}"
-    classes = config.model.num_classes
-    if classes is not None and classes < facts["classes"]:
-        return Finding(FAIL, "data", f"{text}: --model.num_classes {classes} is fewer; give at least that")
-    return Finding(PASS, "data", text)
+    return CheckResult(PASS, "data", text)
 
 
-def check_run_folder(run_dir: Path | None, problem: str | None, config: Config, data: dict):
-    """Can the run live in its folder; is what lies there this recipe's; is there room for its checkpoints?"""
+def check_run_folder(run_dir: Path | None, problem: str | None, config: Config, data: dict) -> Iterator[CheckResult]:
+    """Can the run folder be written, is what it holds from this recipe, and is there room for its checkpoints?"""
     if run_dir is None:
-        yield Finding(FAIL, "run folder", "--run_dir is missing: give the folder where the run is to live")
+        yield CheckResult(FAIL, "run folder", "--run_dir is missing: give the run's folder")
         return
     if problem:
-        yield Finding(FAIL, "run folder", f"{problem}; give another --run_dir")
+        yield CheckResult(FAIL, "run folder", f"{problem}; give another --run_dir")
         return
     checkpoint = newest_checkpoint(run_dir)
-    yield _check_identity(run_dir, config, data, checkpoint)
-    yield _check_room(run_dir, config, data, checkpoint)
+    yield _check_same_recipe(run_dir, config, data, checkpoint)
+    yield _check_space(run_dir, config, data, checkpoint)
 
 
-def _check_identity(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int, float] | None) -> Finding:
+def _check_same_recipe(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int, float] | None) -> CheckResult:
     from pipeline.training.run_folder.checkpoint import (
         DamagedCheckpoint,
         check_fingerprints,
@@ -159,17 +161,17 @@ def _check_identity(run_dir: Path, config: Config, data: dict, checkpoint: tuple
             path = run_dir / "checkpoints" / folder_name(checkpoint[0])
             check_fingerprints(path, read_meta(path), semantic_config(config), data["fingerprint"])
     except UserError as error:
-        return Finding(FAIL, "run folder", str(error))
+        return CheckResult(FAIL, "run folder", str(error))
     except DamagedCheckpoint as error:
-        return Finding(WARN, "run folder", f"{error}; an older one will be used, if there is one")
+        return CheckResult(WARN, "run folder", f"{error}; an older checkpoint will be used if there is one")
     if read_marker(run_dir, "finished") is not None:
-        return Finding(PASS, "run folder", f"{run_dir}: finished; nothing is left to do")
+        return CheckResult(PASS, "run folder", f"{run_dir}: finished; nothing is left to do")
     if checkpoint is None:
-        return Finding(PASS, "run folder", f"{run_dir}: starts at step 0")
-    return Finding(PASS, "run folder", f"{run_dir}: goes on from step {checkpoint[0]:,}")
+        return CheckResult(PASS, "run folder", f"{run_dir}: starts at step 0")
+    return CheckResult(PASS, "run folder", f"{run_dir}: resumes from step {checkpoint[0]:,}")
 
 
-def _check_room(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int, float] | None) -> Finding:
+def _check_space(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int, float] | None) -> CheckResult:
     if checkpoint is not None:
         files = (run_dir / "checkpoints" / f"step-{checkpoint[0]:09d}").iterdir()
         size = sum(file.stat().st_size for file in files)
@@ -177,13 +179,13 @@ def _check_room(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int
         try:
             size = estimate_checkpoint(config, data.get("classes") or 1000)
         except UserError as error:
-            return Finding(FAIL, "room", f"of a network that can't be built: {error}")
+            return CheckResult(FAIL, "disk space", f"unknown: {error}")
     count = config.checkpoint.keep + 2  # the best one, and one that is being written
     needed, free = count * size, shutil.disk_usage(nearest_existing(run_dir)).free
     text = f"{count} checkpoints of {size / 1e6:,.0f} MB need {needed / 1e9:.1f} GB, {free / 1e9:,.1f} GB are free"
     if free < needed:
-        return Finding(FAIL, "room", f"{text}; make room, lower --checkpoint.keep, or give another --run_dir")
-    return Finding(PASS, "room", text)
+        return CheckResult(FAIL, "disk space", f"{text}; free some, lower --checkpoint.keep, or give another --run_dir")
+    return CheckResult(PASS, "disk space", text)
 
 
 def estimate_checkpoint(config: Config, classes: int) -> int:
@@ -198,45 +200,45 @@ def estimate_checkpoint(config: Config, classes: int) -> int:
     return weight_bytes(model) * (2 if config.ema.decay else 1) + 4 * trained * optimizer_states(config)
 
 
-def check_wandb(config: Config) -> Finding:
-    """Where will the curves go?"""
+def check_wandb(config: Config) -> CheckResult:
+    """Where are metrics sent?"""
     mode = os.environ.get("WANDB_MODE") or config.tracking.wandb
     if config.tracking.wandb == "disabled" or mode == "disabled":
-        return Finding(PASS, "W&B", "disabled; metrics.jsonl has everything")
+        return CheckResult(PASS, "W&B", "disabled; all metrics are in metrics.jsonl")
     if importlib.util.find_spec("wandb") is None:
-        return Finding(WARN, "W&B", "not installed; metrics.jsonl has everything")
+        return CheckResult(WARN, "W&B", "not installed; all metrics are in metrics.jsonl")
     key = has_key()
     if mode == "offline" or (mode == "auto" and not key):
         why = "" if mode == "offline" else " (no key; `wandb login` gives one)"
-        return Finding(PASS, "W&B", f"offline{why}: upload later with wandb sync")
+        return CheckResult(PASS, "W&B", f"offline{why}: upload later with: wandb sync")
     if not key:
-        return Finding(FAIL, "W&B", "online, but there is no key: wandb login, or --tracking.wandb offline")
-    return Finding(PASS, "W&B", f"online, project {config.tracking.project}")
+        return CheckResult(FAIL, "W&B", "online, but there is no key: wandb login, or --tracking.wandb offline")
+    return CheckResult(PASS, "W&B", f"online, project {config.tracking.project}")
 
 
-def check_memory(config: Config, world_size: int, classes: int | None, card_mib: float | None) -> Finding:
-    """Does a step fit the card? An estimate, said as such."""
+def check_memory(config: Config, world_size: int, classes: int | None, card_mib: float | None) -> CheckResult:
+    """Does a step fit into the GPU's memory? An estimate."""
     from pipeline.insight.estimate.memory import estimate_step
 
     if config.train.device == "cpu":
-        return Finding(PASS, "memory", "not looked at on the CPU")
+        return CheckResult(PASS, "memory", "not checked on a CPU")
     local = max(1, config.train.global_batch_size // world_size)
     images = min(config.train.micro_batch_size or local, local)
     try:
         step = estimate_step(config, config.model.num_classes or classes or 1000, images)
     except UserError as error:
-        return Finding(FAIL, "memory", str(error))
+        return CheckResult(FAIL, "memory", str(error))
     text = f"about {step.total_mib / 1024:.1f} GiB a GPU for {images} images at once (estimated)"
     if card_mib is None:
-        return Finding(PASS, "memory", f"{text}; give --gpu_memory to compare")
+        return CheckResult(PASS, "memory", f"{text}; give --gpu_memory to compare")
     text += f", the card has {card_mib / 1024:.1f}"
     fitting = step.most_images(0.9 * card_mib)
-    remedy = f"give --train.micro_batch_size {fitting}" if fitting > 0 else "the model alone is too large for it"
+    remedy = f"give --train.micro_batch_size {fitting}" if fitting > 0 else "the model alone is too large"
     if step.total_mib > card_mib:
-        return Finding(FAIL, "memory", f"{text}; {remedy}")
+        return CheckResult(FAIL, "memory", f"{text}; {remedy}")
     if step.total_mib > 0.9 * card_mib:
-        return Finding(WARN, "memory", f"{text}: tight; {remedy}")
-    return Finding(PASS, "memory", text)
+        return CheckResult(WARN, "memory", f"{text}: tight; {remedy}")
+    return CheckResult(PASS, "memory", text)
 
 
 def check_time(
@@ -246,11 +248,11 @@ def check_time(
     data: dict,
     limit_s: float | None,
     bench: tuple[float, int] | None = None,
-) -> Finding:
+) -> CheckResult:
     """How often will the time limit interrupt the run? Steps left times the seconds of the ledger's last steps, or of
     `bench`: images/s by so many processes together."""
     if not data.get("images"):
-        return Finding(WARN, "time", "unknown without an index")
+        return CheckResult(WARN, "time", "unknown without an index")
     total = round(steps_of(config.schedule.epochs, data["images"]["train"] / config.train.global_batch_size))
     total = min(max(1, total), config.train.max_steps or total)
     checkpoint = newest_checkpoint(run_dir) if run_dir else None
@@ -265,15 +267,15 @@ def check_time(
         there = starts[-1].get("world_size", world_size) if starts else world_size
     elif bench is not None:
         images_per_s, there = bench
-        step_s, source = config.train.global_batch_size / images_per_s, " by --bench"
+        step_s, source = config.train.global_batch_size / images_per_s, " (from --bench)"
     else:
-        unknown = "how long they take is known once some are done, or by --bench"
-        return Finding(PASS, "time", f"{left:,} steps; {unknown}; {limit}")
+        unknown = "the time of a step is known once some are done, or from --bench"
+        return CheckResult(PASS, "time", f"{left:,} steps; {unknown}; {limit}")
     step_s *= there / world_size  # a larger world shares the same batch
     text = f"{left:,} steps of {step_s:.3g} s{source}: {duration(left * step_s)}"
     if there != world_size:
         text += f" (at the speed of {there} process{'es' if there > 1 else ''})"
     if limit_s is None or left * step_s < limit_s:
-        return Finding(PASS, "time", f"{text}, {limit}")
+        return CheckResult(PASS, "time", f"{text}, {limit}")
     times = int(-(-left * step_s // limit_s))
-    return Finding(PASS, "time", f"{text}, {limit}: {times} starts, requeued in between")
+    return CheckResult(PASS, "time", f"{text}, {limit}: {times} starts, with requeues in between")
