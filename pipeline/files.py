@@ -8,16 +8,17 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_open(path: Path) -> Iterator[BinaryIO]:
+def atomic_open(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file to write, beside `path` under a temporary name (`.NAME.PID-HEX.tmp`). At the end of the block it
     is flushed to disk and renamed to `path`. If the block raises, it is removed and `path` is unchanged.
-    Raises OSError."""
+    durable: False skips the flush, for files that can be generated again. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -25,7 +26,7 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def atomic_write(path: Path, data: str | bytes) -> None:
+def atomic_write(path: Path, data: str | bytes, durable: bool = True) -> None:
     """Write a small file atomically, as `atomic_open` does. Text is written as UTF-8. Raises OSError."""
-    with atomic_open(path) as file:
+    with atomic_open(path, durable) as file:
         file.write(data.encode() if isinstance(data, str) else data)

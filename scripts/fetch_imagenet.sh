@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ImageNet from a Kaggle account into DEST, verified. Killed at any moment, the same command goes on.
+# ImageNet from a Kaggle account into DEST, verified. Run the same command again to resume.
 # Usage: scripts/fetch_imagenet.sh DEST [options]        (options: see --help)
 set -euo pipefail
 # shellcheck source=scripts/env.sh

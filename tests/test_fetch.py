@@ -92,7 +92,7 @@ def test_some_classes_of_both_splits_then_all(kaggle_zip, kaggle_members, tmp_pa
         before = len(server.served)
         done = fetch(tmp_path / "data", env)
         assert done.code == 0, done.err
-        assert f"{len(expected)} of 120 images are here already" in done.err
+        assert f"{len(expected)} of 120 images exist already" in done.err
         assert sum(r.end - r.start for r in server.served[before + 1 :]) < kaggle_zip.stat().st_size
     assert_whole(tmp_path / "data", kaggle_members)
     assert open_index(index_folder(tmp_path / "data")).num_classes == 4
@@ -130,7 +130,7 @@ def test_files_of_unknown_origin_are_checked_by_their_crc(kaggle_zip, kaggle_mem
     with KaggleServer(kaggle_zip) as server:
         done = fetch_from(server, tmp_path)
     assert done.code == 0, done.err
-    assert "39 of 120 images are here already" in done.err
+    assert "39 of 120 images exist already" in done.err
     assert_whole(tmp_path / "data", kaggle_members)
 
 
@@ -223,7 +223,7 @@ def test_local_zip_that_was_cut_is_refused(kaggle_zip, tmp_path):
     path = tmp_path / "cut.zip"
     path.write_bytes(kaggle_zip.read_bytes()[:-100_000])
     done = fetch(tmp_path / "data", {}, "--from", str(path))
-    assert done.code == 2 and "no whole zip" in done.last_line
+    assert done.code == 2 and "not a complete zip" in done.last_line
 
 
 def test_local_tar_that_was_cut_is_refused(nested_kaggle_zip, kaggle_members, tmp_path):
@@ -265,11 +265,11 @@ def test_only_one_fetch_works_in_a_folder_and_sigterm_stops_it(kaggle_zip, kaggl
         )
         assert started.wait(30)
         second = fetch_from(server, tmp_path)
-        assert second.code == 2 and "another fetch is at work" in second.last_line
+        assert second.code == 2 and "another fetch is running" in second.last_line
         first.send_signal(signal.SIGTERM)
         _, err = first.communicate(timeout=30)
         assert first.returncode == 75
-        assert "the same command goes on" in err and "Traceback" not in err
+        assert "run the same command again to resume" in err and "Traceback" not in err
         server.faults = Faults()
         assert fetch_from(server, tmp_path).code == 0
     assert_whole(tmp_path / "data", kaggle_members)

@@ -122,7 +122,7 @@ def test_clients_download_that_was_cut_unseen_is_found_and_removed(kaggle_zip, k
     """Without a length, the client takes a cut for the end and says 0."""
     with KaggleServer(kaggle_zip, Faults(length=False, ranges=False, cut=lambda number: number == 2)) as server:
         done = fetch_from(server, tmp_path, "--via", "zip")
-        assert done.code == 1 and "no whole zip" in done.last_line
+        assert done.code == 1 and "not a complete zip" in done.last_line
         assert fetch_from(server, tmp_path, "--via", "zip").code == 0
     assert_whole(tmp_path / "data", kaggle_members)
 

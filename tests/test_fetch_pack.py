@@ -163,5 +163,5 @@ def test_shards_that_were_checked_before_a_stop_stay(big_zip, packed, tmp_path, 
         assert main(command) == 75
     assert len(shards_of(tmp_path / "data")) == 2
     assert main(command) == 0
-    assert "120 of 120 images are here already" in capsys.readouterr().err
+    assert "120 of 120 images exist already" in capsys.readouterr().err
     assert_same(tmp_path / "data", packed)

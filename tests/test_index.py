@@ -17,6 +17,7 @@ import xxhash
 from PIL import Image
 
 from pipeline.__main__ import main
+from pipeline.dataset import lock
 from pipeline.dataset.index import decode, listing, scan
 from pipeline.dataset.index.index import RECORD, compute_fingerprint, open_index, write_index
 from pipeline.dataset.index.scan import build_index, read_unreadable
@@ -146,7 +147,7 @@ def test_command_tells_the_counts_and_where_the_unreadable_are_listed(pets, caps
         (lambda root: shutil.rmtree(root / "train"), "holds no train/ folder"),
         (lambda root: shutil.rmtree(root / "val"), "neither val/ nor test/"),
         (lambda root: (root / "train/fish").mkdir(), "class folder .*train/fish holds no image"),
-        (lambda root: make_folder(root, {"val/fish": ["f.png"]}), "class 'fish' that .*train has not"),
+        (lambda root: make_folder(root, {"val/fish": ["f.png"]}), "class 'fish' that .*train does not have"),
         (lambda root: [damage(p) for p in (root / "train/dog").iterdir()], "class 'dog' has no readable image"),
         (lambda root: [shutil.move(p, root / "train") for p in (root / "train").glob("*/*.*")], "holds no image"),
         (lambda root: (root / "train/dog/9.png").rename(root / "train/dog" / os.fsdecode(b"\xff.png")), "not UTF-8"),
@@ -307,7 +308,7 @@ def test_damaged_index_is_one_line_and_built_anew_on_demand(pets, spoil, capsys)
         open_index(index.folder)
     assert "\n" not in str(caught.value)
     assert build_index(pets).fingerprint == index.fingerprint
-    assert "building it anew" in capsys.readouterr().err
+    assert "rebuilding it" in capsys.readouterr().err
 
 
 def test_unwritable_index_folder_is_one_line(pets):
@@ -358,11 +359,11 @@ def test_killed_scan_goes_on_where_it_was(tmp_path, monkeypatch):
     settings = Settings(classes=2, train_per_class=80, val_per_class=2, size=24, oddities=0, damaged=2)
     generate_tree(tmp_path / "set", settings)
     patch = """
-real = scan.Journal.add
+real = scan.ScanJournal.add
 def add(self, names, found):
     real(self, names, found)
     self.file.write(b'["half a line'); self.file.flush(); die()
-scan.Journal.add = add
+scan.ScanJournal.add = add
 """
     run_killed(tmp_path / "set", patch)
     run_killed(tmp_path / "set", patch)
@@ -386,14 +387,14 @@ def test_two_at_once_scan_the_tree_once(pets, monkeypatch, capsys):
         return inspect_all(paths)
 
     monkeypatch.setattr(scan, "inspect_all", slowly)
-    real_flock = scan.fcntl.flock
+    real_flock = lock.fcntl.flock
 
     def flock(file, how):
-        if not how & scan.fcntl.LOCK_NB:
+        if not how & lock.fcntl.LOCK_NB:
             go.set()  # the second one has begun to wait
         real_flock(file, how)
 
-    monkeypatch.setattr(scan.fcntl, "flock", flock)
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(build_index, pets)
         assert inside.wait(60)

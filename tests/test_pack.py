@@ -136,7 +136,7 @@ pack_tree(Path(sys.argv[1]), Path(sys.argv[2]), Options(shard_mb=1), processes=1
     assert main(["pack", str(source), str(dest), "--shard-mb", "1", "--processes", "1"]) == 0
     assert contents(dest) == contents(packed)
     assert whole == {path: path.stat().st_mtime_ns for path in whole}
-    assert (f"{len(whole)} of 4 shards are there already" in capsys.readouterr().err) is bool(whole)
+    assert (f"{len(whole)} of 4 shards exist already" in capsys.readouterr().err) is bool(whole)
 
 
 def test_parts_in_any_order_make_the_same_as_one(source, packed, tmp_path, capsys):

@@ -12,7 +12,7 @@ import xxhash
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import RECORD, open_index, write_index
-from pipeline.dataset.shards.stage import only_one, stage_shards
+from pipeline.dataset.shards.stage import locked_folder, stage_shards
 from pipeline.errors import UserError
 
 
@@ -116,8 +116,14 @@ def test_a_second_job_on_the_node_waits(packed, tmp_path):
     local = tmp_path / "local"
     local.mkdir()
     command = [sys.executable, "-m", "pipeline", "stage", str(packed), str(local)]
-    with only_one(local):
-        other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    with locked_folder(local):
+        other = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
         assert "waiting" in other.stdout.readline()
         assert not list(local.glob("*.tar"))
     out, _ = other.communicate(timeout=60)

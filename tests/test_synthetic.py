@@ -157,11 +157,11 @@ def test_second_run_reuses_and_what_is_missing_is_made_again(tmp_path, capsys):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.JPEG")}
     capsys.readouterr()
     assert main(argv) == 0
-    assert "already there" in capsys.readouterr().out
+    assert "generated earlier" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.JPEG")}
     next(iter(times)).unlink()
     assert main(argv) == 0
-    assert "already there" not in capsys.readouterr().out
+    assert "generated earlier" not in capsys.readouterr().out
     assert contents(tmp_path / "set") == before
 
 

@@ -87,7 +87,7 @@ def test_missing_images_are_named(root, tmp_path, capsys, spoil, number):
     assert f"missing: {CLS_LOC}/train/n99000001/n99000001" in out
     assert re.search(rf"missing +0 +{number} +WRONG", out)
     assert re.search(rf"train images +96 +{96 - number} +WRONG", out)
-    assert out.splitlines()[-1] == f"{root}: NOT whole"
+    assert out.splitlines()[-1] == f"{root}: NOT complete"
     listed = json.loads((tmp_path / "report.json").read_text())["missing"]
     assert len(listed) == number
     entry = {"split": "train", "file": str(path.relative_to(root)), "class": "n99000001", "problem": "missing"}

@@ -1,4 +1,4 @@
-"""The disk under a data root: is there room, is it flushed, and what does its refusal mean for the user."""
+"""The disk of a data root: free space, flushing, and one-line errors."""
 
 import ctypes
 import errno
@@ -12,11 +12,11 @@ BLOCK = 4096  #: bytes that a file's size is rounded up to, as most file systems
 
 
 def explain(error: OSError, path: Path | str) -> UserError | TransientError:
-    """One line for a file system's refusal: the user can mend a full disk or a missing right, and nothing else."""
+    """One line for a file system's error: UserError for a full disk or a missing permission, else TransientError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"disk full while writing {path}; free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-        return UserError(f"can't write {path} ({error.strerror}); mend that or give another folder")
+        return UserError(f"can't write {path} ({error.strerror}); fix that or give another folder")
     return TransientError(f"can't write {path} ({error.strerror or error})")
 
 

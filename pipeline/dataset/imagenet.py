@@ -14,6 +14,7 @@ TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1_000
 CLS_LOC = Path("ILSVRC/Data/CLS-LOC")
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
 VAL_SOLUTION = "LOC_val_solution.csv"
+TRAIN_LIST = "ILSVRC/ImageSets/CLS-LOC/train_cls.txt"
 #: Images of the archive that are odd and yet no error: the one PNG, and those in CMYK.
 KNOWN_PNG = frozenset({"n02105855_2933"})
 KNOWN_CMYK = frozenset(

@@ -1,7 +1,7 @@
 """Sort the validation images into class folders, offline, from the archive's own lists.
 
 The result is the layout of the well-known valprep.sh: a folder for each of the 1,000 synsets with its 50 images. Each
-image is moved by one rename, so a kill at any moment leaves every image whole, and the same command goes on.
+image is moved by one rename, so a kill at any moment leaves every image complete; the same command resumes.
 """
 
 import re
@@ -19,8 +19,8 @@ _OBJECT = re.compile(r"<object>\s*<name>\s*(n\d{8})\s*</name>")
 
 
 @dataclass(frozen=True)
-class Sorted:
-    """What a run did: images moved now, those that lay right already, the class folders, and the list that told."""
+class SortResult:
+    """Result of a run: images moved, images already in place, class folders, and the source of the labels."""
 
     moved: int
     already: int
@@ -49,18 +49,23 @@ def read_val_annotations(folder: Path) -> dict[str, str]:
     return labels
 
 
-def read_val_labels(root: Path) -> tuple[dict[str, str], Path]:
-    """(image id -> synset, where that was read): from the CSV, or from the annotations where it is missing."""
+def read_any_val_labels(root: Path) -> tuple[dict[str, str], Path]:
+    """(image id -> synset, its source): from the CSV, else from the annotations; empty where there is neither."""
     solution = imagenet.find_list(root.resolve(), imagenet.VAL_SOLUTION)
     if solution is not None:
         return imagenet.read_val_solution(solution), solution
-    labels = read_val_annotations(root / ANNOTATIONS)
+    return read_val_annotations(root / ANNOTATIONS), root / ANNOTATIONS
+
+
+def read_val_labels(root: Path) -> tuple[dict[str, str], Path]:
+    """`read_any_val_labels`; UserError where there are none."""
+    labels, source = read_any_val_labels(root)
     if not labels:
         raise UserError(f"{root} holds neither {imagenet.VAL_SOLUTION} nor {ANNOTATIONS}; fetch one of them")
-    return labels, root / ANNOTATIONS
+    return labels, source
 
 
-def sort_val(root: Path, quiet: bool = True) -> Sorted:
+def sort_val(root: Path, quiet: bool = True) -> SortResult:
     """Move each validation image into its class's folder; what lies right stays.
 
     An image in the wrong folder is moved as well, and one that lies flat replaces its namesake in the folder: it was
@@ -98,9 +103,11 @@ def sort_val(root: Path, quiet: bool = True) -> Sorted:
             if imagenet.SYNSET.fullmatch(home.name) and not any(home.iterdir()):
                 home.rmdir()  # emptied by a move
     except OSError as error:
-        raise UserError(f"can't move {error.filename} ({error.strerror}); mend that and run it again") from error
+        raise UserError(
+            f"can't move {error.filename} ({error.strerror}); fix that and run the same command again"
+        ) from error
     folders = sum(path.is_dir() for path in folder.iterdir())
-    return Sorted(len(moves), already, folders, source)
+    return SortResult(len(moves), already, folders, source)
 
 
 def valprep(root: str) -> int:

@@ -1,4 +1,4 @@
-"""All cores on a list of tasks: results in order, few tasks in flight, one clear error if a process dies."""
+"""A process pool over a list of tasks: results in order, few tasks in flight, one clear error if a process dies."""
 
 import functools
 import os
@@ -41,9 +41,10 @@ def _readers() -> ThreadPoolExecutor:
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a worker must not outlive a parent that was killed."""
+    """Ignore Ctrl-C, which the parent handles, and exit with the parent, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
+    assert parent is not None
 
     def follow() -> None:
         parent.join()
@@ -57,7 +58,7 @@ def map_in_order(
 ) -> Iterator[Result]:
     """`function` (importable by name) of each task, in the tasks' order; at most 4 tasks a process are held at a time.
 
-    With one process the work is done here, without starting any. Raises TransientError if a process is killed.
+    With one process the tasks run in this process. Raises TransientError if a process is killed.
     """
     processes = processes or available_cores()
     if processes == 1:

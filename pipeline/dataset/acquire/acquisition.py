@@ -1,4 +1,4 @@
-"""From an archive, wherever it lies, to a tree of whole images: what is missing is fetched, what is whole stays."""
+"""From an archive, local or remote, to a tree of images: missing ones are fetched, complete ones are kept."""
 
 import contextlib
 import io
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Options:
 class Acquisition:
     """One run over one archive. The journals and half-written files lie in `ROOT/.fetch`.
 
-    `resolved` is told the selection, its classes filled in, before the first image comes.
+    `resolved` is called with the selection, its classes filled in, before the first image is fetched.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Acquisition:
         self.root, self.source, self.options, self.stop, self.resolved = root, source, options, stop, resolved
 
     def run(self, selection: Selection, pack: PackOptions | None = None) -> dict[str, int]:
-        """Bring everything selected into the tree, or by `pack` into shards; the number of images of each split.
+        """Fetch the selection into the tree, or with `pack` into shards; the number of images of each split.
 
         Raises UserError or TransientError, one line each.
         """
@@ -111,7 +112,7 @@ class Acquisition:
         for name in wanted:
             if found := present.find(name):
                 (self.root / found[0]).unlink()
-        if not held:
+        if directory is None or not held:
             self.run(selection)
             present = ExistingFiles(self.root)
             _refuse_unknown(self.source, {name for name in wanted if present.find(name) is None})
@@ -135,7 +136,7 @@ class Acquisition:
         selection = selection.resolve(synsets, read_val_labels(self.root))
         wanted = catalog.select(selection)
         if not any(map(len, wanted.values())):
-            raise UserError(f"{self.source.name} has no image of what was asked for (split '{selection.split}')")
+            raise UserError(f"{self.source.name} has no image of the selection (split '{selection.split}')")
         held = {
             split: np.fromiter(map(hash_name, iter_names(directory, numbers)), np.uint64, len(numbers))
             for split, numbers in wanted.items()
@@ -148,7 +149,7 @@ class Acquisition:
         numbers = np.concatenate(list(wanted.values()))
         here, missing = numbers[whole[numbers]], numbers[~whole[numbers]]
         if len(here):
-            print(f"{len(here):,} of {len(numbers):,} images are here already", file=sys.stderr)
+            print(f"{len(here):,} of {len(numbers):,} images exist already", file=sys.stderr)
         self._check_space(directory, missing)
         self._fetch(directory, journal, TreeWriter(self.root), missing, "Fetching images", here)
 
@@ -161,7 +162,7 @@ class Acquisition:
         with self._journal("journal-pack", plan.fingerprint) as journal:
             whole = packing.find_whole(journal.trusted)
             if whole.any():
-                print(f"{whole.sum():,} of {len(whole):,} images are here already", file=sys.stderr)
+                print(f"{whole.sum():,} of {len(whole):,} images exist already", file=sys.stderr)
             check_space(self.root, packing.needed(whole), len(plan.shards))
             here, missing = plan.numbers[whole], plan.numbers[~whole]
             self._fetch(catalog.directory, journal, ShardPatcher(self.root, plan), missing, "Fetching images", here)
@@ -172,7 +173,7 @@ class Acquisition:
         check_space(self.root, int(((sizes + BLOCK - 1) // BLOCK * BLOCK).sum()) * 1.005, len(sizes))
 
     def _fetch(
-        self, directory: Directory, journal: Journal, writer: Writer, missing: np.ndarray, title: str, here=()
+        self, directory: Directory, journal: Journal, writer: Writer, missing: np.ndarray, title: str, here: Any = ()
     ) -> None:
         """Fetch the members `missing`; no request covers the members `here`."""
         requests = plan_requests(directory, missing, np.asarray(here, np.int64), self.options.request_bytes)
@@ -182,13 +183,13 @@ class Acquisition:
             some = ", ".join(f"{name} ({reason})" for name, reason in sorted(transfer.damaged)[:NAMED])
             raise TransientError(
                 f"{self.source.name}: {len(transfer.damaged)} of {len(missing):,} members arrive damaged: {some}; "
-                "all others are whole, the same command tries these again"
+                "all others are complete; run the same command again to fetch these"
             )
 
-    def _unpack_tar(self, stream, size: int, selection: Selection, pack: PackOptions | None) -> dict[str, int]:
+    def _unpack_tar(self, stream: Any, size: int, selection: Selection, pack: PackOptions | None) -> dict[str, int]:
         if pack is not None:
             raise UserError(
-                f"{self.source.name} holds its images in a tar, which --pack can't read here and there; "
+                f"{self.source.name} holds its images in a tar, which --pack can't read by member; "
                 "fetch without --pack, then run: pipeline pack"
             )
         check_space(self.root, size * UNPACKED)

@@ -14,7 +14,6 @@ from pipeline.dataset.acquire.selection import (
     NESTED,
     SPLITS,
     TRAIN_IMAGE,
-    TRAIN_LIST,
     VAL_BOX,
     VAL_IMAGE,
     Selection,
@@ -22,10 +21,10 @@ from pipeline.dataset.acquire.selection import (
     read_train_list,
 )
 from pipeline.dataset.acquire.zip_directory import Directory, decode_name
-from pipeline.dataset.valprep import ANNOTATIONS, read_val_annotations
+from pipeline.dataset.valprep import read_any_val_labels
 from pipeline.errors import UserError
 
-OTHER, TRAIN, VAL, LISTS, BOXES, TAR = range(6)
+_OTHER, TRAIN, VAL, LISTS, BOXES, TAR = range(6)
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,7 @@ def make_catalog(directory: Directory) -> Catalog:
 
 def read_val_labels(root: Path) -> dict[str, str]:
     """Image id -> synset from `LOC_val_solution.csv` in `root`, else from the annotations; empty where neither is."""
-    solution = root / imagenet.VAL_SOLUTION
-    if solution.is_file():
-        return imagenet.read_val_solution(solution)
-    return read_val_annotations(root / ANNOTATIONS)
+    return read_any_val_labels(root)[0]
 
 
 def hash_name(name: str) -> int:
@@ -104,7 +100,7 @@ def check_listed(archive: str, root: Path, selection: Selection, held: dict[str,
 
     `held`: split -> `hash_name` of the wanted images that the archive holds, [n] uint64.
     """
-    train_list = root / TRAIN_LIST
+    train_list = root / imagenet.TRAIN_LIST
     listed: dict[str, Iterable[str]] = {}
     if selection.has("train") and train_list.is_file():
         listed["train"] = read_train_list(train_list.read_text(encoding="utf-8"))
@@ -115,6 +111,6 @@ def check_listed(archive: str, root: Path, selection: Selection, held: dict[str,
         missing = np.flatnonzero(~np.isin(np.fromiter(map(hash_name, named), np.uint64, len(named)), held[split]))
         if len(missing):
             raise UserError(
-                f"{archive} is only a part: it lacks {len(missing):,} of the {len(named):,} {split} images that "
-                f"its own lists name, such as {named[missing[0]]}; give the whole archive"
+                f"{archive} is incomplete: it lacks {len(missing):,} of the {len(named):,} {split} images that "
+                f"its own lists name, such as {named[missing[0]]}; give the complete archive"
             )

@@ -1,7 +1,6 @@
 """The verb `fetch`: from a Kaggle account, or an archive that is already here, to a verified training set."""
 
 import contextlib
-import fcntl
 import shutil
 import signal
 import sys
@@ -20,7 +19,8 @@ from pipeline.dataset.acquire.tree import STATE
 from pipeline.dataset.acquire.zip_directory import NotAnArchiveError
 from pipeline.dataset.disk import check_space, explain
 from pipeline.dataset.imagenet import CLS_LOC
-from pipeline.dataset.index.index import PACKED, index_folder, is_current, open_index
+from pipeline.dataset.index.index import PACKED, Index, index_folder, is_current, open_index
+from pipeline.dataset.lock import locked
 from pipeline.dataset.shards.plan import Options as PackOptions
 from pipeline.errors import EXIT_INTERRUPTED, TransientError, UserError
 
@@ -42,24 +42,24 @@ def fetch(
     stall_s: float = 30.0,
     give_up_s: float = 900.0,
 ) -> int:
-    """Download ImageNet from Kaggle into DEST, verified; killed at any moment, the same command goes on. For CIFAR-10:
+    """Download ImageNet from Kaggle into DEST, verified. Run the same command again to resume. For CIFAR-10:
     fetch cifar10 DEST.
 
     Args:
-        dest: folder of the data set; needs room for the images and 5 % more.
+        dest: folder of the data set; requires space for the images and 5 % more.
         split: fetch both splits or one.
         classes: fetch a part: a number of classes (the first of the sorted synsets), or synsets like
             n01440764,n01443537.
-        via: ranges reads the members straight from the server; zip downloads the whole archive first (needs twice
-            the room), for servers without byte ranges.
+        via: ranges reads the members straight from the server; zip downloads the whole archive first (requires twice
+            the space), for servers without byte ranges.
         from_file: unpack this zip or tar.gz instead of downloading (also: --from FILE).
-        pack: write the members straight into tar shards (as pipeline pack makes them), with no tree in between.
+        pack: write the members straight into tar shards (as pipeline pack makes them), without a tree.
         shard_mb: megabytes of a shard.
         index: decode every image and build the index at the end.
         competition: name of the Kaggle competition.
         streams: parallel connections.
-        request_mb: most megabytes asked for in one request.
-        stall_s: seconds without data after which a connection is dropped and tried again.
+        request_mb: most megabytes per request.
+        stall_s: seconds without data after which a connection is dropped and retried.
         give_up_s: seconds without any progress after which the command stops.
     """
     if streams < 1 or request_mb <= 0 or stall_s <= 0 or give_up_s <= 0:
@@ -71,14 +71,14 @@ def fetch(
     manifest = Manifest(
         competition=None if from_file else competition, file=from_file and str(Path(from_file).absolute())
     )
-    with _terminated_like_interrupted(), _locked(root):
+    with _terminated_like_interrupted(), _locked_root(root):
         try:
             _check_kind(root, packing)
             if not _is_done(root, selection, index):
-                _bring(root, manifest, selection, options, via, packing)
+                _fetch_until_complete(root, manifest, selection, options, via, packing)
                 _finish(root, index)
         except KeyboardInterrupt:
-            print("pipeline fetch: interrupted; the same command goes on where this stopped", file=sys.stderr)
+            print("pipeline fetch: interrupted; run the same command again to resume", file=sys.stderr)
             return EXIT_INTERRUPTED
         except OSError as error:
             raise explain(error, error.filename or root) from error
@@ -87,7 +87,7 @@ def fetch(
 
 
 def repair(root: Path, members: list[str], options: Options | None = None) -> None:
-    """Fetch some members of a fetched data set again, from where they came, and put them in their place.
+    """Fetch some members of a fetched data set again, from its source, and replace them.
 
     Args:
         root: the data root, with its `fetch.json`.
@@ -98,12 +98,10 @@ def repair(root: Path, members: list[str], options: Options | None = None) -> No
     options, stop = options or Options(), threading.Event()
     manifest = read_manifest(root)
     if manifest is None:
-        raise UserError(
-            f"{root} was not fetched by this program (no fetch.json), so it can't be repaired from the source"
-        )
+        raise UserError(f"{root} was not fetched by this program (no fetch.json), so it has no source to repair from")
     if (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards, which are not repaired by the image; remove them and fetch again")
-    with _locked(root):
+    with _locked_root(root):
         with _opened(root, manifest, options, "ranges", stop) as source:
             Acquisition(root, source, options, stop).repair(members, manifest.to_selection())
         _sort_val(root)
@@ -117,10 +115,10 @@ def _check_kind(root: Path, packing: PackOptions | None) -> None:
         raise UserError(f"{root} holds a tree of images; give another folder, or run: pipeline pack {root} DEST")
 
 
-def _bring(
+def _fetch_until_complete(
     root: Path, manifest: Manifest, selection: Selection, options: Options, via: str, packing: PackOptions | None
 ) -> None:
-    """Fetch until all is whole, and note that; an archive that is replaced meanwhile is opened anew."""
+    """Fetch until the selection is complete, and record that; an archive that is replaced meanwhile is reopened."""
     earlier = read_manifest(root)
     if earlier is not None:
         manifest.selected, manifest.whole, manifest.images = earlier.selected, earlier.whole, earlier.images
@@ -138,7 +136,7 @@ def _bring(
         except ArchiveChangedError as error:
             if not left:
                 raise
-            print(f"{error}: starting over with the new one; what agrees is kept", file=sys.stderr)
+            print(f"{error}: restarting with the new one; matching files are kept", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -147,6 +145,7 @@ def _opened(root: Path, manifest: Manifest, options: Options, via: str, stop: th
     if manifest.file is not None:
         yield LocalFile(Path(manifest.file))
         return
+    assert manifest.competition is not None
     client = kaggle.Kaggle(manifest.competition, options.patience, stop)
     if via == "ranges":
         yield RemoteFile(manifest.competition, client.sign, options.patience, stop)
@@ -161,16 +160,16 @@ def _opened(root: Path, manifest: Manifest, options: Options, via: str, stop: th
         yield LocalFile(file)
     except (TransientError, NotAnArchiveError) as error:
         shutil.rmtree(folder)
-        raise TransientError(f"{error} (the download was removed: the same command downloads it again)") from error
+        raise TransientError(f"{error} (the download was removed; run the same command again)") from error
     shutil.rmtree(folder)
 
 
 def _finish(root: Path, index: bool) -> None:
     """Sort the validation images and index the whole; UserError where an image does not decode."""
     _sort_val(root)
-    manifest = read_manifest(root)
+    manifest = _read_own_manifest(root)
     if (root / PACKED).exists():
-        made = open_index(index_folder(root))
+        made: Index | None = open_index(index_folder(root))
     elif index and set(manifest.selected) == set(SPLITS):
         from pipeline.dataset.index.scan import build_index, read_unreadable
 
@@ -178,7 +177,7 @@ def _finish(root: Path, index: bool) -> None:
         bad = [entry["file"] for entries in read_unreadable(made.folder).values() for entry in entries]
         if bad:
             raise UserError(
-                f"{root} is complete, but {len(bad)} images do not decode, though they are as the archive has them "
+                f"{root} is complete, but {len(bad)} images do not decode; they are as in the archive "
                 f"({', '.join(bad[:3])}): the index leaves them out; run pipeline verify {root}"
             )
     else:
@@ -198,7 +197,7 @@ def _sort_val(root: Path) -> None:
 
 
 def _is_done(root: Path, selection: Selection, index: bool) -> bool:
-    """Was all this fetched, and has no folder changed since it was indexed? Then nothing is asked of Kaggle."""
+    """Is the selection complete, and no folder changed since it was indexed? Then no request is sent to Kaggle."""
     manifest = read_manifest(root)
     if manifest is None or not manifest.has(selection) or not index or not (index_folder(root) / "index.json").exists():
         return False
@@ -207,8 +206,15 @@ def _is_done(root: Path, selection: Selection, index: bool) -> bool:
     return is_current(opened) and all((root / shard).is_file() for shard in shards)
 
 
-def _describe(root: Path) -> str:
+def _read_own_manifest(root: Path) -> Manifest:
+    """The manifest that this run has written."""
     manifest = read_manifest(root)
+    assert manifest is not None
+    return manifest
+
+
+def _describe(root: Path) -> str:
+    manifest = _read_own_manifest(root)
     counts = " and ".join(f"{manifest.images[split]:,} {split}" for split in SPLITS if split in manifest.images)
     classes = {len(chosen) for chosen in manifest.whole.values() if chosen != ALL}
     part = f" of {max(classes)} classes" if classes else ""
@@ -216,19 +222,16 @@ def _describe(root: Path) -> str:
 
 
 @contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def _locked_root(root: Path) -> Iterator[None]:
     """Make ROOT and `ROOT/.fetch`; UserError where another fetch works there."""
     state = root / STATE
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        lock = (state / "lock").open("w")
-    except OSError as error:
-        raise explain(error, state) from error
-    with lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            state.mkdir(parents=True, exist_ok=True)
+            busy = f"another fetch is running in {root}; wait for it or stop it"
+            stack.enter_context(locked(state / "lock", busy, wait=False))
         except OSError as error:
-            raise UserError(f"another fetch is at work in {root}; wait for it or stop it") from error
+            raise explain(error, state) from error
         shutil.rmtree(state / "parts", ignore_errors=True)
         try:
             yield
@@ -240,7 +243,7 @@ def _locked(root: Path) -> Iterator[None]:
 def _terminated_like_interrupted() -> Iterator[None]:
     """SIGTERM (a scheduler's) stops as Ctrl-C does."""
 
-    def interrupt(*_):
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)

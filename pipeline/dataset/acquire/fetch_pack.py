@@ -1,4 +1,4 @@
-"""Members straight into tar shards, with no tree in between: the same shards, byte for byte, that `pack` would make.
+"""Members fetched directly into tar shards, without a tree: byte for byte the shards that `pack` would write.
 
 Every size is known from the archive's directory, so every sample's place in its shard is known before the first byte
 comes. Streams write members where they belong, in any order; a kill loses one member a stream. At the end each shard
@@ -22,8 +22,9 @@ from pipeline.dataset import imagenet
 from pipeline.dataset.acquire.catalog import Catalog, iter_names
 from pipeline.dataset.acquire.selection import BASE, Selection
 from pipeline.dataset.disk import explain
+from pipeline.dataset.index.decode import decode_fully
 from pipeline.dataset.index.index import PACKED, RECORD, Index, Split, index_folder, pack_names
-from pipeline.dataset.index.scan import UNREADABLE, decode_fully
+from pipeline.dataset.index.scan import UNREADABLE
 from pipeline.dataset.shards.format import (
     BLOCK,
     Sample,
@@ -41,7 +42,7 @@ from pipeline.dataset.shards.format import STATE as SHARD_STATE
 from pipeline.dataset.shards.plan import Options, make_key, make_plan
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import TransientError, UserError
-from pipeline.files import atomic_open
+from pipeline.files import atomic_write
 from pipeline.progress import Progress
 
 LONGEST_NAME = 60  # of a file: a key must fit into one block of tar header
@@ -207,7 +208,7 @@ def finish_shard(task: FinishTask) -> tuple[int, list[str]]:
                 header, data = file.read(BLOCK), file.read(size)
                 if zlib.crc32(data) != crc:
                     path.unlink()
-                    raise TransientError(f"{path} does not hold what was written; the same command fetches it again")
+                    raise TransientError(f"{path} does not hold what was written; run the same command again")
                 name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
                 try:
                     width, height = decode_fully(data)
@@ -240,15 +241,14 @@ class Packing:
             found = json.loads((self.dest / PACKED).read_bytes())
         if found and any(found.get(key) != marker[key] for key in ("options", "shards")):
             raise UserError(f"{self.dest} holds other shards than these; give another folder or remove it")
-        self._note({"source": None, **found, **marker})
+        self._write_marker({"source": None, **found, **marker})
         for shard in self.plan.shards:  # of a set that was complete once: its records are gone, so it is checked again
             final = self.dest / shard_name(shard.split, shard.number)
             if final.exists() and not is_whole(self.dest, shard.split, shard.number):
                 final.replace(temporary_path(self.dest, shard.split, shard.number))
 
-    def _note(self, marker: dict) -> None:
-        with atomic_open(self.dest / PACKED) as file:
-            file.write(json.dumps(marker, indent=1).encode() + b"\n")
+    def _write_marker(self, marker: dict) -> None:
+        atomic_write(self.dest / PACKED, json.dumps(marker, indent=1) + "\n")
 
     def find_whole(self, trusted: np.ndarray) -> np.ndarray:
         """Which of `plan.numbers` are in their places: bool [n]. `trusted`: member numbers that the journal noted."""
@@ -289,10 +289,10 @@ class Packing:
             )
         words = imagenet.read_synset_words(self.dest)
         made, _ = merge_shards(self.dest, [(s, words.get(s, s)) for s in self.plan.synsets], self.plan.counts())
-        with atomic_open(self.dest / UNREADABLE) as file:
-            file.write(json.dumps({split: [] for split in self.plan.counts()}, indent=1).encode() + b"\n")
+        empty: dict[str, list] = {split: [] for split in self.plan.counts()}
+        atomic_write(self.dest / UNREADABLE, json.dumps(empty, indent=1) + "\n")
         marker = json.loads((self.dest / PACKED).read_bytes())
-        self._note({**marker, "source": made.fingerprint, "complete": True})
+        self._write_marker({**marker, "source": made.fingerprint, "complete": True})
         remove_records(self.dest)
         print(f"{index_folder(self.dest)}: fingerprint {made.fingerprint}", file=sys.stderr)
         return made

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -28,7 +29,7 @@ COMPETITION = "imagenet-object-localization-challenge"
 SETTINGS_PAGE = "https://www.kaggle.com/settings"
 NEEDED = (2, 2, 5)  # older ones can corrupt a partial zip
 CALLS, CALL_EVERY_S = 6, 60.0  # asking for addresses: so many at once, then one a minute
-FIRST_CONTACT_S = 60.0  # a machine without internet is told so in a minute, not after all patience
+FIRST_CONTACT_S = 60.0  # a machine without internet gets its error after a minute, not after give_up_s
 HOW_TO = (
     f"open {SETTINGS_PAGE}, choose 'Create New Token', and put it into ~/.kaggle/access_token "
     "(or kaggle.json into ~/.kaggle), then chmod 600"
@@ -59,19 +60,19 @@ class _Calls:
 
 @contextlib.contextmanager
 def _bounded_waits(stall_s: float) -> Iterator[None]:
-    """Give the client's requests a timeout: most have none, so a stalled server would hang them for ever."""
+    """Give the client's requests a timeout: most have none, so a stalled server would block them forever."""
     send = HTTPAdapter.send
 
-    def send_bounded(self, request, stream=False, timeout=None, **rest):
+    def send_bounded(self: HTTPAdapter, request: Any, stream: bool = False, timeout: Any = None, **rest: Any) -> Any:
         if timeout is None or (isinstance(timeout, int | float) and timeout > stall_s):
             timeout = (min(10.0, stall_s), stall_s)
         return send(self, request, stream=stream, timeout=timeout, **rest)
 
-    HTTPAdapter.send = send_bounded
+    setattr(HTTPAdapter, "send", send_bounded)  # noqa: B010 - a method is replaced
     try:
         yield
     finally:
-        HTTPAdapter.send = send
+        setattr(HTTPAdapter, "send", send)  # noqa: B010
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def _muted() -> Iterator[None]:
 
 
 class Kaggle:
-    """One competition's archive. Raises UserError for what its user must mend (credentials, rules, name)."""
+    """One competition's archive. Raises UserError for what the user must fix (credentials, rules, name)."""
 
     def __init__(self, competition: str, patience: Patience, stop: threading.Event):
         self.competition, self.patience, self.stop = competition, patience, stop
@@ -90,7 +91,7 @@ class Kaggle:
         self._begin, self._reached = time.monotonic(), False
         self._api = self._authenticate()
 
-    def _authenticate(self):
+    def _authenticate(self) -> Any:
         """The client's own `KaggleApi`, authenticated as it does it: access token, then kaggle.json, then OAuth."""
         for name in ("VERBOSE", "VERBOSE_OUTPUT"):  # they make the client print headers and hold whole bodies
             os.environ.pop(name, None)
@@ -176,9 +177,9 @@ class Kaggle:
             return Address(response.url, int(length) if length else None, response.headers.get("ETag", ""))
 
     def download(self, folder: Path, size: int | None) -> Path:
-        """The whole archive into `folder` by the client's own download; goes on with the part that is there.
+        """The whole archive into `folder` by the client's own download; resumes a partial one.
 
-        Raises TransientError where it does not arrive whole: exit code and size are the client's only checks.
+        Raises TransientError where it is incomplete: exit code and size are the client's only checks.
         """
         _check_version()
         backoff = Backoff(self.patience, self.stop)
@@ -253,5 +254,5 @@ def _warn_of_readable_credentials(config: Path) -> None:
         except OSError:
             continue
         if mode & 0o077:
-            print(f"warning: {path} can be read by other users; mend it: chmod 600 {path}", file=sys.stderr)
+            print(f"warning: {path} can be read by other users; fix it: chmod 600 {path}", file=sys.stderr)
             return

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pipeline.dataset.acquire.selection import SPLITS, Selection
+from pipeline.dataset.selected import MANIFEST
 from pipeline.errors import UserError
-from pipeline.files import atomic_open
+from pipeline.files import atomic_write
 
-MANIFEST = "fetch.json"
 ALL = "all"
 
 Chosen = dict[str, str | list[str]]  #: split -> "all" or sorted synsets
@@ -16,10 +16,10 @@ Chosen = dict[str, str | list[str]]  #: split -> "all" or sorted synsets
 
 @dataclass
 class Manifest:
-    """What `fetch` has brought, or is bringing, into a data root.
+    """What `fetch` has fetched, or is fetching, into a data root.
 
     competition: of Kaggle, or None; file: absolute path of a local archive, or None.
-    selected: what is to be there; whole: what was there, whole, when a fetch last came to its end.
+    selected: what is to be fetched; whole: what was complete when a fetch last finished.
     images: split -> number of images then.
     """
 
@@ -30,12 +30,12 @@ class Manifest:
     images: dict[str, int] = field(default_factory=dict)
 
     def add(self, selection: Selection) -> None:
-        """Note that `selection`, resolved, is to be there besides what is whole already."""
+        """Add `selection`, resolved, to the images that are to be fetched besides the complete ones."""
         self.selected = dict(self.whole)
         for split in filter(selection.has, SPLITS):
             before = self.whole.get(split, [])
             whole_split = selection.synsets is None or before == ALL
-            self.selected[split] = ALL if whole_split else sorted({*before, *selection.synsets})
+            self.selected[split] = ALL if whole_split else sorted({*before, *(selection.synsets or ())})
 
     def has(self, selection: Selection) -> bool:
         """Was all of `selection` whole? A number of classes, not yet resolved, counts as all of them."""
@@ -46,7 +46,7 @@ class Manifest:
         return True
 
     def to_selection(self) -> Selection:
-        """What is to be there, as a selection; all classes where the splits differ."""
+        """`selected` as a selection; all classes where the splits differ."""
         parts = list(self.selected.values())
         one = parts and parts[0] != ALL and all(part == parts[0] for part in parts)
         split = "all" if len(parts) != 1 else next(iter(self.selected))
@@ -54,8 +54,7 @@ class Manifest:
 
     def write(self, root: Path) -> None:
         """Write it to `root`, all or nothing."""
-        with atomic_open(root / MANIFEST) as file:
-            file.write(json.dumps(asdict(self), indent=1).encode() + b"\n")
+        atomic_write(root / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_manifest(root: Path) -> Manifest | None:

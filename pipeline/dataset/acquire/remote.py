@@ -1,7 +1,7 @@
-"""A file behind HTTP, read by byte ranges: reconnects, waits, asks for a new address, and never mixes two versions.
+"""A file behind HTTP, read by byte ranges: reconnects, waits, requests a new address, and never mixes two versions.
 
-What is served here is exact: a stream either delivers every byte of its range from one version of the file, or
-raises. It knows nothing of Kaggle: `sign` is any function that returns an address.
+A stream either delivers every byte of its range from one version of the file, or raises. It knows nothing of Kaggle:
+`sign` is any function that returns an address.
 """
 
 import io
@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -22,7 +24,7 @@ from pipeline.errors import TransientError, UserError
 BUFFER = 1 << 18
 SLOWEST = 1024  #: bytes/s; a stream that is slower for `stall_s` counts as stalled
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 30.0
-MESSAGE_AFTER_S, MESSAGE_EVERY_S = 10.0, 60.0  #: waits that the user is told of
+MESSAGE_AFTER_S, MESSAGE_EVERY_S = 10.0, 60.0  #: waits that the user gets a message about
 REFUSALS = 4  #: fresh addresses refused in a row before giving up
 REFUSED = (400, 401, 403, 404, 410)  # what storage services answer to an address that has expired
 BUSY = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)
@@ -82,7 +84,7 @@ def parse_retry_after(value: str | None) -> float | None:
 class Backoff:
     """Waits between tries: doubling, with jitter, from 0.25 s to 30 s; gives up `give_up_s` after the last progress."""
 
-    last_message_at = -60.0  #: when any wait was last told to the user
+    last_message_at = -60.0  #: time of the last message about a wait
 
     def __init__(self, patience: Patience, stop: threading.Event):
         self.patience, self.stop = patience, stop
@@ -100,7 +102,7 @@ class Backoff:
         if idle + (asked_s or 0) > self.patience.give_up_s:
             asked = f" and asks to wait {asked_s:.0f} s" if asked_s else ""
             raise TransientError(
-                f"{who}: {reason}{asked}; no progress for {idle:.0f} s: the same command goes on later"
+                f"{who}: {reason}{asked}; no progress for {idle:.0f} s; run the same command again to resume"
             )
         if asked_s is None:
             wait = min(wait, max(0.05, self.patience.give_up_s - idle))
@@ -138,7 +140,7 @@ class RemoteFile:
             except _TryAgain as error:
                 backoff.wait(self._address.host, str(error), error.wait_s)
         if not match or match[3] == "*":
-            raise NoRangesError(f"{self._address.host} does not tell how long {self.name} is; use --via zip")
+            raise NoRangesError(f"{self._address.host} does not send the size of {self.name}; use --via zip")
         return int(match[3])
 
     def session(self) -> requests.Session:
@@ -149,7 +151,7 @@ class RemoteFile:
         return self._local.session
 
     def get(self, start: int, end: int) -> requests.Response:
-        """The response to one ranged GET, its body unread; raises _TryAgain for what may pass."""
+        """The response to one ranged GET, its body unread; raises _TryAgain for transient failures."""
         address = self._address
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         if self.etag and not self.etag.startswith("W/"):
@@ -213,7 +215,7 @@ class RemoteFile:
 
 
 class _RangeReader(io.RawIOBase):
-    """Bytes [position, end) of a RemoteFile; goes on where a connection broke."""
+    """Bytes [position, end) of a RemoteFile; resumes where a connection broke."""
 
     def __init__(self, remote: RemoteFile, start: int, end: int):
         self.remote, self.position, self.end = remote, start, end
@@ -224,7 +226,7 @@ class _RangeReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), self.end - self.position)
         while wanted > 0:
             try:
@@ -279,9 +281,9 @@ class _RangeReader(io.RawIOBase):
 
 
 class LocalFile:
-    """The same, for a file that is already here."""
+    """The same, for a local file."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self.path, self.name = path, str(path)
         self.received = 0
         try:
@@ -302,7 +304,7 @@ class _LocalRange(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         with memoryview(buffer) as view:
             count = self.file.readinto(view[: min(len(view), self.left)])
         self.left -= count

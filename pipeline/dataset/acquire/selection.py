@@ -14,7 +14,6 @@ VAL_IMAGE = re.compile(rf"{BASE}/val/(?:n\d{{8}}/)?([^/]+\.JPEG)")
 VAL_BOX = re.compile(r"ILSVRC/Annotations/CLS-LOC/val/([^/]+)\.xml")
 LIST = re.compile(r"LOC_[a-z_]+\.(csv|txt)|ILSVRC/ImageSets/CLS-LOC/[a-z_]+\.txt")
 NESTED = re.compile(r"[^/]+\.(tar\.gz|tgz|tar)")
-TRAIN_LIST = "ILSVRC/ImageSets/CLS-LOC/train_cls.txt"
 SPLITS = ("train", "val")
 
 

@@ -12,7 +12,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -50,7 +50,7 @@ class ZipMemberStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self.chunk:
             chunk = next(self.chunks, None)
             if chunk is None:
@@ -67,7 +67,7 @@ class ZipMemberStream(io.RawIOBase):
 
 
 class TarUnpacker:
-    """Writes the wanted members of a tar or tar.gz into the tree; what an earlier run has written whole stays."""
+    """Writes the selected members of a tar or tar.gz into the tree; complete files of an earlier run are kept."""
 
     def __init__(self, root: Path, source: Source, selection: Selection, resolved: Callable[[Selection], None]):
         self.root, self.source, self.selection, self.resolved = root, source, selection, resolved
@@ -94,7 +94,7 @@ class TarUnpacker:
             journal.close()
         selection = self._resolve()
         if not any(self.held.values()):
-            raise UserError(f"{name} has no image of what was asked for (split '{selection.split}')")
+            raise UserError(f"{name} has no image of the selection (split '{selection.split}')")
         check_listed(name, self.root, selection, {split: np.array(held) for split, held in self.held.items()})
         return {split: len(held) for split, held in self.held.items()}
 
@@ -133,7 +133,7 @@ class TarUnpacker:
         """Files of a tar, as they come; hostile ones are refused by name."""
         seen: set[int] = set()
         while (info := tar.next()) is not None:
-            tar.members.clear()  # it would keep a million of them
+            vars(tar)["members"].clear()  # it would keep a million of them
             info.name = info.name.removeprefix("./")
             if info.isdir() and info.name in ("", "."):
                 continue
@@ -155,7 +155,7 @@ class TarUnpacker:
             synsets = imagenet.read_synset_words(self.root) or set(labels.values())
             if self.selection.classes is not None and not synsets:
                 raise UserError(
-                    f"--classes: {self.source.name} does not tell its classes before its images; fetch all, "
+                    f"--classes: {self.source.name} does not list its classes before its images; fetch all, "
                     f"or put {imagenet.SYNSET_MAPPING} and {imagenet.VAL_SOLUTION} into {self.root}"
                 )
             self._resolved = self.selection.resolve(synsets, labels)
@@ -165,6 +165,7 @@ class TarUnpacker:
 
 def _chunks(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[bytes]:
     file, left = tar.extractfile(info), info.size
+    assert file is not None
     while left:
         chunk = file.read(min(CHUNK, left))
         if not chunk:

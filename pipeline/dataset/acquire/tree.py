@@ -1,4 +1,4 @@
-"""The tree that members are written into: each file whole or absent, and what of it is there already."""
+"""The tree that members are written into: each file complete or absent; and which exist already."""
 
 import functools
 import itertools
@@ -97,12 +97,12 @@ def file_crc(path: Path) -> int:
 
 
 def find_whole(
-    root: Path, directory: Directory, numbers: np.ndarray, trusted: np.ndarray, note: Callable[[int], None]
+    root: Path, directory: Directory, numbers: np.ndarray, trusted: np.ndarray, on_found: Callable[[int], None]
 ) -> np.ndarray:
-    """Which of the members `numbers` [n] are whole in the tree: bool [n].
+    """Which of the members `numbers` [n] are complete in the tree: bool [n].
 
     A file of the right size counts where the journal vouches for it (`trusted`), else where its CRC-32 agrees; such
-    finds are told to `note`.
+    members are passed to `on_found`.
     """
     whole = np.zeros(len(numbers), bool)
     if not (root / imagenet.CLS_LOC).is_dir() and not any(root.glob("LOC_*")):
@@ -120,7 +120,7 @@ def find_whole(
     total = int(sizes[numbers[[i for i, _ in unknown]]].sum()) if unknown else 0
     with (
         ThreadPoolExecutor(READERS) as pool,
-        Progress("Checking files that are here", total, "bytes", quiet=not unknown) as progress,
+        Progress("Checking existing files", total, "bytes", quiet=not unknown) as progress,
     ):
         for first in range(0, len(unknown), 1 << 12):
             part = unknown[first : first + (1 << 12)]
@@ -128,6 +128,6 @@ def find_whole(
                 number = int(numbers[i])
                 if crc == crcs[number]:
                     whole[i] = True
-                    note(number)
+                    on_found(number)
                 progress.advance(int(sizes[number]))
     return whole

@@ -70,9 +70,10 @@ class Source(Protocol):
 
     name: str
     size: int
+    received: int  #: bytes read, all streams together
 
     def open(self, start: int, end: int) -> BinaryIO:
-        """A stream over bytes [start, end); a short read means the end, never a broken line."""
+        """A stream over bytes [start, end); a short read means the end, never a broken connection."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _find_end(source: Source, tail: bytes, begin: int) -> tuple[int, int, int]:
             break
         at = tail.rfind(END, 0, at)
     if at < 0:
-        raise NotAnArchiveError(f"{source.name} is no whole zip (no end record in its last bytes); fetch it again")
+        raise NotAnArchiveError(f"{source.name} is not a complete zip (it has no end record); fetch it again")
     count, size, offset = struct.unpack_from("<HLL", tail, at + 10)
     directory_end = begin + at
     if at >= 20 and tail[at - 20 : at - 16] == LOCATOR64:
@@ -162,10 +163,10 @@ def parse_directory(archive: str, blob: bytes, count: int, directory_start: int)
     if len(places) != count:
         raise damaged
     lengths, at = struct.Struct("<3H"), 0
-    for i in range(count):
+    for entry in range(count):
         if at + 46 > len(blob):
             raise damaged
-        places[i] = at
+        places[entry] = at
         name, extra, comment = lengths.unpack_from(blob, at + 28)
         at += 46 + name + extra + comment
     if at != len(blob):
@@ -183,7 +184,7 @@ def parse_directory(archive: str, blob: bytes, count: int, directory_start: int)
         part["name_offset"] = here + 46
         part["mode"] = np.where(headers["made_by"] >> 8 == 3, headers["external"] >> 16, 0)
         full = (headers["size"] == 0xFFFFFFFF) | (headers["packed"] == 0xFFFFFFFF) | (headers["start"] == 0xFFFFFFFF)
-        for i in np.flatnonzero(full):
+        for i in np.flatnonzero(full).tolist():
             begin = int(here[i]) + 46 + int(headers["name_length"][i])
             _read_zip64(part, i, blob[begin : begin + int(headers["extra_length"][i])], damaged)
     _set_ends(archive, entries, directory_start)

@@ -1,8 +1,8 @@
-"""The index: one memory-mapped record a sample, so that training never walks a directory.
+"""The index: one memory-mapped record per sample, so that training never walks a directory.
 
 A folder of an index holds `index.json` (classes, counts, fingerprint; the commit point, written last) and for each
 split `SPLIT-<fingerprint>.npy` (records, dtype `RECORD`) and `SPLIT-<fingerprint>.names` (UTF-8 names, end to end).
-EncodedBatch are ordered by class (sorted synsets), then by name, as torchvision's ImageFolder orders them.
+Samples are ordered by class (sorted synsets), then by name, as torchvision's ImageFolder orders them.
 """
 
 import json
@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from pipeline.errors import UserError
-from pipeline.files import atomic_open
+from pipeline.files import atomic_open, atomic_write
 
 RECORD = np.dtype(
     [
@@ -34,7 +35,7 @@ RECORD = np.dtype(
     ]
 )
 FORMAT = 1
-PACKED = "pack.json"  #: name of the file that tells a folder of packed shards
+PACKED = "pack.json"  #: name of the file that marks a folder of packed shards
 FOLDER = "index"  #: name of the index folder inside a data root
 
 
@@ -50,10 +51,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.records)
 
-    def name(self, sample: int) -> str:
+    def name(self, sample_id: int) -> str:
         """Path relative to `root` (tree) or member name (shard), with '/' between parts."""
-        start = int(self.records["name_offset"][sample])
-        return bytes(self.names[start : start + int(self.records["name_length"][sample])]).decode()
+        start = int(self.records["name_offset"][sample_id])
+        return bytes(self.names[start : start + int(self.records["name_length"][sample_id])]).decode()
 
     def iter_names(self) -> Iterator[str]:
         """All names in order, without holding them all."""
@@ -65,17 +66,17 @@ class Split:
             for end, length in zip(ends, part["name_length"].tolist(), strict=True):
                 yield blob[end - start - length : end - start].decode()
 
-    def read(self, sample: int) -> bytes:
+    def read(self, sample_id: int) -> bytes:
         """The sample's bytes, unchecked. OSError where they can't be read."""
-        record = self.records[sample]
-        with self.path(sample).open("rb") as file:
+        record = self.records[sample_id]
+        with self.path(sample_id).open("rb") as file:
             file.seek(int(record["offset"]))
             return file.read(int(record["size"]) if record["shard"] >= 0 else -1)
 
-    def path(self, sample: int) -> Path:
+    def path(self, sample_id: int) -> Path:
         """The file that holds the sample's bytes: its own, or its shard. ValueError if it would leave `root`."""
-        shard = int(self.records["shard"][sample])
-        return safe_join(self.root, self.name(sample) if shard < 0 else self.shards[shard])
+        shard = int(self.records["shard"][sample_id])
+        return safe_join(self.root, self.name(sample_id) if shard < 0 else self.shards[shard])
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def write_index(
     """
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = compute_fingerprint([s for s, _ in classes], {k: r for k, (r, _) in splits.items()})
-    meta = {"format": FORMAT, "fingerprint": fingerprint, "classes": [list(c) for c in classes]}
+    meta: dict[str, Any] = {"format": FORMAT, "fingerprint": fingerprint, "classes": [list(c) for c in classes]}
     try:
         home, place = root.resolve(), folder.resolve()
         meta["root"] = os.path.relpath(home, place) if place.is_relative_to(home) else str(home)
@@ -165,18 +166,17 @@ def write_index(
                 "shards": list((shards or {}).get(name, ())),
             }
         meta["folders"] = folders or {}
-        with atomic_open(folder / "index.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
+        atomic_write(folder / "index.json", json.dumps(meta, indent=1))
     except OSError as error:
         raise UserError(
-            f"can't write the index into {folder} ({error.strerror}); choose another place for it"
+            f"can't write the index into {folder} ({error.strerror}); choose another folder for it"
         ) from error
     _remove_stale(folder, meta)
     return open_index(folder)
 
 
 def _remove_stale(folder: Path, meta: dict) -> None:
-    """Remove what earlier indexes left, and what killed writers left an hour ago or more."""
+    """Remove files of earlier indexes, and temporary files of killed writers that are older than an hour."""
     wanted = {split[key] for split in meta["splits"].values() for key in ("records", "names")}
     for path in folder.iterdir():
         stale = path.suffix in (".npy", ".names") and path.name not in wanted
@@ -185,7 +185,7 @@ def _remove_stale(folder: Path, meta: dict) -> None:
 
 
 def index_folder(root: Path) -> Path:
-    """Where the index of a data root lies by default."""
+    """The default folder of the index of a data root."""
     return root / FOLDER
 
 
@@ -225,7 +225,7 @@ def open_index(folder: Path) -> Index:
 
 
 def is_current(index: Index, places: Iterable[Path] = ()) -> bool:
-    """Has no scanned folder gained, lost or renamed an entry, and were the folders `places` scanned, too?
+    """Has no scanned folder gained, lost or renamed an entry, and were the folders `places` scanned too?
 
     A file rewritten in place does not touch its folder: `verify` finds it, and so does the loader's digest check.
     Shards are always current.
@@ -239,9 +239,13 @@ def is_current(index: Index, places: Iterable[Path] = ()) -> bool:
 
 
 def is_sound(index: Index) -> bool:
-    """Are the records those that were written, byte for byte, and is the fingerprint theirs? This reads them all."""
+    """Are all records unchanged since they were written, and does the fingerprint match? This reads all of them."""
     records = {name: split.records for name, split in index.splits.items()}
-    tags = {name: Path(array.filename).stem.rpartition("-")[2] for name, array in records.items()}
+    tags = {
+        name: Path(str(array.filename)).stem.rpartition("-")[2]
+        for name, array in records.items()
+        if isinstance(array, np.memmap)
+    }
     return compute_fingerprint(index.synsets, records) == index.fingerprint and all(
-        xxhash.xxh3_64_hexdigest(array.tobytes()) == tags[name] for name, array in records.items()
+        xxhash.xxh3_64_hexdigest(array.tobytes()) == tags.get(name) for name, array in records.items()
     )

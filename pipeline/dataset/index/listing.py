@@ -1,7 +1,7 @@
 """Which images a split holds, without opening one: class folders, or a flat folder with the archive's CSV.
 
-Order and labels are those of torchvision's ImageFolder. What is walked is noted with its time of change, so that a
-later run can tell by some thousand `stat` calls, and no walk, that nothing has come or gone.
+Order and labels are those of torchvision's ImageFolder. The mtime of every folder is recorded, so that a later run
+detects by some thousand `stat` calls, and no walk, that no file was added or removed.
 """
 
 import os
@@ -23,30 +23,28 @@ class Listing:
 
     names: [n] paths relative to the root with '/', in class order, then as ImageFolder orders them.
     classes: sorted names of the classes; labels: [n] int32 into `classes`.
-    places: folder or list that was read, relative to the root -> mtime_ns.
-    strays: images beside the class folders, which no list knows; they belong to no class.
+    mtimes: folder or list that was read, relative to the root -> mtime_ns.
     """
 
     names: list[str]
     classes: list[str]
     labels: np.ndarray
-    places: dict[str, int]
-    strays: list[str]
+    mtimes: dict[str, int]
 
 
 class _Walk:
-    """Lists folders below `root` and notes when each was last changed (before reading it, so no change is missed)."""
+    """Lists folders below `root` and records the mtime of each (before reading it, so no change is missed)."""
 
     def __init__(self, root: Path):
         self.root = root
-        self.places: dict[str, int] = {}
+        self.mtimes: dict[str, int] = {}
 
-    def note(self, place: Path) -> None:
-        self.places[os.path.relpath(place, self.root)] = place.stat().st_mtime_ns
+    def record_mtime(self, path: Path) -> None:
+        self.mtimes[os.path.relpath(path, self.root)] = path.stat().st_mtime_ns
 
     def read(self, folder: Path) -> tuple[list[str], list[str]]:
         """(image names, folder names) in `folder`, sorted; links are followed."""
-        self.note(folder)
+        self.record_mtime(folder)
         files, folders = [], []
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -58,15 +56,16 @@ class _Walk:
 
     def tree(self, folder: Path) -> list[str]:
         """Paths, relative to the root, of all images at any depth below `folder`, ordered by folder, then by name."""
-        found, pending = [], [folder]
+        found: list[tuple[str, list[str]]] = []
+        pending = [folder]
         while pending:
             here = pending.pop()
             files, folders = self.read(here)
             found.append((str(here), files))
             pending += (here / name for name in folders)
-        names = []
-        for here, files in sorted(found):
-            prefix = os.path.relpath(here, self.root)
+        names: list[str] = []
+        for path, files in sorted(found):
+            prefix = os.path.relpath(path, self.root)
             names += (f"{prefix}/{file}" for file in files)
         return names
 
@@ -87,32 +86,33 @@ def list_split(folder: Path, root: Path, empty_ok: bool = False) -> Listing:
     """
     walk = _Walk(root)
     try:
-        flat, classes = walk.read(folder)
-        names, synsets = [], []
-        for synset in classes:
+        flat, folders = walk.read(folder)
+        names: list[str] = []
+        synsets: list[str] = []
+        for synset in folders:
             of_class = walk.tree(folder / synset)
             if not of_class and not empty_ok:
                 raise UserError(f"class folder {folder / synset} holds no image; fill it or remove it")
             names += of_class
             synsets += [synset] * len(of_class)
         solution = imagenet.find_list(root, imagenet.VAL_SOLUTION)
-        strays = [os.path.relpath(folder / name, root) for name in flat]
-        if strays and solution is not None and folder.name != "train":
-            walk.note(solution)
+        unlabeled = [os.path.relpath(folder / name, root) for name in flat]
+        if unlabeled and solution is not None and folder.name != "train":
+            walk.record_mtime(solution)
             found = imagenet.read_val_solution(solution)
-            unlisted = [name for name in flat if Path(name).stem not in found]
+            unlisted = [file for file in flat if Path(file).stem not in found]
             if unlisted:
                 raise UserError(
                     f"image {folder / unlisted[0]} has no row in {solution}; remove it or fetch the CSV again"
                 )
-            names += strays
-            synsets += (found[Path(name).stem] for name in flat)
-            strays = []
+            names += unlabeled
+            synsets += (found[Path(file).stem] for file in flat)
+            unlabeled = []
     except OSError as error:
-        raise UserError(f"can't read {error.filename} ({error.strerror}); mend that or give another root") from error
+        raise UserError(f"can't read {error.filename} ({error.strerror}); fix that or give another root") from error
     if not names and not empty_ok:
-        remedy = f"or {imagenet.VAL_SOLUTION} beside it" if strays and folder.name != "train" else "instead"
-        what = "images but no class folders" if strays else "no class folders"
+        remedy = f"or {imagenet.VAL_SOLUTION} beside it" if unlabeled and folder.name != "train" else "instead"
+        what = "images but no class folders" if unlabeled else "no class folders"
         raise UserError(f"{folder} holds {what}; expected {folder}/CLASS/IMAGE {remedy}".removesuffix(" instead"))
     _check_names(names, root)
     classes = sorted(set(synsets))
@@ -121,4 +121,4 @@ def list_split(folder: Path, root: Path, empty_ok: bool = False) -> Listing:
     if names and (np.diff(labels) < 0).any():  # flat images: put each into its class, where valprep would
         order = sorted(range(len(names)), key=lambda i: (labels[i], names[i].rpartition("/")[2]))
         names, labels = [names[i] for i in order], labels[order]
-    return Listing(names, classes, labels, walk.places, strays)
+    return Listing(names, classes, labels, walk.mtimes)

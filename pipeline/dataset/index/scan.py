@@ -1,16 +1,14 @@
-"""Scan a tree in class folders into an index: every image decoded once in full, with all cores.
+"""Scan a tree in class folders into an index: every image is decoded once in full, on all cores.
 
-Only a full decode finds every truncated or corrupt image; what can't be decoded is listed and left out. A scan that
-is killed goes on where it was; a later one reads only what has changed.
+Only a full decode finds every truncated or corrupt image; images that can't be decoded are listed and left out. A
+killed scan resumes where it stopped; a later one reads only files that have changed.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,6 @@ import numpy as np
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.decode import ScannedFile, inspect_all
-from pipeline.dataset.index.decode import decode_fully as decode_fully
 from pipeline.dataset.index.index import (
     PACKED,
     RECORD,
@@ -29,20 +26,21 @@ from pipeline.dataset.index.index import (
     write_index,
 )
 from pipeline.dataset.index.listing import Listing, list_split
+from pipeline.dataset.lock import locked
 from pipeline.dataset.workers import available_cores, map_in_order
 from pipeline.errors import UserError
-from pipeline.files import atomic_open
+from pipeline.files import atomic_write
 from pipeline.progress import Progress
 
 UNREADABLE = "unreadable.json"
-JOURNAL = "scan.journal"  #: what a scan has found so far, one JSON array a line
+JOURNAL = "scan.journal"  #: results of an unfinished scan, one JSON array per line
 LOCK = ".lock"
 CHUNK = 64  # files a task
 SMALL = 2 * CHUNK  # files, below which starting processes costs more than it saves
 
 
-class Journal:
-    """Appends what was seen of each file, so that a killed scan goes on; a half-written last line is dropped."""
+class ScanJournal:
+    """Results of a scan, by file, so that a killed scan resumes; a half-written last line is dropped."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -71,19 +69,22 @@ class Journal:
             self.path.unlink(missing_ok=True)
 
 
-class Known:
-    """What an earlier index and a killed scan's journal tell of files, if these still have their size and time."""
+class PreviousScan:
+    """Results of an earlier index and of a killed scan, for files whose size and time have not changed."""
 
-    def __init__(self, index: Index | None, split: str, journal: Journal):
+    def __init__(self, index: Index | None, split: str, journal: ScanJournal):
         self.journal = journal.seen
         self.split = index.splits.get(split) if index else None
         self.numbers = {name: i for i, name in enumerate(self.split.iter_names())} if self.split else {}
 
     def find(self, root: Path, name: str) -> ScannedFile | None:
-        number, seen = self.numbers.get(name), self.journal.get(name)
-        if number is not None:
-            record = self.split.records[number]
-            seen = ScannedFile(*(int(record[key]) for key in ("size", "mtime_ns", "digest", "width", "height")))
+        seen = self.journal.get(name)
+        if self.split is not None and name in self.numbers:
+            record = self.split.records[self.numbers[name]]
+            size, mtime_ns, digest, width, height = (
+                int(record[key]) for key in ("size", "mtime_ns", "digest", "width", "height")
+            )
+            seen = ScannedFile(size, mtime_ns, digest, width, height)
         if seen is None:
             return None
         try:
@@ -99,9 +100,9 @@ def _chunks(items: list) -> Iterator[list]:
 
 
 def scan_split(
-    root: Path, split: str, listing: Listing, known: Known, journal: Journal, processes: int
+    root: Path, split: str, listing: Listing, known: PreviousScan, journal: ScanJournal, processes: int
 ) -> tuple[np.ndarray, list[str], list[dict]]:
-    """Records [n], names and the unreadable files of one split; what is known unchanged is not read again.
+    """Records [n], names and the unreadable files of one split; unchanged files are not read again.
 
     The label of a record is its number in `listing.classes`.
     """
@@ -138,48 +139,40 @@ def scan_split(
 
 
 def _open_previous(folder: Path, quiet: bool = False) -> Index | None:
-    """The index as it is; None where there is none, or a damaged one (which is said unless `quiet`)."""
+    """The existing index; None where there is none or it is damaged (printed unless `quiet`)."""
     if not (folder / "index.json").exists():
         return None
     try:
         return open_index(folder)
     except UserError as error:
         if not quiet:
-            print(f"{str(error).split('; build')[0]}; building it anew", file=sys.stderr)
+            print(f"{str(error).split('; build')[0]}; rebuilding it", file=sys.stderr)
         return None
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Make `folder`, and wait while another process indexes into it. File systems without locks can't tell."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a")
-    except OSError as error:
-        raise UserError(
-            f"can't write the index into {folder} ({error.strerror}); choose another folder with "
-            "--data.index DIR (train) or --out DIR (index)"
-        ) from error
-    with file:
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Create `folder`, and wait while another process indexes into it."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: another process is indexing; waiting for it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / LOCK, f"{folder}: another process is indexing; waiting for it"))
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
+            raise UserError(
+                f"can't write the index into {folder} ({error.strerror}); choose another folder with "
+                "--data.index DIR (train) or --out DIR (index)"
+            ) from error
         yield
 
 
 def build_index(root: Path, folder: Path | None = None, processes: int | None = None, to_score: bool = False) -> Index:
-    """Scan `root` (see `imagenet.find_splits`) and write its index; an index that is still true is only opened.
+    """Scan `root` (see `imagenet.find_splits`) and write its index; an index that is still valid is only opened.
 
     Args:
         root: data root.
         folder: where the index goes; default `ROOT/index`.
         processes: default: every core that this process may use.
-        to_score: a validation split alone will do (`imagenet.find_scored`); where the root is that split, the index
+        to_score: a validation split alone is enough (`imagenet.find_scored`); where the root is that split, the index
             goes beside it, to `ROOT.index`.
 
     Raises UserError for a tree that is not in class folders, an empty class, or a folder that can't be written.
@@ -195,14 +188,14 @@ def build_index(root: Path, folder: Path | None = None, processes: int | None = 
     root = root.resolve()
     places = (imagenet.find_scored if to_score else imagenet.find_splits)(root)
 
-    def is_true(index: Index | None) -> bool:
-        return index is not None and index.root == root and is_current(index, places.values())
+    def is_valid(index: Index) -> bool:
+        return index.root == root and is_current(index, places.values())
 
-    if is_true(previous):
+    if previous is not None and is_valid(previous):
         return previous
-    with _only_one(folder):
+    with _locked_folder(folder):
         previous = _open_previous(folder, quiet=True)
-        if is_true(previous):  # by the process that was waited for
+        if previous is not None and is_valid(previous):  # by the process that was waited for
             return previous
         return _scan(root, places, folder, previous, processes or available_cores())
 
@@ -213,12 +206,15 @@ def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | N
     classes = listings[whole].classes
     unknown = sorted(set(listings["val"].classes) - set(classes))
     if unknown:
-        raise UserError(f"{places['val']} has the class '{unknown[0]}' that {places[whole]} has not; make them agree")
-    splits, bad, done = {}, {}, False
-    journal = Journal(folder / JOURNAL)
+        raise UserError(
+            f"{places['val']} has the class '{unknown[0]}' that {places[whole]} does not have; add or remove it"
+        )
+    splits: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
+    bad, done = {}, False
+    journal = ScanJournal(folder / JOURNAL)
     try:
         for split, listing in listings.items():
-            known = Known(previous, split, journal)
+            known = PreviousScan(previous, split, journal)
             records, names, bad[split] = scan_split(root, split, listing, known, journal, processes)
             if not len(records):
                 raise UserError(f"{places[split]} has no readable image; fetch it again")
@@ -228,9 +224,8 @@ def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | N
                 raise UserError(f"class '{classes[missing[0]]}' has no readable image in {places[split]}; see {folder}")
             splits[split] = records, names
         words = imagenet.read_synset_words(root)
-        noted = {name: mtime for listing in listings.values() for name, mtime in listing.places.items()}
-        with atomic_open(folder / UNREADABLE) as file:
-            file.write(json.dumps(bad, indent=1).encode())
+        noted = {name: mtime for listing in listings.values() for name, mtime in listing.mtimes.items()}
+        atomic_write(folder / UNREADABLE, json.dumps(bad, indent=1))
         made = write_index(folder, root, [(name, words.get(name, name)) for name in classes], splits, folders=noted)
         done = True
         return made

@@ -2,11 +2,9 @@
 
 A sample is two members that share a key: `n01440764/n01440764_10026.jpg` (its bytes) and `....cls` (its label as text).
 A shard is written under a temporary name; beside it, in `.packing/`, lie its records until `merge_shards` makes the
-index of them all. A shard whose tar has its final name is whole, and is never written again.
+index of them all. A shard whose tar has its final name is complete, and is never written again.
 """
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -15,16 +13,18 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
 from pipeline.dataset.index.index import RECORD, Index, index_folder, pack_names, write_index
+from pipeline.dataset.lock import try_lock
 from pipeline.errors import UserError
 from pipeline.files import atomic_open
 
-STATE = ".packing"  #: folder below the destination: records of the shards that are whole, until they are merged
+STATE = ".packing"  #: folder below the destination: records of the complete shards, until they are merged
 BLOCK = tarfile.BLOCKSIZE
 SAMPLE_OVERHEAD = 3 * BLOCK + BLOCK // 2  #: bytes a sample: two headers, the label's block, half a block of padding
 
@@ -48,7 +48,7 @@ class Sample:
 
 
 def image_suffix(data: bytes, name: str) -> str:
-    """What `webdataset` should call an image: by its first bytes, or else by its name."""
+    """The suffix of an image for `webdataset`: by its first bytes, or else by its name."""
     if data[:2] == b"\xff\xd8":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -82,7 +82,7 @@ def whole_size(size: int) -> int:
 
 
 def make_row(sample: Sample, offset: int) -> tuple:
-    """What `write_records` notes of a sample whose bytes lie at `offset`."""
+    """The row for `write_records` of a sample whose bytes lie at `offset`."""
     digest = xxhash.xxh3_64_intdigest(sample.data)
     return (digest, offset, len(sample.data), sample.width, sample.height, sample.label, sample.order)
 
@@ -114,7 +114,7 @@ class ShardWriter:
         self.path = dest / shard_name(split, number)
         self.temporary = dest / f".{self.path.name}.tmp"
         self.bytes = 0
-        self.notes: list[dict] = []  #: what is to be told of this shard's samples; `merge_shards` hands it back
+        self.notes: list[dict] = []  #: outcomes of this shard's unreadable images; `merge_shards` returns them
         self._rows: list[tuple] = []
         self._names: list[str] = []
 
@@ -122,8 +122,6 @@ class ShardWriter:
         try:
             (self.dest / STATE).mkdir(parents=True, exist_ok=True)
             self._file = self._open()
-        except BlockingIOError:
-            raise UserError(f"another process is writing {self.path}; wait for it or stop it") from None
         except OSError as error:
             raise self._explain(error) from error
         return self
@@ -133,11 +131,11 @@ class ShardWriter:
         while True:
             file = self.temporary.open("ab", buffering=1 << 20)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    file.close()
-                    raise
+                if not try_lock(file):
+                    raise UserError(f"another process is writing {self.path}; wait for it or stop it")
+            except BaseException:
+                file.close()
+                raise
             if self.temporary.exists() and os.path.samestat(os.fstat(file.fileno()), self.temporary.stat()):
                 file.truncate(0)
                 return file
@@ -145,7 +143,7 @@ class ShardWriter:
 
     def _explain(self, error: OSError) -> UserError:
         return UserError(
-            f"can't write {self.path} ({error.strerror}); mend that or give another folder, and run the same command"
+            f"can't write {self.path} ({error.strerror}); fix that or give another folder, and run the command again"
         )
 
     def _member(self, name: str, data: bytes) -> int:
@@ -169,7 +167,9 @@ class ShardWriter:
         self._rows.append(make_row(sample, offset))
         self._names.append(name)
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self._file.close()
             self.temporary.unlink(missing_ok=True)
@@ -181,17 +181,11 @@ class ShardWriter:
             self._file.close()
             write_records(self.dest, self.split, self.number, self._rows, self._names, self.notes)
             self.temporary.replace(self.path)
-        except OSError as error:
-            raise self._explain(error) from error
+        except OSError as failure:
+            raise self._explain(failure) from failure
         finally:
             self._file.close()
             self.temporary.unlink(missing_ok=True)
-
-
-def read_shard_keys(dest: Path, split: str, number: int) -> list[str]:
-    """Keys of the samples in a shard that is whole, in the shard's order."""
-    _, names, _, _ = _read_records(dest, split, number)
-    return [name.rpartition(".")[0] for name in names]
 
 
 def _read_records(dest: Path, split: str, number: int) -> tuple[np.ndarray, list[str], np.ndarray, list[dict]]:
@@ -211,8 +205,9 @@ def _read_records(dest: Path, split: str, number: int) -> tuple[np.ndarray, list
 def merge_shards(
     dest: Path, classes: Sequence[tuple[str, str]], shards: dict[str, int]
 ) -> tuple[Index, dict[str, list[dict]]]:
-    """Make the index of all shards (split -> how many); every one must be whole. Notes come back by split."""
-    splits, notes = {}, {}
+    """Make the index of all shards (split -> how many); every one must be complete. Returns its notes by split, too."""
+    splits: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
+    notes = {}
     for split, number in shards.items():
         parts = [_read_records(dest, split, i) for i in range(number)]
         records = np.concatenate([part[0] for part in parts])
@@ -220,7 +215,9 @@ def merge_shards(
         names = [name for part in parts for name in part[1]]
         notes[split] = [note for part in parts for note in part[3]]
         splits[split] = records[order], [names[i] for i in order]
-    files = {split: [shard_name(split, i) for i in range(number)] for split, number in shards.items()}
+    files: dict[str, Sequence[str]] = {
+        split: [shard_name(split, i) for i in range(number)] for split, number in shards.items()
+    }
     return write_index(index_folder(dest), dest, classes, splits, shards=files), notes
 
 

@@ -20,6 +20,7 @@ from pipeline.dataset import imagenet
 from pipeline.dataset.index.decode import decode_fully
 from pipeline.dataset.index.index import PACKED, Index, index_folder, open_index, safe_join
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
+from pipeline.dataset.selected import read_selected
 from pipeline.dataset.shards.format import (
     Sample,
     ShardWriter,
@@ -31,14 +32,13 @@ from pipeline.dataset.shards.format import (
 )
 from pipeline.dataset.shards.plan import Extra, Options, Plan, make_key, make_plan, read_checked
 from pipeline.dataset.shards.reencode import reencode
-from pipeline.dataset.verify.expected import read_selected
 from pipeline.dataset.workers import available_cores, map_in_order, read_ahead
 from pipeline.errors import UserError
-from pipeline.files import atomic_open
+from pipeline.files import atomic_write
 from pipeline.progress import Progress
 
 #: Lists of the archive that go with the shards, so that `verify` knows what is to be there.
-LISTS = (imagenet.SYNSET_MAPPING, imagenet.VAL_SOLUTION, "ILSVRC/ImageSets/CLS-LOC/train_cls.txt")
+LISTS = (imagenet.SYNSET_MAPPING, imagenet.VAL_SOLUTION, imagenet.TRAIN_LIST)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def write_shard(task: Task) -> int:
     """Write one shard; returns its number of items."""
     index = _open_once(task.index)
     if index.fingerprint != task.fingerprint:
-        raise UserError(f"index {task.index} changed meanwhile; run the same command again")
+        raise UserError(f"index {task.index} changed during the run; run the same command again")
     split, side = index.splits[task.split], task.options.side_of(task.split)
     with ShardWriter(task.dest, task.split, task.number) as writer:
         samples = [item for item in task.items.tolist() if item < len(split)]
@@ -158,8 +158,7 @@ def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
             raise UserError(
                 f"{dest} has {free / 1e9:,.1f} GB free, but {plan.size / 1e9:,.1f} GB are needed; give another folder"
             )
-        with atomic_open(dest / PACKED) as file:
-            file.write(json.dumps(marker, indent=1).encode() + b"\n")
+        atomic_write(dest / PACKED, json.dumps(marker, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"can't write into {dest} ({error.strerror}); give another folder") from error
     return False
@@ -178,10 +177,8 @@ def _finish(root: Path, dest: Path, index: Index, shards: dict[str, int], select
     marker = json.loads((dest / PACKED).read_bytes())
     if selected is not None:
         marker["selected"] = selected
-    with atomic_open(dest / UNREADABLE) as file:
-        file.write(json.dumps(notes, indent=1).encode() + b"\n")
-    with atomic_open(dest / PACKED) as file:
-        file.write(json.dumps({**marker, "complete": True}, indent=1).encode() + b"\n")
+    atomic_write(dest / UNREADABLE, json.dumps(notes, indent=1) + "\n")
+    atomic_write(dest / PACKED, json.dumps({**marker, "complete": True}, indent=1) + "\n")
     remove_records(dest)
     return made
 
@@ -220,7 +217,7 @@ def pack_tree(
         shard for shard in mine if not ((dest / shard_name(*shard)).is_file() if complete else is_whole(dest, *shard))
     ]
     if len(todo) < len(mine) and not quiet:
-        print(f"{len(mine) - len(todo):,} of {len(mine):,} shards are there already", file=sys.stderr)
+        print(f"{len(mine) - len(todo):,} of {len(mine):,} shards exist already", file=sys.stderr)
     tasks = (
         Task(
             *(folder, index.fingerprint, dest, split, number, plan.of_shard(split, number)),
@@ -252,7 +249,7 @@ def pack(
     part: str | None = None,
     processes: int | None = None,
 ) -> int:
-    """Write a data root as WebDataset tar shards with an index; killed anywhere, the same command goes on.
+    """Write a data root as WebDataset tar shards with an index. Run the same command again to resume.
 
     Args:
         root: a data root; it is indexed first if need be.

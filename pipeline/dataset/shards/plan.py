@@ -28,7 +28,7 @@ class Options:
     unreadable: str = "refuse"
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         limits = {"short_side": (16, 4096), "quality": (1, 100), "shard_mb": (1, 100_000), "seed": (0, 2**63 - 1)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)

@@ -1,34 +1,27 @@
-"""Copy packed shards to a node's own disk, and reuse what is there. One process a node at a time copies."""
+"""Copy packed shards to a node's own disk, and reuse existing copies. One process per node copies at a time."""
 
-import fcntl
 import json
-import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipeline.command import run_command
 from pipeline.dataset.index.index import Index, index_folder, open_index, safe_join
+from pipeline.dataset.lock import locked
 from pipeline.errors import UserError
+from pipeline.files import atomic_write
 from pipeline.progress import Progress
 
 CHUNK = 1 << 24  # bytes copied at a time
 THREADS = 4  # files copied at a time
 
 
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> AbstractContextManager[None]:
     """Hold the folder's lock, so that a second job on the same node waits for the first one's copy."""
-    with (folder / ".stage.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: another process is copying into it; waiting", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return locked(folder / ".stage.lock", f"{folder}: another process is copying into it; waiting")
 
 
 def is_same(there: Path, here: Path) -> bool:
@@ -40,8 +33,11 @@ def is_same(there: Path, here: Path) -> bool:
     return (wanted.st_size, wanted.st_mtime_ns) == (found.st_size, found.st_mtime_ns)
 
 
-def copy_file(there: Path, here: Path, advance) -> None:
-    """Copy under a temporary name and rename; `advance` is told the bytes of each piece."""
+def copy_file(there: Path, here: Path, advance: Callable[[int], None]) -> None:
+    """Copy under a temporary name and rename, with times; `advance` gets the bytes of each piece.
+
+    The temporary name is fixed: a later copy overwrites what a killed one left.
+    """
     here.parent.mkdir(parents=True, exist_ok=True)
     temporary = here.with_name(f".{here.name}.stage.tmp")
     with there.open("rb") as source, temporary.open("wb") as target:
@@ -70,14 +66,14 @@ def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: boo
     wanted = {safe_join(opened.root, shard): shard for split in opened.splits.values() for shard in split.shards}
     try:
         dest.mkdir(parents=True, exist_ok=True)
-        with only_one(dest):
+        with locked_folder(dest):
             missing = [(there, dest / name) for there, name in wanted.items() if not is_same(there, dest / name)]
             size = sum(there.stat().st_size for there, _ in missing)
             free = shutil.disk_usage(dest).free
             if size > free:
                 raise UserError(
                     f"{dest} has {free / 1e9:,.1f} GB free, {size / 1e9:,.1f} GB are to be copied; "
-                    "make room, give another folder, or train from the source"
+                    "free some space, give another folder, or train from the source"
                 )
             with Progress(f"Copying to {dest}", size, "bytes", quiet) as progress, ThreadPoolExecutor(THREADS) as pool:
                 lock = threading.Lock()
@@ -103,13 +99,11 @@ def copy_index(there: Path, here: Path) -> None:
     for entry in meta["splits"].values():
         for key in ("records", "names"):
             copy_file(safe_join(there, entry[key]), here / entry[key], lambda _: None)
-    temporary = here / f".index.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(meta, indent=1))
-    temporary.replace(here / "index.json")
+    atomic_write(here / "index.json", json.dumps(meta, indent=1))
 
 
 def stage(source: str, dest: str, index: str | None = None) -> int:
-    """Copy packed shards to a node's own disk, reusing what is there; then train with --data.root DEST.
+    """Copy packed shards to a node's own disk, reusing existing copies; then train with --data.root DEST.
 
     Args:
         source: data root with packed shards, seen by every node.
@@ -118,7 +112,9 @@ def stage(source: str, dest: str, index: str | None = None) -> int:
     """
     opened, copied = stage_shards(Path(source), Path(dest), Path(index) if index else None)
     total = sum(len(split.shards) for split in opened.splits.values())
-    print(f"{dest}: {copied} of {total} shards copied, {total - copied} were there; fingerprint {opened.fingerprint}")
+    print(
+        f"{dest}: {copied} of {total} shards copied, {total - copied} existed already; fingerprint {opened.fingerprint}"
+    )
     return 0
 
 

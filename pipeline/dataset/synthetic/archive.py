@@ -1,16 +1,18 @@
-"""A made-up tree as the archive that Kaggle serves: one zip with its member names, or the older one with a tar.gz."""
+"""A synthetic tree as the archive that Kaggle serves: one zip with its member names, or the older one with a tar.gz."""
 
 import gzip
 import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from pipeline.dataset import imagenet
 from pipeline.dataset.synthetic.plan import MARKER, Sample, Settings, choose_recipe, list_samples, make_image, synset
 from pipeline.errors import UserError
+from pipeline.files import atomic_open
 from pipeline.progress import Progress
 
 NESTED = "imagenet_object_localization_patched2019.tar.gz"
@@ -32,7 +34,7 @@ def list_members(root: Path, test_images: int = 8) -> Iterator[tuple[str, Path |
     for split in ("train", "val"):
         for sample in list_samples(settings, split):
             members[f"{imagenet.CLS_LOC}/{sample.place}.JPEG"] = _locate(root, sample)
-    recipe = choose_recipe(settings) if test_images else None
+    recipe = choose_recipe(settings)
     for number in range(1, test_images + 1):
         sample = Sample("test", number % settings.classes, number)
         members[f"{imagenet.CLS_LOC}/{sample.place}.JPEG"] = make_image(sample, recipe)[0]
@@ -53,7 +55,7 @@ def _read(source: Path | bytes) -> bytes:
     return source if isinstance(source, bytes) else source.read_bytes()
 
 
-def _write_tar(stream, members: Iterator[tuple[str, Path | bytes]], advance) -> int:
+def _write_tar(stream: IO[bytes], members: Iterator[tuple[str, Path | bytes]], advance: Callable[[], None]) -> int:
     number = 0
     with (
         gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=1, mtime=0) as packed,
@@ -80,19 +82,19 @@ def write_kaggle_zip(
     """Write the generated tree `root` as Kaggle's archive into `path`; the same tree gives the same bytes.
 
     Args:
-        test_images: images below `test/`, made on the way.
+        test_images: images below `test/`, generated here.
         nested: the images lie in `imagenet_object_localization_patched2019.tar.gz`, a member of the zip.
         compression: of the members, a constant of `zipfile`.
 
     Returns the number of members (those of the tar.gz, too).
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     number = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
             Progress("Archiving", None, "members", quiet=quiet) as progress,
-            zipfile.ZipFile(temporary, "w", compression, compresslevel=1) as archive,
+            atomic_open(path) as file,
+            zipfile.ZipFile(file, "w", compression, compresslevel=1) as archive,
         ):
 
             def info(name: str) -> zipfile.ZipInfo:
@@ -109,9 +111,6 @@ def write_kaggle_zip(
                 archive.writestr(info(name), _read(source))
                 number += 1
                 progress.advance()
-        temporary.replace(path)
     except OSError as error:
         raise UserError(f"can't write {path} ({error.strerror}); give another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return number

@@ -1,4 +1,4 @@
-"""A made-up ImageNet: the archive's own tree and lists, with pictures that a network can learn, in any size.
+"""A synthetic ImageNet: the archive's own tree and lists, with images that a network can learn, in any size.
 
 The same settings give the same bytes, file for file.
 """
@@ -26,6 +26,7 @@ from pipeline.dataset.synthetic.plan import (
 )
 from pipeline.dataset.workers import available_cores, map_in_order
 from pipeline.errors import UserError
+from pipeline.files import atomic_write
 from pipeline.progress import Progress
 
 CHUNK = 16  # images a task
@@ -49,16 +50,15 @@ def _annotation(sample: Sample, size: tuple[int, int], boxes: list[Box]) -> str:
     )
 
 
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+def _write(path: Path, data: str | bytes) -> None:
+    """Atomic, but not flushed: the tree can be generated again."""
+    atomic_write(path, data, durable=False)
 
 
 def _write_images(task: tuple[Path, list[Sample], Recipe]) -> list[tuple[str, str] | None]:
     """Write a chunk of images and their annotations; a row of the solution CSV for each that has boxes."""
     root, samples, recipe = task
-    rows = []
+    rows: list[tuple[str, str] | None] = []
     for sample in samples:
         data, size, boxes = make_image(sample, recipe)
         _write(root / imagenet.CLS_LOC / f"{sample.place}.JPEG", data)
@@ -88,13 +88,10 @@ def _write_lists(root: Path, settings: Settings, rows: dict[str, list[tuple[str,
     sets = root / "ILSVRC/ImageSets/CLS-LOC"
     sets.mkdir(parents=True, exist_ok=True)
     train = list_samples(settings, "train")
-    lines = (f"{synset(s.label)}/{s.name} {i}\n" for i, s in enumerate(train, 1))
-    _write(sets / "train_cls.txt", "".join(lines).encode())
     boxed = [s for s in train if has_boxes(s)]
-    lines = (f"{synset(s.label)}/{s.name} {i}\n" for i, s in enumerate(boxed, 1))
-    _write(sets / "train_loc.txt", "".join(lines).encode())
-    lines = (f"{s.name} {s.number}\n" for s in list_samples(settings, "val"))
-    _write(sets / "val.txt", "".join(lines).encode())
+    for name, listed in (("train_cls.txt", train), ("train_loc.txt", boxed)):
+        _write(sets / name, "".join(f"{synset(s.label)}/{s.name} {i}\n" for i, s in enumerate(listed, 1)))
+    _write(sets / "val.txt", "".join(f"{s.name} {s.number}\n" for s in list_samples(settings, "val")))
 
 
 def _read_marker(root: Path) -> dict | None:
@@ -110,7 +107,7 @@ def _read_marker(root: Path) -> dict | None:
 
 
 def is_whole(root: Path, settings: Settings) -> bool:
-    """Is every image of `settings` there, in the archive's layout or sorted by valprep?"""
+    """Does every image of `settings` exist, in the archive's layout or sorted by valprep?"""
     base = root / imagenet.CLS_LOC
     return all(
         (base / f"{s.place}.JPEG").is_file() or (base / s.split / synset(s.label) / f"{s.name}.JPEG").is_file()
@@ -120,7 +117,7 @@ def is_whole(root: Path, settings: Settings) -> bool:
 
 
 def generate_tree(root: Path, settings: Settings, processes: int | None = None, quiet: bool = True) -> bool:
-    """Write the tree of `settings` into `root`; False if it was all there already.
+    """Write the tree of `settings` into `root`; False if it was complete already.
 
     Raises UserError for a folder that holds something else or another tree, or that can't be written.
     """
@@ -187,7 +184,7 @@ def synth(
         size: typical width in pixels (the real set's: 470); sizes are spread around it.
         mean_bytes: mean bytes of a file (the real set's: 110000); default: whatever comes out.
         oddities: training images that are odd as some real ones are: grayscale, CMYK, PNG, EXIF.
-        damaged: training images that can't be decoded, to test how that is met.
+        damaged: training images that can't be decoded, to test how they are handled.
         kaggle_zip: also write an archive as Kaggle serves it into this file.
         nested: that archive holds a tar.gz with the images, as older ones do.
         test_images: images of the test split in that archive.
@@ -197,7 +194,7 @@ def synth(
     settings = Settings(classes, train_per_class, val_per_class, seed, size, mean_bytes, oddities, damaged)
     made = generate_tree(root, settings, processes, quiet=False)
     counts = f"{classes * train_per_class:,} train and {classes * val_per_class:,} val images of {classes} classes"
-    print(f"{root}: {counts}{'' if made else ', already there'}")
+    print(f"{root}: {counts}{'' if made else ', generated earlier'}")
     if kaggle_zip:
         from pipeline.dataset.synthetic.archive import write_kaggle_zip
 

@@ -1,6 +1,6 @@
-"""Pictures that a network can learn to tell apart: a class is a shape, a texture, a color and a grain of texture.
+"""Images that a network can learn to classify: a class is a shape, a texture, a color and a grain of texture.
 
-Everything else (place, size, rotation, background, light, noise) differs from image to image. A picture is a pure
+Everything else (place, size, rotation, background, light, noise) differs from image to image. An image is a pure
 function of its seed.
 """
 
@@ -8,6 +8,7 @@ import colorsys
 import io
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -27,7 +28,7 @@ Box = tuple[int, int, int, int]  #: x1, y1, x2, y2 in pixels
 
 @dataclass(frozen=True)
 class ClassStyle:
-    """What the pictures of a class have in common. `hue` in [0, 1), `pitch` in periods per shorter side."""
+    """The common properties of the images of a class. `hue` in [0, 1), `pitch` in periods per shorter side."""
 
     shape: str
     texture: str
@@ -37,7 +38,7 @@ class ClassStyle:
 
 
 def class_style(label: int) -> ClassStyle:
-    """The look of class `label` (0 <= label < MAX_CLASSES); no two are alike, and neighbours differ in every part."""
+    """The style of class `label` (0 <= label < MAX_CLASSES); all differ, neighbors in every part."""
     shape = SHAPES[label % 8]
     texture = TEXTURES[(label + label // 8) % 5]
     color = (7 * label + label // 40) % 12
@@ -52,7 +53,7 @@ def draw_size(rng: np.random.Generator, typical_width: int) -> tuple[int, int]:
     size = np.clip(rng.lognormal((6.1, 5.95), (0.4, 0.35)), 120, 1600)
     for common, share in SIZES:
         if 0 <= pick < share:
-            size = common
+            size = np.array(common, float)
         pick -= share
     return max(16, round(size[0] * scale)), max(16, round(size[1] * scale))
 
@@ -101,7 +102,8 @@ def _texture(style: ClassStyle, rng: np.random.Generator, width: int, height: in
 
 
 def _color(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, saturation, value))
+    red, green, blue = colorsys.hsv_to_rgb(hue % 1, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def render(style: ClassStyle, rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray, list[Box]]:
@@ -109,7 +111,7 @@ def render(style: ClassStyle, rng: np.random.Generator, width: int, height: int)
     coarse = rng.integers(20, 236, (5, 6, 3), dtype=np.uint8)
     gray = coarse.mean(2, keepdims=True)
     coarse = gray + rng.uniform(0.1, 0.4) * (coarse - gray)
-    tint = np.array(_color(style.hue + 0.5, 1.0, 1.0))  # as fish are seen before water: a class has its surroundings
+    tint = np.array(_color(style.hue + 0.5, 1.0, 1.0))  # the background correlates with the class, as in real images
     coarse += rng.uniform(0.1, 0.35) * (tint - coarse)
     picture = Image.fromarray(coarse.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     mask = Image.new("L", (width, height))
@@ -149,7 +151,8 @@ DAMAGES = ("truncated", "empty", "html", "scrambled")
 
 def encode(pixels: np.ndarray, quality: int, kind: str | None = None) -> bytes:
     """`pixels` (uint8 [H, W, 3]) as a JPEG file's bytes, or as the oddity or damaged file named by `kind`."""
-    image, options = Image.fromarray(pixels), {"format": "JPEG", "quality": quality}
+    image = Image.fromarray(pixels)
+    options: dict[str, Any] = {"format": "JPEG", "quality": quality}
     if kind == "grayscale":
         image = image.convert("L")
     elif kind == "cmyk":

@@ -1,4 +1,4 @@
-"""Which made-up images there are and what each looks like: functions of the settings alone."""
+"""The list of synthetic images and the content of each: functions of the settings alone."""
 
 from dataclasses import dataclass
 
@@ -18,12 +18,12 @@ from pipeline.dataset.synthetic.images import (
 )
 from pipeline.errors import UserError
 
-MARKER = "synthetic.json"  #: holds the settings; tells a made-up tree from a real one
+MARKER = "synthetic.json"  #: holds the settings; marks a tree as synthetic
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the bytes of a tree depend on. `size`: typical width in pixels; `mean_bytes`: of a file, None: as it comes.
+    """What the bytes of a tree depend on. `size`: typical width in pixels; `mean_bytes`: of a file, None: any.
 
     `oddities` and `damaged`: number of training images that are odd or broken; as large a share of the validation set.
     """
@@ -37,7 +37,7 @@ class Settings:
     oddities: int = 10
     damaged: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         images = self.classes * self.train_per_class
         limits = {
             "classes": (1, MAX_CLASSES),
@@ -56,7 +56,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to be: `number` counts from 1, inside its class (train) or the whole split (val, test)."""
+    """One image: `number` counts from 1, inside its class (train) or the whole split (val, test)."""
 
     split: str
     label: int
@@ -87,7 +87,7 @@ class Recipe:
 
 
 def synset(label: int) -> str:
-    """Made-up synset of a class; no real one begins with n99."""
+    """Synthetic synset of a class; no real one begins with n99."""
     return f"n99{label:06d}"
 
 

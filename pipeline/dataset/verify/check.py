@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -19,6 +19,7 @@ from pipeline.errors import TransientError
 
 CHUNK = 128  # samples a task
 MISSING = "missing"
+Tag = TypeVar("Tag")
 _GONE = (FileNotFoundError, NotADirectoryError)
 
 
@@ -32,17 +33,15 @@ class Item(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """`problem`: empty, `MISSING`, or what is wrong; `kind`: of a sound image, one of `KINDS`."""
+    """`problem`: empty, `MISSING`, or what is wrong; `kind`: of a sound image, "png", "grayscale",
+    "cmyk", "other" (neither JPEG nor PNG), or empty: a JPEG in color."""
 
     problem: str
     kind: str = ""
 
 
-KINDS = ("", "png", "grayscale", "cmyk", "other")  #: "": a JPEG in color; "other": neither JPEG nor PNG
-
-
 def image_kind(data: bytes) -> str:
-    """One of `KINDS`, from the file's first markers alone (JPEG: ITU T.81, B.2)."""
+    """The `Finding.kind` of an image, from the file's first markers alone (JPEG: ITU T.81, B.2)."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if data[:2] != b"\xff\xd8":
@@ -116,8 +115,8 @@ def iter_samples(split: Split) -> Iterator[tuple[int, str]]:
         yield i, split.name(i)
 
 
-def make_item(split: Split, sample: int, name: str) -> Item:
-    record = split.records[sample]
+def make_item(split: Split, sample_id: int, name: str) -> Item:
+    record = split.records[sample_id]
     shard = int(record["shard"])
     place = name if shard < 0 else split.shards[shard]
     offset = -1 if shard < 0 else int(record["offset"])
@@ -130,11 +129,11 @@ def new_item(root: Path, name: str) -> Item:
 
 
 def check_items(
-    items: Iterator[tuple[object, Item]], decode: bool, processes: int, advance: Callable[[int], None]
-) -> Iterator[tuple[object, Finding]]:
+    items: Iterator[tuple[Tag, Item]], decode: bool, processes: int, advance: Callable[[int], None]
+) -> Iterator[tuple[Tag, Finding]]:
     """(tag, finding) of each (tag, item), in order."""
 
-    def chunks() -> Iterator[list[tuple[object, Item]]]:
+    def chunks() -> Iterator[list[tuple[Tag, Item]]]:
         chunk = []
         for pair in items:
             chunk.append(pair)
@@ -144,7 +143,7 @@ def check_items(
         if chunk:
             yield chunk
 
-    waiting: list[list[object]] = []
+    waiting: list[list[Tag]] = []
 
     def tasks() -> Iterator[tuple[list[Item], bool]]:
         for chunk in chunks():

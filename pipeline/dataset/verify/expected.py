@@ -1,6 +1,5 @@
 """What a data root is supposed to hold: by the archive's own lists, and by what was asked for when it was fetched."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +8,9 @@ import numpy as np
 import xxhash
 
 from pipeline.dataset import imagenet
-from pipeline.dataset.index.index import PACKED
-from pipeline.dataset.valprep import ANNOTATIONS, read_val_annotations
+from pipeline.dataset.selected import read_selected
+from pipeline.dataset.valprep import read_any_val_labels
 from pipeline.errors import UserError
-
-TRAIN_LIST = "ILSVRC/ImageSets/CLS-LOC/train_cls.txt"
-MANIFEST = "fetch.json"
 
 Chosen = dict[str, frozenset[str] | None]  #: split -> synsets that were asked for, None: all
 
@@ -27,24 +23,6 @@ def hash_ids(ids: Iterable[str]) -> np.ndarray:
 def train_id(synset: str, stem: str) -> str:
     """How the archive's list names a training image: `n01440764/n01440764_10026`. A validation image: by its stem."""
     return f"{synset}/{stem}"
-
-
-def read_selected(root: Path) -> dict[str, str | list[str]] | None:
-    """What was asked for when `root` was fetched (or the tree it was packed from): split -> "all" or synsets.
-
-    None where that is not known. UserError where the file that tells it is damaged.
-    """
-    for name in (MANIFEST, PACKED):
-        path = root / name
-        if not path.is_file():
-            continue
-        try:
-            selected = json.loads(path.read_bytes()).get("selected")
-            if selected is not None:
-                return dict(selected)
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} can't be read ({error}); remove it or fetch again") from error
-    return None
 
 
 def read_chosen(root: Path) -> Chosen | None:
@@ -89,7 +67,7 @@ class Expected:
         if split == "val":
             yield from (name for name, synset in self.val_labels.items() if self.wants("val", synset))
         elif split == "train":
-            with (self.root / TRAIN_LIST).open(encoding="utf-8") as file:
+            with (self.root / imagenet.TRAIN_LIST).open(encoding="utf-8") as file:
                 for line in file:
                     name = line.partition(" ")[0].strip()
                     if name and self.wants("train", name.partition("/")[0]):
@@ -99,18 +77,17 @@ class Expected:
 def read_expected(root: Path) -> Expected:
     """Read the lists of `root`; what they do not tell is left out. UserError for a damaged one."""
     chosen = read_chosen(root)
-    solution = imagenet.find_list(root, imagenet.VAL_SOLUTION)
-    labels = imagenet.read_val_solution(solution) if solution else read_val_annotations(root / ANNOTATIONS)
+    labels, _ = read_any_val_labels(root)
     draft = Expected(root, chosen, val_labels=labels)
     counts: dict[str, int] = {}
     synsets: set[str] = set()
-    if (root / TRAIN_LIST).is_file() and draft.wants_split("train"):
+    if (root / imagenet.TRAIN_LIST).is_file() and draft.wants_split("train"):
         counts["train"] = 0
         for name in draft.ids("train"):
             synset, slash, stem = name.partition("/")
             if not slash or not stem:
                 raise UserError(
-                    f"{root / TRAIN_LIST}: expected 'SYNSET/IMAGE NUMBER', got {name[:80]!r}; fetch it again"
+                    f"{root / imagenet.TRAIN_LIST}: expected 'SYNSET/IMAGE NUMBER', got {name[:80]!r}; fetch it again"
                 )
             counts["train"] += 1
             synsets.add(synset)

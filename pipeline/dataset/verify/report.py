@@ -1,6 +1,7 @@
 """What a verification found: the table, the names, the verdict."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Check:
 
 @dataclass
 class Report:
-    """What was found. `kinds`: sound images by `check.KINDS`; `known`: how many of ImageNet's known oddities."""
+    """What was found. `kinds`: sound images by `Finding.kind`; `known`: how many of ImageNet's known oddities."""
 
     root: Path
     expected: Expected
@@ -67,7 +68,8 @@ def judge(report: Report, counts_of: dict[str, SplitCounts]) -> None:
     counts, classes = dict(expected.counts), len(expected.synsets)
     if not counts and len(seen) == imagenet.CLASSES and all(map(imagenet.SYNSET.fullmatch, seen)):
         counts, classes = {"train": imagenet.TRAIN_IMAGES, "val": imagenet.VAL_IMAGES}, imagenet.CLASSES
-    for split in [name for name in ("train", "val") if name in counts or name in counts_of]:
+    of_splits: tuple[str, ...] = ("train", "val")
+    for split in (name for name in of_splits if name in counts or name in counts_of):
         sound = counts_of.get(split, SplitCounts()).sound
         good = sound == counts[split] if split in counts else None
         checks.append(Check(f"{split} images", f"{counts[split]:,}" if split in counts else "-", f"{sound:,}", good))
@@ -96,8 +98,8 @@ def judge(report: Report, counts_of: dict[str, SplitCounts]) -> None:
         checks.append(Check("ImageNet's known PNG and CMYK files", f"{known}", f"{report.known}", None))
 
 
-def _span(counts) -> str:
-    counts = list(counts) or [0]
+def _span(values: Iterable[int]) -> str:
+    counts = list(values) or [0]
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
@@ -120,7 +122,7 @@ def describe(report: Report) -> str:
     """The last line: the verdict."""
     expected = report.expected
     if not report.good:
-        return f"{report.root}: NOT whole"
+        return f"{report.root}: NOT complete"
     if expected.is_imagenet:
         return f"{report.root}: complete and verified: ImageNet (ILSVRC 2012), every image"
     if expected.counts:

@@ -1,6 +1,6 @@
-"""The verb `verify`: is this the real and whole data set? What is missing or damaged is named.
+"""The verb `verify`: is this data set complete and correct? Missing and damaged images are named.
 
-Two yardsticks: the archive's own lists (what should be there), and the index (what the bytes were).
+Two references: the archive's own lists (which images), and the index (which bytes).
 """
 
 import json as json_format
@@ -15,7 +15,16 @@ from pipeline.dataset import imagenet
 from pipeline.dataset.index.index import Index, index_folder, is_current, is_sound, open_index
 from pipeline.dataset.index.listing import list_split
 from pipeline.dataset.index.scan import build_index, read_unreadable
-from pipeline.dataset.verify.check import MISSING, Finding, NamedSample, check_items, iter_samples, make_item, new_item
+from pipeline.dataset.verify.check import (
+    MISSING,
+    Finding,
+    Item,
+    NamedSample,
+    check_items,
+    iter_samples,
+    make_item,
+    new_item,
+)
 from pipeline.dataset.verify.expected import hash_ids, read_expected, train_id
 from pipeline.dataset.verify.report import Report, SplitCounts, judge, show, to_json
 from pipeline.dataset.workers import available_cores
@@ -23,7 +32,7 @@ from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.progress import Progress
 
 
-def find_places(root: Path) -> dict[str, Path]:
+def find_split_folders(root: Path) -> dict[str, Path]:
     """The folders of the splits that `root` has; unlike for training, one may be enough."""
     try:
         return imagenet.find_splits(root)
@@ -50,24 +59,25 @@ def _stem(name: str) -> str:
     return name.rpartition("/")[2].rpartition(".")[0]
 
 
-def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[NamedSample, object]]:
+def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[NamedSample, Item]]:
     """Every sample that should be looked at, named, and the `check.Item` that tells where its bytes are.
 
     Those of the index; then files of the tree that it does not have: new ones, and those it left out as unreadable.
     """
     known: dict[str, set[str]] = {}
-    places = {} if index is not None and not index.folders else find_places(root)
+    synsets = index.synsets if index is not None else ()
+    places = {} if index is not None and not index.folders else find_split_folders(root)
     current = index is not None and is_current(index, places.values())
-    for name, split in (index.splits if index else {}).items():
+    for name, split in index.splits.items() if index is not None else ():
         labels = split.records["label"]
         seen = known.setdefault(name, set())
         for i, path in iter_samples(split):
             if not current:
                 seen.add(path)
-            synset = index.synsets[labels[i]]
+            synset = synsets[labels[i]]
             yield NamedSample(name, path, synset, _stem(path), ""), make_item(split, i, path)
     for name, place in places.items():
-        if current:
+        if index is not None and current:
             entries = read_unreadable(index.folder).get(name, [])
             files = ((entry["file"], entry["class"]) for entry in entries)
         else:
@@ -152,7 +162,7 @@ def verify_root(
             report.known += finding.kind == "png" and named.stem in imagenet.KNOWN_PNG
             report.known += finding.kind == "cmyk" and named.stem in imagenet.KNOWN_CMYK
 
-    def items() -> Iterator[tuple[NamedSample, object]]:
+    def items() -> Iterator[tuple[NamedSample, Item]]:
         for named, item in _name_samples(root, report.index):
             if again is not None and (named.split, named.stem) not in again:
                 take(named, None)
@@ -178,7 +188,7 @@ def repair_root(report: Report, decode: bool, processes: int | None, quiet: bool
 
     Raises UserError for packed shards, and where the root was not fetched by `pipeline fetch`.
     """
-    if report.packed:
+    if report.packed and report.index is not None:
         split = report.index.splits
         of = {(name, split[name].name(i)): split[name].path(i).name for name in split for i in range(len(split[name]))}
         shards = sorted({of.get((named.split, named.name), "?") for named in report.broken()})
@@ -205,7 +215,7 @@ def repair_root(report: Report, decode: bool, processes: int | None, quiet: bool
 def verify(
     root: str, json: str | None = None, repair: bool = False, decode: bool = False, processes: int | None = None
 ) -> int:
-    """Is this the real and whole data set? Counts, classes, labels and every image's bytes; exit code 0 if all is well.
+    """Is this data set complete and correct? Counts, classes, labels and every image's bytes; exit code 0 if so.
 
     Args:
         root: a data root: a tree or packed shards.
@@ -225,7 +235,7 @@ def verify(
         try:
             Path(json).write_text(json_format.dumps(to_json(report), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"can't write {json} ({error.strerror}); give another place") from error
+            raise UserError(f"can't write {json} ({error.strerror}); give another path") from error
     return EXIT_OK if report.good else EXIT_USER
 
 
