@@ -1,45 +1,85 @@
 """Every recipe of ImageNet: three steps of it on tiny data, and its rates and weight decays as its paper has them."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import runs
+import scipy.stats
 import torch
+import yaml
 from torch import nn
 
 from pipeline.__main__ import main
-from pipeline.config import Config, parse_config
+from pipeline.config import Config, parse_config, recipe_names, recipes_folder
 from pipeline.dataset.index.scan import build_index
 from pipeline.insight.recipes import recipes
+from pipeline.loader.plan import scale_jitter_windows
 from pipeline.model.build import build_model
+from pipeline.rng import hash_counter
 from pipeline.training.optim.ema import effective_decay
 from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 from pipeline.training.optim.optimizer import make_optimizer
 
 IMAGES = 1_281_167
 
-#: recipe -> ({epoch: learning rate}, weight decay of convolutions, BatchNorm, the head's weight, the head's bias)
-COSINE_A = {n: 1e-6 + (lr - 1e-6) * (1 + math.cos(math.pi * 5 / n)) / 2 for n, lr in ((600, 5e-3), (300, 5e-3))}
-PAPERS = {
-    "resnet152-he2015": ({0: 0.1, 29.9: 0.1, 30: 0.01, 60: 1e-3, 90: 1e-4, 119: 1e-4}, (1e-4, 1e-4, 1e-4, 1e-4)),
-    "resnet152-torchvision-v1": ({0: 0.1, 29.9: 0.1, 30.1: 0.01, 60.1: 1e-3, 89.9: 1e-3}, (1e-4, 1e-4, 1e-4, 1e-4)),
-    "resnet152-torchvision-v2": (
-        {0: 0.005, 2.5: 0.2525, 5: 0.5, 302.5: 0.25, 501.666667: 0.5 * (1 + math.cos(math.pi * 496.666667 / 595)) / 2},
-        (2e-5, 0, 2e-5, 2e-5),
-    ),
-    "resnet152-goyal": (
-        {0: 0.1, 2.5: 1.65, 5: 3.2, 29.9: 3.2, 30.1: 0.32, 60.1: 0.032, 79.9: 0.032, 80.1: 0.0032},
-        (1e-4, 0, 1e-4, 1e-4),
-    ),
-    "resnet152-a1": ({0: 1e-4, 5: COSINE_A[600], 300: (5e-3 + 1e-6) / 2}, (0.01, 0, 0.01, 0)),
-    "resnet152-a2": ({0: 1e-4, 5: COSINE_A[300], 150: (5e-3 + 1e-6) / 2}, (0.02, 0, 0.02, 0)),
-    "resnet152-a3": ({0: 1e-4, 2.5: (1e-4 + 8e-3) / 2, 50: (8e-3 + 1e-6) / 2}, (0.02, 0, 0.02, 0)),
-    "resnet50-ffcv-16": ({0: 1.7e-4, 1: 0.850085, 2: 1.7, 9: 0.85, 15: 1.7 / 14}, (1e-4, 0, 1e-4, 1e-4)),
-    "resnet50-ffcv-88": ({0: 1.7e-4, 1: 0.850085, 2: 1.7, 45: 0.85, 87: 1.7 / 86}, (1e-4, 0, 1e-4, 1e-4)),
-    "resnet50-dle-90": ({0: 0, 4: 1.024, 8: 2.048, 49: 1.024}, (2**-15, 0, 2**-15, 2**-15)),
+Formula = Callable[[float, int], float]  # (time in epochs at the beginning of a step, its epoch) -> learning rate
+
+
+def _cosine(left: float) -> float:
+    """From 1 to 0 while the share of the run that is over goes from 0 to 1."""
+    return (1 + math.cos(math.pi * left)) / 2
+
+
+def _torchvision_v2(now: float, epoch: int) -> float:
+    """references/classification/train.py: LinearLR(start_factor 0.01, 5 epochs), then CosineAnnealingLR(595), both
+    stepped once an epoch."""
+    return 0.5 * (0.01 + 0.99 * epoch / 5) if epoch < 5 else 0.5 * _cosine((epoch - 5) / 595)
+
+
+def _timm(epochs: int, peak: float) -> Formula:
+    """timm.scheduler.CosineLRScheduler(warmup_t=5, warmup_lr_init=1e-4, lr_min=1e-6), stepped once an epoch."""
+    return lambda now, epoch: (
+        1e-4 + epoch * (peak - 1e-4) / 5 if epoch < 5 else 1e-6 + (peak - 1e-6) * _cosine(epoch / epochs)
+    )
+
+
+def _goyal(now: float, epoch: int) -> float:
+    """Section 2.2: from 0.1 to 3.2 by a constant amount an iteration over 5 epochs; section 5.1: / 10 at 30, 60, 80."""
+    return 0.1 + 3.1 * now / 5 if now < 5 else 3.2 / 10 ** sum(now >= border for border in (30, 60, 80))
+
+
+def _ffcv(epochs: int) -> Formula:
+    """ffcv-imagenet train_imagenet.py get_lr: np.interp over the epochs, and within an epoch over its iterations."""
+    return lambda now, epoch: float(np.interp(now, [0, 2, epochs], [1.7e-4, 1.7, 0]))
+
+
+def _dle(now: float, epoch: int) -> float:
+    """DeepLearningExamples ConvNets, lr_cosine_policy(2.048, 8, 90), once an epoch: the warm-up has (epoch + 1) / 8."""
+    return 2.048 * (epoch + 1) / 8 if epoch < 8 else 2.048 * _cosine((epoch - 8) / 82)
+
+
+#: recipe -> (learning rate, weight decay of convolutions, BatchNorm, the head's weight, the head's bias)
+PAPERS: dict[str, tuple[Formula, tuple[float, float, float, float]]] = {
+    "resnet152-he2015": (lambda now, epoch: 0.1 / 10 ** int(now * IMAGES / 256 / 150_000 + 1e-9), (1e-4,) * 4),
+    "resnet152-torchvision-v1": (lambda now, epoch: 0.1 / 10 ** (epoch // 30), (1e-4,) * 4),
+    "resnet152-torchvision-v2": (_torchvision_v2, (2e-5, 0, 2e-5, 2e-5)),
+    "resnet152-goyal": (_goyal, (1e-4, 0, 1e-4, 1e-4)),
+    "resnet152-a1": (_timm(600, 5e-3), (0.01, 0, 0.01, 0)),
+    "resnet152-a2": (_timm(300, 5e-3), (0.02, 0, 0.02, 0)),
+    "resnet152-a3": (_timm(100, 8e-3), (0.02, 0, 0.02, 0)),
+    "resnet50-ffcv-16": (_ffcv(16), (1e-4, 0, 1e-4, 1e-4)),
+    "resnet50-ffcv-88": (_ffcv(88), (1e-4, 0, 1e-4, 1e-4)),
+    "resnet50-dle-90": (_dle, (2**-15, 0, 2**-15, 2**-15)),
+}
+#: ours, which follow no source
+OURS = {
     "resnet152": ({0: 0.005, 5: 0.5, 302.5: 0.25}, (2e-5, 0, 2e-5, 0)),
     "resnet152-fast": ({0: 8.5e-5, 2: 0.85, 19: 0.425}, (5e-5, 0, 5e-5, 0)),
 }
+DECAYS = {name: decays for name, (_, decays) in (PAPERS | OURS).items()}
 PUBLISHED_BATCH = {"resnet152-goyal": 8192, "resnet152-torchvision-v2": 1024, "resnet50-ffcv-16": 4096}
 
 
@@ -49,9 +89,23 @@ def schedule_of(config: Config) -> tuple[Schedule, float]:
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_the_learning_rate_is_the_papers(name):
+def test_the_learning_rate_is_the_sources_in_every_epoch(name):
+    """At the first, a middle and the last step of each epoch, to 0.1 % of the peak."""
+    config = parse_config(["--config", name])
+    schedule, per_epoch = schedule_of(config)
+    peak = peak_lr(config.optim, config.train.global_batch_size)
+    for epoch in range(math.ceil(schedule.total_steps / per_epoch)):
+        first = math.ceil(epoch * per_epoch - 1e-6)
+        last = min(math.ceil((epoch + 1) * per_epoch - 1e-6), schedule.total_steps) - 1
+        for step in (first, (first + last) // 2, last):
+            expected = PAPERS[name][0](step / per_epoch, epoch)
+            assert schedule.lr(step) == pytest.approx(expected, abs=1e-3 * peak), f"epoch {epoch}, step {step}"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_learning_rate_of_our_own_recipes(name):
     schedule, per_epoch = schedule_of(parse_config(["--config", name]))
-    for epoch, lr in PAPERS[name][0].items():
+    for epoch, lr in OURS[name][0].items():
         assert schedule.lr(math.ceil(epoch * per_epoch - 1e-6)) == pytest.approx(lr, rel=4e-3), f"epoch {epoch}"
 
 
@@ -63,7 +117,7 @@ def test_lengths_and_batches_are_the_papers():
     assert effective_decay(v2) == pytest.approx(1 - (1 - 0.99998) * 1024 * 32 / 600, abs=1e-7)  # torchvision's formula
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", DECAYS)
 def test_the_weight_decays_are_the_papers(name):
     """The real network, built without data."""
     config = parse_config(["--config", name])
@@ -79,7 +133,7 @@ def test_the_weight_decays_are_the_papers(name):
     ]
     assert sum(map(len, kinds)) == len(decays)
     found = [{decays[id(parameter)] for parameter in kind} for kind in kinds]
-    assert found == [{decay} for decay in PAPERS[name][1]]
+    assert found == [{decay} for decay in DECAYS[name]]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +147,7 @@ SMALL += ["--data.start_size", "null", "--data.ramp_epochs", "null"]
 QUIET = ["--tracking.wandb", "disabled", "--tracking.report", "false", "--train.precision", "fp32"]
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", DECAYS)
 def test_three_steps(name, root, tmp_path):
     """With ResNet-18 in place of the deep one, but for one recipe, which runs as it is. (`resnet152` as it is:
     test_real_images.)"""
@@ -116,3 +170,35 @@ def test_the_list_has_lengths_results_and_the_hours_of_a_card(capsys, monkeypatc
     assert "5 epochs, batch 32\n" in listed
     assert main(["recipes", "--card", "abacus"]) == 2
     assert "--card abacus" in capsys.readouterr().err
+
+
+def test_what_a_recipe_says_of_itself_stays_text():
+    for name in recipe_names():
+        about = parse_config(["--config", name]).about
+        written = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text())["about"]
+        assert about == written and all(isinstance(text, str) for text in about.values()), name
+
+
+def test_he2015_crops_have_a_uniform_shorter_side():
+    """He et al. 2015, section 3.4: a whole number of pixels from 256 to 480, then 224 of them."""
+    config = parse_config(["--config", "resnet152-he2015"])
+    assert config.data.shorter_side == (256, 480)
+    keys = hash_counter(0, np.arange(100_000))
+    widths, heights = np.full(100_000, 60_000), np.full(100_000, 45_000)  # rounding is small
+    left, top, wide, high = scale_jitter_windows(keys, widths, heights, (256, 480), 224).T
+    sides = 224 * 45_000 / high
+    counts, _ = np.histogram(sides, bins=np.linspace(255.5, 480.5, 10))
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+    assert np.mean(sides < 320) == pytest.approx(64 / 225, abs=0.006)  # the share of a uniform side
+    assert np.abs(wide / high - 1).max() < 3e-3  # square, but for the resized width, which is cut to whole pixels
+    for start, length, whole in ((left, wide, 60_000), (top, high, 45_000)):
+        assert start.min() == 0 and (start + length).max() == whole and (start + length <= whole).all()
+        assert scipy.stats.kstest(start / (whole - length), "uniform").pvalue > 1e-3
+
+
+def test_goyals_head_starts_from_a_gaussian():
+    config = parse_config(["--config", "resnet152-goyal"])
+    torch.manual_seed(0)
+    head = build_model(replace(config.model, name="resnet50"), 1000).fc
+    assert head.weight.std().item() == pytest.approx(0.01, rel=5e-3) and head.weight.mean().abs() < 1e-4
+    assert not head.bias.any()

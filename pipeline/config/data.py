@@ -41,6 +41,9 @@ class DataConfig:
     """RandomResizedCrop: smallest and largest share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """RandomResizedCrop: smallest and largest width / height."""
+    shorter_side: tuple[int, int] | None = None
+    """Instead of RandomResizedCrop: resize the image so that its shorter side has a whole number of pixels drawn from
+    this range, then crop image_size pixels at a random place (He et al. 2015)."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -130,6 +133,15 @@ def check_data(c: ResolvedDataConfig) -> Iterator[Check]:
     )
     low, high = c.crop_ratio
     yield "data.crop_ratio", [low, high], 0 < low <= high < math.inf, "give two ratios, 0 < smallest <= largest"
+    if c.shorter_side is not None:
+        low, high = c.shorter_side
+        good = c.image_size <= low <= high and c.start_size is None
+        yield (
+            "data.shorter_side",
+            [low, high],
+            good,
+            f"give two sizes, data.image_size {c.image_size} <= smallest <= largest, and no data.start_size",
+        )
     yield share("data.flip", c.flip)
     yield "data.mean", list(c.mean), all(map(math.isfinite, c.mean)), "give three numbers"
     yield "data.std", list(c.std), min(c.std) > 0 and all(map(math.isfinite, c.std)), "give three numbers above 0"

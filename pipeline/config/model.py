@@ -27,6 +27,9 @@ class ModelConfig:
     """Outputs of the head; default: the classes of the data set."""
     zero_init_residual: bool = False
     """Start each residual block as the identity: gamma of its last BatchNorm is 0 (Goyal et al. 2017, 5.1)."""
+    head_init_std: float | None = None
+    """Draw the head's initial weights from a Gaussian of this standard deviation, and start its bias at 0 (Goyal et al.
+    2017, 5.1: 0.01); default: the network's own."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over all ranks; default: over each rank's own images, as in Goyal et al. 2017."""
     aux_weight: float | None = None
@@ -50,6 +53,7 @@ class ModelConfig:
 def check_model(c: ModelConfig) -> Iterator[Check]:
     """Impossible values of the group `model`."""
     yield positive("model.num_classes", c.num_classes, optional=True)
+    yield positive("model.head_init_std", c.head_init_std, optional=True)
     yield at_least_zero("model.aux_weight", c.aux_weight or 0)
     yield below_one("model.dropout", c.dropout)
     yield below_one("model.stochastic_depth", c.stochastic_depth)

@@ -35,7 +35,9 @@ class RawConfig:
     resume: str = runtime_field("auto")
     """auto: go on from the newest good checkpoint in run_dir; never: refuse to start where one is;
     PATH: start from that checkpoint folder."""
-    about: dict[str, Any] = field(default_factory=dict, metadata={"semantic": False})
+    about: dict[str, str | float | bool | list | dict | None] = field(
+        default_factory=dict, metadata={"semantic": False}
+    )
     """What the recipe says of itself: source, published and measured results."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -39,6 +39,12 @@ class ScheduleConfig:
     gamma: float = 0.1
     power: float = 2.0
     """polynomial: the rate falls as (share of the run that is left) ** power."""
+    per_epoch: bool = False
+    """Change the rate once an epoch, to its value at the epoch's beginning (torchvision's references, timm); default:
+    at every step."""
+    warmup_reaches_peak: bool = False
+    """per_epoch: the last epoch of the warm-up is at the peak already: epoch e of w has the share (e + 1) / w (NVIDIA
+    DeepLearningExamples); default: e / w."""
     decay_from_start: bool = False
     """cosine, linear, polynomial: the curve begins at step 0 and the warm-up covers its first part (timm); default: it
     begins where the warm-up ends."""
@@ -72,6 +78,8 @@ def check_schedule(c: ScheduleConfig) -> Iterator[Check]:
     yield positive("schedule.gamma", c.gamma)
     yield positive("schedule.power", c.power)
     yield at_least_zero("schedule.min_lr", c.min_lr)
+    shifted = c.warmup_reaches_peak and not c.per_epoch
+    yield "schedule.warmup_reaches_peak", True, not shifted, "it is for schedule.per_epoch true; leave it out"
     milestones = list(c.milestones)
     good = all(is_time(item, above=True) for item in milestones)
     yield "schedule.milestones", milestones, good, f"{REMEDY}, each above 0"

@@ -67,6 +67,7 @@ def make_train_plan(
         augment,
         data.size_at,
         sizes_change=len(data.sizes()) > 1,
+        shorter_side=data.shorter_side,
     )
 
 

@@ -126,6 +126,31 @@ def random_resized_windows(
     return windows.astype(np.int32)
 
 
+def scale_jitter_windows(
+    bits: np.ndarray, widths: np.ndarray, heights: np.ndarray, shorter_side: tuple[int, int], size: int
+) -> np.ndarray:
+    """Windows int32 [B, 4] (left, top, width, height) of He et al. 2015, section 3.4 (after Simonyan and Zisserman
+    2015): the shorter side becomes a whole number of pixels, uniform in `shorter_side` (both ends included), and `size`
+    x `size` pixels are cropped at a uniform place. The window is that crop in the stored image, to the nearest pixel.
+
+    bits: uint64 [B], one hash a sample; widths, heights: pixels [B].
+    """
+    widths, heights = widths.astype(np.int64), heights.astype(np.int64)
+    draws = uniform(splitmix64(bits[:, None] + np.arange(3, dtype=np.uint64) * GOLDEN))
+    low, high = shorter_side
+    side = low + np.floor(draws[:, 0] * (high - low + 1)).astype(np.int64)
+    short = np.minimum(widths, heights)
+    windows = np.empty((len(bits), 4), np.int64)
+    for axis, length in enumerate((widths, heights)):
+        resized = side * length // short
+        start = np.floor(draws[:, 1 + axis] * (resized - size + 1))
+        first = np.rint(start * length / resized).astype(np.int64)
+        last = np.rint((start + size) * length / resized).astype(np.int64)
+        windows[:, axis] = np.minimum(first, length - 1)
+        windows[:, 2 + axis] = np.maximum(np.minimum(last, length) - windows[:, axis], 1)
+    return windows.astype(np.int32)
+
+
 class TrainPlan:
     """The training samples of every step.
 
@@ -136,6 +161,7 @@ class TrainPlan:
         area, ratio: RandomResizedCrop's ranges. flip: probability.
         augment: the other augmentations.
         size_at: epoch -> pixels of the side of its images. sizes_change: whether that is not the same for all epochs.
+        shorter_side: `scale_jitter_windows` instead of RandomResizedCrop.
     """
 
     def __init__(
@@ -150,10 +176,12 @@ class TrainPlan:
         augment: AugmentConfig = UNAUGMENTED,
         size_at: Callable[[int], int] = lambda epoch: 224,
         sizes_change: bool = False,
+        shorter_side: tuple[int, int] | None = None,
     ):
         self.widths, self.heights, self.seed = widths, heights, seed
         self.global_batch_size, self.area, self.ratio, self.flip = global_batch_size, area, ratio, flip
         self.augment, self.size_at, self.sizes_change = augment, size_at, sizes_change
+        self.shorter_side = shorter_side
         self.samples = len(widths)
         slots = np.arange(global_batch_size)  # of the batch, from the sequence: first copies first, then second ones
         self.layout = np.argsort(slots % augment.repeats, kind="stable")
@@ -213,9 +241,11 @@ class TrainPlan:
         """Windows, flips and augmentations of these samples in these epochs: a hash of (seed, epoch, id, copy)."""
         copies = np.zeros_like(ids) if copies is None else copies
         sample = epochs, ids, copies
-        windows = random_resized_windows(
-            self._keys(_CROP, *sample), self.widths[ids], self.heights[ids], self.area, self.ratio
-        )
+        images = self._keys(_CROP, *sample), self.widths[ids], self.heights[ids]
+        if self.shorter_side is None:
+            windows = random_resized_windows(*images, self.area, self.ratio)
+        else:
+            windows = scale_jitter_windows(*images, self.shorter_side, size)
         flips = uniform(self._keys(_FLIP, *sample)) < self.flip
         rois = np.zeros((len(ids), 4))
         rois[:, 2:] = windows[:, 2:]

@@ -10,7 +10,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from pipeline.config import INPUT_SIZES, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model.drops import tie_drops
-from pipeline.model.heads import drop_before_head, freeze
+from pipeline.model.heads import drop_before_head, find_heads, freeze
 from pipeline.model.regularize import add_blurpool, add_stochastic_depth
 from pipeline.model.weights import is_published
 
@@ -51,6 +51,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
     if config.zero_init_residual:
         zero_init_residual(model)
+    if config.head_init_std is not None:
+        init_heads(model, config.name, config.head_init_std)
     if config.sync_batchnorm:  # before any hook is on a layer that this replaces
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.stochastic_depth:
@@ -99,6 +101,14 @@ def zero_init_residual(model: nn.Module) -> None:
         )
     for block in blocks:
         nn.init.zeros_(block.bn3.weight if isinstance(block, Bottleneck) else block.bn2.weight)
+
+
+def init_heads(model: nn.Module, name: str, std: float) -> None:
+    """Draw the weights of all heads, auxiliary ones too, from a Gaussian; biases become 0."""
+    for head in map(model.get_submodule, find_heads(name)):
+        nn.init.normal_(head.weight, std=std)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """The learning rate as a function of the step."""
 
 import math
+from dataclasses import dataclass
 
 from pipeline.config import OptimConfig, ScheduleConfig
 from pipeline.config.time import steps_of
@@ -16,6 +17,15 @@ def peak_lr(optim: OptimConfig, global_batch_size: int) -> float:
     return optim.lr * (math.sqrt(ratio) if optim.lr_scaling == "sqrt" else ratio)
 
 
+@dataclass(frozen=True)
+class _Times:
+    """End of the warm-up, end of the run, and milestones, all in steps or all in epochs."""
+
+    warmup: float
+    end: float
+    milestones: list[float]
+
+
 class Schedule:
     """Warm-up, then the configured curve; see `ScheduleConfig`.
 
@@ -26,7 +36,7 @@ class Schedule:
     """
 
     def __init__(self, config: ScheduleConfig, peak: float, steps_per_epoch: float):
-        self.config, self.peak = config, peak
+        self.config, self.peak, self.steps_per_epoch = config, peak, steps_per_epoch
         length = steps_of(config.epochs, steps_per_epoch)
         #: how much longer the run is than the one that the recipe's times are for
         stretch = (
@@ -36,23 +46,36 @@ class Schedule:
         warmup = steps_of(config.warmup_epochs, steps_per_epoch) * min(1.0, stretch)
         if config.name == "one_cycle" and not warmup:
             warmup = ONE_CYCLE_RISE * length
-        self.warmup_steps = min(round(warmup), self.total_steps - 1)
-        self.milestones = [round(steps_of(time, steps_per_epoch) * stretch) for time in config.milestones]
+        milestones = [steps_of(time, steps_per_epoch) * stretch for time in config.milestones]
         if config.name == "step" and config.step_every is not None:
             every = steps_of(config.step_every, steps_per_epoch) * stretch
-            self.milestones = [round(every * n) for n in range(1, math.ceil(self.total_steps / every))]
+            milestones = [every * n for n in range(1, math.ceil(self.total_steps / every))]
+        self.warmup_steps = min(round(warmup), self.total_steps - 1)
+        self.milestones = [math.ceil(step - 1e-6) for step in milestones]  # the first step that begins then or later
+        self.steps = _Times(self.warmup_steps, self.total_steps, self.milestones)
+        self.epochs = _Times(
+            *(value / steps_per_epoch for value in (warmup, length)),
+            [round(step / steps_per_epoch, 6) for step in milestones],
+        )
 
     def lr(self, step: int) -> float:
         """Learning rate of step 0 <= step < total_steps."""
-        if step < self.warmup_steps:
-            return self.peak * self._warmup(step / self.warmup_steps)
+        if self.config.per_epoch:
+            return self._rate(math.floor(step / self.steps_per_epoch + 1e-9), self.epochs)
+        return self._rate(step, self.steps)
+
+    def _rate(self, now: float, times: "_Times") -> float:
+        """The rate at a time, in the unit of `times`."""
+        if now < times.warmup:
+            shift = 1 if self.config.warmup_reaches_peak else 0
+            return self.peak * self._warmup(min(1.0, (now + shift) / times.warmup))
         name, low = self.config.name, self.config.min_lr
         if name == "constant":
             return self.peak
         if name in ("step", "multistep"):
-            return self.peak * self.config.gamma ** sum(step >= milestone for milestone in self.milestones)
-        start = 0 if self.config.decay_from_start and name != "one_cycle" else self.warmup_steps
-        left = 1 - (step - start) / (self.total_steps - start)
+            return self.peak * self.config.gamma ** sum(now >= milestone for milestone in times.milestones)
+        start = 0 if self.config.decay_from_start and name != "one_cycle" else times.warmup
+        left = 1 - (now - start) / (times.end - start)
         if name in ("cosine", "one_cycle"):
             left = (1 - math.cos(math.pi * left)) / 2
         elif name == "polynomial":
