@@ -9,7 +9,16 @@ import sys
 import threading
 import traceback
 
-from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_RETRY, EXIT_USER, TransientError, UserError, complain
+from pipeline.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_RETRY,
+    EXIT_USER,
+    TransientError,
+    UserError,
+    complain,
+    exit_code_of,
+)
 from pipeline.redact import redact
 
 #: verb -> (module, function taking the arguments after the verb and returning an exit code, one line of help)
@@ -18,6 +27,11 @@ VERBS = {
         "pipeline.training.cli",
         "train",
         "train a recipe; the same command again goes on where it stopped",
+    ),
+    "launch": (
+        "pipeline.launch.cli",
+        "main",
+        "start the ranks of this node, like torchrun: knows their exit codes, and nodes that come and go",
     ),
     "evaluate": ("pipeline.evaluation.cli", "evaluate", "score a run's checkpoint on the whole validation set"),
     "import": (
@@ -90,12 +104,9 @@ def main(argv: list[str] | None = None) -> int:
         code = getattr(importlib.import_module(module), function)(rest)
         sys.stdout.flush()
         return code
-    except UserError as error:
+    except (UserError, TransientError) as error:
         complain(f"pipeline {verb}", error)
-        return EXIT_USER
-    except TransientError as error:
-        complain(f"pipeline {verb}", error)
-        return EXIT_RETRY
+        return exit_code_of(error)
     except BrokenPipeError:
         if not reader_has_left():
             raise

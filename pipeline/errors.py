@@ -13,6 +13,10 @@ EXIT_OK = 0  #: finished; or nothing was left to do
 EXIT_RETRY = 1  #: a node, a disk, a server or a program failed: trying again may help
 EXIT_USER = 2  #: an option, a path or a data set must be mended first: trying again does not help
 EXIT_INTERRUPTED = 75  #: stopped by a signal after saving; the same command goes on (EX_TEMPFAIL)
+EXIT_GPU_FAULT = 71  #: a GPU failed: trying again may help, but not on this node (EX_OSERR)
+EXIT_NODE_LOST = 69  #: too few nodes are left, or came: start the job again (EX_UNAVAILABLE); `pipeline launch`
+EXIT_STORE_LOST = 68  #: the host of the rendezvous is gone: start the job again (EX_NOHOST); `pipeline launch`
+EXIT_REGROUP = 76  #: saved for a change of membership; said by a worker to `pipeline launch`, never by that
 
 
 class UserError(ValueError):
@@ -33,6 +37,17 @@ class TransientError(RuntimeError):
     def __init__(self, message: str, on_all_ranks: bool = False):
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
+
+
+class GpuFault(TransientError):
+    """A GPU, or its link, failed as only another one can mend."""
+
+
+def exit_code_of(error: UserError | TransientError) -> int:
+    """The exit code that an error asks for."""
+    if isinstance(error, UserError):
+        return EXIT_USER
+    return EXIT_GPU_FAULT if isinstance(error, GpuFault) else EXIT_RETRY
 
 
 def complain(who: str, error: UserError | TransientError | str) -> None:

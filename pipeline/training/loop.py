@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.config import Config, semantic_config
 from pipeline.dataset.index.index import Index
-from pipeline.errors import EXIT_OK, UserError
+from pipeline.errors import EXIT_OK, EXIT_REGROUP, UserError
 from pipeline.loader.build import choose_loader, make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.build import build_model, count_parameters
 from pipeline.model.weights import start_from
@@ -23,6 +23,7 @@ from pipeline.training.guard import Guard
 from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 from pipeline.training.profile import Profiler
 from pipeline.training.ranks.consistency import compare_parameters, refuse_differences
+from pipeline.training.ranks.launcher import current_launch
 from pipeline.training.ranks.step_stats import StepStats, StepStatsExchange, Vote
 from pipeline.training.ranks.stop_request import StopRequest, interrupted_exit_code
 from pipeline.training.ranks.stragglers import Stragglers
@@ -72,7 +73,7 @@ class Trainer:
         self.recorder: RunRecorder | None = None  # rank 0's
         self.profiler: Profiler | None = None  # rank 0's
         self.step = 0  # steps done
-        self.asked_to_stop = self.asked_to_save = False  # agreed among all ranks
+        self.asked_to_stop = self.asked_to_save = self.regrouping = False  # agreed among all ranks
 
     def run(self) -> int:
         """Train to the end, or until somebody asks to stop. Returns the exit code."""
@@ -147,6 +148,8 @@ class Trainer:
         """What this rank asks of all, with its report of this step."""
         if self.stop:
             return Vote.STOP
+        if self.stop.regroup:
+            return Vote.REGROUP
         every = self.config.checkpoint.every_minutes
         if self.world.is_rank_zero and every and time.monotonic() - self.saved_at > 60 * every:
             return Vote.SAVE
@@ -165,7 +168,8 @@ class Trainer:
                     self.console.say(
                         f"unreadable from now on: {self.train_stream.source.describe(sample)}; substituted"
                     )
-            self.asked_to_stop |= report.vote == Vote.STOP
+            self.asked_to_stop |= report.vote >= Vote.REGROUP
+            self.regrouping |= report.vote == Vote.REGROUP
             self.asked_to_save |= report.vote == Vote.SAVE
             if self.recorder:
                 self.recorder.record_step(report, ids, self.lr(report.step))
@@ -310,6 +314,9 @@ class Trainer:
         self.recorder.host_copy.reserve(self.train_step.state_dict())
         name = "started" if self.resumed_from is None else "resumed"
         facts = {"last_step": self.last_step, "hardware": world.hardware, "torch": torch.__version__}
+        launch = current_launch()
+        if launch is not None and launch.round > 1:
+            facts |= {"round": launch.round, "reason": launch.reason}
         self.recorder.event(name, self.step, world_size=world.size, **facts)
         self.introduce()
         if self.config.train.profile_steps:
@@ -345,6 +352,10 @@ class Trainer:
         """Somebody asked to stop: save what there is, say so, and go."""
         if self.saved_step != self.step:
             self.save()
+        if self.regrouping and not self.world.any(bool(self.stop)):
+            if self.recorder:
+                self.recorder.regroup(self.step)
+            return EXIT_REGROUP
         if self.recorder:
             self.recorder.interrupt(self.step, self.stop)
         return interrupted_exit_code()

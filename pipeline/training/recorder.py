@@ -169,6 +169,13 @@ class RunRecorder:
             "the same command goes on from there"
         )
 
+    def regroup(self, step: int) -> None:
+        """All is saved, for other ranks to resume. Raises TransientError where it could not be."""
+        if not self.writer.wait():
+            raise TransientError(f"the checkpoint could not be written to {self.folder.checkpoints} before stopping")
+        self.ledger.sync()
+        self.console.say(f"step {step} is saved; the ranks start again with the nodes that joined")
+
     def close(self) -> None:
         """Let go of files and W&B; a checkpoint that is being written is finished first."""
         self.writer.close()

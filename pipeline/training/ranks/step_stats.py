@@ -20,8 +20,10 @@ class Vote(IntEnum):
     """What a rank asks of all; the greatest vote counts."""
 
     NONE = 0
-    SAVE = 1
-    STOP = 2
+    SNAPSHOT = 1  # a copy of the state in each node's memory
+    SAVE = 2
+    REGROUP = 3  # save and stop, to start again with other nodes
+    STOP = 4
 
 
 @dataclass(frozen=True)

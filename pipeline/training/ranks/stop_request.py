@@ -11,25 +11,39 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK
+from pipeline.training.ranks.launcher import current_launch
+
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Has somebody asked this process to stop? `reason` and `since` (time.monotonic) say who and when."""
+    """Has somebody asked this process to stop? `reason` and `since` (time.monotonic) say who and when.
+
+    `regroup`: has `pipeline launch` asked it to save and stop because nodes joined? SIGUSR2, that is.
+    """
 
     def __init__(self, install: bool = True):
         self.reason: str | None = None
+        self.regroup = False
         self.since = 0.0
         self._file: Path | None = None
         if install:
             for number in _SIGNALS:
                 signal.signal(number, self._note)
+            signal.signal(signal.SIGUSR2, self._note_usr2)
 
     def _note(self, number: int, _frame) -> None:
         if self.reason is not None and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C twice, then a third: the user won't wait
         self.ask(signal.Signals(number).name)
+
+    def _note_usr2(self, number: int, _frame: object) -> None:
+        if current_launch() is None:
+            self.ask(signal.Signals(number).name)
+        else:
+            self.regroup = True
 
     def ask(self, reason: str) -> None:
         """Note a request; the first one counts."""
@@ -71,6 +85,5 @@ def die_with_torchrun() -> None:
 
 def interrupted_exit_code() -> int:
     """What an interrupted process exits with: under torchrun 0, since it takes anything else for a crash."""
-    from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK
-
-    return EXIT_OK if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_INTERRUPTED
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and current_launch() is None
+    return EXIT_OK if under_torchrun else EXIT_INTERRUPTED

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Config
-from pipeline.errors import TransientError, UserError
+from pipeline.errors import GpuFault, TransientError, UserError
 from pipeline.training.ranks.launcher import without_launcher
 from pipeline.training.ranks.world import World
 
@@ -26,6 +26,12 @@ _ESTIMATE_LIMIT_S, _LIMIT_S = 120.0, 300.0
 _HOST_MEMORY = re.compile(r"DefaultCPUAllocator: .*?(\d+) bytes")
 _NO_THREAD = "can't start new thread"  # no room for its stack, mostly
 _GPU_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)")
+#: what only another GPU, or a reset of this one, mends
+_GPU_FAULT = re.compile(
+    r"uncorrectable (ECC|NVLink)|hardware stack error|fallen off the bus|GPU is lost|CUDA error: unknown error|"
+    r"CUDA-capable device\(s\) is/are busy or unavailable|XID \d+",
+    re.IGNORECASE,
+)
 _CONTACT_LOST = re.compile(
     r"gloo|NCCL|Connection (reset|closed)|Broken pipe|Socket Timeout|connectFullMesh|c10d", re.IGNORECASE
 )
@@ -54,6 +60,8 @@ def translating_errors(config: Config, world: World) -> Iterator[None]:
         if first and _out_of_memory(error):
             message += largest_fitting_batch(config, _room_mib(world))
         world.watch.dump()
+        if is_gpu_fault(error):
+            raise GpuFault(message) from error
         raise TransientError(
             message, on_all_ranks=_lost_contact(error) and world.rank != world.watch.reporter()
         ) from error
@@ -63,6 +71,8 @@ def translate_error(error: BaseException, config: Config, world: World) -> str |
     """One line on what broke; None where it is not known."""
     number = getattr(error, "errno", None)
     text = str(error)
+    if is_gpu_fault(error):
+        return f"GPU fault on {world.watch.names[world.rank]}: {first_line(error)}; see nvidia-smi -q -d ECC"
     if _out_of_memory(error):
         return _memory(error, world)
     if number in (errno.EMFILE, errno.ENFILE):
@@ -100,6 +110,11 @@ def _killed_for_memory() -> str:
     """The rest of a sentence on a rank that died: was it killed for want of memory?"""
     killed = _oom_kills() - _OOM_KILLS_BEFORE
     return f" (here the kernel has killed {killed} for want of host memory since the start)" if killed else ""
+
+
+def is_gpu_fault(error: BaseException) -> bool:
+    """Did a GPU or its link fail, such that the same GPU should not be tried again?"""
+    return isinstance(error, RuntimeError) and _GPU_FAULT.search(str(error)) is not None
 
 
 def first_line(error: BaseException) -> str:

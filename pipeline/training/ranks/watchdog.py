@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pipeline.errors import EXIT_RETRY
 from pipeline.redact import redact
+from pipeline.training.ranks.launcher import current_launch
 
 DEBUG = "debug"  # folder in the run folder: what ranks that hung or broke leave for those who look into it
 BEAT_S = 2.0  # between two signs of life
@@ -212,6 +213,8 @@ class Watchdog:
         gone = self.first_failure()
         if gone is not None:
             return gone
+        if current_launch() is not None:  # it knows at once, and starts the others again as soon as this rank ends
+            return "pipeline launch names the one that is missing"
         marks, self.silent = self.look(3 * min(BEAT_S, self.hang_timeout_s / 10))
         silent = self.silent
         if silent:

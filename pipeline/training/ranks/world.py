@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -139,12 +140,18 @@ def start_world(train: TrainConfig) -> World:
 
 
 def _shared_store(size: int) -> dist.Store | None:
-    """A connection of its own to the store by which the ranks found each other; each start has its own keys."""
+    """A connection of its own to the store by which the ranks found each other; each start has its own keys.
+
+    Nothing in the environment is common to all ranks of a start and to no other: under torchrun old and new nodes count
+    restarts apart, and the store may outlive a start. So rank 0 names it.
+    """
     if size == 1:
         return None
+    name: list[Any] = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, src=0)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
-    return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(f"watch/{name[0]}", store)
 
 
 def meet_all(world: World) -> None:

@@ -1,0 +1,349 @@
+"""The launcher of a node: it does what the coordinator says, and looks after the node's workers."""
+
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.numa.binding import AffinityMode, NumaOptions
+
+from pipeline.errors import (
+    EXIT_GPU_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_REGROUP,
+    EXIT_RETRY,
+    EXIT_STORE_LOST,
+    EXIT_USER,
+    UserError,
+)
+from pipeline.launch.coordinator import SILENT_S, Coordinator, say
+from pipeline.launch.link import Link
+from pipeline.launch.local import LocalFolder
+from pipeline.launch.options import Options
+from pipeline.launch.workers import Program, Workers
+
+SAVE_AND_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+GRACE_S = {"loss": 1.0, "failure": 5.0}  # between TERM and KILL; the others take as long as a step and a save
+_SAY_WAITING_S = 5.0
+
+
+class Launcher:
+    """Starts, watches and stops the workers of this node until the job has ended.
+
+    Args:
+        options: what was asked for.
+    """
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.signals: list[signal.Signals] = []
+        self.coordinator: Coordinator | None = None
+        self.link: Link | None = None
+        self.workers: Workers | None = None
+        self.order: dict[str, Any] = {}  # of the present round
+        self.stop_by: float | None = None  # when workers that were asked to save and stop are killed
+        self.local = LocalFolder(options.job)
+        self.host, self.port = options.host, options.port
+        self.name = f"{socket.gethostname()} (pid {os.getpid()})"
+        self.logs, self.numa = _logs(options), _numa(options)
+
+    # --- the job
+
+    def run(self) -> int:
+        """Returns the job's exit code, the same on every node."""
+        for number in SAVE_AND_STOP:
+            signal.signal(number, lambda number, _: self.signals.append(signal.Signals(number)))
+        try:
+            self.host_rendezvous()
+            if self.options.serve_store:
+                assert self.coordinator is not None
+                return self.coordinator.serve()
+            problem = self.connect(self.options.limits.join_timeout_s)
+            if problem is not None:
+                return problem
+            code = self.follow()
+            if code == EXIT_STORE_LOST and not self.signals:
+                say(f"{self.host}:{self.port}, the host of the rendezvous, was lost; start the job again to resume")
+            return code
+        finally:
+            if self.workers is not None:
+                self.workers.close()
+            if self.link is not None:
+                self.link.close()
+            if self.coordinator is not None and not self.options.serve_store:
+                self.coordinator.join()
+            self.local.remove()
+
+    def host_rendezvous(self) -> None:
+        """Host it if it is for this node to do so. Raises UserError where that was asked for and can't be."""
+        options = self.options
+        wanted = True if options.serve_store else options.is_host
+        if wanted is False or (wanted is None and not _is_here(options.host)):
+            return
+        try:
+            self.coordinator = Coordinator(options.limits, options.port, _open_store)
+        except OSError as error:
+            if wanted:
+                raise UserError(
+                    f"--rdzv-endpoint {options.host}:{options.port}: this node can't host the rendezvous there "
+                    f"({error.strerror}); give another port"
+                ) from error
+            return  # another launcher of this machine hosts it
+        self.port = self.coordinator.port
+        if not options.serve_store:
+            self.coordinator.start()
+
+    def connect(self, timeout_s: float) -> int | None:
+        """Connect to the coordinator, and wait for it where it is not there yet. Returns an exit code where there is
+        nobody within `timeout_s`, or this launcher is told to stop."""
+        begun, said = time.monotonic(), False
+        hello = {"name": self.name, "ranks": self.options.nproc, "node_rank": self.options.node_rank}
+        while True:
+            try:
+                self.link = Link(self.host, self.port, hello, timeout_s=SILENT_S)
+                return None
+            except OSError as error:
+                problem = error.strerror or str(error)
+            waited = time.monotonic() - begun
+            if self.signals:
+                return EXIT_INTERRUPTED
+            if waited > timeout_s:
+                return EXIT_STORE_LOST
+            if waited > _SAY_WAITING_S and not said:
+                said = True
+                say(
+                    f"{socket.gethostname()} does not reach the rendezvous at {self.host}:{self.port} ({problem}); "
+                    f"trying for {timeout_s:.0f} s: is the name known here, and the port open?"
+                )
+            time.sleep(0.1 if waited < _SAY_WAITING_S else 1.0)
+
+    def follow(self) -> int:
+        """Do what the coordinator says until it says that the job has ended."""
+        assert self.link is not None
+        while True:
+            order: dict[str, Any] = {}
+            with contextlib.suppress(queue.Empty):
+                order = self.link.orders.get(timeout=self.options.monitor_interval_s)
+            do = order.get("do")
+            if do == "train":
+                self.start(order)
+            elif do == "stop" and order["round"] == self.order.get("round"):
+                self.stop(order["why"])
+            elif do == "end":
+                self.end_workers(order["exit_code"])
+                return int(order["exit_code"])
+            elif do == "cut":
+                code = self.rejoin()
+                if code is not None:
+                    return code
+            self.pass_on_signals()
+            self.look()
+
+    def rejoin(self) -> int | None:
+        """The connection is lost. What trains here is not part of the job any more; come back as a new node."""
+        if self.workers is not None:
+            self.workers.close()
+            self.workers = None
+        self.order = {}
+        if self.signals:
+            return EXIT_RETRY
+        code = self.connect(2 * SILENT_S)
+        if code is None:
+            say(f"{self.name} was cut off from the others; it joins again")
+        return code
+
+    # --- the workers
+
+    def start(self, order: dict[str, Any]) -> None:
+        """Start the workers of a round."""
+        if self.workers is not None:
+            self.workers.close()
+        self.order = order
+        envs = {rank: self.environment(order, rank) for rank in range(self.options.nproc)}
+        self.workers = Workers(
+            _program(self.options), envs, self.logs, self.options.torch.role, self.prefixes(order), self.numa
+        )
+        self.stop_by = None  # a signal that came meanwhile is passed on to these
+
+    def environment(self, order: dict[str, Any], local_rank: int) -> dict[str, str]:
+        """What a worker finds in its environment: torchrun's names, and this package's own."""
+        options = self.options
+        rank, size = order["first_rank"] + local_rank, order["world_size"]
+        facts: dict[str, object] = {
+            "RANK": rank,
+            "LOCAL_RANK": local_rank,
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": options.nproc,
+            "GROUP_RANK": order["group_rank"],
+            "GROUP_WORLD_SIZE": order["group_size"],
+            "ROLE_RANK": rank,
+            "ROLE_WORLD_SIZE": size,
+            "ROLE_NAME": options.torch.role,
+            "MASTER_ADDR": self.host,
+            "MASTER_PORT": order["store_port"],
+            "TORCHELASTIC_RESTART_COUNT": order["round"] - 1,
+            "TORCHELASTIC_MAX_RESTARTS": options.limits.max_restarts,
+            "TORCHELASTIC_RUN_ID": options.job,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", 1),
+            "PIPELINE_LAUNCH_JOB": order["job"],
+            "PIPELINE_LAUNCH_ROUND": order["round"],
+            "PIPELINE_LAUNCH_REASON": order["reason"],
+            "PIPELINE_LAUNCH_LOCAL": self.local.path or "",
+        }
+        return {name: str(value) for name, value in facts.items()}
+
+    def prefixes(self, order: dict[str, Any]) -> dict[int, str] | None:
+        """What stands before each line that is shown from a log file."""
+        template = self.options.torch.log_line_prefix_template or os.getenv("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE")
+        if not template:
+            return None
+        facts = {"role_name": self.options.torch.role, "hostname": socket.gethostname()}
+        return {
+            rank: Template(template).safe_substitute(facts, rank=order["first_rank"] + rank, local_rank=rank)
+            for rank in range(self.options.nproc)
+        }
+
+    def stop(self, why: str) -> None:
+        """Have the workers stop: those of a world that lost a member at once, the others after they have saved."""
+        if self.workers is None:
+            return
+        if why == "regroup":
+            self.workers.signal(signal.SIGUSR2)
+        elif why in GRACE_S:
+            self.workers.signal(signal.SIGTERM)
+            self.workers.kill_after(GRACE_S[why])
+
+    def end_workers(self, code: int) -> None:
+        """The job has ended: so do the workers."""
+        if self.workers is None:
+            return
+        if code not in (EXIT_OK, EXIT_INTERRUPTED):
+            self.workers.signal(signal.SIGTERM)
+        self.workers.kill_after(GRACE_S["failure"])
+        while not self.workers.poll():
+            time.sleep(0.02)
+        self.workers.close()
+        self.workers = None
+
+    def pass_on_signals(self) -> None:
+        """Somebody asked this launcher to stop: the workers save. A third Ctrl-C does not wait for them."""
+        if not self.signals or self.link is None:
+            return
+        if self.stop_by is None:
+            reason = self.signals[0].name
+            self.link.say("stop", reason=f"{reason} to the launcher on {socket.gethostname()}")
+            if self.workers is not None:
+                self.workers.signal(signal.SIGTERM)
+            self.stop_by = time.monotonic() + self.options.shutdown_timeout_s
+        elif self.workers is not None and (time.monotonic() > self.stop_by or self.signals.count(signal.SIGINT) > 2):
+            say(f"{self.name}: the workers did not save within {self.options.shutdown_timeout_s:.0f} s; killed")
+            self.workers.signal(signal.SIGKILL)
+            self.stop_by = float("inf")
+
+    def look(self) -> None:
+        """See which workers have ended; report when all have."""
+        if self.workers is None or self.link is None:
+            return
+        ended = self.workers.poll()
+        codes = self.workers.exit_codes
+        if not ended:
+            if any(code not in (EXIT_OK, EXIT_INTERRUPTED, EXIT_REGROUP) for code in codes.values()):
+                self.workers.signal(signal.SIGTERM) if self.workers._kill_at is None else None
+                self.workers.kill_after(GRACE_S["failure"])
+            return
+        code, rank = _sum_up(codes)
+        pid = self.workers.pids[rank]
+        self.workers.close()
+        self.workers = None
+        failure = ""
+        if code not in (EXIT_OK, EXIT_USER, EXIT_INTERRUPTED, EXIT_REGROUP):
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            failure = f"rank {self.order['first_rank'] + rank} ({socket.gethostname()}, pid {pid}) {how}"
+        self.link.say("ended", round=self.order["round"], exit_code=code, failure=failure)
+
+
+def _sum_up(codes: dict[int, int]) -> tuple[int, int]:
+    """(exit code of the node, local rank that it is of). What the user must mend comes first, then a GPU's fault, then
+    what ended first, but for those that only noticed it."""
+    for code in (EXIT_USER, EXIT_GPU_FAULT):
+        for rank, found in codes.items():
+            if found == code:
+                return code, rank
+    failed = [(code, rank) for rank, code in codes.items() if code not in (EXIT_OK, EXIT_INTERRUPTED, EXIT_REGROUP)]
+    if failed:
+        return failed[0]
+    for code in (EXIT_INTERRUPTED, EXIT_REGROUP):
+        if code in codes.values():
+            return code, next(rank for rank, found in codes.items() if found == code)
+    return EXIT_OK, next(iter(codes))
+
+
+def _is_here(host: str) -> bool:
+    """Is this an address of this machine?"""
+    try:
+        found = socket.getaddrinfo(host, 0, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for *_, address in found:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((address[0], 0))
+            return True
+    return False
+
+
+def _open_store() -> tuple[Any, int]:
+    """A new store, by which the ranks of one round find each other, and its port."""
+    store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+    return store, store.port
+
+
+def _program(options: Options) -> Program:
+    given, python = options.torch, os.environ.get("PYTHON_EXEC", "")
+    if options.module is not None:
+        command = [python or _python(), "-u", "-m", options.module, *options.command]
+    elif given.no_python:
+        command = options.command
+    else:
+        command = [python or _python(), "-u", *options.command]
+    warm = options.module if options.warm else None
+    return Program(command[0], tuple(command[1:]), warm, tuple(options.command))
+
+
+def _python() -> str:
+    return sys.executable
+
+
+def _logs(options: Options) -> DefaultLogsSpecs:
+    given = options.torch
+    redirects, tee = Std.from_str(given.redirects), Std.from_str(given.tee)
+    wanted = given.log_dir or redirects != Std.NONE or tee != Std.NONE
+    ranks = None
+    if given.local_ranks_filter:
+        try:
+            ranks = {int(item) for item in given.local_ranks_filter.split(",")}
+        except ValueError as error:
+            raise UserError(f"--local-ranks-filter {given.local_ranks_filter}: give numbers, as 0,1,2") from error
+    return DefaultLogsSpecs(
+        log_dir=given.log_dir if wanted else os.devnull, redirects=redirects, tee=tee, local_ranks_filter=ranks
+    )
+
+
+def _numa(options: Options) -> NumaOptions | None:
+    if options.torch.numa_binding is None:
+        return None
+    nodes = list(Path("/sys/devices/system/node").glob("node[0-9]*"))
+    if not (shutil.which("nvidia-smi") and Path("/proc/driver/nvidia/gpus").is_dir() and len(nodes) > 1):
+        say(f"--numa-binding {options.torch.numa_binding}: no NVIDIA GPUs or one NUMA node here; nothing is bound")
+        return None
+    return NumaOptions(affinity_mode=AffinityMode(options.torch.numa_binding))

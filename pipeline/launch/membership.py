@@ -1,0 +1,323 @@
+"""Which nodes train together, and what follows when one comes, is lost, fails or finishes. Knows no sockets, no torch.
+
+One process of a job decides, the one that hosts the store, so the job can't split into two worlds. The launchers of the
+nodes report to it and do what it says. Time is divided into rounds: in a round a fixed set of nodes trains, and the
+number of the round is the generation by which later worlds are told from earlier ones.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipeline.errors import (
+    EXIT_GPU_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_NODE_LOST,
+    EXIT_OK,
+    EXIT_REGROUP,
+    EXIT_RETRY,
+    EXIT_USER,
+)
+
+SETTLE_S = 1.0  # after a node came, for others that come at the same time
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a job allows.
+
+    Attributes:
+        min_nodes, max_nodes: of a world; further nodes wait as spares.
+        max_restarts: after a failure of a worker. A lost node does not count.
+        join_timeout_s: for the first `min_nodes` nodes to come.
+        last_call_s: for more than `min_nodes` to come, in the first round.
+        rejoin_timeout_s: for lost nodes to come back, where fewer than `min_nodes` are left.
+        batch_size: the global batch size, which the number of ranks must divide; None: any number will do.
+    """
+
+    min_nodes: int
+    max_nodes: int
+    max_restarts: int = 0
+    join_timeout_s: float = 600.0
+    last_call_s: float = 30.0
+    rejoin_timeout_s: float = 600.0
+    batch_size: int | None = None
+
+
+@dataclass
+class Node:
+    """A launcher that is connected. `key`: of its connection. `name`: host and pid. `place`: in the last round's world.
+    `exit_code`: of its workers in the present round; None: they run. `training`: is it in the present world?"""
+
+    key: int
+    name: str
+    ranks: int
+    node_rank: int | None = None
+    place: int | None = None
+    exit_code: int | None = None
+    failure: str = ""
+    training: bool = False
+    told: str = ""
+
+    def order(self) -> tuple:
+        """Nodes that trained before come first, in their order; then by --node-rank, then by name, n2 before n10."""
+        parts = [(int(text), "") if text.isdigit() else (0, text) for text in re.split(r"(\d+)", self.name)]
+        later = self.place is None
+        return later, self.place or 0, self.node_rank is None, self.node_rank or 0, parts
+
+
+@dataclass
+class Membership:
+    """Decides on the members of each round.
+
+    Attributes:
+        limits: what the job allows.
+        send: sends a message to the launcher of a key.
+        say: prints one line to the user.
+        now: the time in seconds, of a clock that never jumps.
+    """
+
+    limits: Limits
+    send: Callable[[int, dict], None]
+    say: Callable[[str], None]
+    now: Callable[[], float]
+    nodes: dict[int, Node] = field(default_factory=dict)
+    round: int = 0
+    phase: str = "gathering"  # or training, stopping, ended
+    why: str = ""  # the present stop: regroup, failure, loss or interrupt
+    restarts: int = 0
+    exit_code: int | None = None  # the job's, once it has ended
+    asked_to_stop: str = ""
+    changes: list[str] = field(default_factory=list)  # since the last round began, in words
+    _since: float = 0.0  # when this phase began
+    _came: float = 0.0  # when the last node came
+    _enough_since: float | None = None
+
+    def __post_init__(self) -> None:
+        self._since = self._came = self.now()
+
+    # --- what launchers report
+
+    def join(self, node: Node) -> None:
+        """A launcher has connected."""
+        if self.phase == "ended":
+            self.send(node.key, {"do": "end", "exit_code": self.exit_code})
+            return
+        self.nodes[node.key] = node
+        if self.round:
+            self.changes.append(f"{node.name} joined")
+            self.say(f"{node.name} joined")
+        self._came = self.now()
+        if self.phase == "gathering":
+            self._gather()
+
+    def lose(self, key: int, how: str) -> None:
+        """A launcher is gone: its connection was closed, or it has been silent for too long."""
+        node = self.nodes.pop(key, None)
+        if node is None or self.phase == "ended":
+            return
+        self.changes.append(f"{node.name} was lost")
+        left = sum(other.training for other in self.nodes.values())
+        if not node.training:
+            self.say(f"{node.name}, a spare, was lost ({how})")
+            return
+        self.say(f"{node.name} was lost in round {self.round} ({how}); {left} of its nodes are left")
+        if self.phase == "training":
+            self._stop("loss")
+        elif self.phase == "stopping":
+            self.why = "loss" if self.why in ("failure", "regroup") else self.why
+            self._stopped()
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Somebody asked a launcher to save and stop; its ranks tell the others at their next step."""
+        self.asked_to_stop = self.asked_to_stop or reason
+        if self.phase == "gathering":
+            self.end(EXIT_INTERRUPTED)
+
+    def report(self, key: int, round_: int, exit_code: int, failure: str = "") -> None:
+        """All workers of a node have ended. exit_code: as `pipeline.errors` has it; negative: by a signal. failure:
+        which rank failed, in words."""
+        node = self.nodes.get(key)
+        if node is None or not node.training or round_ != self.round or self.phase not in ("training", "stopping"):
+            return
+        node.exit_code, node.failure = exit_code, failure
+        if exit_code == EXIT_USER:
+            self.end(EXIT_USER)
+        elif exit_code == EXIT_GPU_FAULT:
+            self._leave_out(node)
+        elif self.phase == "stopping":
+            self._stopped()
+        elif exit_code == EXIT_OK:
+            if all(other.exit_code == EXIT_OK for other in self._training()):
+                self.end(EXIT_OK)
+        elif exit_code == EXIT_INTERRUPTED:
+            self._stop("interrupt")
+        else:
+            self._stop("regroup" if exit_code == EXIT_REGROUP else "failure")
+
+    def tick(self) -> None:
+        """Look at the clock."""
+        if self.phase == "gathering":
+            self._gather()
+        elif self.phase == "training" and self.now() - self._came >= SETTLE_S:
+            self._grow()
+
+    # --- rounds
+
+    def _training(self) -> list[Node]:
+        return [node for node in self.nodes.values() if node.training]
+
+    def choose(self) -> list[Node]:
+        """The nodes of the best world that can be had now, in the order of their ranks; empty: none."""
+        ready = sorted(self.nodes.values(), key=Node.order)[: self.limits.max_nodes]
+        while len(ready) >= self.limits.min_nodes and ready:
+            if self._divides(ready):
+                return ready
+            ready.pop()
+        return []
+
+    def _divides(self, nodes: list[Node]) -> bool:
+        size = self.limits.batch_size
+        return size is None or size % sum(node.ranks for node in nodes) == 0
+
+    def _gather(self) -> None:
+        """Begin a round, if it is time."""
+        now, limits = self.now(), self.limits
+        if self.asked_to_stop:
+            self.end(EXIT_INTERRUPTED)
+            return
+        world = self.choose()
+        enough = len(self.nodes) >= limits.min_nodes
+        self._enough_since = (self._enough_since or now) if enough else None
+        if self.round == 0:
+            full = len(self.nodes) >= limits.max_nodes
+            called = self._enough_since is not None and now - self._enough_since >= limits.last_call_s
+            if world and (full or called):
+                self._begin(world)
+            elif enough and not world and (full or called):
+                self._refuse_batch()
+            elif not enough and now - self._since >= limits.join_timeout_s:
+                self.say(
+                    f"{len(self.nodes)} of {limits.min_nodes} nodes came within {limits.join_timeout_s:.0f} s: "
+                    f"{', '.join(node.name for node in self.nodes.values()) or 'none'}; do the others reach this one?"
+                )
+                self.end(EXIT_NODE_LOST)
+        elif world:
+            self._begin(world)
+        elif now - self._since >= limits.rejoin_timeout_s:
+            self.say(
+                f"{len(self.nodes)} nodes are left, {limits.min_nodes} are needed (--nnodes); start the job again to "
+                "resume"
+            )
+            self.end(EXIT_NODE_LOST)
+
+    def _refuse_batch(self) -> None:
+        ranks = sum(node.ranks for node in self.nodes.values())
+        some = f", or by those of at least {self.limits.min_nodes}" if self.limits.min_nodes < len(self.nodes) else ""
+        self.say(
+            f"--train.global_batch_size {self.limits.batch_size} is not divisible by the {ranks} ranks of "
+            f"{len(self.nodes)} nodes{some}; give a multiple, or other --nproc-per-node or --nnodes MIN:MAX"
+        )
+        self.end(EXIT_USER)
+
+    def _begin(self, world: list[Node]) -> None:
+        self.round += 1
+        self.phase, self.why, self._enough_since = "training", "", None
+        first, total = 0, sum(node.ranks for node in world)
+        for node in self.nodes.values():
+            node.training, node.exit_code, node.failure = node in world, None, ""
+        if self.round > 1 or len(self.nodes) > len(world) or len(world) > 1:
+            names = ", ".join(node.name for node in world[:8]) + (", ..." if len(world) > 8 else "")
+            self.say(f"round {self.round}: {len(world)} nodes, {total} ranks: {names}")
+        reason = "; ".join(self.changes)
+        self.changes = []
+        for place, node in enumerate(world):
+            node.place, node.told = place, ""
+            facts = {"round": self.round, "group_rank": place, "group_size": len(world), "first_rank": first}
+            self.send(node.key, {"do": "train", **facts, "world_size": total, "reason": reason})
+            first += node.ranks
+        for node in self.nodes.values():
+            if not node.training:
+                node.place = None
+                self._tell_spare(node, len(world))
+
+    def _tell_spare(self, node: Node, used: int) -> None:
+        full = used >= self.limits.max_nodes
+        why = (
+            f"{used} nodes train, which is the most (--nnodes)"
+            if full
+            else f"a global batch of {self.limits.batch_size} does not divide by the ranks of more than {used} nodes"
+        )
+        if node.told != why:
+            node.told = why
+            self.say(f"{node.name} waits as a spare: {why}")
+            self.send(node.key, {"do": "wait"})
+
+    def _grow(self) -> None:
+        """Stop the world, saved, if a larger one can be had."""
+        if any(node.exit_code is not None for node in self._training()) or self.asked_to_stop:
+            return
+        world = self.choose()
+        now = sum(node.ranks for node in self._training())
+        if sum(node.ranks for node in world) > now:
+            self._stop("regroup")
+            return
+        for node in self.nodes.values():
+            if not node.training:
+                self._tell_spare(node, len(self._training()))
+
+    def _stop(self, why: str) -> None:
+        """Have all workers of this round stopped."""
+        self.phase, self.why = "stopping", why
+        for node in self._training():
+            self.send(node.key, {"do": "stop", "round": self.round, "why": why})
+        self._stopped()
+
+    def _stopped(self) -> None:
+        """Go on when all workers have ended."""
+        members = self._training()
+        if any(node.exit_code is None for node in members):
+            return
+        codes = {node.exit_code for node in members}
+        if EXIT_INTERRUPTED in codes or (self.asked_to_stop and members):
+            saved = codes <= {EXIT_INTERRUPTED, EXIT_REGROUP, EXIT_OK}
+            self.end(EXIT_INTERRUPTED if saved else EXIT_RETRY)
+            return
+        if self.why == "failure" and not self._restart(members):
+            return
+        self.phase, self._since = "gathering", self.now()
+        self._gather()
+
+    def _restart(self, members: list[Node]) -> bool:
+        """May the workers be started again after a failure?"""
+        failed = [node for node in members if node.failure]
+        failed.sort(key=lambda node: (node.exit_code or 0) > 0)  # ended by a signal: the others only noticed
+        what = failed[0].failure if failed else "a worker failed"
+        if self.restarts >= self.limits.max_restarts:
+            used = f" after {self.restarts} restarts" if self.restarts else ""
+            self.say(f"{what}{used}; see above for its reason")
+            self.end(EXIT_RETRY)
+            return False
+        self.restarts += 1
+        self.changes.append(what)
+        self.say(f"{what}; restart {self.restarts} of {self.limits.max_restarts}")
+        return True
+
+    def _leave_out(self, node: Node) -> None:
+        """A GPU of this node failed: it trains no more."""
+        self.say(f"{node.failure or node.name}: a GPU fault; {node.name} is left out")
+        self.changes.append(f"{node.name} was left out after a GPU fault")
+        del self.nodes[node.key]
+        self.send(node.key, {"do": "end", "exit_code": EXIT_GPU_FAULT})
+        if len(self.nodes) < self.limits.min_nodes:
+            self.end(EXIT_GPU_FAULT)
+        elif self.phase == "training":
+            self._stop("loss")
+        else:
+            self._stopped()
+
+    def end(self, exit_code: int) -> None:
+        """The job has ended; every launcher ends with this code."""
+        self.phase, self.exit_code = "ended", exit_code
+        for node in self.nodes.values():
+            self.send(node.key, {"do": "end", "exit_code": exit_code})

@@ -1,0 +1,215 @@
+"""The processes of a node's ranks: started by torch's own context, or forked from a process with all imports done."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from typing import IO, Any
+
+from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from torch.numa.binding import NumaOptions
+
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+@dataclass(frozen=True)
+class Program:
+    """What each worker runs.
+
+    Attributes:
+        entrypoint, arguments: the command.
+        module, argv: the same for a process forked from a warm one, `python -m module argv`; None: it is never forked.
+    """
+
+    entrypoint: str
+    arguments: tuple[str, ...]
+    module: str | None = None
+    argv: tuple[str, ...] = ()
+
+
+class Workers:
+    """The processes of a round.
+
+    Args:
+        program: what each runs.
+        envs: local rank -> what is added to its environment.
+        logs: where their output goes.
+        name: role.
+        prefixes: local rank -> before each line of output that is shown from a log file.
+        numa: binding to the cores near each GPU.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        envs: dict[int, dict[str, str]],
+        logs: LogsSpecs,
+        name: str = "default",
+        prefixes: dict[int, str] | None = None,
+        numa: NumaOptions | None = None,
+    ):
+        kind = SubprocessContext if program.module is None else _WarmContext
+        self._context = kind(
+            name,
+            program.entrypoint,
+            dict.fromkeys(envs, program.arguments),
+            envs,
+            logs,
+            log_line_prefixes=prefixes,
+            numa_options=numa,
+        )
+        if isinstance(self._context, _WarmContext):
+            self._context.program = program
+        self._context._start()  # its `start` would install handlers of signals, too
+        for tail in self._context._tail_logs:
+            tail.start()
+        self.exit_codes: dict[int, int] = {}  # in the order of their ends
+        self._kill_at: float | None = None
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process ids by local rank."""
+        return self._context.pids()
+
+    def poll(self) -> bool:
+        """Take note of those that have ended, and kill those whose time is over. Have all ended?"""
+        handlers = self._context.subprocess_handlers
+        if self._kill_at is not None and time.monotonic() >= self._kill_at:
+            self.signal(signal.SIGKILL)
+            self._kill_at = None
+        for rank, handler in handlers.items():
+            if rank not in self.exit_codes:
+                code = handler.proc.poll()
+                if code is not None:
+                    self.exit_codes[rank] = code
+        return len(self.exit_codes) == len(handlers)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to those that run, each with the processes that it has started."""
+        for rank, handler in self._context.subprocess_handlers.items():
+            if rank not in self.exit_codes:
+                with contextlib.suppress(ProcessLookupError):
+                    handler.close(number)
+
+    def kill_after(self, seconds: float) -> None:
+        """Kill those that still run so many seconds from now."""
+        at = time.monotonic() + seconds
+        self._kill_at = at if self._kill_at is None else min(at, self._kill_at)
+
+    def close(self) -> None:
+        """Kill those that run, and show the rest of their output."""
+        self.signal(signal.SIGKILL)
+        self._context.close(signal.SIGKILL, timeout=10)
+
+
+# --- the warm path
+
+
+def warm_up() -> None:
+    """Start the process that workers are forked from; it imports in the background."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.launch.preload"])
+    forkserver.ensure_running()
+
+
+class _WarmProcess:
+    """A forked process, by the names of subprocess.Popen."""
+
+    def __init__(self, process: Any):
+        self.process, self.pid = process, process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+
+class _WarmHandler(SubprocessHandler):
+    """A handler of a process that is there already."""
+
+    def __init__(self, process: Any):
+        self.proc: Any = _WarmProcess(process)
+
+    def close(self, death_sig: signal.Signals | None = None) -> None:
+        death_sig = death_sig or signal.SIGTERM
+        try:
+            os.killpg(self.proc.pid, death_sig)
+        except ProcessLookupError:  # it leads no group yet
+            os.kill(self.proc.pid, death_sig)
+
+
+class _WarmContext(SubprocessContext):
+    program: Program
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        for rank in range(self.nprocs):
+            arguments = (
+                self.program,
+                self.envs[rank],
+                self.stdouts[rank] or "",
+                self.stderrs[rank] or "",
+                rank,
+                self._numa_options,
+            )
+            process = context.Process(target=_run_forked, args=arguments, daemon=False)
+            process.start()
+            self.subprocess_handlers[rank] = _WarmHandler(process)
+
+
+def _run_forked(
+    program: Program, env: dict[str, str], stdout: str, stderr: str, local_rank: int, numa: NumaOptions | None
+) -> None:
+    """A forked worker's life: as `python -m MODULE ARGV ...` with `env`. Never returns."""
+    parent = os.getppid()
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+    os.setsid()
+    _forget_forkserver()
+    _redirect(sys.stdout, stdout)
+    _redirect(sys.stderr, stderr)
+    os.environ.update(env)
+    if numa is not None:
+        from torch.numa.binding import _maybe_apply_numa_binding_to_current_process
+
+        _maybe_apply_numa_binding_to_current_process(device_index=local_rank, numa_options=numa)
+    assert program.module is not None
+    sys.argv = [program.module, *program.argv]
+    code: Any = 0
+    try:
+        runpy.run_module(program.module, run_name="__main__", alter_sys=True)
+    except SystemExit as asked:
+        code = asked.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _forget_forkserver() -> None:
+    """Let go of the pipe that keeps the process alive that this one was forked from: it ends with the launcher."""
+    known: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if known._forkserver_alive_fd is not None:
+        os.close(known._forkserver_alive_fd)
+    known._forkserver_alive_fd = known._forkserver_address = known._forkserver_pid = None
+
+
+def _redirect(stream: IO[str], path: str) -> None:
+    if path:
+        with open(path, "wb") as file:  # noqa: PTH123
+            os.dup2(file.fileno(), stream.fileno())

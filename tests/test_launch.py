@@ -1,0 +1,193 @@
+"""`pipeline launch`: options as torchrun's, exit codes as this project's, one line for each thing that goes wrong."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+from launching import Job, descendants, training, wait_for
+
+from pipeline.config import parse_config
+from pipeline.dataset.index.scan import build_index
+from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, UserError, exit_code_of
+from pipeline.launch.options import parse
+from pipeline.training.ranks.translate_error import is_gpu_fault
+
+#: a program whose ranks say that they started, and end as they are told: `SECONDS:CODE` of each rank
+WORKER = """
+import os, sys, time
+folder, *plan = sys.argv[1:]
+rank, start = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+open(f"{folder}/started-{start}-{rank}", "w").write(os.environ["MASTER_PORT"])
+seconds, code = plan[min(int(rank), len(plan) - 1)].split(":")
+time.sleep(float(seconds))
+print(f"rank {rank} ends with {code}", file=sys.stderr)
+os._exit(int(code))
+"""
+
+
+@pytest.fixture
+def worker(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    return tmp_path / "worker.py"
+
+
+@pytest.fixture(scope="module")
+def root(synthetic_root):
+    build_index(synthetic_root)
+    return synthetic_root
+
+
+def launch(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", "launch", *map(str, arguments)],
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def starts(folder: Path) -> list[str]:
+    return sorted(path.name.removeprefix("started-") for path in folder.glob("started-*"))
+
+
+def own(done: subprocess.CompletedProcess) -> list[str]:
+    """The launcher's own lines."""
+    return [line for line in done.stderr.splitlines() if line.startswith("pipeline launch: ")]
+
+
+def test_what_the_user_must_mend_ends_all_at_once(worker, tmp_path):
+    begun = time.monotonic()
+    done = launch("--nproc-per-node=2", "--max-restarts=3", worker, tmp_path, "0:2", "600:0")
+    assert done.returncode == 2 and time.monotonic() - begun < 60
+    assert starts(tmp_path) == ["0-0", "0-1"]
+    assert done.stderr.splitlines() == ["rank 0 ends with 2"]  # not a word of the launcher's
+
+
+def test_a_failure_is_restarted_as_often_as_was_said(worker, tmp_path):
+    done = launch("--max-restarts=2", "--nproc-per-node=2", worker, tmp_path, "600:0", "0:1")
+    assert done.returncode == 1
+    assert starts(tmp_path) == ["0-0", "0-1", "1-0", "1-1", "2-0", "2-1"]
+    lines = [line for line in own(done) if "rank 1" in line]
+    assert ["restart 1 of 2" in lines[0], "restart 2 of 2" in lines[1]] == [True, True] and len(lines) == 3
+    assert "ended with exit code 1 after 2 restarts" in lines[2] and "Traceback" not in done.stderr
+    ports = {(tmp_path / f"started-{i}-0").read_text() for i in range(3)}
+    assert len(ports) == 3  # each start has a store of its own
+
+
+def test_a_gpu_fault_is_not_tried_again_on_the_same_gpu(worker, tmp_path):
+    done = launch("--max-restarts=3", worker, tmp_path, f"0:{EXIT_GPU_FAULT}")
+    assert done.returncode == EXIT_GPU_FAULT and starts(tmp_path) == ["0-0"]
+    assert "a GPU fault" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "is_one"),
+    [
+        ("CUDA error: uncorrectable ECC error encountered", True),
+        ("CUDA error: hardware stack error", True),
+        ("CUDA error: device-side assert triggered", False),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+    ],
+)
+def test_which_errors_are_a_gpu_fault(message, is_one):
+    assert is_gpu_fault(RuntimeError(message)) is is_one
+
+
+def test_exit_codes_of_errors():
+    from pipeline.errors import GpuFault, TransientError
+
+    assert [exit_code_of(e) for e in (UserError("x"), TransientError("x"), GpuFault("x"))] == [2, 1, EXIT_GPU_FAULT]
+
+
+def test_workers_that_do_not_save_in_time_are_killed(worker, tmp_path):
+    stubborn = tmp_path / "stubborn.py"
+    stubborn.write_text("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WORKER)
+    with Job(tmp_path, [str(stubborn), str(tmp_path), "600:0"], "1", "--shutdown-timeout=1") as job:
+        process = job.start("a")
+        wait_for(lambda: starts(tmp_path) == ["0-0"])
+        process.send_signal(signal.SIGTERM)
+        assert job.wait("a", 30) == 1
+        assert len(job.said("did not save within 1 s")) == 1
+
+
+def test_a_killed_launcher_leaves_no_worker(root, tmp_path):
+    with Job(tmp_path, training(root, tmp_path / "run", "--schedule.epochs", "1000"), "1", nproc=2) as job:
+        process = job.start("a")
+        wait_for(lambda: runs.rows(tmp_path / "run", "train"), say=job.all_output)
+        below = descendants(process.pid)
+        assert len(below) >= 3  # two ranks, and the process that they were forked from
+        process.kill()
+        wait_for(lambda: not any(Path(f"/proc/{pid}/exe").exists() and alive(pid) for pid in below), 30)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_term_to_the_launcher_saves_and_the_same_command_finishes(root, tmp_path):
+    run, length = tmp_path / "run", ["--schedule.epochs", "8"]
+    program = training(root, run, *length)
+    with Job(tmp_path, program, "1", "--shutdown-timeout=60", nproc=2) as job:
+        process = job.start("a")
+        wait_for(lambda: len(runs.rows(run, "train")) > 2, say=job.all_output)
+        process.send_signal(signal.SIGTERM)
+        assert job.wait("a") == EXIT_INTERRUPTED, job.all_output()
+        (row,) = (row for row in runs.rows(run, "event") if row["event"] == "interrupted")
+        assert (run / "checkpoints" / f"step-{row['step']:09d}" / "meta.json").exists()
+        assert not job.said("Traceback")
+        job.start("b")
+        assert job.wait("b") == 0
+    undisturbed = tmp_path / "undisturbed"
+    runs.train(root, undisturbed, *training(root, undisturbed, *length)[7:], processes=2)  # by torchrun
+    assert runs.repeatable(run) == runs.repeatable(undisturbed)
+
+
+def test_a_user_error_of_training_is_one_line(root, tmp_path):
+    done = launch("--nproc-per-node=3", "--max-restarts=3", *training(root, tmp_path / "run"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "--train.global_batch_size 20 is not divisible by the 3 ranks" in line and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--nnodes=3:2", "train"], "--nnodes 3:2"),
+        (["--rdzv-backend=etcd", "train"], "--rdzv-backend etcd"),
+        (["--rdzv-endpoint=host:port", "--rdzv-backend=c10d", "train"], "HOST:PORT"),
+        (["--rdzv-conf=last_call_timeout", "train"], "NAME=VALUE"),
+        (["--nproc-per-node=many", "train"], "--nproc-per-node many"),
+        (["--virtual-local-rank", "train"], "--virtual-local-rank is not supported"),
+    ],
+)
+def test_impossible_options_are_named(argv, named):
+    with pytest.raises(UserError, match=named):
+        parse(argv)
+
+
+def test_options_as_torchrun_has_them():
+    options = parse(
+        [*words("--standalone --nproc_per_node 4 --max-restarts 2"), *words("-m pipeline train --config smoke")]
+    )
+    assert (options.nproc, options.limits.max_restarts, options.module) == (4, 2, "pipeline")
+    assert options.command == ["train", "--config", "smoke"] and options.warm
+    short = parse(words("--nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint h:77 train --config smoke"))
+    assert (short.limits.min_nodes, short.limits.max_nodes, short.host, short.port) == (2, 4, "h", 77)
+    assert short.module == "pipeline"
+    assert short.limits.batch_size == parse_config(["--config", "smoke"]).train.global_batch_size
+    static = parse(words("--nnodes 2 --node-rank 1 --master-addr h --master-port 9 other.py --lr 1"))
+    assert (static.node_rank, static.host, static.port, static.warm) == (1, "h", 9, False)
+
+
+def words(text: str) -> list[str]:
+    return text.split()
