@@ -1,0 +1,43 @@
+"""The package as it is published: what the wheel holds, and what the repository says of itself."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_wheel_holds_code_recipes_types_and_license(tmp_path: Path) -> None:
+    """The wheel has everything a user needs, and nothing that belongs to the repository alone."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "pipeline"):
+        (source / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(source)]
+    subprocess.run([*command, "-w", str(tmp_path)], check=True, cwd=tmp_path, timeout=120)
+    (wheel,) = tmp_path.glob("imagenet_pipeline-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    code = {str(p.relative_to(ROOT)) for p in (ROOT / "pipeline").rglob("*.py")}
+    recipes = {str(p.relative_to(ROOT)) for p in (ROOT / "pipeline/recipes").glob("*.yaml")}
+    assert code | recipes | {"pipeline/py.typed"} <= names
+    rest = names - code - recipes - {"pipeline/py.typed"}
+    assert all(".dist-info/" in name for name in rest), rest
+    assert any(name.endswith("LICENSE") for name in rest)
+
+
+def test_one_version() -> None:
+    assert project()["version"] == pipeline.__version__
+
+
+def test_each_constraint_once() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    names = [line.split("==")[0].lower().replace("_", "-") for line in lines if not line.startswith("#")]
+    assert len(names) == len(set(names))
