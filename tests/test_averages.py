@@ -6,7 +6,7 @@ import runs
 import torch
 from torch import nn
 
-from pipeline.config import EmaConfig, TrainConfig, from_dict
+from pipeline.config import EmaConfig, TrainConfig, from_dict, parse_config
 from pipeline.dataset.index.scan import build_index
 from pipeline.tracking.ledger import best_step, read_rows
 from pipeline.training.evaluate import Evaluation, Tally, predict
@@ -161,3 +161,16 @@ def test_calibration_error_by_hand():
     assert evaluation.scores.val_ece == pytest.approx(100 * (2 * 0.4 + 0.4) / 3)
     assert evaluation.scores.val_top1 == pytest.approx(200 / 3)
     np.testing.assert_array_equal(evaluation.classes, [[1, 1, 1], [2, 1, 2]])
+
+
+def test_the_average_is_a_copy_after_every_step_of_the_warm_up():
+    network = nn.Linear(2, 1, bias=False)
+    config = parse_config(["--config", str(runs.TINY), "--ema.decay", "0.9", "--ema.every_steps", "4"])
+    average = WeightAverage(network, config, warmup_steps=6)
+    for step in range(1, 9):
+        network.weight.data.fill_(step)
+        average.update(step)
+        expected = step if step <= 6 else average.network.weight[0, 0].item()
+        assert average.network.weight[0, 0].item() == expected, step
+    decay = effective_decay(config)
+    assert average.network.weight[0, 0].item() == pytest.approx(6 * decay + 8 * (1 - decay))  # at 8 alone

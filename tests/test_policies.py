@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import _auto_augment
 
 from pipeline.augment.params import sample_erase_boxes, sample_mixing
-from pipeline.augment.policies import CODE, OPS, sample_ops
+from pipeline.augment.policies import AUTO, CODE, OPS, RAND, WIDE, sample_ops
 from pipeline.config import AugmentConfig
 from pipeline.rng import hash_counter, symmetric_beta
 
@@ -46,8 +46,6 @@ class Recorder:
             name = "".join("_" + c.lower() if c.isupper() else c for c in transform_id).lstrip("_")
             name = {"auto_contrast": "autocontrast"}.get(name, name)
             whole = name.startswith("translate") or name == "posterize"
-            if abs(magnitude - 16) < 1e-5 or abs(magnitude + 16) < 1e-5:
-                magnitude = round(magnitude)  # half of 32 pixels; float32 makes 15.999999 of it, and int() then 15
             self.current.append((name, round(float(int(magnitude) if whole else magnitude), 5) + 0.0))
             return image
 
@@ -187,3 +185,17 @@ def test_draws_follow_the_sample():
         np.testing.assert_array_equal(whole[some], part)
     np.testing.assert_array_equal(sample_erase_boxes(c, KEYS, 64)[some], sample_erase_boxes(c, KEYS[some], 64))
     assert CODE["identity"] == 0
+
+
+@pytest.mark.parametrize(
+    "space, share", [(WIDE, None), (RAND, 150 / 331), (AUTO, 150 / 331)], ids=["wide", "rand", "auto"]
+)
+def test_shifts_are_the_whole_pixels_that_torchvision_takes(space, share):
+    """int() of torch.linspace's float32 values: half of TrivialAugment's 32 pixels are 15."""
+    for size in (32, 64, 96, 128, 160, 176, 192, 224, 288, 299, 331):
+        theirs = torch.linspace(0.0, 32.0 if space is WIDE else 150 / 331 * size, space.levels).int().tolist()
+        ops = np.full(space.levels, CODE["translate_x"])
+        strength = np.arange(space.levels) / (space.levels - 1)
+        for sign in (1, -1):
+            ours = space.amounts(ops, strength, np.full(space.levels, float(sign)), size)
+            assert ours.tolist() == [sign * pixels for pixels in theirs], size

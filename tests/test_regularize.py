@@ -85,10 +85,39 @@ def test_convolutions_see_blurred_inputs_and_the_image_does_not():
     assert sum(isinstance(m, Blur) for m in model.modules()) == 6  # two for each of the three strided stages
 
 
+def reflected(x: torch.Tensor) -> torch.Tensor:
+    """Zhang 2019 and timm's BlurPool2d: a frame of the mirror, then the filter with stride 2."""
+    return nn.functional.conv2d(
+        nn.functional.pad(x, (1, 1, 1, 1), mode="reflect"), Blur().kernel.expand(x.shape[1], 1, 3, 3), None, 2, 0,
+        groups=x.shape[1],
+    )  # fmt: skip
+
+
 def test_max_pooling_is_blurred_where_asked():
     model = build(blurpool="all")
     assert isinstance(model.maxpool, BlurMaxPool) and not isinstance(build(blurpool="convs").maxpool, BlurMaxPool)
     x = torch.rand(1, 4, 8, 8)
     dense = nn.functional.max_pool2d(x, 3, 1, 1)
-    torch.testing.assert_close(model.maxpool(x), Blur(2)(dense))
+    torch.testing.assert_close(model.maxpool(x), reflected(dense))
+    assert model.layer2[0].conv1.blur.reflect and not build(blurpool="convs").layer2[0].conv1.blur.reflect
     assert model.state_dict().keys() == torchvision.models.resnet18(num_classes=10).state_dict().keys()
+
+
+@pytest.mark.parametrize(("kernel", "padding", "ceil"), [(3, 1, False), (3, 0, True), (2, 0, True), (3, 1, True)])
+def test_a_blurred_pool_keeps_the_pools_size(kernel, padding, ceil):
+    """With ceil_mode too, which GoogLeNet's and SqueezeNet's pools have."""
+    pool = nn.MaxPool2d(kernel, 2, padding, ceil_mode=ceil)
+    for height, width in [(5, 8), (6, 7), (13, 4), (112, 111), (3, 9)]:
+        x = torch.rand(2, 3, height, width)
+        seen = BlurMaxPool(pool)(x)
+        assert seen.shape == pool(x).shape, (height, width)
+        assert seen.amin() >= x.amin() and seen.amax() <= x.amax()
+
+
+def test_efficientnets_depth_is_its_papers():
+    """Block i of n is left out with probability rate * i / n, not i / (n - 1)."""
+    with torch.device("meta"):
+        own = [m.p for m in torchvision.models.efficientnet_b0().modules() if isinstance(m, StochasticDepth)]
+        model = build("efficientnet_b0", stochastic_depth=0.2)
+    shares = [m for m in model.modules() if isinstance(m, StochasticDepth)]
+    assert [hook.share for m in shares for hook in m._forward_hooks.values()] == pytest.approx(own[1:])

@@ -15,8 +15,10 @@ _RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114  # ITU-R 601-2, as in PIL and torchvi
 
 
 def apply_ops(images: torch.Tensor, pixel_ops: PixelOps, mode: str, fill: tuple[int, int, int] | None) -> torch.Tensor:
-    """The images uint8 [B, H, W, 3] after all ops. mode: "nearest" or "bilinear"; fill: color of the pixels that
-    geometric ops uncover, None: black. Never synchronizes with the device."""
+    """The images uint8 [B, H, W, 3], changed. Nothing here waits for the device.
+
+    mode: "nearest", "bilinear" or "bicubic", of geometric changes. fill: color of what they uncover, None: black.
+    """
     images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
     most = _ON_A_CPU if images.device.type == "cpu" else len(images)
     for groups in pixel_ops.rounds:
@@ -144,6 +146,8 @@ def affine(images: torch.Tensor, matrices: torch.Tensor, mode: str, fill: tuple[
     grid = base.view(1, -1, 3).expand(count, -1, -1).bmm(matrices.transpose(1, 2) / half)
     grid = grid.view(count, height, width, 2)
     values = images.float()
+    if mode == "bicubic":
+        return _bicubic(values, grid, fill)
     if fill is not None:
         values = torch.cat([values, values.new_ones(count, 1, height, width)], 1)
     values = grid_sample(values, grid, mode, "zeros", align_corners=False)
@@ -155,6 +159,35 @@ def affine(images: torch.Tensor, matrices: torch.Tensor, mode: str, fill: tuple[
         else:
             values = (values - color).mul_(covered).add_(color)
     return values.round_().to(torch.uint8)
+
+
+def _bicubic(values: torch.Tensor, grid: torch.Tensor, fill: tuple[int, int, int] | None) -> torch.Tensor:
+    """Pixels as PIL's transform with BICUBIC gets them, which timm's policies use: cubic convolution with a = -1 (Keys
+    1981), neighbors beyond the border are the border's pixels, and the value is cut to a whole level.
+
+    values: float32 [n, C, H, W]. grid: float32 [n, H, W, 2], from -1 to 1 between the outer edges of the image.
+    Returns uint8 [n, C, H, W].
+    """
+    count, channels, height, width = values.shape
+    taps = []
+    for axis, size in ((0, width), (1, height)):
+        source = (grid[..., axis] + 1) * (size / 2)
+        whole = (source - 0.5).floor()
+        d = source - 0.5 - whole
+        near, far = d * d, d * d * d
+        weights = (-d + 2 * near - far, 1 - 2 * near + far, d + near - far, far - near)
+        places = [(whole + offset).clamp_(0, size - 1).to(torch.int64) for offset in (-1, 0, 1, 2)]
+        taps.append((places, weights, (source >= 0) & (source < size)))
+    (columns, across, in_x), (rows, down, in_y) = taps
+    flat, total = values.flatten(2), torch.zeros_like(values)
+    for row, weight_y in zip(rows, down, strict=True):
+        line = torch.zeros_like(values)
+        for column, weight_x in zip(columns, across, strict=True):
+            index = (row * width + column).view(count, 1, -1).expand(-1, channels, -1)
+            line.addcmul_(flat.gather(2, index).view_as(values), weight_x[:, None])
+        total.addcmul_(line, weight_y[:, None])
+    color = torch.tensor(fill or (0, 0, 0), dtype=torch.float32).view(1, -1, 1, 1).to(values.device, non_blocking=True)
+    return torch.where((in_x & in_y)[:, None], total.clamp_(0, 255), color).to(torch.uint8)
 
 
 OPS = {

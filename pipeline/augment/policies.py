@@ -44,7 +44,8 @@ class Space:
     """The ops that a policy chooses from, and their amounts at full strength.
 
     shear: tangent; shift: share of the side, or pixels where above 1; rotate: degrees; enhance: the factor's distance
-    from 1; bits: taken from the image's 8 by posterize. whole_shift: shifts are cut to whole pixels.
+    from 1; bits: taken from the image's 8 by posterize. levels: number of strengths that torchvision has,
+    which shifts are cut to whole pixels by (timm does not cut them).
     """
 
     ops: tuple[str, ...]
@@ -53,7 +54,7 @@ class Space:
     rotate: float
     enhance: float
     bits: int
-    whole_shift: bool = True
+    levels: int = 31
     timm: bool = False
 
     def amounts(self, ops: np.ndarray, strength: np.ndarray, sign: np.ndarray, size: int) -> np.ndarray:
@@ -67,8 +68,8 @@ class Space:
             level = strength[here]
             if name in signed:
                 amount = signed[name] * level * sign[here]
-                if name.startswith("translate") and self.whole_shift:
-                    amount = np.trunc(amount + 1e-9 * sign[here])
+                if name.startswith("translate") and not self.timm:
+                    amount = np.trunc(_linspace(shift, level, self.levels)) * sign[here]
                 if name in _ENHANCING:
                     amount = np.maximum(1 + amount, 0.1 if self.timm else 0.0)
             elif name == "posterize":
@@ -83,12 +84,21 @@ class Space:
         return found.astype(np.float32)
 
 
+def _linspace(end: float, share: np.ndarray, count: int) -> np.ndarray:
+    """torch.linspace(0, end, count), float32, at `share` (0 to 1) of its length: its rounding decides which whole
+    number of pixels a shift is. (Half of TrivialAugment's 32 pixels are 15.)"""
+    place = np.asarray(share, np.float64) * (count - 1)
+    step = float(np.float32(end) / np.float32(count - 1))  # a float32, multiplied and added without rounding between
+    values = np.where(place < count // 2, step * place, float(np.float32(end)) - step * (count - 1 - place))
+    return values.astype(np.float32)
+
+
 _COLORS = (*_ENHANCING, "posterize", "solarize", "autocontrast", "equalize")
 #: torchvision's RandAugment, AutoAugment and TrivialAugmentWide, and timm's increasing RandAugment
 RAND = Space(("identity", *_GEOMETRIC, *_COLORS), 0.3, 150 / 331, 30, 0.9, 4)
-AUTO = Space((*_GEOMETRIC, *_COLORS, "invert"), 0.3, 150 / 331, 30, 0.9, 4)
+AUTO = Space((*_GEOMETRIC, *_COLORS, "invert"), 0.3, 150 / 331, 30, 0.9, 4, levels=10)
 WIDE = Space(("identity", *_GEOMETRIC, *_COLORS), 0.99, 32, 135, 0.99, 6)
-TIMM = Space((*_GEOMETRIC, *_COLORS, "invert", "solarize_add"), 0.3, 0.45, 30, 0.9, 4, whole_shift=False, timm=True)
+TIMM = Space((*_GEOMETRIC, *_COLORS, "invert", "solarize_add"), 0.3, 0.45, 30, 0.9, 4, timm=True)
 
 #: Cubuk et al. 2019 (arXiv 1805.09501), table 9: op, probability, tenths of the strength (x: it has none)
 _AUTO_POLICIES = """

@@ -23,7 +23,7 @@ class AugmentConfig:
     """randaugment: strength of a change (M), 0 to 30; timm's 0 to 10."""
     magnitude_std: float = 0.0
     """randaugment: standard deviation of the strength (timm's mstd)."""
-    interpolation: Literal["nearest", "bilinear"] = "nearest"
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "nearest"
     """Of the policy's shears, shifts and rotations."""
     fill: tuple[int, int, int] | None = None
     """Color (0 to 255) of what they uncover; default: black."""

@@ -42,7 +42,7 @@ class ModelConfig:
     for the first."""
     blurpool: Literal["none", "convs", "all"] = "none"
     """Blur before subsampling (Zhang 2019). convs: before strided convolutions, as FFCV; all: in strided max pooling
-    too."""
+    too, padded by reflection, as Zhang and timm."""
     weights: str | None = None
     """Start from trained weights: torchvision's published ones by name (DEFAULT, IMAGENET1K_V1, ...), or a file. A head
     for other classes starts fresh."""

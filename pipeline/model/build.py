@@ -105,10 +105,11 @@ def zero_init_residual(model: nn.Module) -> None:
 
 def init_heads(model: nn.Module, name: str, std: float) -> None:
     """Draw the weights of all heads, auxiliary ones too, from a Gaussian; biases become 0."""
-    for head in map(model.get_submodule, find_heads(name)):
-        nn.init.normal_(head.weight, std=std)
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
+    for head in find_heads(name):
+        nn.init.normal_(model.get_parameter(f"{head}.weight"), std=std)
+        bias = model.get_submodule(head).bias
+        if isinstance(bias, torch.Tensor):
+            nn.init.zeros_(bias)
 
 
 def count_parameters(model: nn.Module) -> int:

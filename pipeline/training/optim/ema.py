@@ -20,8 +20,8 @@ class WeightAverage:
     Args:
         network: the first one, on its device.
         config: `ema` and `train.global_batch_size`.
-        warmup_steps: until so many steps are done, and once every k-th is, the average is a copy (as in torchvision's
-            reference).
+        warmup_steps: until so many steps are done, and at least until the first averaging, the average is a copy of the
+            weights after every step. (torchvision's reference copies at every k-th of these steps alone.)
     """
 
     def __init__(self, network: nn.Module, config: Config, warmup_steps: int):
@@ -44,10 +44,10 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Follow, if it is time: `step` steps are done."""
-        if step % self.every:
-            return
         if step <= self.copies_until:
             self.copy()
+            return
+        if step % self.every:
             return
         own, other = (list(part) for part in zip(*self.averaged, strict=True))
         torch._foreach_lerp_(own, other, 1 - self.decay)

@@ -1,6 +1,7 @@
 """The learning rate as a function of the step."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config import OptimConfig, ScheduleConfig
@@ -23,7 +24,7 @@ class _Times:
 
     warmup: float
     end: float
-    milestones: list[float]
+    milestones: Sequence[float]
 
 
 class Schedule:
@@ -53,10 +54,8 @@ class Schedule:
         self.warmup_steps = min(round(warmup), self.total_steps - 1)
         self.milestones = [math.ceil(step - 1e-6) for step in milestones]  # the first step that begins then or later
         self.steps = _Times(self.warmup_steps, self.total_steps, self.milestones)
-        self.epochs = _Times(
-            *(value / steps_per_epoch for value in (warmup, length)),
-            [round(step / steps_per_epoch, 6) for step in milestones],
-        )
+        per_epoch = [round(step / steps_per_epoch, 6) for step in milestones]
+        self.epochs = _Times(warmup / steps_per_epoch, length / steps_per_epoch, per_epoch)
 
     def lr(self, step: int) -> float:
         """Learning rate of step 0 <= step < total_steps."""
