@@ -19,6 +19,9 @@ from pipeline.config import (
     semantic_config,
     to_yaml,
 )
+from pipeline.config.names import RENAMED, option_names
+from pipeline.errors import UserError
+from pipeline.training.run_folder.checkpoint import compare_semantic_config
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,17 @@ from pipeline.config import (
         (["--lr", "0.1"], ["--lr", "did you mean --optim.lr?"]),
         (["--data-root=/data"], ["--data_root", "did you mean --data.root?"]),
         (["--batch-size", "64"], ["--batch_size", "did you mean --train.global_batch_size?"]),
+        (["--epochs", "5"], ["--epochs", "did you mean --schedule.epochs?"]),
+        (["-b", "64"], ["option -b;", "did you mean --train.global_batch_size?"]),
+        (["-j", "8"], ["option -j;", "did you mean --data.threads?"]),
+        (["--workers", "8"], ["--workers", "did you mean --data.threads?"]),
+        (["--arch", "resnet50"], ["--arch", "did you mean --model.name?"]),
+        (["--data", "/data"], ["--data /data", "did you mean --data.root /data?"]),
+        (["--optim.lrr", "0.1"], ["--optim.lrr", "did you mean --optim.lr?"]),
+        (["--optm.lr=0.1"], ["--optm.lr", "did you mean --optim.lr?"]),
+        (["--data.batch_size", "64"], ["--data.batch_size", "did you mean --train.global_batch_size?"]),
+        (["--train.sed", "1"], ["--train.sed", "did you mean --train.seed?"]),
+        (["--momentun", "0.9"], ["--momentun", "did you mean --optim.momentum?"]),
         (["--data.mean", "[.nan,0,0]"], ["--data.mean", "three numbers"]),
     ],
 )
@@ -64,6 +78,35 @@ def test_broken_yaml_is_one_line(capsys, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("optim: [lr: 0.1\n")
     assert complaint(capsys, "--config", str(recipe))
+
+
+OLD = {"augment.cutmix_share": 0.25, "augment.erase": 0.125, "augment.mix": 0.75, "augment.ops": 3,
+       "checkpoint.wait_minutes": 7.0, "optim.body_lr": 0.5, "optim.clip_adaptive": 0.02,
+       "schedule.made_for": 30.0, "train.profile": 4, "train.timeout_s": 99.0}  # fmt: skip
+
+
+def named(config, name: str):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_a_renamed_option_is_accepted_with_one_warning(capsys, tmp_path, old):
+    new, value = RENAMED[old], OLD[old]
+    group, key = old.split(".")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({group: {key: value}}))
+    assert named(load_config(tmp_path / "config.yaml"), new) == value
+    assert capsys.readouterr().err == f"pipeline train: {tmp_path}/config.yaml: {old} is now called {new}\n"
+    assert named(parse_config([f"--{old.replace('_', '-')}", str(value)]), new) == value
+    assert capsys.readouterr().err == f"pipeline train: --{old} is now called --{new}\n"
+    parse_config([f"--{new}", str(value)])
+    assert capsys.readouterr().err == ""
+
+
+def test_every_renamed_option_leads_to_one_that_exists():
+    assert RENAMED.keys() == OLD.keys()
+    assert set(RENAMED.values()) <= set(option_names()) and not set(RENAMED) & set(option_names())
 
 
 def test_overrides_come_after_the_recipe():
@@ -129,3 +172,11 @@ def test_a_reader_that_leaves_early_is_no_error():
         process.stdout.close()
         said = process.stderr.read()
     assert said == "" and process.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_checkpoint_with_old_names_is_of_the_same_recipe():
+    settings = semantic_config(parse_config(["--augment.num_ops", "3"]))
+    old = {("augment.ops" if name == "augment.num_ops" else name): value for name, value in settings.items()}
+    compare_semantic_config(old, settings, "it")
+    with pytest.raises(UserError, match=r"augment\.num_ops is 4 there and 3 here"):
+        compare_semantic_config(old | {"augment.ops": 4}, settings, "it")

@@ -2,39 +2,23 @@
 
 import dataclasses
 import importlib.resources
-import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from pipeline.command import make_parser, normalize, summary
+from pipeline.config.names import check_names, flag_names, rename_arguments, rename_settings
 from pipeline.config.run import Config, RawConfig
 from pipeline.config.time import Time, is_time, parse_time
-from pipeline.errors import UserError
+from pipeline.errors import UserError, complain
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 #: the schedule's times that follow its length; the warm-up shrinks with a shorter run, and does not grow with a longer
 _TIMES, _SHRINKS = ("warmup_epochs", "milestones", "step_every"), ("warmup_epochs",)
-
-#: what torchvision's references and timm call some options -> ours
-_ELSEWHERE = {
-    "b": "global_batch_size",
-    "batch_size": "global_batch_size",
-    "j": "threads",
-    "workers": "threads",
-    "output": "run_dir",
-    "output_dir": "run_dir",
-    "data_path": "data.root",
-    "opt": "optim.name",
-    "wd": "weight_decay",
-    "smoothing": "label_smoothing",
-    "lr_warmup_epochs": "warmup_epochs",
-    "reprob": "random_erase",
-    "amp": "precision",
-}
 
 
 def recipes_folder() -> Path:
@@ -51,12 +35,25 @@ def resolve_recipe(name: str) -> str:
         try:
             Path(name).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"--config {name} is no text file ({error}); give a YAML file") from error
+            raise UserError(f"--config {name} is not a text file ({error}); give a YAML file") from error
         return name
     packaged = recipes_folder() / f"{name}.yaml"
     if os.sep not in name and packaged.is_file():
         return str(packaged)
     raise UserError(f"--config {name} is neither a file nor a recipe; the recipes are: {', '.join(recipe_names())}")
+
+
+def _read_recipe(name: str, warnings: list[str]) -> str:
+    """What `--config` is given: the recipe's file, or, if it has options under old names, its content with the new
+    ones, as YAML; then `warnings` gets one line for each."""
+    path = resolve_recipe(name)
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):  # the parser reports it
+        return path
+    renamed = rename_settings(settings) if isinstance(settings, dict) else []
+    warnings += [f"{path}: {line}" for line in renamed]
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if renamed else path
 
 
 def make_config_parser(prog: str, options: type | None = None) -> "ArgumentParser":
@@ -76,16 +73,6 @@ def make_config_parser(prog: str, options: type | None = None) -> "ArgumentParse
     return parser
 
 
-def _flags(item: Any, prefix: str = "--") -> set[str]:
-    names = set()
-    for part in dataclasses.fields(item):
-        if dataclasses.is_dataclass(part.type):
-            names |= _flags(part.type, f"{prefix}{part.name}.")
-        elif part.type is bool:
-            names.add(prefix + part.name)
-    return names
-
-
 def parse_config(argv: list[str], verb: str = "train", options: type | None = None) -> Config:
     """The configuration that a command line asks for. Exits with code 2 and one line on an impossible one.
 
@@ -93,51 +80,25 @@ def parse_config(argv: list[str], verb: str = "train", options: type | None = No
     """
     if {"-h", "--help"} & set(argv):
         make_config_parser(f"pipeline {verb}", options).parse_args(["--help"])
-    argv = normalize(list(argv), _flags(RawConfig))
+    argv, warnings = rename_arguments(normalize(list(argv), {f"--{name}" for name in flag_names()}))
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
-            argv[i + 1] = resolve_recipe(argv[i + 1])
+            argv[i + 1] = _read_recipe(argv[i + 1], warnings)
         elif argument.startswith("--config="):
-            argv[i] = f"--config={resolve_recipe(argument.removeprefix('--config='))}"
-    _refuse_strangers(argv)
+            argv[i] = f"--config={_read_recipe(argument.removeprefix('--config='), warnings)}"
+    check_names(argv)
+    for warning in dict.fromkeys(warnings):
+        complain(f"pipeline {verb}", warning)
     parser = make_config_parser(f"pipeline {verb}")
     values = parser.parse_args(argv).as_dict()
     given = {item.partition("=")[0].removeprefix("--") for item in argv if item.startswith("--")}
     if "schedule.epochs" in given and "schedule.reference_epochs" not in given:
-        rest = _without(argv, "--schedule.epochs")
-        _follow_length(values, parser.parse_args(rest).as_dict()["schedule"]["epochs"], given)
+        rest = _without_option(argv, "--schedule.epochs")
+        _scale_times(values, parser.parse_args(rest).as_dict()["schedule"]["epochs"], given)
     return from_dict(values)
 
 
-def _options(item: Any, prefix: str = "") -> Iterator[str]:
-    """The names of all options, dotted."""
-    for part in dataclasses.fields(item):
-        if dataclasses.is_dataclass(part.type):
-            yield from _options(part.type, f"{prefix}{part.name}.")
-        yield prefix + part.name
-
-
-def _refuse_strangers(argv: list[str]) -> None:
-    """Raises UserError for an option by the name that it has elsewhere, with the one that it has here: --lr, --epochs,
-    --data_root, and --model resnet50, as model is a group of options."""
-    known, groups = set(_options(RawConfig)), {"model": "model.name", "data": "data.root"}
-    for item, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
-        name, equals, value = item.removeprefix("--").partition("=")
-        if not item.startswith("--"):
-            continue
-        value = value if equals else following
-        if name in groups and not Path(value).is_file() and not value.lstrip().startswith("{"):
-            raise UserError(f"--{name} {value}: {name} is a group of options; did you mean --{groups[name]} {value}?")
-        if name not in known and "." not in name and name not in ("config", "print_config", "help"):
-            spelt = _ELSEWHERE.get(name, name)
-            meant = sorted(
-                one for one in known if one == spelt or one.endswith(f".{spelt}") or one.replace(".", "_") == spelt
-            )
-            if meant:
-                raise UserError(f"unknown option --{name}; did you mean {' or '.join(f'--{one}' for one in meant)}?")
-
-
-def _follow_length(values: dict[str, Any], own: Time, given: set[str]) -> None:
+def _scale_times(values: dict[str, Any], own: Time, given: set[str]) -> None:
     """Let a recipe's times follow a command line's other length; `own` is the recipe's. What is given beside it stands
     as it is. Raises UserError where that leaves times that can't be worked out."""
     schedule, data = values["schedule"], values["data"]
@@ -161,20 +122,20 @@ def _follow_length(values: dict[str, Any], own: Time, given: set[str]) -> None:
         )
     for name in _TIMES:
         if f"schedule.{name}" not in given:
-            schedule[name] = _stretched(schedule[name], min(1, length / base) if name in _SHRINKS else length / base)
+            schedule[name] = _scaled(schedule[name], min(1, length / base) if name in _SHRINKS else length / base)
     schedule["reference_epochs"] = None
 
 
-def _stretched(time: Any, factor: float) -> Any:
+def _scaled(time: Any, factor: float) -> Any:
     if isinstance(time, list | tuple):
-        return [_stretched(part, factor) for part in time]
+        return [_scaled(part, factor) for part in time]
     if time is None or not is_time(time):
         return time
     number, unit = parse_time(time)
     return f"{round(number * factor)}ba" if unit == "ba" else round(number * factor, 6)
 
 
-def _without(argv: list[str], option: str) -> list[str]:
+def _without_option(argv: list[str], option: str) -> list[str]:
     """The command line without an option and its value."""
     kept, drop = [], False
     for item in argv:
@@ -193,7 +154,8 @@ def from_dict(values: dict[str, Any]) -> Config:
     """A `Config` from nested plain values as jsonargparse gives them."""
     values = {key: value for key, value in values.items() if key != "config"}
     for item in dataclasses.fields(RawConfig):
-        if dataclasses.is_dataclass(item.type) and isinstance(values.get(item.name), dict):
+        kind = item.type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(values.get(item.name), dict):
             group = {k: tuple(v) if isinstance(v, list) else v for k, v in values[item.name].items()}
-            values[item.name] = item.type(**group)
+            values[item.name] = kind(**group)
     return RawConfig(**values).resolve()

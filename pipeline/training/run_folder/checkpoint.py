@@ -19,6 +19,7 @@ import xxhash
 
 from pipeline.config import RawConfig
 from pipeline.config import semantic_config as settings_of
+from pipeline.config.names import rename_flat
 from pipeline.errors import TransientError, UserError
 from pipeline.training.run_folder.snapshot import Snapshot
 
@@ -213,7 +214,8 @@ def check_fingerprints(path: Path, meta: dict, identity: dict, index_fingerprint
 def compare_semantic_config(there: dict, here: dict, whose: str) -> None:
     """Raises UserError that lists the settings of `whose` that differ from the ones asked for. A setting that was not
     known when `whose` was written counts as its default."""
-    there = {**{name: value for name, value in settings_of(RawConfig().resolve()).items() if name in here}, **there}
+    defaults = {name: value for name, value in settings_of(RawConfig().resolve()).items() if name in here}
+    there = defaults | rename_flat(there)
     differing = [
         f"{name} is {there.get(name)} there and {here.get(name)} here"
         for name in sorted(there.keys() | here.keys())

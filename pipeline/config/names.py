@@ -1,0 +1,148 @@
+"""Names of options: their earlier names, the names that other trainers use, and the nearest one to a misspelling."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.run import RawConfig
+from pipeline.errors import UserError
+
+#: options that have been renamed: still accepted, with one line of warning
+RENAMED = {
+    "augment.cutmix_share": "augment.mixup_switch_prob",
+    "augment.erase": "augment.random_erase",
+    "augment.mix": "augment.mix_prob",
+    "augment.ops": "augment.num_ops",
+    "checkpoint.wait_minutes": "checkpoint.outage_timeout_minutes",
+    "optim.body_lr": "optim.body_lr_factor",
+    "optim.clip_adaptive": "optim.agc",
+    "schedule.made_for": "schedule.reference_epochs",
+    "train.profile": "train.profile_steps",
+    "train.timeout_s": "train.hang_timeout_s",
+}
+
+#: what torchvision's references and timm call some options -> the option here
+ELSEWHERE = {
+    "a": "model.name",
+    "amp": "train.precision",
+    "arch": "model.name",
+    "b": "train.global_batch_size",
+    "batch_size": "train.global_batch_size",
+    "data_dir": "data.root",
+    "data_path": "data.root",
+    "j": "data.threads",
+    "learning_rate": "optim.lr",
+    "lr_warmup_epochs": "schedule.warmup_epochs",
+    "num_workers": "data.threads",
+    "opt": "optim.name",
+    "output": "run_dir",
+    "output_dir": "run_dir",
+    "reprob": "augment.random_erase",
+    "smoothing": "optim.label_smoothing",
+    "wd": "optim.weight_decay",
+    "workers": "data.threads",
+}
+
+#: groups of options that are often given as if they were one -> the option that is meant
+GROUPS = {"data": "data.root", "model": "model.name", "optim": "optim.name", "schedule": "schedule.name"}
+
+#: options of the parser itself
+BUILT_IN = ("config", "help", "print_config")
+
+
+def option_names(item: Any = RawConfig, prefix: str = "") -> Iterator[str]:
+    """The names of all options and groups of options, dotted."""
+    for part in dataclasses.fields(item):
+        if dataclasses.is_dataclass(part.type):
+            yield from option_names(part.type, f"{prefix}{part.name}.")
+        yield prefix + part.name
+
+
+def flag_names(item: Any = RawConfig, prefix: str = "") -> set[str]:
+    """The names of all boolean options, dotted."""
+    names: set[str] = set()
+    for part in dataclasses.fields(item):
+        if dataclasses.is_dataclass(part.type):
+            names |= flag_names(part.type, f"{prefix}{part.name}.")
+        elif part.type is bool:
+            names.add(prefix + part.name)
+    return names
+
+
+def rename_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(the command line with renamed options under their new names, one warning for each)."""
+    renamed, warnings = [], []
+    for item in argv:
+        name, equals, value = item.partition("=")
+        new = RENAMED.get(name.removeprefix("--")) if name.startswith("--") else None
+        if new is not None:
+            warnings.append(f"{name} is now called --{new}")
+            item = f"--{new}{equals}{value}"
+        renamed.append(item)
+    return renamed, warnings
+
+
+def rename_settings(settings: dict[str, Any]) -> list[str]:
+    """Give renamed options of a recipe or of a saved configuration, read from YAML, their new names, in place.
+
+    Returns one warning for each. Where both names are given, the new one counts.
+    """
+    warnings = []
+    for old, new in RENAMED.items():
+        (group, old_key), new_key = old.split("."), new.split(".")[1]
+        options = settings.get(group)
+        if isinstance(options, dict) and old_key in options:
+            warnings.append(f"{old} is now called {new}")
+            value = options.pop(old_key)
+            options.setdefault(new_key, value)
+    return warnings
+
+
+def rename_flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint, by dotted name, under today's names."""
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
+
+
+def check_names(argv: list[str]) -> None:
+    """Raises UserError for the first unknown option for which a known one is probably meant, and names that one.
+
+    Such are the names of other trainers (--lr, --epochs, -b, --arch), misspellings (--optim.lrr), and --model resnet50,
+    as model is a group of options. `argv` is normalized (see `pipeline.command.normalize`).
+    """
+    known = set(option_names())
+    position = 0
+    while position < len(argv):
+        item = argv[position]
+        position += 1
+        name, equals, value = item.partition("=")
+        if not re.fullmatch(r"--?[A-Za-z][\w.]*", name):
+            continue
+        dashes, name = name[: -len(name.lstrip("-"))], name.lstrip("-")
+        if not equals and name not in ("h", "help", "print_config"):
+            value = argv[position] if position < len(argv) else ""
+            position += 1
+        if name in GROUPS and not Path(value).is_file() and not value.lstrip().startswith("{"):
+            raise UserError(f"--{name} {value}: {name} is a group of options; did you mean --{GROUPS[name]} {value}?")
+        if name in known or name in BUILT_IN or item == "-h":
+            continue
+        meant = nearest(name, known)
+        if meant:
+            raise UserError(f"unknown option {dashes}{name}; did you mean {' or '.join(f'--{one}' for one in meant)}?")
+
+
+def nearest(name: str, known: set[str]) -> list[str]:
+    """The options that are probably meant by an unknown name, at most three; [] where none is near."""
+    last = name.rpartition(".")[2]
+    elsewhere = ELSEWHERE.get(last)
+    if elsewhere is not None:
+        return [elsewhere]
+    same = sorted(one for one in known if one.endswith(f".{last}") or one.replace(".", "_") == name)
+    if same:
+        return difflib.get_close_matches(name, same, n=1, cutoff=0.7) or same[:3]
+    if "." in name:
+        return difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    by_last = {one.rpartition(".")[2]: one for one in sorted(known, reverse=True)}
+    return [by_last[one] for one in difflib.get_close_matches(name, by_last, n=1, cutoff=0.7)]
