@@ -1,10 +1,32 @@
 #!/usr/bin/env bash
-# Format, lint and tests. Makes .venv if need be. Arguments go to pytest: scripts/test.sh -k checkpoint
+# Format, lint, types, docs and tests. Makes .venv if needed.
+# Usage: scripts/test.sh [--fast | --all] [pytest's arguments]
+#   --fast      a few minutes: nothing that takes more than 20 s, no Slurm, no browser; installs nothing as root
+#   (default)   everything but the tests marked "long"
+#   --all       everything: clusters and elasticity as well
+# For example: scripts/test.sh --fast -k checkpoint
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+marks="not long"
+case "${1:-}" in
+    --fast)
+        marks="not slow and not slurm and not browser and not long"
+        shift
+        ;;
+    --all)
+        marks=""
+        shift
+        ;;
+    -h | --help)
+        sed -n 's/^# \{0,1\}//; 2,/^set/ { /^set/!p; }' "$0"
+        exit 0
+        ;;
+esac
+
 . scripts/env.sh
 pipeline_env test
-if [ -x scripts/install_test_tools.sh ]; then
+if [[ $marks != *"not slurm"* ]]; then
     scripts/install_test_tools.sh
 fi
 free=$(df -Pk "${TMPDIR:-/tmp}" | awk 'NR == 2 { print int($4 / 1024) }')
@@ -16,4 +38,5 @@ fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 ruff format --check .
 ruff check .
-exec python -m pytest "$@"
+lint-imports
+exec python -m pytest -m "$marks" "$@"

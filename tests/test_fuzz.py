@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import load_config
 from pipeline.dataset.imagenet import SYNSET_MAPPING, VAL_SOLUTION, read_synset_words, read_val_solution
-from pipeline.dataset.index.decode import Content, inspect
+from pipeline.dataset.index.decode import FileContent, inspect
 from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.shards.pack import pack
@@ -202,5 +202,5 @@ def test_an_image_of_300_megapixels_is_refused_before_it_takes_memory():
 
     header = struct.pack(">IIBBBBB", 20_000, 15_000, 8, 2, 0, 0, 0)
     picture = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    seen = inspect(Content(picture, 0))
+    seen = inspect(FileContent(picture, 0))
     assert "300000000 pixels" in seen.reason and seen.width == 0

@@ -205,6 +205,7 @@ def browse(html: str, folder, width: int = 1280) -> tuple[str, str]:
     return "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line), done.stdout
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (scripts/install_test_tools.sh)")
 def test_a_browser_has_nothing_to_complain_about(html, tmp_path):
     messages, dom = browse(html, tmp_path)

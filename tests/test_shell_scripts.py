@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.env.example")])
+SCRIPTS = sorted(
+    [ROOT / ".ci/run", *ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.env.example")]
+)
 
 
 @pytest.mark.skipif(
