@@ -47,7 +47,7 @@ def broken(function) -> str:
 
 
 def test_host_memory(monkeypatch):
-    monkeypatch.setattr(translation, "fitting", lambda config, room: f"; {room:.0f} MiB are room")
+    monkeypatch.setattr(translation, "largest_fitting_batch", lambda config, room: f"; {room:.0f} MiB are room")
     line = broken(lambda: torch.empty(1 << 50))
     assert "out of host memory on rank 0: 4194304.0 GiB asked for" in line and "GiB are free; " in line
     assert "Unable to allocate" in broken(lambda: np.empty(1 << 58, np.uint8))
