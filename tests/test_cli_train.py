@@ -80,7 +80,7 @@ def test_a_piece_of_one_image_and_one_pixel(root, tmp_path):
 
 def test_synchronised_batchnorm_is_for_gpus(root, tmp_path):
     line = complaint(runs.call(root, tmp_path / "run", "--model.sync_batchnorm", "--train.device", "cpu", expect=2))
-    assert "--model.sync_batchnorm needs GPUs" in line
+    assert "--model.sync_batchnorm requires GPUs" in line
 
 
 def test_images_too_small_for_the_network_leave_the_folder_free_for_the_right_size(root, tmp_path):
