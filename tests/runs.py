@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pipeline.__main__ import main
-from pipeline.training.run_folder.checkpoint import list_checkpoints
+from pipeline.run_paths import list_checkpoints
 
 TINY = Path(__file__).with_name("tiny.yaml")
 NOT_REPEATABLE = ("images_per_s", "data_wait_fraction")  # times; all else in a training row must be

@@ -10,7 +10,8 @@ import pytest
 import runs
 
 from pipeline.dataset.index.scan import build_index
-from pipeline.training.run_folder.checkpoint import list_checkpoints, verify_checkpoint
+from pipeline.run_paths import list_checkpoints
+from pipeline.training.run_folder.checkpoint import verify_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The two decoders give the same batches, pixels as torchvision's, and bear unreadable samples."""
 
-import dataclasses
 import shutil
 from io import BytesIO
 
@@ -21,20 +20,14 @@ from pipeline.loader import build
 from pipeline.loader.plan import EvalPlan, Planned
 from pipeline.loader.resize import Resizer, decoded_windows
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
+from pipeline.rank_info import RankInfo
 
 CPU = torch.device("cpu")
+ALONE = RankInfo()
 LOADERS = [
     "reference",
     pytest.param("dali", marks=pytest.mark.skipif(build.dali_problem() is not None, reason="no DALI")),
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class RankInfo:
-    rank: int = 0
-    size: int = 1
-    local_size: int = 1
-    device: torch.device = CPU
 
 
 @pytest.fixture
@@ -48,7 +41,7 @@ def index(synthetic_root):
     return build_index(synthetic_root)
 
 
-def streams(index, loader, batch=12, place=RankInfo(), **data):
+def streams(index, loader, batch=12, place=ALONE, **data):
     config = DataConfig(loader=loader, image_size=64, val_size=64, val_resize=72, **data).resolve()
     plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=batch, seed=3))
     return (

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from complaints import complaint
-from test_loaders import RankInfo
 from torch import nn
 from torchvision.transforms import v2
 
@@ -15,6 +14,7 @@ from pipeline.config import AugmentConfig, DataConfig, RawConfig, TrainConfig, p
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.loader import build
+from pipeline.rank_info import RankInfo
 from pipeline.training.step import NormalizeEraseMix
 from pipeline.training.validate import check_batch
 

@@ -43,6 +43,19 @@ class TrainConfig:
     deterministic: bool = runtime_field(False)
     """On CUDA: only deterministic kernels (slower), so that resuming is bit-exact there too. On CPU it is always."""
 
+    def local_batch_size(self, world_size: int) -> int:
+        """Images of a step that one of `world_size` ranks trains on."""
+        return max(1, self.global_batch_size // world_size)
+
+    def local_micro_batch_size(self, world_size: int) -> int:
+        """Images that a rank puts through the network at once: at most the local batch."""
+        local = self.local_batch_size(world_size)
+        return min(self.micro_batch_size or local, local)
+
+    def local_eval_batch_size(self, world_size: int) -> int:
+        """Validation images that a rank scores at once."""
+        return self.eval_batch_size or self.local_micro_batch_size(world_size)
+
 
 def check_train(c: TrainConfig) -> Iterator[Check]:
     """Impossible values of the group `train`."""

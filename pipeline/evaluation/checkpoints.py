@@ -15,12 +15,12 @@ from pipeline.model.build import Normalized, build_model
 from pipeline.model.heads import count_outputs
 from pipeline.model.published import Published
 from pipeline.model.weights import load_whole, start_from
+from pipeline.run_paths import list_checkpoints
 from pipeline.tracking.ledger import best_step, read_rows
 from pipeline.training.ranks.world import World
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
     find_newest_good,
-    folder_name,
     load_state,
     verify_checkpoint,
 )
@@ -53,12 +53,12 @@ def find_checkpoint(folder: RunFolder, name: str) -> tuple[Path, dict]:
         step = best_step(row for row in read_rows(folder.ledger) if row.get("kind") == "eval")
         if step is None:
             raise UserError(f"{folder.ledger} holds no evaluation yet; give --checkpoint last")
-        path = folder.checkpoints / folder_name(step)
+        path = folder.checkpoint(step)
     else:
-        own = folder.checkpoints / (folder_name(int(name)) if name.isdecimal() else name)
+        own = folder.checkpoint(int(name)) if name.isdecimal() else folder.checkpoints / name
         path = own if own.is_dir() else Path(name).expanduser()
         if not path.is_dir():
-            known = ", ".join(found.name for found in sorted(folder.checkpoints.glob("step-*"))) or "none"
+            known = ", ".join(found.name for _, found in reversed(list_checkpoints(folder.checkpoints))) or "none"
             raise UserError(f"--checkpoint {name} is no checkpoint; give best, last, or one of {folder.path}: {known}")
     try:
         return path, verify_checkpoint(path)

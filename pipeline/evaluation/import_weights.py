@@ -16,7 +16,7 @@ from pipeline.model.heads import find_heads
 from pipeline.model.legacy_checkpoint import convert_to_torchvision, guess_model_name, is_legacy
 from pipeline.model.weights import load_whole, read_state
 from pipeline.training.optim.optimizer import heads_for, make_optimizer
-from pipeline.training.run_folder.checkpoint import folder_name, write_checkpoint
+from pipeline.training.run_folder.checkpoint import write_checkpoint
 from pipeline.training.run_folder.folder import RunFolder
 
 
@@ -54,7 +54,7 @@ def import_weights(
     write_run(folder, settings, model, facts)
     what = "the original script's layout, biases folded into BatchNorm" if legacy else "torchvision's layout"
     print(f"{folder.path}: {name}, {count_parameters(model):,} parameters, {len(state[head])} classes; {what}")
-    weights = folder.checkpoints / folder_name(0)
+    weights = folder.checkpoint(0)
     print(f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {weights}")
     return EXIT_OK
 

@@ -151,8 +151,7 @@ def score_all(
     positions = class_positions(index.synsets, subject.classes, subject.outputs, str(index.root))
     folders = list(zip(index.synsets, index.words, positions.tolist(), strict=True))
     labels = positions[np.ascontiguousarray(index.splits["val"].records["label"], np.int64)]
-    local = config.train.global_batch_size // world.size
-    batch = config.train.eval_batch_size or max(1, min(local, config.train.micro_batch_size or local))
+    batch = config.train.local_eval_batch_size(world.size)
     flip = config.evaluation.flip if ask.flip is None else ask.flip
     count = config.evaluation.recalibrate_batches if ask.recalibrate is None else ask.recalibrate
     results = []
@@ -195,9 +194,8 @@ def recalibrated(
     skip = frozenset(sample for sample, _ in subject.meta["blacklist"])
     try:
         last = range(max(0, step - count), max(step, 1))
-        return recalibrate(
-            network, stream, last, skip, world, config.train.precision, stop, config.train.micro_batch_size
-        )
+        at_once = config.train.local_micro_batch_size(world.size)
+        return recalibrate(network, stream, last, skip, world, config.train.precision, stop, at_once)
     finally:
         stream.close()
 

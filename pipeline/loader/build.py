@@ -1,7 +1,5 @@
 """From a configuration to the two streams of a run: training and validation."""
 
-from typing import Protocol
-
 import numpy as np
 import torch
 
@@ -13,15 +11,7 @@ from pipeline.errors import UserError
 from pipeline.loader.plan import EvalPlan, FiveCropPlan, TrainPlan
 from pipeline.loader.source import Source
 from pipeline.loader.stream import Decoder, Stream
-
-
-class RankInfo(Protocol):
-    """A rank, the number of ranks, and the device of its batches."""
-
-    rank: int
-    size: int
-    local_size: int
-    device: torch.device
+from pipeline.rank_info import RankInfo
 
 
 def dali_problem() -> str | None:

@@ -36,11 +36,12 @@ def check_to_score(config: ModelConfig, sizes: Iterable[int], option: str, probe
             raise UserError(f"{option}: {config.name} can't take images of {size} px; give {remedy}")
 
 
-def check_smallest_piece(config: Config, local_batch_size: int) -> None:
-    """Raises UserError if a rank's batch of so many images leaves BatchNorm one image, and of that one pixel, which has
-    no variance."""
-    micro = min(config.train.micro_batch_size or local_batch_size, local_batch_size)
-    if 1 not in (micro, local_batch_size % micro):
+def check_smallest_piece(config: Config, world_size: int) -> None:
+    """Raises UserError if the local batch of one of `world_size` ranks leaves BatchNorm one image, and of that one
+    pixel, which has no variance."""
+    local = config.train.local_batch_size(world_size)
+    micro = config.train.local_micro_batch_size(world_size)
+    if 1 not in (micro, local % micro):
         return
     probe = SizeProbe(config.model)
     for size in config.data.sizes():
@@ -48,7 +49,7 @@ def check_smallest_piece(config: Config, local_batch_size: int) -> None:
             name = "train.micro_batch_size" if config.train.micro_batch_size else "train.global_batch_size"
             value = config.train.micro_batch_size or config.train.global_batch_size
             raise UserError(
-                f"--{name} {value} leaves one image of the {local_batch_size} of a rank to itself, and "
+                f"--{name} {value} leaves one image of the {local} of a rank to itself, and "
                 f"{config.model.name}'s BatchNorm has nothing to average in one image of {size} px; give another"
             )
 

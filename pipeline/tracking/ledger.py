@@ -35,6 +35,11 @@ def read_rows(path: Path) -> Iterator[dict]:
                 yield row
 
 
+def is_start(row: dict) -> bool:
+    """Does this row say that a process began to train, at step 0 or from a checkpoint?"""
+    return row.get("event") in ("started", "resumed")
+
+
 def last_steps(path: Path) -> dict[str, int]:
     """Kind of row ("train", "eval") -> its last step in a ledger."""
     return {row["kind"]: row["step"] for row in read_rows(path) if row.get("kind") in ("train", "eval")}

@@ -13,6 +13,7 @@ from pipeline.config import load_config
 from pipeline.config.run import semantic_config
 from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.progress import Progress
+from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import read_rows
 
 
@@ -32,11 +33,11 @@ def resend(
         entity: default: as the run had it.
         name: of the new W&B run; default: the run's, with "-resent".
     """
-    folder = Path(run).expanduser().resolve()
-    ledger = folder / "metrics.jsonl"
+    paths = RunPaths(Path(run).expanduser().resolve())
+    folder, ledger = paths.path, paths.ledger
     if not ledger.exists():
         raise UserError(f"{folder} has no metrics.jsonl; give a run folder")
-    config = load_config(folder / "config.yaml")
+    config = load_config(paths.config)
     tracking = config.tracking
     rows = [row for row in read_rows(ledger) if row.get("kind") in ("train", "eval") and "step" in row]
     os.environ.setdefault("WANDB_SILENT", "true")

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 from pipeline.config import TrackingConfig
 from pipeline.files import atomic_write
 from pipeline.redact import redact
+from pipeline.run_paths import RunPaths
 
 _INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 30, 60
 
@@ -32,11 +33,11 @@ class WandbView:
 
     def __init__(self, config: TrackingConfig, run_dir: Path, settings: dict, last_steps: dict[str, int], say):
         self.run, self.say = None, say
-        self.folder = run_dir / "wandb"
+        self.paths = RunPaths(run_dir)
         if config.wandb == "disabled":
             return
-        self.folder.mkdir(exist_ok=True)
-        self.sent = self._high_water(self.folder / "sent.json", last_steps)
+        self.paths.wandb.mkdir(exist_ok=True)
+        self.sent = self._high_water(self.paths.wandb_sent, last_steps)
         self.taken = self.sent["train"]  # W&B has this step, and takes nothing for it or an earlier one
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -67,8 +68,8 @@ class WandbView:
         if mode == "auto":
             mode = "online" if has_key() else "offline"
             if mode == "offline":
-                self.say("W&B: no key, so offline; upload later with: wandb sync " + str(self.folder / "offline-*"))
-        identifier = self.folder / "run-id"
+                self.say(f"W&B: no key, so offline; upload later with: wandb sync {self.paths.wandb}/offline-*")
+        identifier = self.paths.wandb_run_id
         if not identifier.exists():
             atomic_write(identifier, uuid.uuid4().hex[:8])
         arguments = {
@@ -111,7 +112,7 @@ class WandbView:
         step = row["step"]
         if step <= self.taken:  # an evaluation that did not come to pass before a kill: beside the next training row
             step = self.taken + 1
-            self._high_water(self.folder / "sent.json", {"train": step})
+            self._high_water(self.paths.wandb_sent, {"train": step})
         self._try(self.run.log, {k: v for k, v in row.items() if k not in ("kind", "step")}, step=step)
 
     def show(self, pictures: list[Path], step: int) -> None:
@@ -133,7 +134,7 @@ class WandbView:
     def expect_rewind(self, last_steps: dict[str, int]) -> None:
         """The run is about to go back; `last_steps`: as for a start."""
         if self.run is not None:
-            self.sent = self._high_water(self.folder / "sent.json", last_steps)
+            self.sent = self._high_water(self.paths.wandb_sent, last_steps)
             self.taken = max(self.taken, self.sent["train"])
 
     def close(self, exit_code: int = 0) -> None:

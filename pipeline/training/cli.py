@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.errors import TransientError, UserError
 from pipeline.imports import importing
 from pipeline.redact import redact
+from pipeline.run_paths import RunPaths
 from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun
 
 
@@ -21,10 +22,10 @@ def train(argv: list[str]) -> int:
     from pipeline.config import parse_config
 
     config = parse_config(argv)
-    run_dir = Path(config.run_dir).expanduser().resolve()
-    from pipeline.training.ranks.watchdog import DEBUG, record_flights
+    paths = RunPaths(Path(config.run_dir).expanduser().resolve())
+    from pipeline.training.ranks.watchdog import record_flights
 
-    record_flights(run_dir / DEBUG)
+    record_flights(paths.debug)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with importing():
         from pipeline.training.loop import Trainer
@@ -35,14 +36,14 @@ def train(argv: list[str]) -> int:
         from pipeline.training.run_folder.lock import RunLock
 
     world = start_world(config.train)
-    lock = RunLock(run_dir)
+    lock = RunLock(paths.path)
 
     def last_words(message: str) -> None:
         if lock.held:
             leave_word(config.run_dir, TransientError(message))
             lock.release()
 
-    world.watch.folder, world.watch.last_words = run_dir / DEBUG if config.run_dir else None, last_words
+    world.watch.folder, world.watch.last_words = paths.debug if config.run_dir else None, last_words
     try:
         meet_all(world)
         with translating_errors(config, world):
@@ -67,7 +68,7 @@ def leave_word(run_dir: str, error: UserError | TransientError) -> None:
 
     folder = Path(run_dir).expanduser()
     code = EXIT_USER if isinstance(error, UserError) else EXIT_RETRY
-    if _is_rank_zero() and run_dir and (folder / "config.yaml").exists():
+    if _is_rank_zero() and run_dir and RunFolder(folder).config.exists():
         try:
             RunFolder(folder).mark("failed", exit_code=code, message=redact(str(error)))
         except OSError as problem:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.run_paths import RunPaths
 from pipeline.training.ranks.launcher import without_launcher
 from pipeline.training.ranks.stop_request import StopRequest
 
@@ -44,6 +45,6 @@ def write_report(folder: Path, device: str, stop: StopRequest, say: Callable[[st
         lines = output.strip().splitlines() or [f"exit code {process.returncode}"]
         say(f"no report ({lines[-1]}); write it with: pipeline report {folder}")
         return None
-    place = folder / "report" / "index.html"
+    place = RunPaths(folder).report_page
     say(f"report {place}")
     return place

@@ -207,7 +207,7 @@ class Trainer:
     def score(self, network: nn.Module) -> Scores | None:
         """The scores of a network; its buffers are afterwards what they were."""
         settings, precision = self.config.evaluation, self.config.train.precision
-        at_once = self.config.train.micro_batch_size
+        at_once = self.config.train.local_micro_batch_size(self.world.size)
         last = range(max(0, self.step - settings.recalibrate_batches), self.step)
         with keeping_buffers(network):
             if settings.recalibrate_batches:
@@ -303,8 +303,7 @@ class Trainer:
     def open(self) -> None:
         """The loaders of every rank; rank 0's books, and what it says at the start."""
         data, world = self.config.data, self.world
-        local = self.config.train.global_batch_size // world.size
-        eval_batch = self.config.train.eval_batch_size or min(local, self.config.train.micro_batch_size or local)
+        eval_batch = self.config.train.local_eval_batch_size(world.size)
         self.train_stream = make_train_stream(self.index, self.plan, data, world)
         self.eval_stream = make_eval_stream(self.index, data, eval_batch, world)
         self.watch.detail = lambda: self.train_stream.source.slowest() or self.eval_stream.source.slowest()
@@ -320,9 +319,7 @@ class Trainer:
         self.recorder.event(name, self.step, world_size=world.size, **facts)
         self.introduce()
         if self.config.train.profile_steps:
-            self.profiler = Profiler(
-                self.config.train.profile_steps, self.folder.path / "profile", world, self.console.say
-            )
+            self.profiler = Profiler(self.config.train.profile_steps, self.folder.profile, world, self.console.say)
         self.console.start(self.step, self.last_step)
 
     def introduce(self) -> None:

@@ -96,8 +96,7 @@ class TrainStep:
 
     def __init__(self, model: nn.Module, config: Config, world: World, warmup_steps: int = 0):
         self.config, self.device, self.rank = config, world.device, world.rank
-        local = config.train.global_batch_size // world.size
-        self.micro = config.train.micro_batch_size or local
+        self.micro = config.train.local_micro_batch_size(world.size)
         self.model = model
         data, group = config.data, config.augment.mix_group
         whole = NormalizeEraseMix(model, data.mean, data.std, config.train.channels_last, group).to(self.device)

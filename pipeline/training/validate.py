@@ -36,7 +36,7 @@ def check_batch(config: Config, world_size: int) -> None:
             f"--train.global_batch_size {size} is not divisible by the {world_size} ranks; "
             f"give a multiple, e.g. {-(-size // world_size) * world_size}"
         )
-    local = size // world_size
+    local = config.train.local_batch_size(world_size)
     if config.augment.mixes and local % group:
         raise UserError(
             f"--augment.mix_group {group} does not divide the {local} images that each of {world_size} ranks has of "
@@ -48,7 +48,7 @@ def check_network(config: Config, world_size: int, device_type: str) -> None:
     """Raises UserError if the network can't be built, or can't be trained on these images, this many at a time, on this
     type of device."""
     check_image_sizes(config)
-    check_smallest_piece(config, config.train.global_batch_size // world_size)
+    check_smallest_piece(config, world_size)
     if config.model.sync_batchnorm and device_type == "cpu":
         raise UserError(
             "--model.sync_batchnorm requires GPUs (PyTorch has no SyncBatchNorm for CPUs); "

@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
@@ -11,16 +10,9 @@ import numpy as np
 import torch
 
 from pipeline.insight.bench.arena import Absent
+from pipeline.rank_info import RankInfo
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class _Place:
-    rank: int = 0
-    size: int = 1
-    local_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 class _NoResizer:
@@ -50,9 +42,9 @@ def open_stream(root: str, split: str, size: int, batch: int, threads: int | Non
     data = DataConfig(root, loader=loader, image_size=size, val_size=size, val_resize=resize, threads=threads).resolve()
     index = open_index(index_folder(Path(root)))
     if split == "val":
-        return make_eval_stream(index, data, batch, _Place())
+        return make_eval_stream(index, data, batch, RankInfo())
     plan = make_train_plan(index, data, TrainConfig(global_batch_size=batch))
-    return make_train_stream(index, plan, data, _Place())
+    return make_train_stream(index, plan, data, RankInfo())
 
 
 def ours(

@@ -21,7 +21,8 @@ from pipeline.command import run_command
 from pipeline.errors import EXIT_OK, EXIT_RETRY, TransientError, UserError
 from pipeline.insight.chaos.faults import LATEST, Disturbance, Moment, descendants, draw, send, strike
 from pipeline.progress import Progress
-from pipeline.tracking.ledger import read_rows
+from pipeline.run_paths import RunPaths
+from pipeline.tracking.ledger import is_start, read_rows
 
 BATCH, CLASSES, PER_CLASS = 16, 4, 24
 PATIENCE_S = 300.0  # without any progress
@@ -88,7 +89,7 @@ class Job:
 
     def rows(self, kind: str) -> list[dict]:
         """The ledger's rows of a kind; read again only when the file has changed."""
-        path = self.run / "metrics.jsonl"
+        path = RunPaths(self.run).ledger
         if path.exists():
             facts = path.stat()
             stamp = facts.st_ino, facts.st_size, facts.st_mtime_ns
@@ -127,7 +128,7 @@ class Chaos:
                 self.note_recovery(here[1])
                 before = here
             if self.job.ended():
-                if self.job.process.returncode == 0 and (self.job.run / "finished").exists():
+                if self.job.process.returncode == 0 and RunPaths(self.job.run).finished.exists():
                     return
                 raise TransientError(f"a job ended by itself with {self.job.process.returncode}; see {self.job.log}")
             if time.monotonic() > moved + PATIENCE_S:
@@ -149,7 +150,7 @@ class Chaos:
         begun = time.time()
         if strike(self.job.process.pid, what):
             self.job.wait_for_all()
-            if not (self.job.run / "finished").exists():
+            if not RunPaths(self.job.run).finished.exists():
                 self.struck, self.step_at_strike = begun, self.job.last_step()
             self.job.start()
         self.done.append({"step": step, **asdict(what)})
@@ -159,7 +160,7 @@ class Chaos:
         """The first training row after a start ends a recovery."""
         if self.struck is None:
             return
-        resumed = [row for row in self.job.rows("event") if row["event"] in ("started", "resumed")]
+        resumed = [row for row in self.job.rows("event") if is_start(row)]
         if resumed and resumed[-1]["time"] > self.struck and step > resumed[-1]["step"]:
             self.recovery_s.append(time.time() - self.struck)
             self.lost.append(max(0, self.step_at_strike - resumed[-1]["step"]))

@@ -12,8 +12,9 @@ import torch
 from pipeline.config import load_config
 from pipeline.dataset.index.index import open_index
 from pipeline.loader.build import make_train_plan
+from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.ledger import read_rows
-from pipeline.training.run_folder.checkpoint import list_checkpoints, load_state, verify_checkpoint
+from pipeline.training.run_folder.checkpoint import load_state, verify_checkpoint
 
 TIMES = ("images_per_s", "data_wait_fraction")  # what differs from run to run by nature
 _EXPECTED = {"config.yaml", "metrics.jsonl", "finished", "checkpoints", "report", "wandb", "debug"}
@@ -21,7 +22,7 @@ _EXPECTED = {"config.yaml", "metrics.jsonl", "finished", "checkpoints", "report"
 
 def rows_of(run: Path, kind: str) -> list[dict]:
     """The ledger's rows of a kind, without times."""
-    rows = (row for row in read_rows(run / "metrics.jsonl") if row.get("kind") == kind)
+    rows = (row for row in read_rows(RunPaths(run).ledger) if row.get("kind") == kind)
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
@@ -43,7 +44,7 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 
 def compare_weights(disturbed: Path, undisturbed: Path) -> list[str]:
     """The last checkpoints: weights, buffers, optimizer."""
-    found = [list_checkpoints(run / "checkpoints")[:1] for run in (disturbed, undisturbed)]
+    found = [list_checkpoints(RunPaths(run).checkpoints)[:1] for run in (disturbed, undisturbed)]
     if not all(found):
         return ["a run has no checkpoint"]
     (one_step, one), (other_step, other) = (entry[0] for entry in found)
@@ -72,7 +73,7 @@ def compare_ledgers(disturbed: Path, undisturbed: Path) -> list[str]:
 
 def check_samples(run: Path) -> list[str]:
     """Every sample once an epoch: the digest of each batch that was seen is that of the plan."""
-    config = load_config(run / "config.yaml")
+    config = load_config(RunPaths(run).config)
     index = open_index(Path(config.data.index or Path(config.data.root) / "index"))
     plan = make_train_plan(index, config.data, config.train, config.augment)
     rows = rows_of(run, "train")
@@ -93,7 +94,7 @@ def check_samples(run: Path) -> list[str]:
 def check_files(disturbed: Path, undisturbed: Path) -> list[str]:
     """No stray file in the run folder or its checkpoints."""
     found = [f"stray file {path.name}" for path in disturbed.iterdir() if path.name not in _EXPECTED]
-    one, other = ({path.name for path in (run / "checkpoints").iterdir()} for run in (disturbed, undisturbed))
+    one, other = ({path.name for path in (RunPaths(run).checkpoints).iterdir()} for run in (disturbed, undisturbed))
     extra = {name for name in one if name.startswith(".") or not name.startswith("step-")}
     found += [f"stray file checkpoints/{name}" for name in sorted(extra)]
     return found if len(one) == len(other) else [*found, f"{len(one)} checkpoints instead of {len(other)}"]
@@ -104,7 +105,7 @@ def wandb_steps(run: Path) -> list[int]:
     tool = Path(sys.executable).with_name("wandb")
     command = str(tool) if tool.exists() else shutil.which("wandb")
     steps = []
-    for file in sorted((run / "wandb").glob("offline-run-*/run-*.wandb")):
+    for file in sorted((RunPaths(run).wandb).glob("offline-run-*/run-*.wandb")):
         done = subprocess.run([command, "leet", "inspect", "--json", str(file)], capture_output=True, text=True)
         for line in done.stdout.splitlines():
             record = json.loads(line)

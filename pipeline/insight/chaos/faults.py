@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.run_paths import RunPaths
+
 WAYS = ("kill a rank", "kill torchrun", "kill all", "terminate", "suspend a rank")
 PHASES = ("start-up", "training", "saving", "renaming", "pruning", "evaluating")
 
@@ -121,7 +123,7 @@ class Moment:
     """
 
     def __init__(self, what: Disturbance, run: Path, last_step: Callable[[], int], evaluates: Callable[[], bool]):
-        self.what, self.checkpoints = what, run / "checkpoints"
+        self.what, self.checkpoints = what, RunPaths(run).checkpoints
         self.last_step, self.evaluates = last_step, evaluates
         self.begun, self.first = time.monotonic(), None
         self.known = self._saved()

@@ -12,7 +12,8 @@ from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.estimate.gpus import Card, find_card
 from pipeline.insight.status.cli import duration
 from pipeline.insight.status.run_state import median_step_s, read_tail
-from pipeline.tracking.ledger import read_rows
+from pipeline.run_paths import RunPaths
+from pipeline.tracking.ledger import is_start, read_rows
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -82,13 +83,13 @@ def measured_rate(options: Options) -> tuple[float, str, int] | None:
         return options.images_per_s, "as given", options.world_size or 1
     if options.run is None:
         return None
-    ledger = Path(options.run).expanduser() / "metrics.jsonl"
+    ledger = RunPaths(Path(options.run).expanduser()).ledger
     if not ledger.exists():
         raise UserError(f"--run {options.run} has no metrics.jsonl; give the folder of a run")
     step_s = median_step_s(read_tail(ledger), 1)  # of one image
     if step_s is None:
         raise UserError(f"--run {options.run} has no training step yet; give another run")
-    starts = (row for row in read_rows(ledger) if row.get("event") in ("started", "resumed"))
+    starts = (row for row in read_rows(ledger) if is_start(row))
     world_size = max(starts, key=lambda row: row.get("time", 0), default={}).get("world_size", 1)
     return 1 / step_s, f"measured by {options.run}", world_size
 
@@ -111,8 +112,8 @@ def estimate(config: Config, options: Options) -> dict:
         raise UserError(
             f"--world_size {world_size}: {options.run} was measured on {rate[2]}; leave it out, or see --scale"
         )
-    local = config.train.global_batch_size // world_size
-    at_once = min(config.train.micro_batch_size or local, local)
+    local = config.train.local_batch_size(world_size)
+    at_once = config.train.local_micro_batch_size(world_size)
     check_image_sizes(config)
     tracer = Tracer(config, classes, options.conv_bias)
     memory = step_memory(tracer, at_once)
@@ -284,8 +285,8 @@ def _layer_lines(facts: dict) -> list[str]:
 def main(argv: list[str]) -> int:
     options, rest = split_options(Options, "estimate", argv)
     recipe_given = any(item.partition("=")[0] == "--config" for item in rest)
-    if options.run and not recipe_given and (Path(options.run).expanduser() / "config.yaml").exists():
-        rest = ["--config", str(Path(options.run).expanduser() / "config.yaml"), *rest]
+    if options.run and not recipe_given and RunPaths(Path(options.run).expanduser()).config.exists():
+        rest = ["--config", str(RunPaths(Path(options.run).expanduser()).config), *rest]
     facts = estimate(parse_config(rest, "estimate", Options), options)
     print(json.dumps(facts) if options.json else render(facts), flush=True)
     return EXIT_OK

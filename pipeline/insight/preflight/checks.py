@@ -13,6 +13,8 @@ from pipeline.errors import UserError
 from pipeline.insight.preflight.node_facts import nearest_existing
 from pipeline.insight.status.cli import duration
 from pipeline.insight.status.run_state import median_step_s, newest_checkpoint, read_marker, read_rare, read_tail
+from pipeline.run_paths import RunPaths
+from pipeline.tracking.ledger import is_start
 from pipeline.tracking.wandb_view import has_key
 
 PASS, WARN, FAIL = "pass", "WARN", "FAIL"
@@ -42,8 +44,7 @@ def check_recipe(config: Config, world_size: int, device: str, data_classes: int
     except UserError as error:
         return CheckResult(FAIL, "recipe", str(error))
     batch = config.train.global_batch_size
-    local = batch // world_size
-    micro = min(config.train.micro_batch_size or local, local)
+    local, micro = config.train.local_batch_size(world_size), config.train.local_micro_batch_size(world_size)
     text = f"{config.model.name}, global batch {batch} over {world_size} process{'es' if world_size > 1 else ''}"
     if micro < 2 and config.train.micro_batch_size != 1:
         return CheckResult(
@@ -150,7 +151,6 @@ def _check_same_recipe(run_dir: Path, config: Config, data: dict, checkpoint: tu
     from pipeline.training.run_folder.checkpoint import (
         DamagedCheckpoint,
         check_fingerprints,
-        folder_name,
         read_meta,
     )
     from pipeline.training.run_folder.folder import RunFolder
@@ -158,7 +158,7 @@ def _check_same_recipe(run_dir: Path, config: Config, data: dict, checkpoint: tu
     try:
         RunFolder(run_dir).check_recipe(config)
         if checkpoint is not None and data["fingerprint"]:
-            path = run_dir / "checkpoints" / folder_name(checkpoint[0])
+            path = RunPaths(run_dir).checkpoint(checkpoint[0])
             check_fingerprints(path, read_meta(path), semantic_config(config), data["fingerprint"])
     except UserError as error:
         return CheckResult(FAIL, "run folder", str(error))
@@ -173,7 +173,7 @@ def _check_same_recipe(run_dir: Path, config: Config, data: dict, checkpoint: tu
 
 def _check_space(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int, float] | None) -> CheckResult:
     if checkpoint is not None:
-        files = (run_dir / "checkpoints" / f"step-{checkpoint[0]:09d}").iterdir()
+        files = RunPaths(run_dir).checkpoint(checkpoint[0]).iterdir()
         size = sum(file.stat().st_size for file in files)
     else:
         try:
@@ -222,8 +222,7 @@ def check_memory(config: Config, world_size: int, classes: int | None, card_mib:
 
     if config.train.device == "cpu":
         return CheckResult(PASS, "memory", "not checked on a CPU")
-    local = max(1, config.train.global_batch_size // world_size)
-    images = min(config.train.micro_batch_size or local, local)
+    images = config.train.local_micro_batch_size(world_size)
     try:
         step = estimate_step(config, config.model.num_classes or classes or 1000, images)
     except UserError as error:
@@ -257,13 +256,13 @@ def check_time(
     total = min(max(1, total), config.train.max_steps or total)
     checkpoint = newest_checkpoint(run_dir) if run_dir else None
     left = max(0, total - (checkpoint[0] if checkpoint else 0))
-    ledger = run_dir / "metrics.jsonl" if run_dir else None
+    ledger = RunPaths(run_dir).ledger if run_dir else None
     rows = read_tail(ledger) if ledger and ledger.exists() else []
     step_s = median_step_s(rows, config.train.global_batch_size)
     limit = f"a time limit of {duration(limit_s)}" if limit_s else "no time limit"
     there, source = world_size, ""
     if step_s is not None:
-        starts = [row for row in read_rare(ledger) if row.get("event") in ("started", "resumed")]
+        starts = [row for row in read_rare(ledger) if is_start(row)]
         there = starts[-1].get("world_size", world_size) if starts else world_size
     elif bench is not None:
         images_per_s, there = bench

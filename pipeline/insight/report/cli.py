@@ -14,7 +14,7 @@ from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
 from pipeline.insight.report.network_page import ON_CPU, network_sections
 from pipeline.insight.status.cli import duration
-from pipeline.tracking.ledger import better_scores
+from pipeline.tracking.ledger import better_scores, is_start
 
 COLOURS = 6
 
@@ -92,7 +92,7 @@ def history(record) -> str:
         rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known)
         where = f"{event.get('world_size', '')} {event.get('hardware', '')}".strip()
         rows.append([stamp, event.get("event", ""), event.get("step", ""), event.get("host", ""), where, rest])
-    starts = sum(event.get("event") in ("started", "resumed") for event in record.events)
+    starts = sum(is_start(event) for event in record.events)
     text = f"Started {starts} time{'s' if starts != 1 else ''}." if starts else "Not started yet."
     return f"<p>{text}</p>" + page.table(["UTC", "what", "step", "host", "processes", "more"], rows, {2})
 
@@ -140,7 +140,7 @@ def write_report(runs: list[str], out: Path | None, data_root: str | None, devic
     records = [read_record(run) for run in runs]
     names = distinct_names([record.folder.path for record in records])
     records = [dataclasses.replace(record, name=name) for record, name in zip(records, names, strict=True)]
-    folder = records[0].folder.path / "report"
+    folder = records[0].folder.report
     target = out or folder / ("index.html" if len(records) == 1 else "compare.html")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pipeline.config.time import steps_of
 from pipeline.errors import UserError
-from pipeline.tracking.ledger import top1_of
+from pipeline.run_paths import META, RunPaths, list_checkpoints
+from pipeline.tracking.ledger import is_start, top1_of
 
 TAIL_ROWS = 100  # training rows that rates are taken over
 TAIL_BYTES = 1 << 17  # holds them
@@ -97,12 +98,10 @@ def read_marker(folder: Path, name: str) -> dict | None:
 
 def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
     """(step, time it was written, seconds since the epoch) of the newest checkpoint folder of a run."""
-    found = []
-    for meta in folder.glob("checkpoints/step-*/meta.json"):
-        number = meta.parent.name.removeprefix("step-")
-        if number.isdigit():
-            found.append((int(number), meta.stat().st_mtime))
-    return max(found, default=None)
+    for step, path in list_checkpoints(RunPaths(folder).checkpoints):
+        if (path / META).exists():
+            return step, (path / META).stat().st_mtime
+    return None
 
 
 def median_step_s(rows: list[dict], global_batch_size: int | None) -> float | None:
@@ -116,14 +115,15 @@ def median_step_s(rows: list[dict], global_batch_size: int | None) -> float | No
 def read_state(folder: Path, now: float | None = None) -> RunState:
     """Read how a run stands. Raises UserError if `folder` is no run folder."""
     now = time.time() if now is None else now
-    ledger, config = folder / "metrics.jsonl", _read_config(folder)
+    paths, config = RunPaths(folder), _read_config(folder)
+    ledger = paths.ledger
     if not ledger.exists() and config is None:
         raise UserError(f"{folder} is no run folder (no config.yaml, no metrics.jsonl); give the --run_dir of a run")
     tail = read_tail(ledger) if ledger.exists() else []
     rare = list(read_rare(ledger)) if ledger.exists() else []
     evals = [row for row in rare if row.get("kind") == "eval"]
     events = [row for row in rare if row.get("kind") == "event"]
-    starts = [row for row in events if row.get("event") in ("started", "resumed")]
+    starts = [row for row in events if is_start(row)]
     start = starts[-1] if starts else {}
     checkpoint = newest_checkpoint(folder)
     step = max((row["step"] for row in [*tail[-1:], *evals[-1:], *starts[-1:]] if "step" in row), default=0)
@@ -133,7 +133,7 @@ def read_state(folder: Path, now: float | None = None) -> RunState:
     per_epoch = round(step / epoch, 6) if epoch else None
     last_step = start.get("last_step") or _last_step(settings, per_epoch)
     step_s = median_step_s(tail, batch)
-    silent = max(0.0, now - max(_mtime(ledger), _mtime(folder / "config.yaml")))
+    silent = max(0.0, now - max(_mtime(ledger), _mtime(paths.config)))
     activity = _activity(start, tail, evals, step, last_step, per_epoch, settings)
     state, detail = _judge(folder, activity, silent, step_s)
     best = max(evals, key=top1_of, default={})
@@ -169,12 +169,13 @@ def read_state(folder: Path, now: float | None = None) -> RunState:
 def _read_config(folder: Path) -> dict | None:
     import yaml
 
+    path = RunPaths(folder).config
     try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        settings = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{folder / 'config.yaml'} can't be read ({error}); is it a run folder?") from error
+        raise UserError(f"{path} can't be read ({error}); is it a run folder?") from error
     return settings if isinstance(settings, dict) else {}
 
 
@@ -217,5 +218,5 @@ def _judge(folder: Path, activity: str, silent_s: float, step_s: float | None) -
         return "preempted" if by_slurm else "stopped", f"{reason}; saved at step {marker.get('step')}"
     if silent_s > max(QUIET_S[activity], QUIET_STEPS * (step_s or 0.0)):
         return "stalled", f"nothing was written since it was {activity}, {silent_s / 60:.0f} min ago"
-    asked = folder / "stop"
+    asked = RunPaths(folder).stop
     return activity, f"asked to stop: {asked.read_text().strip()}" if asked.exists() else ""

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from pipeline.config import Config
 from pipeline.errors import GpuFault, TransientError, UserError
+from pipeline.run_paths import RunPaths
 from pipeline.training.ranks.launcher import without_launcher
 from pipeline.training.ranks.world import World
 
@@ -179,7 +180,7 @@ def _room_mib(world: World) -> float:
 
 def largest_fitting_batch(config: Config, room_mib: float) -> str:
     """What `pipeline estimate` says fits, as the rest of a sentence; how to ask it where it gives no answer."""
-    saved = Path(config.run_dir).expanduser() / "config.yaml"
+    saved = RunPaths(Path(config.run_dir).expanduser()).config
     ask = ["estimate", "--config", str(saved), "--card_mib", f"{room_mib:.0f}", "--data.root", ""]
     remedy = "; lower --train.micro_batch_size"
     try:

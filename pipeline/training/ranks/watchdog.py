@@ -22,7 +22,6 @@ from pipeline.errors import EXIT_RETRY
 from pipeline.redact import redact
 from pipeline.training.ranks.launcher import current_launch
 
-DEBUG = "debug"  # folder in the run folder: what ranks that hung or broke leave for those who look into it
 BEAT_S = 2.0  # between two signs of life
 WARN_AFTER_S = 30.0  # of waiting, and again after twice as long
 _LAST_WORDS_S = 5.0  # for what is written before the process ends; the disk may be what hangs

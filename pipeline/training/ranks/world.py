@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from pipeline.config import TrainConfig
 from pipeline.errors import TransientError, UserError
+from pipeline.rank_info import RankInfo
 from pipeline.training.ranks.watchdog import Watchdog
 
 MEETING = timedelta(seconds=30)
@@ -24,20 +25,11 @@ _LEAVE_S = 60.0
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among all. `device`: where it computes. `long_timeout_group`: a process group for long waits."""
+class World(RankInfo):
+    """This process among all ranks, and their collectives. `long_timeout_group`: a process group for long waits."""
 
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    device: torch.device
     watch: Watchdog = field(default_factory=Watchdog, compare=False)
     long_timeout_group: Any = field(default=None, compare=False)
-
-    @property
-    def is_rank_zero(self) -> bool:
-        return self.rank == 0
 
     @property
     def hardware(self) -> str:

@@ -21,29 +21,14 @@ from pipeline.config import RawConfig
 from pipeline.config import semantic_config as settings_of
 from pipeline.config.names import rename_flat
 from pipeline.errors import TransientError, UserError
+from pipeline.run_paths import META, checkpoint_name, list_checkpoints
 from pipeline.training.run_folder.snapshot import Snapshot
 
 FORMAT = 1
-META = "meta.json"
 
 
 class DamagedCheckpoint(Exception):
     """A checkpoint folder that is not what was written; the message names it and the fault."""
-
-
-def folder_name(step: int) -> str:
-    return f"step-{step:09d}"
-
-
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoint folders in `folder`, newest first, good or not."""
-    found = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            prefix, _, number = path.name.partition("-")
-            if prefix == "step" and number.isdigit() and path.is_dir():
-                found.append((int(number), path))
-    return sorted(found, reverse=True)
 
 
 class _DigestingFile:
@@ -101,8 +86,8 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], meta: dict)
 
     Raises OSError where the disk refuses; then nothing that was there before has changed.
     """
-    final = folder / folder_name(step)
-    temporary = folder / f".{folder_name(step)}.{os.getpid()}.tmp"
+    final = folder / checkpoint_name(step)
+    temporary = folder / f".{checkpoint_name(step)}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

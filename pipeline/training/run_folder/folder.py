@@ -16,30 +16,13 @@ from pipeline.config import Config, load_config, semantic_config, to_yaml
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
 from pipeline.redact import redact
-from pipeline.training.run_folder.checkpoint import compare_semantic_config, list_checkpoints
+from pipeline.run_paths import END_MARKERS, RunPaths, list_checkpoints
+from pipeline.training.run_folder.checkpoint import compare_semantic_config
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """A run's folder and the places in it."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def stop(self) -> Path:
-        return self.path / "stop"
+class RunFolder(RunPaths):
+    """A run's folder: its paths, and what is written there."""
 
     def check_recipe(self, config: Config) -> None:
         """Raises UserError if a run of another recipe has begun here. One that broke off before its ledger's first row,
@@ -57,7 +40,7 @@ class RunFolder:
 
     def mark(self, name: str, **facts) -> None:
         """Write the marker `name` atomically; of interrupted, finished and failed only one stands."""
-        for other in ("interrupted", "finished", "failed"):
+        for other in END_MARKERS:
             if other != name:
                 (self.path / other).unlink(missing_ok=True)
         facts = {"state": name, **facts, "time": time.time(), "host": socket.gethostname()}
@@ -65,11 +48,10 @@ class RunFolder:
 
     def clear_marks(self) -> None:
         """Remove the marks of the start before this one. A request to stop that was meant for this one stays."""
-        names = ["interrupted", "finished", "failed"]
-        if not is_for_this_start(self.stop):
-            names.append("stop")
-        for name in names:
+        for name in END_MARKERS:
             (self.path / name).unlink(missing_ok=True)
+        if not is_for_this_start(self.stop):
+            self.stop.unlink(missing_ok=True)
 
 
 def make_run_folder(config: Config) -> RunFolder:

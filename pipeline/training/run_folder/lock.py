@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import EXIT_RETRY, TransientError, UserError
+from pipeline.run_paths import RunPaths
 
 HEARTBEAT_S = 5.0
 STALE_S = 60.0  # a lock untouched for so long belongs to nobody
@@ -50,7 +51,7 @@ class RunLock:
 
     def __init__(self, folder: Path, say: Callable[[str], None] = print):
         self.folder, self.say = folder, say
-        self.path = folder / "lock"
+        self.path = RunPaths(folder).lock
         self.held = False
         self._device = 0  # the file system of the folder
         self._ended = threading.Event()

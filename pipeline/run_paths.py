@@ -1,0 +1,105 @@
+"""The file names of a run folder. Every other module takes them from here; nothing heavy is imported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+#: the markers that say how the last start ended; at most one of them exists
+END_MARKERS = ("interrupted", "finished", "failed")
+META = "meta.json"  # in a checkpoint folder: step, fingerprints, and size and digest of every other file
+_STEP = "step-"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The paths in the run folder `path`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        """One JSON object a line; see `pipeline.tracking.ledger`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint folder of a step."""
+        return self.checkpoints / checkpoint_name(step)
+
+    @property
+    def stop(self) -> Path:
+        """Its appearance asks the run to save and stop; its text is the reason."""
+        return self.path / "stop"
+
+    @property
+    def lock(self) -> Path:
+        """Names the process that trains here."""
+        return self.path / "lock"
+
+    @property
+    def interrupted(self) -> Path:
+        return self.path / "interrupted"
+
+    @property
+    def finished(self) -> Path:
+        return self.path / "finished"
+
+    @property
+    def failed(self) -> Path:
+        return self.path / "failed"
+
+    @property
+    def report(self) -> Path:
+        """The folder of the HTML report."""
+        return self.path / "report"
+
+    @property
+    def report_page(self) -> Path:
+        return self.report / "index.html"
+
+    @property
+    def wandb(self) -> Path:
+        """W&B's own files, and the two below."""
+        return self.path / "wandb"
+
+    @property
+    def wandb_run_id(self) -> Path:
+        return self.wandb / "run-id"
+
+    @property
+    def wandb_sent(self) -> Path:
+        """The highest steps ever sent to W&B, JSON."""
+        return self.wandb / "sent.json"
+
+    @property
+    def debug(self) -> Path:
+        """Stacks and collectives of ranks that hung or failed."""
+        return self.path / "debug"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of `train.profile_steps`."""
+        return self.path / "profile"
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of a step's checkpoint folder, e.g. step-000012345."""
+    return f"{_STEP}{step:09d}"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoint folders in `folder`, newest first, verified or not."""
+    found = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            number = path.name.removeprefix(_STEP)
+            if path.name.startswith(_STEP) and number.isdigit() and path.is_dir():
+                found.append((int(number), path))
+    return sorted(found, reverse=True)
