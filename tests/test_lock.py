@@ -26,7 +26,7 @@ def fast(monkeypatch):
 def owner(tmp_path):
     """Another process that holds the lock of tmp_path."""
     program = (
-        "import sys; from pathlib import Path; from pipeline.training import lock; lock.HEARTBEAT_S = 0.05;"
+        "import sys; from pathlib import Path; from pipeline.training.run_folder import lock; lock.HEARTBEAT_S = 0.05;"
         "lock.RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
