@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Format, lint, types, docs and tests. Makes .venv if needed.
 # Usage: scripts/test.sh [--fast | --all] [pytest's arguments]
-#   --fast      a few minutes: nothing that takes more than 20 s, no Slurm, no browser; installs nothing as root
+#   --fast      3 minutes: nothing that takes more than 1.5 s, no Slurm, no browser; installs nothing as root
 #   (default)   everything but the tests marked "long"
 #   --all       everything: clusters and elasticity as well
 # For example: scripts/test.sh --fast -k checkpoint
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 marks="not long"
 case "${1:-}" in
     --fast)
-        marks="not slow and not slurm and not browser and not long"
+        marks="not medium and not slow and not slurm and not browser and not long"
         shift
         ;;
     --all)

@@ -8,6 +8,16 @@ import pytest
 from pipeline.dataset.synthetic.archive import write_kaggle_zip
 from pipeline.dataset.synthetic.generate import Settings, generate_tree
 
+MEDIUM = set((Path(__file__).parent / "medium.txt").read_text().splitlines()[1:])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The marker `medium` for the tests listed in medium.txt."""
+    for item in items:
+        if f"tests/{item.path.name}::{item.nodeid.partition('[')[0].partition('::')[2]}" in MEDIUM:
+            item.add_marker(pytest.mark.medium)
+
+
 SYNTHETIC = Settings(classes=4, train_per_class=24, val_per_class=6, size=96, oddities=10)
 
 

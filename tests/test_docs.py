@@ -1,0 +1,131 @@
+"""What README and docs say of the code is true, and their links lead somewhere."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    heads = re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+def test_site_builds_offline_and_strictly(tmp_path: Path) -> None:
+    """mkdocs, with every warning an error: a page that no menu shows, a broken link, a missing heading."""
+    pytest.importorskip("material")
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "http_proxy": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site/options/index.html").exists()
+
+
+def test_options_page_is_current() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import make_options_page as made; print(made.page(), end='')"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert (ROOT / "docs/options.md").read_text() == done.stdout, "run: python scripts/make_options_page.py"
+
+
+def test_code_layout_names_what_is_there() -> None:
+    """The README's layout lists every folder of the package, and nothing that is not there."""
+    layout = (ROOT / "README.md").read_text().split("## Code layout")[1].split("```")[1]
+    named = re.findall(r"^  ([\w./]+)", layout, re.M)
+    assert all((ROOT / "pipeline" / name).exists() for name in named)
+    folders = {f"{path.name}/" for path in (ROOT / "pipeline").iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert {name for name in named if name.endswith("/")} == folders
+
+
+def test_code_layout_points_downwards() -> None:
+    """Folders stand in the README in an order in which no import points upwards: the one of the contract."""
+    import tomllib
+
+    layout = (ROOT / "README.md").read_text().split("## Code layout")[1].split("```")[1]
+    named = re.findall(r"^  (\w+)/", layout, re.M)
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    level = {name.strip(): number for number, layer in enumerate(contract) for name in re.split(r"[|:]", layer)}
+    levels = [level[name] for name in named if name in level]
+    assert levels == sorted(levels), named
+
+
+def texts() -> str:
+    """All texts in the package's source, a space for each value that is filled in."""
+    found: list[str] = []
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                found.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_troubleshooting_quotes_real_messages() -> None:
+    """Each message of the page is in the source, so that a reader who searches for what he saw finds it."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = [row for row in re.findall(r"^\| `([^`]+)` \|", page, re.M)]
+    assert len(quoted) > 25
+    source = texts()
+    lost = [
+        message
+        for message in quoted
+        if not re.search(r"[^\n]*".join(re.escape(part.strip()) for part in message.split("…") if part.strip()), source)
+    ]
+    assert not lost
+
+
+def test_options_in_pages_exist() -> None:
+    """Every --group.name that a page mentions is an option."""
+    options = set(re.findall(r"^\| `--([\w.]+)`", (ROOT / "docs/options.md").read_text(), re.M))
+    groups = {name.partition(".")[0] for name in options if "." in name}
+    unknown = {
+        f"{page.name}: --{name}"
+        for page in PAGES
+        for name in re.findall(r"--((?:\w+\.)+\w+)", page.read_text())
+        if name.partition(".")[0] in groups and name not in options
+    }
+    assert not unknown
+
+
+def test_commands_in_pages_exist() -> None:
+    """Every `pipeline VERB` in a block of code or between backticks is a verb."""
+    from pipeline.__main__ import VERBS
+
+    unknown = {
+        f"{page.name}: {verb}"
+        for page in PAGES
+        for verb in re.findall(r"(?:^|[`\n]|-m )pipeline +([a-z]\w+)", page.read_text())
+        if verb not in VERBS
+    }
+    assert not unknown
