@@ -13,7 +13,7 @@ HEADER = f"# Tests of {LIMIT_S} s or more, setup included, by tests/list_medium.
 
 
 def slower(log: str) -> list[str]:
-    """The tests (without their parameters) that have a case of LIMIT_S or more in what `pytest --durations=0` printed."""
+    """The tests (without their parameters) of LIMIT_S or more, by what `pytest --durations=0` printed."""
     seconds: dict[str, float] = defaultdict(float)
     for line in log.splitlines():
         found = re.match(r"\s*([\d.]+)s (?:call|setup|teardown)\s+(\S+)", line)

@@ -94,7 +94,7 @@ def texts() -> str:
 def test_troubleshooting_quotes_real_messages() -> None:
     """Each message of the page is in the source, so that a reader who searches for what he saw finds it."""
     page = (ROOT / "docs/troubleshooting.md").read_text()
-    quoted = [row for row in re.findall(r"^\| `([^`]+)` \|", page, re.M)]
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.M)
     assert len(quoted) > 25
     source = texts()
     lost = [
