@@ -30,3 +30,9 @@ def atomic_write(path: Path, data: str | bytes, durable: bool = True) -> None:
     """Write a small file atomically, as `atomic_open` does. Text is written as UTF-8. Raises OSError."""
     with atomic_open(path, durable) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def read_note(path: Path) -> str:
+    """The text of a small file, or of a link that stands for it: a link can be made on a full disk, its target is the
+    text. Raises OSError."""
+    return str(path.readlink()) if path.is_symlink() else path.read_text()

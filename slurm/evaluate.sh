@@ -13,15 +13,36 @@
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-gpu=8
 #SBATCH --time=1:00:00
+#SBATCH --signal=B:USR1@60
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-: "${PIPELINE_HOME:=$SLURM_SUBMIT_DIR}"
-: "${RUN_DIR:?give the run folder: RUN_DIR=runs/NAME sbatch slurm/evaluate.sh}"
-data=(${DATA_ROOT:+--data_root "$DATA_ROOT"})
-# shellcheck source=slurm/job.sh
-. "$PIPELINE_HOME/slurm/job.sh" || exit 2
+load() { # what the scripts share
+    : "${PIPELINE_HOME:=${SLURM_SUBMIT_DIR:-$PWD}}"
+    if [[ ! -r $PIPELINE_HOME/slurm/job.sh ]]; then
+        echo "no slurm/job.sh in PIPELINE_HOME=$PIPELINE_HOME: submit from the project's folder, or give PIPELINE_HOME" >&2
+        exit 2
+    fi
+    # shellcheck source=slurm/job.sh
+    . "$PIPELINE_HOME/slurm/job.sh"
+}
 
-torchrun_on_every_node evaluate "$RUN_DIR" "${data[@]}" "$@"
-leave $?
+progress() { # an evaluation's partial sums
+    cat "$RUN_DIR"/evaluation/* 2>/dev/null
+}
+
+main() { # OPTION ...: of `pipeline evaluate`
+    local data=(${DATA_ROOT:+--data_root "$DATA_ROOT"})
+    if [[ -z ${RUN_DIR:-} ]]; then
+        echo "give the run folder: RUN_DIR=runs/NAME sbatch slurm/evaluate.sh" >&2
+        exit 2
+    fi
+    load
+    [[ -d $RUN_DIR ]] || fail "RUN_DIR=$RUN_DIR: no such folder; give the folder of a run"
+    count_requeues
+    ranks_on_every_node evaluate "$RUN_DIR" "${data[@]}" "$@"
+    leave $?
+}
+
+main "$@"

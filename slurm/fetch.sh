@@ -20,9 +20,27 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-: "${PIPELINE_HOME:=$SLURM_SUBMIT_DIR}"
-# shellcheck source=slurm/job.sh
-. "$PIPELINE_HOME/slurm/job.sh" || exit 2
+load() { # what the scripts share
+    : "${PIPELINE_HOME:=${SLURM_SUBMIT_DIR:-$PWD}}"
+    if [[ ! -r $PIPELINE_HOME/slurm/job.sh ]]; then
+        echo "no slurm/job.sh in PIPELINE_HOME=$PIPELINE_HOME: submit from the project's folder, or give PIPELINE_HOME" >&2
+        exit 2
+    fi
+    # shellcheck source=slurm/job.sh
+    . "$PIPELINE_HOME/slurm/job.sh"
+}
 
-run_step 1 "$PYTHON" -m pipeline fetch "$DATA_ROOT" "$@"
-leave $?
+progress() { # what `pipeline fetch` has noted as written
+    cat "$DATA_ROOT"/.fetch/*journal* 2>/dev/null | tail -c 4096
+}
+
+main() { # OPTION ...: of `pipeline fetch`
+    load
+    # shellcheck disable=SC2034 # of lib/run_folder.sh
+    PROGRESS_DIR=$DATA_ROOT
+    count_requeues
+    run_step 1 "$PYTHON" -m pipeline fetch "$DATA_ROOT" "$@"
+    leave $?
+}
+
+main "$@"

@@ -24,13 +24,31 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-: "${PIPELINE_HOME:=$SLURM_SUBMIT_DIR}"
-# shellcheck source=slurm/job.sh
-. "$PIPELINE_HOME/slurm/job.sh" || exit 2
+load() { # what the scripts share
+    : "${PIPELINE_HOME:=${SLURM_SUBMIT_DIR:-$PWD}}"
+    if [[ ! -r $PIPELINE_HOME/slurm/job.sh ]]; then
+        echo "no slurm/job.sh in PIPELINE_HOME=$PIPELINE_HOME: submit from the project's folder, or give PIPELINE_HOME" >&2
+        exit 2
+    fi
+    # shellcheck source=slurm/job.sh
+    . "$PIPELINE_HOME/slurm/job.sh"
+}
 
-part=()
-if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-    part=(--part "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT")
-fi
-run_step 1 "$PYTHON" -m pipeline pack "$DATA_ROOT" "${SHARDS:-${DATA_ROOT%/}-shards}" "${part[@]}" "$@"
-leave $?
+progress() { # the shards that are there
+    ls "$SHARDS" 2>/dev/null
+}
+
+main() { # OPTION ...: of `pipeline pack`
+    local part=()
+    load
+    # shellcheck disable=SC2034 # of lib/run_folder.sh
+    PROGRESS_DIR=${SHARDS:=${DATA_ROOT%/}-shards}
+    count_requeues
+    if [[ -n $ARRAY_TASK ]]; then
+        part=(--part "$((ARRAY_TASK - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT")
+    fi
+    run_step 1 "$PYTHON" -m pipeline pack "$DATA_ROOT" "$SHARDS" "${part[@]}" "$@"
+    leave $?
+}
+
+main "$@"

@@ -35,19 +35,31 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-: "${PIPELINE_HOME:=$SLURM_SUBMIT_DIR}"
-# shellcheck source=slurm/job.sh
-. "$PIPELINE_HOME/slurm/job.sh" || exit 2
+load() { # what the scripts share
+    : "${PIPELINE_HOME:=${SLURM_SUBMIT_DIR:-$PWD}}"
+    if [[ ! -r $PIPELINE_HOME/slurm/job.sh ]]; then
+        echo "no slurm/job.sh in PIPELINE_HOME=$PIPELINE_HOME: submit from the project's folder, or give PIPELINE_HOME" >&2
+        exit 2
+    fi
+    # shellcheck source=slurm/job.sh
+    . "$PIPELINE_HOME/slurm/job.sh"
+}
 
-train=(--config "${CONFIG:=resnet152}" --run_dir "$RUN_DIR" "$@")
-bench=(${BENCH:+--bench "$BENCH"})
+main() { # OPTION ...: of `pipeline train`
+    local train bench
+    load
+    train=(--config "${CONFIG:=resnet152}" --run_dir "$RUN_DIR" "$@")
+    bench=(${BENCH:+--bench "$BENCH"})
+    claim_run_dir
+    count_requeues
+    preflight "${train[@]}" --data.root "$DATA_ROOT" "${bench[@]}" || leave $?
+    say_if_code_changed
+    if [[ -n ${STAGE_DIR:-} ]]; then
+        on_every_node stage "$DATA_ROOT" "$STAGE_DIR" || leave $?
+        DATA_ROOT=$STAGE_DIR
+    fi
+    train_on_every_node "${train[@]}" --data.root "$DATA_ROOT"
+    leave $?
+}
 
-claim_run_dir
-count_requeues
-preflight "${train[@]}" --data.root "$DATA_ROOT" "${bench[@]}" || leave $?
-if [[ -n ${STAGE_DIR:-} ]]; then
-    on_every_node stage "$DATA_ROOT" "$STAGE_DIR" || leave $?
-    DATA_ROOT=$STAGE_DIR
-fi
-train_on_every_node "${train[@]}" --data.root "$DATA_ROOT"
-leave $?
+main "$@"

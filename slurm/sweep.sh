@@ -20,20 +20,27 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
 
-: "${PIPELINE_HOME:=$SLURM_SUBMIT_DIR}" "${RUN_DIR:=runs/$SLURM_JOB_NAME}"
+main() { # NAME=VALUE,VALUE,... [OPTION ...]
+    local options=() name='' index=${SLURM_ARRAY_TASK_ID:?submit it with sbatch} values value
+    : "${PIPELINE_HOME:=${SLURM_SUBMIT_DIR:-$PWD}}" "${RUN_DIR:=runs/$SLURM_JOB_NAME}"
+    while [[ ${1:-} == *=* && ${1:-} != --* ]]; do
+        IFS=, read -ra values <<<"${1#*=}"
+        value=${values[index % ${#values[@]}]}
+        index=$((index / ${#values[@]}))
+        options+=("--${1%%=*}" "$value")
+        name+=${name:+,}${1%%=*}=$value
+        shift
+    done
+    if [[ -z $name ]] || ((index)); then
+        echo "task $SLURM_ARRAY_TASK_ID has no combination: give NAME=VALUE,VALUE,... and an --array from 0 to their number \
+less 1" >&2
+        exit 2
+    elif [[ ! -r $PIPELINE_HOME/slurm/resnet152.sh ]]; then
+        echo "no slurm/resnet152.sh in PIPELINE_HOME=$PIPELINE_HOME: submit from the project's folder, or give PIPELINE_HOME" >&2
+        exit 2
+    fi
+    export PIPELINE_HOME RUN_DIR=$RUN_DIR/$name
+    exec bash "$PIPELINE_HOME/slurm/resnet152.sh" "${options[@]}" "$@"
+}
 
-options=() name='' index=$SLURM_ARRAY_TASK_ID
-while [[ ${1:-} == *=* && ${1:-} != --* ]]; do
-    IFS=, read -ra values <<<"${1#*=}"
-    value=${values[index % ${#values[@]}]}
-    index=$((index / ${#values[@]}))
-    options+=("--${1%%=*}" "$value")
-    name+=${name:+,}${1%%=*}=$value
-    shift
-done
-if [[ -z $name ]] || ((index)); then
-    echo "task $SLURM_ARRAY_TASK_ID has no combination: give NAME=VALUE,VALUE,... and an --array from 0 to their number less 1"
-    exit 2
-fi
-export PIPELINE_HOME RUN_DIR=$RUN_DIR/$name
-exec bash "$PIPELINE_HOME/slurm/resnet152.sh" "${options[@]}" "$@"
+main "$@"

@@ -22,7 +22,7 @@ class GuardConfig:
     rollback_reshuffle: bool = runtime_field(False)
     """Draw the rest of that epoch in another order."""
     spike_factor: float = runtime_field(2.0)
-    """A loss of so many times the median of the last 100 is marked in the ledger."""
+    """A loss above this times the median of the last 100, and far outside their spread, is marked in the ledger."""
     compare_every_steps: int = runtime_field(1000)
     """Compare the parameters of all ranks whenever this many steps are done, and before each checkpoint."""
 

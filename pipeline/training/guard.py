@@ -15,6 +15,7 @@ from pipeline.errors import TransientError
 from pipeline.training.ranks.step_stats import StepStats
 
 WINDOW, ENOUGH = 100, 20  # losses that a spike is judged by, and the fewest that will do
+SPREADS = 5  # a spike is also so many standard deviations above, estimated by the median absolute deviation
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _describe(report: StepStats) -> str:
 
 
 class Spikes:
-    """Is a loss far above those before it? Knows the last `WINDOW` of them."""
+    """Is a loss far above those before it, also for how much they vary? Knows the last `WINDOW` of them."""
 
     def __init__(self, factor: float, losses: Iterable[float]):
         self.factor = factor
@@ -128,9 +129,14 @@ class Spikes:
         """Take note of a step's loss; True if it is a spike."""
         if not math.isfinite(loss):
             return False
-        spike = len(self.losses) >= ENOUGH and loss > self.factor * statistics.median(self.losses)
+        spike = len(self.losses) >= ENOUGH and loss > self._limit()
         self.losses.append(loss)
         return spike
+
+    def _limit(self) -> float:
+        median = statistics.median(self.losses)
+        deviation = 1.4826 * statistics.median(abs(loss - median) for loss in self.losses)
+        return max(self.factor * median, median + SPREADS * deviation)
 
 
 def _is_number(loss) -> bool:

@@ -27,6 +27,8 @@ from pipeline.training.run_folder.folder import RunFolder, slurm_facts
 from pipeline.training.run_folder.outage import Outage
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
 
+SPIKE_WARNING_STEPS = 100
+
 
 class RunRecorder:
     """The books of a run; opened at `step`, whose later rows are taken out.
@@ -55,6 +57,7 @@ class RunRecorder:
         self.host_copy = HostCopy(world.device, console.warn)
         self.outage = Outage(folder.path, 60 * config.checkpoint.outage_timeout_minutes, self.alarm)
         self.owes_save = False  # was the run folder away?
+        self.next_spike_warning = 0  # step
 
     def epoch(self, step: int) -> float:
         return step * self.plan.global_batch_size / self.plan.samples
@@ -80,9 +83,16 @@ class RunRecorder:
             row["skipped"] = True
         if self.spikes.note(report.loss):
             row["spike"] = True
-            self.console.warn(f"step {done}: the loss jumped to {report.loss:.3f}")
+            self.warn_of_spike(done, report.loss)
         self.log(row)
         self.console.step(row)
+
+    def warn_of_spike(self, step: int, loss: float) -> None:
+        """At most once in `SPIKE_WARNING_STEPS` steps; the ledger marks them all."""
+        if step < self.next_spike_warning:
+            return
+        self.next_spike_warning = step + SPIKE_WARNING_STEPS
+        self.console.warn(f"step {step}: the loss jumped to {loss:.3f}")
 
     def record_straggler(self, step: int, slow: Slow, who: str) -> None:
         """A rank that holds up the others."""

@@ -16,6 +16,7 @@ from pipeline.insight.status.run_state import median_step_s, newest_checkpoint, 
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import is_start
 from pipeline.tracking.wandb_view import has_key
+from pipeline.training.run_folder.lock import RunLock
 
 PASS, WARN, FAIL = "pass", "WARN", "FAIL"
 
@@ -99,8 +100,9 @@ def check_nodes(nodes: list[dict], expected: int) -> CheckResult:
     for node in nodes:
         if node["data"]["problem"]:
             problems.append(f"{node['node']}: {node['data']['problem']}")
-        if node["run_folder"]:
-            problems.append(f"{node['node']}: {node['run_folder']}")
+        for problem in ("run_folder", "shared_folder", "network"):
+            if node.get(problem):
+                problems.append(f"{node['node']}: {node[problem]}")
         if node["data"]["fingerprint"] != first["data"]["fingerprint"]:
             problems.append(f"{node['node']} sees another data set than {first['node']}")
         differing = [name for name, version in node["versions"].items() if version != first["versions"].get(name)]
@@ -141,6 +143,13 @@ def check_run_folder(run_dir: Path | None, problem: str | None, config: Config, 
         return
     if problem:
         yield CheckResult(FAIL, "run folder", f"{problem}; give another --run_dir")
+        return
+    in_use = RunLock(run_dir, say=lambda _: None).owner()
+    if in_use:
+        level = FAIL if "SLURM_JOB_ID" in os.environ else WARN
+        yield CheckResult(
+            level, "run folder", f"{run_dir} is in use by {in_use}; wait for it, or give another --run_dir"
+        )
         return
     checkpoint = newest_checkpoint(run_dir)
     yield _check_same_recipe(run_dir, config, data, checkpoint)
@@ -238,6 +247,16 @@ def check_memory(config: Config, world_size: int, classes: int | None, card_mib:
     if step.total_mib > 0.9 * card_mib:
         return CheckResult(WARN, "memory", f"{text}: tight; {remedy}")
     return CheckResult(PASS, "memory", text)
+
+
+def check_signal_lead(limit_s: float, lead_s: float) -> CheckResult:
+    """The time limit is not longer than the time by which the signal comes before it, so that it comes at once."""
+    return CheckResult(
+        WARN,
+        "signal",
+        f"a time limit of {duration(limit_s)} is not longer than the {lead_s:.0f} s by which Slurm's signal comes "
+        "before it; give a longer --time",
+    )
 
 
 def check_time(

@@ -17,7 +17,7 @@ from pipeline.command import split_options
 from pipeline.config import Config, parse_config
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.imports import importing
-from pipeline.insight.preflight import checks
+from pipeline.insight.preflight import between_nodes, checks
 from pipeline.insight.preflight.checks import FAIL, PASS, CheckResult
 from pipeline.insight.preflight.node_facts import gather_facts
 
@@ -41,6 +41,12 @@ class Options:
     """Print the facts about this machine as one JSON line, for --nodes_file."""
     nodes_file: str | None = None
     """File with the facts of all nodes of the job, one line each; default: check from this machine alone."""
+    run_token: str = ""
+    """With --node_facts: the text that the first node wrote to .token in the run folder, which all nodes must see."""
+    rendezvous: str = ""
+    """With --node_facts: HOST:PORT of the first node, which all other nodes must reach."""
+    signal_lead: int = 0
+    """Seconds before the time limit at which the job gets its signal; default: none."""
 
 
 def parse_time_limit(text: str) -> float | None:
@@ -112,7 +118,23 @@ def run_checks(config: Config, nodes: list[dict], options: Options) -> Iterator[
     if recipe.level != FAIL:
         yield checks.check_memory(config, world, data.get("classes"), memory_mib)
     bench = read_bench(Path(options.bench).expanduser()) if options.bench else None
-    yield checks.check_time(run_dir, config, world, data, parse_time_limit(options.time_limit), bench)
+    limit_s = parse_time_limit(options.time_limit)
+    yield checks.check_time(run_dir, config, world, data, limit_s, bench)
+    if limit_s is not None and limit_s <= options.signal_lead:
+        yield checks.check_signal_lead(limit_s, options.signal_lead)
+
+
+def probe_together(config: Config, options: Options) -> dict[str, str | None]:
+    """What this node sees of the others: {shared_folder, network}, each a problem or None."""
+    node, count = int(os.environ.get("SLURM_NODEID", 0)), int(os.environ.get("SLURM_NNODES", 1))
+    host, _, port = options.rendezvous.rpartition(":")
+    found: dict[str, str | None] = {"shared_folder": None, "network": None}
+    if port and count > 1:
+        found["network"] = between_nodes.probe_rendezvous(host, int(port), node == 0, count - 1)
+    if options.run_token and config.run_dir:
+        run_dir = Path(config.run_dir).expanduser()
+        found["shared_folder"] = between_nodes.probe_token(run_dir, options.run_token, host)
+    return found
 
 
 def render_table(results: list[CheckResult]) -> str:
@@ -125,7 +147,7 @@ def main(argv: list[str]) -> int:
     options, rest = split_options(Options, "preflight", argv)
     config = parse_config(rest, "preflight", Options)
     if options.node_facts:
-        print(json.dumps(gather_facts(config)), flush=True)
+        print(json.dumps(gather_facts(config) | probe_together(config, options)), flush=True)
         return EXIT_OK
     nodes = read_nodes(Path(options.nodes_file)) if options.nodes_file else []
     with importing():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.config.time import steps_of
 from pipeline.errors import UserError
+from pipeline.files import read_note
 from pipeline.run_paths import META, RunPaths, list_checkpoints
 from pipeline.tracking.ledger import is_start, top1_of
 
@@ -214,9 +215,10 @@ def _judge(folder: Path, activity: str, silent_s: float, step_s: float | None) -
     marker = read_marker(folder, "interrupted")
     if marker is not None:
         reason = str(marker.get("reason", "unknown"))
-        by_slurm = "Slurm" in reason or "SIGTERM" in reason or "SIGUSR1" in reason
+        by_slurm = any(word in reason for word in ("Slurm", "batch script", "to the step", "SIGTERM", "SIGUSR1"))
         return "preempted" if by_slurm else "stopped", f"{reason}; saved at step {marker.get('step')}"
     if silent_s > max(QUIET_S[activity], QUIET_STEPS * (step_s or 0.0)):
         return "stalled", f"nothing was written since it was {activity}, {silent_s / 60:.0f} min ago"
     asked = RunPaths(folder).stop
-    return activity, f"asked to stop: {asked.read_text().strip()}" if asked.exists() else ""
+    is_asked = asked.exists() or asked.is_symlink()
+    return activity, f"asked to stop: {read_note(asked).strip()}" if is_asked else ""

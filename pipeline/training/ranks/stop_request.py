@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK
+from pipeline.files import read_note
 from pipeline.training.ranks.launcher import current_launch
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -33,6 +34,8 @@ class StopRequest:
             for number in _SIGNALS:
                 signal.signal(number, self._note)
             signal.signal(signal.SIGUSR2, self._note_usr2)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(signal.SIGHUP, self._note)
 
     def _note(self, number: int, _frame) -> None:
         if self.reason is not None and number == signal.SIGINT:
@@ -58,7 +61,7 @@ class StopRequest:
     def _read_file(self) -> None:
         """Take note of the stop file. An empty one may be about to be written: it counts when it is a second old."""
         try:
-            text = self._file.read_text().strip()
+            text = read_note(self._file).strip()
             if text or time.time() - self._file.stat().st_mtime > 1:
                 self.ask(text[:200] or "stop file")
         except (PermissionError, IsADirectoryError, UnicodeDecodeError):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 WINDOW = 50  # steps
+LONGEST = 5  # of each rank's steps in a window, left out: a pause is no slowness
 FACTOR, AT_LEAST_S = 1.3, 0.01  # above the median rank by this factor, and by so many seconds a step
 
 
@@ -63,16 +64,16 @@ class Stragglers:
     """
 
     def __init__(self, size: int):
-        self.sums, self.steps = torch.zeros(size, dtype=torch.float64), 0
+        self.times, self.steps = torch.zeros(WINDOW, size, dtype=torch.float64), 0
         self.known: int | None = None
 
     def note(self, own_s: torch.Tensor) -> Slow | None:
         """Take note of a step. own_s: float64 [ranks]. Returns the slowest rank when it comes to be one."""
-        self.sums += own_s
+        self.times[self.steps] = own_s
         self.steps += 1
         if self.steps < WINDOW:
             return None
-        mean, self.sums, self.steps = self.sums / self.steps, torch.zeros_like(self.sums), 0
+        mean, self.steps = self.times.sort(0).values[:-LONGEST].mean(0), 0
         slowest, median = int(mean.argmax()), mean.median().item()  # of two ranks the faster one
         excess = mean[slowest].item() - median
         if excess < AT_LEAST_S or mean[slowest] < FACTOR * median:

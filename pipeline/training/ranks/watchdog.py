@@ -3,7 +3,8 @@
 The training thread says where it is (`Watchdog.phase`, `Watchdog.collective`); a thread beside it tells the other
 ranks through torchrun's store, warns of long waits, and ends the process where nothing moves any more. A rank that
 waits for others does not judge by its own clock alone: as long as one that is
-behind shows signs of life, that one's limit counts.
+behind shows signs of life, that one's limit counts. Time in which this process itself was stopped (`scontrol suspend`,
+a paused virtual machine) counts for nobody: a thread that only sleeps tells it by waking late.
 """
 
 import contextlib
@@ -24,6 +25,8 @@ from pipeline.training.ranks.launcher import current_launch
 
 BEAT_S = 2.0  # between two signs of life
 WARN_AFTER_S = 30.0  # of waiting, and again after twice as long
+TICK_S = 0.25  # how long the thread sleeps that tells when this process was stopped
+LATE_S = 0.5  # by which it wakes too late after a stop
 _LAST_WORDS_S = 5.0  # for what is written before the process ends; the disk may be what hangs
 
 
@@ -59,12 +62,23 @@ class Watchdog:
         self.disconnected = False  # was contact to the other ranks lost?
         self.silent: list[int] = []  # ranks found dead
         self._mark = Mark("start-up", None, 0, False, 0.0, math.inf)
-        self._since = time.monotonic()
+        self._ticked = time.monotonic()
+        self._stopped_s = 0.0  # for which this process was stopped so far
+        self._since = self._clock()
         self._warned = WARN_AFTER_S
         self._said: tuple[float, str] | None = None  # since when a wait that was warned of lasts, and where
         self._beats = 0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+
+    def _clock(self) -> float:
+        """Seconds of a clock that stands still while this process is stopped."""
+        return time.monotonic() - self._stopped_s
+
+    @property
+    def stopped_s(self) -> float:
+        """Seconds for which this process was stopped by somebody since it began to watch."""
+        return self._stopped_s
 
     # --- said by the training thread
 
@@ -85,12 +99,14 @@ class Watchdog:
             self.phase(f"what comes after {what}")
 
     def _enter(self, mark: Mark) -> None:
-        self._mark, self._since = mark, time.monotonic()
+        self._mark, self._since = mark, self._clock()
 
     def start(self) -> None:
         """Begin to watch."""
         self._enter(replace(self._mark, limit_s=self.hang_timeout_s))
         self._post(self._here())
+        self._ticked = time.monotonic()
+        threading.Thread(target=self._tick, name="tick", daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -105,24 +121,42 @@ class Watchdog:
     def _run(self) -> None:
         beat = min(BEAT_S, self.hang_timeout_s / 10)
         while not self._ended.wait(beat):
+            self._await_tick()
             mark = self._here()
             self._say_if_long(mark)
             self._post(mark)
+            stopped = self._stopped_s
             message = self._judge(mark, beat)
+            self._await_tick()
+            if stopped != self._stopped_s:
+                continue  # what was seen of the others meanwhile is out of date
             if message is not None and not self._ended.is_set() and not self._moved(mark):
                 self._end(message, own=not mark.collective)
 
+    def _tick(self) -> None:
+        """Tell how long this process was stopped."""
+        while not self._ended.wait(TICK_S):
+            late = time.monotonic() - self._ticked - TICK_S
+            if late > LATE_S:
+                self._stopped_s += late
+            self._ticked = time.monotonic()
+
+    def _await_tick(self) -> None:
+        """After a stop the threads go on in any order: the one that tells its length must have been on."""
+        while time.monotonic() - self._ticked > TICK_S + LATE_S and not self._ended.is_set():
+            time.sleep(TICK_S / 10)
+
     def _here(self) -> Mark:
         mark, since = self._mark, self._since
-        return replace(mark, age_s=time.monotonic() - since)
+        return replace(mark, age_s=max(0.0, self._clock() - since))
 
     def _moved(self, mark: Mark) -> bool:
-        return self._since > time.monotonic() - mark.age_s
+        return self._since > self._clock() - mark.age_s
 
     def _say_if_long(self, mark: Mark) -> None:
         """Warn of a long wait of this rank's own, and say when it is over."""
         if self._said is not None and self._said[0] != self._since:
-            print(f"{self.names[self.rank]} goes on after {time.monotonic() - self._said[0]:.0f} s", file=sys.stderr)
+            print(f"{self.names[self.rank]} goes on after {self._clock() - self._said[0]:.0f} s", file=sys.stderr)
             self._said, self._warned = None, WARN_AFTER_S
         if not mark.collective and mark.age_s > self._warned and mark.limit_s < math.inf:
             self._said, self._warned = (self._since, mark.what), 2 * mark.age_s

@@ -20,6 +20,7 @@ from pipeline.training.ranks.watchdog import Watchdog
 
 MEETING = timedelta(seconds=30)
 LONG_TIMEOUT = timedelta(days=1)  # of what only waits for rank 0; the watch ends it before, where nothing moves
+SUSPENDED = timedelta(hours=6)  # for which a job may be suspended and resume in place
 STORE_TIMEOUT = timedelta(seconds=10)
 _LEAVE_S = 60.0
 
@@ -110,7 +111,8 @@ def start_world(train: TrainConfig) -> World:
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    limit = timedelta(seconds=1.5 * train.hang_timeout_s + 30)  # the watch comes first, and can tell who hangs
+    # The watch comes first, and can tell who hangs; unlike torch it knows when this process was suspended.
+    limit = max(timedelta(seconds=1.5 * train.hang_timeout_s + 30), SUSPENDED)
     try:
         dist.init_process_group(backend, timeout=limit, **place)
     except dist.DistError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.config import Config, load_config, semantic_config, to_yaml
 from pipeline.errors import UserError
-from pipeline.files import atomic_write
+from pipeline.files import atomic_write, read_note
 from pipeline.redact import redact
 from pipeline.run_paths import END_MARKERS, RunPaths, list_checkpoints
 from pipeline.training.run_folder.checkpoint import compare_semantic_config
@@ -95,7 +95,7 @@ def is_for_this_start(stop: Path) -> bool:
     """Was this request to stop made after the job's start, while Python was still being imported? A batch script
     begins it with the job's id and restart count, as in `12.0 USR1`."""
     try:
-        whose = stop.read_text().split(maxsplit=1)[:1]
+        whose = read_note(stop).split(maxsplit=1)[:1]
     except FileNotFoundError:
         return False
     job, count = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")

@@ -41,6 +41,11 @@ def _machine() -> str:
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - a link to no path
 
 
+def _name(owner: dict) -> str:
+    job = f", Slurm job {owner['slurm_job_id']}" if owner.get("slurm_job_id") else ""
+    return f"host {owner.get('host')}, pid {owner.get('pid')}{job}"
+
+
 class RunLock:
     """The lock of a run folder, held from `acquire` to `release`.
 
@@ -60,16 +65,7 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock. Raises UserError, naming host, pid and job, if another living process has it, and
         TransientError where the disk refuses."""
-        self._me = {
-            "token": uuid.uuid4().hex,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "pid_start": _start_of(os.getpid()),
-            "machine": _machine(),
-            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-            "slurm_restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            "since": time.time(),
-        }
+        self._identify()
         try:
             self._take(self.path)
             self._sweep()
@@ -80,6 +76,27 @@ class RunLock:
         self.held, self._device = True, self.folder.stat().st_dev
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
+    def owner(self) -> str | None:
+        """Which living process has the lock, in words; None: nobody, or it can't be found out."""
+        self._identify()
+        try:
+            owner = self._read(self.path)
+            return _name(owner) if owner is not None and self._lives(self.path, owner) else None
+        except OSError:
+            return None
+
+    def _identify(self) -> None:
+        self._me = {
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pid_start": _start_of(os.getpid()),
+            "machine": _machine(),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "since": time.time(),
+        }
+
     def _take(self, path: Path) -> None:
         """Make `path` ours. A dead owner's is replaced while a lock on that very owner is held, so that of several
         who find it dead only one does so."""
@@ -88,9 +105,8 @@ class RunLock:
             if owner is None:
                 continue  # released meanwhile
             if self._lives(path, owner):
-                job = f", Slurm job {owner['slurm_job_id']}" if owner.get("slurm_job_id") else ""
                 raise UserError(
-                    f"run folder {self.folder} is in use by host {owner.get('host')}, pid {owner.get('pid')}{job}; "
+                    f"run folder {self.folder} is in use by {_name(owner)}; "
                     f"wait for it, end it (touch {self.folder}/stop), or give another --run_dir"
                 )
             claim = self.folder / f".lock.{owner.get('token')}"

@@ -1,0 +1,114 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
+# What comes after the last step: done, requeued, or one line that says what to do.
+
+leave() { # $1: exit code of the last step. Requeues the job if that makes sense. Never returns.
+    local code=$1
+    trap '' USR1 USR2 TERM INT HUP
+    end_background
+    if [[ -z $stop_reason && $phase == training && -e $RUN_DIR/interrupted ]]; then # this shell had no signal
+        if has_stop_file && [[ $(read_stop_file) != "$ATTEMPT "* ]]; then
+            log "stopped by $STOP_FILE, so it is not requeued: submit the same again to resume"
+            leave_with 75
+        fi
+        stop_reason=$(grep -o '"reason": "[^"]*"' "$RUN_DIR/interrupted" | cut -d'"' -f4)
+        signal_ms=$(stat --format=%.3Y "$STOP_FILE" 2>/dev/null) signal_ms=${signal_ms/./}
+    fi
+    if ((${signal_ms:-0})); then
+        signal_ms=$(($(date +%s%3N) - signal_ms))
+        log "$((signal_ms / 1000)).$((signal_ms % 1000 / 100)) s from the signal to the end of the step"
+    fi
+    if [[ $phase == training ]]; then
+        [[ ! -e $RUN_DIR/finished ]] || leave_with 0
+        ! grep -qs '"exit_code": 2' "$RUN_DIR/failed" || code=2 # torchrun says 1 for whatever its workers say
+    elif ((code == 0)); then
+        leave_with 0 # a script without training has done its work
+    fi
+    if ((code == 2)); then
+        log "failed: this must be fixed first, so it is not requeued"
+    elif [[ -n $stop_reason ]]; then
+        requeue
+    elif ((code)); then
+        say_what_failed "$code"
+        code=$?
+    fi
+    leave_with "$code"
+}
+
+leave_with() { # $1: exit code
+    [[ -z ${progress_at_start:-} ]] || rm -f "$PROGRESS_DIR/.requeues.$JOB"
+    release_run_dir
+    exit "$1"
+}
+
+say_what_failed() { # $1: exit code of the step. Returns the job's.
+    local asked killed
+    asked=$(asked_memory)
+    asked=${asked:-no --mem, so what the partition gives}
+    if killed=$(tail -c "+$((job_log_start + 1))" "$job_log" 2>/dev/null | grep -m 1 -E "$OUT_OF_MEMORY"); then
+        log "memory ran out (${killed##*error: }). The job asked for $asked; $(more_memory)"
+        return 2
+    elif (($1 == 137)) || tail -c "+$((job_log_start + 1))" "$job_log" 2>/dev/null | grep -qE "$KILLED"; then
+        log "a process was killed by SIGKILL, which is how the kernel ends one when memory runs out. The job asked for \
+$asked; if nobody sent that signal, $(more_memory)"
+        return "$1"
+    fi
+    log "failed with exit code $1; not requeued. $(what_comes_next)"
+    return "$1"
+}
+
+OUT_OF_MEMORY='exceeded (job |step )?memory limit|oom[-_]kill|OOM Killed|: Out Of Memory|killed [0-9]+ for want of host memory'
+KILLED='exitcode *: -9|Signal 9 \(SIGKILL\)|was killed by SIGKILL'
+
+more_memory() {
+    echo "submit the same again with more, e.g. --mem=$(((NPROC_PER_NODE + 1) * 2))G, or with smaller --data.workers"
+}
+
+what_comes_next() {
+    if has_steps; then
+        echo "Submit the same again to resume from the last checkpoint."
+    elif [[ $phase == training ]]; then
+        echo "No step was done."
+    else
+        echo "Nothing was started."
+    fi
+}
+
+requeue() {
+    local answer code
+    remember_steps
+    refuse_short_time_limit
+    refuse_vain_requeue
+    while read_record; do
+        if [[ $(field Restarts) != "$RESTARTS" ]]; then
+            log "Slurm has requeued the job" # it is this script's successor's now
+            release_run_dir
+            exit 0
+        elif [[ ! $record =~ \ (JobState=RUNNING|Reason=TimeLimit)\  ]]; then # cancelled: a requeue would revive it
+            log "cancelled: submit the same again to resume"
+            leave_with 75
+        fi
+        read_end
+        [[ ! $record =~ \ PreemptTime=[0-9] ]] || stop_reason="preempted by Slurm"
+        release_run_dir
+        if answer=$(LC_ALL=C timeout 90 scontrol requeue "$JOB" 2>&1); then
+            log "requeued: $stop_reason"
+            exit 0
+        elif [[ ! $answer =~ (ontact|onnect|imed\ out|ommunication|emporarily|ransport|Zero\ Bytes) ]]; then
+            log "Slurm refuses to requeue it (${answer##*$'\n'}); submit the same again to resume"
+            leave_with 75
+        fi
+        sleep 3 # the controller was away: it may have heard or not
+    done
+    log "Slurm was not reached, or does not know the job any more, so it is not requeued; submit the same again to resume"
+    leave_with 75
+}
+
+refuse_short_time_limit() { # the signal that announces the time limit came at once
+    local limit
+    limit=$(seconds_of "$TIME_LIMIT") || return 0
+    if ((LEAD_S >= limit && $(date +%s) - begun_s < 75)) && [[ ! $record =~ \ PreemptTime=[0-9] ]]; then
+        log "the time limit of $TIME_LIMIT is not longer than the $LEAD_S s by which Slurm's signal comes before it, so the job \
+would be requeued without an end: submit it with a longer --time, or with both --signal and SBATCH_SIGNAL=B:USR1@SECONDS"
+        leave_with 2
+    fi
+}

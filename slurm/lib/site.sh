@@ -1,0 +1,55 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
+# The environment's settings, and the site's (slurm/site.env).
+
+SITE_ENV=${SITE_ENV:-$PIPELINE_HOME/slurm/site.env}
+
+read_site_file() { # source it under the shell's default options; a failure in it names file and line
+    local here=$PWD options problem
+    SITE_ENV=$(realpath -m "$SITE_ENV")
+    [[ -e $SITE_ENV ]] || return 0
+    [[ -f $SITE_ENV && -r $SITE_ENV ]] || fail "$SITE_ENV can't be read"
+    ! grep -q $'\r' "$SITE_ENV" || fail "$SITE_ENV has Windows line endings: sed -i 's/\\r\$//' $SITE_ENV"
+    problem=$(bash -n "$SITE_ENV" 2>&1) || fail "$SITE_ENV is no bash: ${problem%%$'\n'*}"
+    # The file's own values of these hold only where the environment has none.
+    [[ -z ${RUN_DIR:-} ]] || RUN_DIR=$(realpath -m "$RUN_DIR")
+    [[ -z ${DATA_ROOT:-} ]] || DATA_ROOT=$(realpath -m "$DATA_ROOT")
+    [[ ! -f ${CONFIG:-} ]] || CONFIG=$(realpath "$CONFIG")
+    options=$(set +o)
+    set +u
+    site_line='' site_command=''
+    trap 'site_line=$LINENO site_command=$BASH_COMMAND' ERR
+    trap 'site_file_ended $?' EXIT
+    # shellcheck source=slurm/site.env.example
+    . "$SITE_ENV"
+    trap - ERR EXIT
+    eval "$options"
+    cd "$here" || fail "$here is gone"
+    install_traps
+}
+
+site_file_ended() { # $1: exit code. site.env has ended this shell.
+    set +eu
+    trap - EXIT
+    cd /
+    log "$SITE_ENV ended the job${site_line:+, line $site_line: $site_command} (exit code $1); mend it and submit again"
+    exit 2
+}
+
+settings() {
+    local name=$SLURM_JOB_NAME${ARRAY_TASK:+-$ARRAY_TASK}
+    : "${DATA_ROOT:=data/imagenet}" "${PYTHON:=python}" "${GRACE_S:=120}" "${HOME:=$(getent passwd "$(id -u)" | cut -d: -f6)}"
+    RUN_DIR=$(realpath -m "${RUN_DIR:-runs/$name}")
+    PROGRESS_DIR=$RUN_DIR
+    NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    export RUN_DIR PYTHON NPROC_PER_NODE PATH HOME PYTHONPATH=$PIPELINE_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+    LEAD_S=${SBATCH_SIGNAL:-$(grep -m 1 -o '^#SBATCH --signal=.*' "$0")}
+    [[ $LEAD_S =~ @([0-9]+) ]] && LEAD_S=${BASH_REMATCH[1]} || LEAD_S=0
+    job_log=$(readlink "/proc/$$/fd/2")
+    job_log_start=$(stat --format=%s "$job_log" 2>/dev/null) || job_log_start=0
+}
+
+# NCCL chooses its network well; where it does not, set in site.env:
+#   export NCCL_SOCKET_IFNAME=ib0        the interface of the first contact (not docker0, not a management network)
+#   export NCCL_IB_HCA=mlx5_0,mlx5_1     the InfiniBand adapters to use
+#   export NCCL_IB_DISABLE=1             Ethernet only
+#   export NCCL_DEBUG=INFO               say what was chosen
