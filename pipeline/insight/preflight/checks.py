@@ -148,7 +148,7 @@ def check_run_folder(run_dir: Path | None, problem: str | None, config: Config, 
     if in_use:
         level = FAIL if "SLURM_JOB_ID" in os.environ else WARN
         yield CheckResult(
-            level, "run folder", f"{run_dir} is in use by {in_use}; wait for it, or give another --run_dir"
+            level, "run folder", f"{run_dir} is in use by host {in_use}; wait for it, or give another --run_dir"
         )
         return
     checkpoint = newest_checkpoint(run_dir)

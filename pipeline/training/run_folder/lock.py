@@ -43,7 +43,7 @@ def _machine() -> str:
 
 def _name(owner: dict) -> str:
     job = f", Slurm job {owner['slurm_job_id']}" if owner.get("slurm_job_id") else ""
-    return f"host {owner.get('host')}, pid {owner.get('pid')}{job}"
+    return f"{owner.get('host')}, pid {owner.get('pid')}{job}"
 
 
 class RunLock:
@@ -77,7 +77,7 @@ class RunLock:
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def owner(self) -> str | None:
-        """Which living process has the lock, in words; None: nobody, or it can't be found out."""
+        """Host, pid and job of the living process that has the lock; None: nobody, or it can't be found out."""
         self._identify()
         try:
             owner = self._read(self.path)
@@ -106,7 +106,7 @@ class RunLock:
                 continue  # released meanwhile
             if self._lives(path, owner):
                 raise UserError(
-                    f"run folder {self.folder} is in use by {_name(owner)}; "
+                    f"run folder {self.folder} is in use by host {_name(owner)}; "
                     f"wait for it, end it (touch {self.folder}/stop), or give another --run_dir"
                 )
             claim = self.folder / f".lock.{owner.get('token')}"
