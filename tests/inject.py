@@ -6,10 +6,12 @@ Everything else is the real thing; only the fault is made.
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from pipeline.__main__ import main
+from pipeline.training import loop
 from pipeline.training.step import TrainStep
 
 
@@ -41,6 +43,20 @@ def slow_down(train_step: TrainStep) -> None:
     train_step.forward = forward
 
 
+def hold_evaluation() -> None:
+    """Each evaluation begins with the file `evaluating` in the folder that $HOLD names, and waits until it is gone."""
+    real, path = loop.evaluate, Path(os.environ["HOLD"]) / "evaluating"
+
+    def evaluate(*arguments):
+        if os.environ.get("RANK", "0") == "0":
+            path.touch()
+        while path.exists():
+            time.sleep(0.01)  # polls a condition
+        return real(*arguments)
+
+    loop.evaluate = evaluate
+
+
 FAULTS = {"nan": spoil_gradient, "flip": flip_bit, "die": lambda _: os._exit(9), "slow": slow_down}
 
 
@@ -58,7 +74,9 @@ def inject(fault: str, rank: int, step: int) -> None:
 
 if __name__ == "__main__":
     fault, rank = sys.argv[1], int(sys.argv[2])
-    if fault != "differ":
+    if fault == "hold":
+        hold_evaluation()
+    elif fault != "differ":
         inject(fault, rank, int(sys.argv[3]))
     other = ["--optim.lr", "0.3"] if fault == "differ" and int(os.environ["RANK"]) == rank else []
     sys.exit(main([*sys.argv[4:], *other]))

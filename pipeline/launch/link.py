@@ -34,7 +34,7 @@ class Link:
         for work in (self._listen, self._beat):
             threading.Thread(target=work, name=f"link {work.__name__}", daemon=True).start()
 
-    def say(self, kind: str, **facts) -> None:
+    def say(self, kind: str, **facts: object) -> None:
         """Tell the coordinator; a lost connection is told by `orders`."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps({"say": kind, **facts}).encode() + b"\n")

@@ -10,6 +10,11 @@ from pathlib import Path
 MEMORY = Path("/dev/shm")
 
 
+def _mine() -> str:
+    """Begins the names of this user's folders, where process ids mean what they mean here."""
+    return f"pipeline-{os.getuid()}-{os.stat('/proc/self/ns/pid').st_ino}"
+
+
 class LocalFolder:
     """`path`: the folder, of this user alone; None where there is no /dev/shm. `remove` at the end.
 
@@ -24,13 +29,13 @@ class LocalFolder:
         self._remove_leftovers()
         name = hashlib.sha256(job.encode()).hexdigest()[:8]
         with contextlib.suppress(OSError):  # no room, or not ours to write
-            self.path = Path(tempfile.mkdtemp(prefix=f"pipeline-{os.getuid()}-{os.getpid()}-{name}-", dir=MEMORY))
+            self.path = Path(tempfile.mkdtemp(prefix=f"{_mine()}-{os.getpid()}-{name}-", dir=MEMORY))
 
     @staticmethod
     def _remove_leftovers() -> None:
         """Folders of launchers of this user that were killed."""
-        for path in MEMORY.glob(f"pipeline-{os.getuid()}-[0-9]*"):
-            pid = path.name.split("-")[2]
+        for path in MEMORY.glob(f"{_mine()}-[0-9]*"):
+            pid = path.name.removeprefix(f"{_mine()}-").split("-")[0]
             with contextlib.suppress(OSError, ValueError):
                 if path.stat().st_uid == os.getuid() and not Path(f"/proc/{int(pid)}").exists():
                     shutil.rmtree(path, ignore_errors=True)

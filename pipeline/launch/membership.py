@@ -121,7 +121,7 @@ class Membership:
         if not node.training:
             self.say(f"{node.name}, a spare, was lost ({how})")
             return
-        self.say(f"{node.name} was lost in round {self.round} ({how}); {left} of its nodes are left")
+        self.say(f"{node.name} was lost in round {self.round} ({how}); {_count(left, 'node')} left")
         if self.phase == "training":
             self._stop("loss")
         elif self.phase == "stopping":
@@ -206,13 +206,13 @@ class Membership:
             self._begin(world)
         elif now - self._since >= limits.rejoin_timeout_s:
             self.say(
-                f"{len(self.nodes)} nodes are left, {limits.min_nodes} are needed (--nnodes); start the job again to "
-                "resume"
+                f"{_count(len(self.nodes), 'node')} left, {limits.min_nodes} required (--nnodes); start the job again "
+                "to resume"
             )
             self.end(EXIT_NODE_LOST)
 
     def _refuse_batch(self) -> None:
-        ranks = sum(node.ranks for node in self.nodes.values())
+        ranks = _ranks(list(self.nodes.values()))
         some = f", or by those of at least {self.limits.min_nodes}" if self.limits.min_nodes < len(self.nodes) else ""
         self.say(
             f"--train.global_batch_size {self.limits.batch_size} is not divisible by the {ranks} ranks of "
@@ -223,12 +223,12 @@ class Membership:
     def _begin(self, world: list[Node]) -> None:
         self.round += 1
         self.phase, self.why, self._enough_since = "training", "", None
-        first, total = 0, sum(node.ranks for node in world)
+        first, total = 0, _ranks(world)
         for node in self.nodes.values():
             node.training, node.exit_code, node.failure = node in world, None, ""
         if self.round > 1 or len(self.nodes) > len(world) or len(world) > 1:
             names = ", ".join(node.name for node in world[:8]) + (", ..." if len(world) > 8 else "")
-            self.say(f"round {self.round}: {len(world)} nodes, {total} ranks: {names}")
+            self.say(f"round {self.round}: {_count(len(world), 'node')}, {_count(total, 'rank')}: {names}")
         reason = "; ".join(self.changes)
         self.changes = []
         for place, node in enumerate(world):
@@ -244,9 +244,9 @@ class Membership:
     def _tell_spare(self, node: Node, used: int) -> None:
         full = used >= self.limits.max_nodes
         why = (
-            f"{used} nodes train, which is the most (--nnodes)"
+            f"{_count(used, 'node')} in training, the most that --nnodes allows"
             if full
-            else f"a global batch of {self.limits.batch_size} does not divide by the ranks of more than {used} nodes"
+            else f"a global batch of {self.limits.batch_size} is not divisible by more ranks"
         )
         if node.told != why:
             node.told = why
@@ -258,8 +258,9 @@ class Membership:
         if any(node.exit_code is not None for node in self._training()) or self.asked_to_stop:
             return
         world = self.choose()
-        now = sum(node.ranks for node in self._training())
+        now = _ranks(self._training())
         if sum(node.ranks for node in world) > now:
+            self.say(f"the {_count(now, 'rank')} save at their next step, to start again as {_ranks(world)}")
             self._stop("regroup")
             return
         for node in self.nodes.values():
@@ -294,7 +295,7 @@ class Membership:
         failed.sort(key=lambda node: (node.exit_code or 0) > 0)  # ended by a signal: the others only noticed
         what = failed[0].failure if failed else "a worker failed"
         if self.restarts >= self.limits.max_restarts:
-            used = f" after {self.restarts} restarts" if self.restarts else ""
+            used = f" after {_count(self.restarts, 'restart')}" if self.restarts else ""
             self.say(f"{what}{used}; see above for its reason")
             self.end(EXIT_RETRY)
             return False
@@ -321,3 +322,11 @@ class Membership:
         self.phase, self.exit_code = "ended", exit_code
         for node in self.nodes.values():
             self.send(node.key, {"do": "end", "exit_code": exit_code})
+
+
+def _ranks(nodes: list[Node]) -> int:
+    return sum(node.ranks for node in nodes)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

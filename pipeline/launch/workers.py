@@ -203,7 +203,7 @@ def _run_forked(
 
 def _forget_forkserver() -> None:
     """Let go of the pipe that keeps the process alive that this one was forked from: it ends with the launcher."""
-    known: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    known: Any = forkserver._forkserver
     if known._forkserver_alive_fd is not None:
         os.close(known._forkserver_alive_fd)
     known._forkserver_alive_fd = known._forkserver_address = known._forkserver_pid = None

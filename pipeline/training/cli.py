@@ -49,7 +49,9 @@ def train(argv: list[str]) -> int:
         with translating_errors(config, world):
             refuse_differences(program_and_settings(config, world), world)
             world.on_rank_zero(lambda: (make_run_folder(config), lock.acquire())[1])
-            return Trainer(config, world, stop).run()
+            trainer = Trainer(config, world, stop)
+            trainer.fence = lock.confirm
+            return trainer.run()
     except (UserError, TransientError) as error:
         if lock.held:
             leave_word(config.run_dir, error)

@@ -5,6 +5,7 @@ Read `Trainer.run` from top to bottom; everything it calls is named for what it 
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from pipeline.training.recalibrate import keeping_buffers, recalibrate
 from pipeline.training.recorder import RunRecorder, going_back, mark_finished
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder, open_run_folder
+from pipeline.training.run_folder.local import local_snapshots, publish_newest
 from pipeline.training.start import Start, find_start, find_way_back
 from pipeline.training.step import TrainStep, seed_step
 from pipeline.training.validate import check_classes, validate
@@ -72,11 +74,15 @@ class Trainer:
         self.blacklist: dict[int, int] = {}  # unreadable sample -> the step that met it
         self.recorder: RunRecorder | None = None  # rank 0's
         self.profiler: Profiler | None = None  # rank 0's
+        self.fence: Callable[[], None] = lambda: None  # called by rank 0 before it writes; see RunLock.confirm
         self.step = 0  # steps done
         self.asked_to_stop = self.asked_to_save = self.regrouping = False  # agreed among all ranks
+        self.asked_for_snapshot = False  # agreed, too
+        self.local = local_snapshots(world, self.console.warn)  # of this node; None: there are none
 
     def run(self) -> int:
         """Train to the end, or until somebody asks to stop. Returns the exit code."""
+        publish_newest(self.world, self.local, self.folder, self.console.say)
         self.restore(self.world.on_rank_zero(self.find_start))
         if self.world.on_rank_zero(self.was_finished):
             return EXIT_OK
@@ -137,6 +143,8 @@ class Trainer:
             if self.saves_at(self.step):
                 self.save()
                 clock.lap()
+            elif self.asked_for_snapshot:
+                self.save_locally()
         batches.close()
         self.process_step_stats(self.step_stats.due(everything=True))
 
@@ -155,6 +163,8 @@ class Trainer:
             return Vote.SAVE
         if self.recorder and self.recorder.owes_save:
             return Vote.SAVE
+        if self.world.is_rank_zero and self.local and self.local.is_due():
+            return Vote.SNAPSHOT
         return Vote.NONE
 
     def process_step_stats(self, reports: list[StepStats]) -> None:
@@ -171,6 +181,7 @@ class Trainer:
             self.asked_to_stop |= report.vote >= Vote.REGROUP
             self.regrouping |= report.vote == Vote.REGROUP
             self.asked_to_save |= report.vote == Vote.SAVE
+            self.asked_for_snapshot |= report.vote == Vote.SNAPSHOT
             if self.recorder:
                 self.recorder.record_step(report, ids, self.lr(report.step))
             warning = self.guard.note(report)
@@ -236,7 +247,21 @@ class Trainer:
         if self.recorder is None:
             return
         self.watch.phase("saving")
-        meta = {
+        self.recorder.save(self.step, self.train_step.state_dict(), self.meta())
+
+    def save_locally(self) -> None:
+        """Leave a snapshot of this step in the memory of each node, for ranks that go on when a node is lost."""
+        self.asked_for_snapshot = False
+        if self.guard.bad_since is not None:
+            return
+        compare_parameters(self.model, self.world, self.step)
+        if self.local and self.world.local_rank == 0:
+            self.watch.phase("a local snapshot")
+            self.local.save(self.step, self.train_step.state_dict(), self.meta())
+
+    def meta(self) -> dict:
+        """What a checkpoint says beside its tensors."""
+        return {
             "semantic_config": semantic_config(self.config),
             "index_fingerprint": self.index.fingerprint,
             "classes": list(self.index.synsets),
@@ -245,7 +270,6 @@ class Trainer:
             "torch": torch.__version__,
             **self.guard.state(),
         }
-        self.recorder.save(self.step, self.train_step.state_dict(), meta)
 
     def find_start(self) -> Start:
         return find_start(self.config, self.folder, self.guard, self.index.fingerprint, self.console.warn)
@@ -306,10 +330,13 @@ class Trainer:
         eval_batch = self.config.train.local_eval_batch_size(world.size)
         self.train_stream = make_train_stream(self.index, self.plan, data, world)
         self.eval_stream = make_eval_stream(self.index, data, eval_batch, world)
+        if self.local and world.local_rank == 0:
+            self.local.reserve(self.train_step.state_dict())
         self.watch.detail = lambda: self.train_stream.source.slowest() or self.eval_stream.source.slowest()
         if not world.is_rank_zero:
             return
         self.recorder = RunRecorder(self.config, self.folder, self.plan, self.console, self.step, world)
+        self.recorder.fence = self.fence
         self.recorder.host_copy.reserve(self.train_step.state_dict())
         name = "started" if self.resumed_from is None else "resumed"
         facts = {"last_step": self.last_step, "hardware": world.hardware, "torch": torch.__version__}
@@ -361,6 +388,8 @@ class Trainer:
         """Let go of loaders and books."""
         if self.profiler:
             self.profiler.close()
+        if self.local:
+            self.local.close()
         self.train_stream.close()
         self.eval_stream.close()
         if self.recorder:

@@ -52,12 +52,13 @@ class RunRecorder:
             config.checkpoint.keep,
             protected=lambda: {best_step(self.ledger.evaluations)},
             warn=self.alarm,
-            before=self.ledger.sync,
+            before=self._before_checkpoint,
         )
         self.host_copy = HostCopy(world.device, console.warn)
         self.outage = Outage(folder.path, 60 * config.checkpoint.outage_timeout_minutes, self.alarm)
         self.owes_save = False  # was the run folder away?
         self.next_spike_warning = 0  # step
+        self.fence: Callable[[], None] = lambda: None  # called before anything is written; see RunLock.confirm
 
     def epoch(self, step: int) -> float:
         return step * self.plan.global_batch_size / self.plan.samples
@@ -122,12 +123,17 @@ class RunRecorder:
     def log(self, row: dict) -> None:
         """A row to the ledger, and to W&B, which is a view of it. Raises TransientError where the disk refuses for too
         long."""
+        self.fence()
         self.ledger.append(row)
         self.wandb.log(row)
         if self.outage.note(self.ledger.refusal, row["step"]):
             self.owes_save = True
             if not self.folder.config.exists():  # the whole folder was removed
                 self.folder.save_config(self.config)
+
+    def _before_checkpoint(self) -> None:
+        self.fence()
+        self.ledger.sync()
 
     def event(self, name: str, step: int, **facts) -> None:
         """Enter into the ledger what happened to the run."""

@@ -20,8 +20,10 @@ from pathlib import Path
 
 from pipeline.errors import EXIT_RETRY, TransientError, UserError
 from pipeline.run_paths import RunPaths
+from pipeline.training.ranks.launcher import current_launch
 
 HEARTBEAT_S = 5.0
+LEASE_S = 3.0  # a launcher is cut off after 5 s of silence, so within this time nobody has taken the lock
 STALE_S = 60.0  # a lock untouched for so long belongs to nobody
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
@@ -33,6 +35,11 @@ def _start_of(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
+
+
+def _boottime() -> float:
+    """Seconds since boot, also while the machine is suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _machine() -> str:
@@ -59,6 +66,8 @@ class RunLock:
         self.path = RunPaths(folder).lock
         self.held = False
         self._device = 0  # the file system of the folder
+        self._beat_s = HEARTBEAT_S
+        self._confirmed = 0.0  # when the lock was last seen to be ours, by `_boottime`
         self._ended = threading.Event()
         self._me: dict = {}
 
@@ -73,7 +82,7 @@ class RunLock:
             raise TransientError(
                 f"the lock {self.path} can't be written ({error.strerror})", on_all_ranks=True
             ) from error
-        self.held, self._device = True, self.folder.stat().st_dev
+        self.held, self._device, self._confirmed = True, self.folder.stat().st_dev, _boottime()
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def owner(self) -> str | None:
@@ -96,6 +105,10 @@ class RunLock:
             "slurm_restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             "since": time.time(),
         }
+        launch = current_launch()
+        if launch is not None:
+            self._me |= {"launch_job": launch.job, "launch_round": launch.round}
+            self._beat_s = min(self._beat_s, LEASE_S / 3)
 
     def _take(self, path: Path) -> None:
         """Make `path` ours. A dead owner's is replaced while a lock on that very owner is held, so that of several
@@ -176,6 +189,8 @@ class RunLock:
 
     def _lives(self, path: Path, owner: dict) -> bool:
         """Is the owner of a lock still there? May take as long as a lock takes to grow stale."""
+        if "launch_job" in self._me and owner.get("launch_job") == self._me["launch_job"]:
+            return not owner["launch_round"] < self._me["launch_round"]  # cut off from the job, even if it is there
         if owner.get("machine") == self._me["machine"]:
             return owner.get("pid_start") is not None and _start_of(owner["pid"]) == owner["pid_start"]
         restarted = self._me["slurm_restart_count"] > (owner.get("slurm_restart_count") or 0)
@@ -211,20 +226,35 @@ class RunLock:
 
     def _beat(self) -> None:
         """Touch the lock until it is released."""
-        while not self._ended.wait(HEARTBEAT_S):
+        while not self._ended.wait(self._beat_s):
             with contextlib.suppress(OSError):  # a file system that is away for a while
-                owner = self._read(self.path)
-                if owner is None and self.folder.stat().st_dev == self._device:  # else: it is not mounted
+                if not self._is_ours() and self.folder.stat().st_dev == self._device:  # else: it is not mounted
                     self._link(self.path)
-                elif owner is not None and owner.get("token") != self._me["token"]:
-                    who = f"host {owner.get('host')}, pid {owner.get('pid')}"
-                    print(
-                        f"pipeline train: run folder {self.folder} was taken over by {who}; ending at once",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    os._exit(EXIT_RETRY)  # nothing more may be written
                 os.utime(self.path)
+
+    def _is_ours(self) -> bool:
+        """Is the lock ours? False: it is nobody's. Where it is another's, this process ends."""
+        asked = _boottime()
+        owner = self._read(self.path)
+        if owner is None:
+            return False
+        if owner.get("token") != self._me["token"]:
+            print(
+                f"pipeline train: run folder {self.folder} was taken over by host {owner.get('host')}, pid "
+                f"{owner.get('pid')}; ending at once",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(EXIT_RETRY)  # nothing more may be written
+        self._confirmed = asked
+        return True
+
+    def confirm(self) -> None:
+        """Called before anything is written to the run folder: under `pipeline launch` a process that was held up may
+        have been cut off from the job meanwhile, and another world may train here. Then this process ends."""
+        if self.held and "launch_job" in self._me and _boottime() - self._confirmed > LEASE_S:
+            with contextlib.suppress(OSError):
+                self._is_ours()
 
     def release(self) -> None:
         """Give the lock back, if it is held."""
