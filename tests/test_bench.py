@@ -1,10 +1,11 @@
-"""Benches: contenders take turns and are compared, a run is taken apart and judged, results are written down."""
+"""Benches: candidates take turns and are compared, a run's bottleneck is named, results are written as JSON."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from pipeline.config import load_config
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import TransientError
 from pipeline.insight.bench import train as bench_train
-from pipeline.insight.bench.arena import Absent, Contender, Spread, compete, ratios
+from pipeline.insight.bench.interleaved import Candidate, Spread, Unavailable, ratios, run_interleaved
 from pipeline.insight.preflight.cli import read_bench
 
 
@@ -30,53 +31,55 @@ def burn(millions: int, log: str):
 
 
 def not_here():
-    raise Absent("no such thing on this machine")
+    raise Unavailable("no such thing on this machine")
 
 
 def crash():
     return lambda: os._exit(9)
 
 
-def test_contenders_take_turns_and_are_compared(tmp_path):
+def test_candidates_take_turns_and_are_compared(tmp_path):
     log = tmp_path / "turns"
-    contenders = [
-        Contender("one", burn, {"millions": 2, "log": str(log)}),
-        Contender("four", burn, {"millions": 8, "log": str(log)}),
-        Contender("absent", not_here),
-        Contender("crashing", crash, may_crash=True),
+    candidates = [
+        Candidate("one", burn, {"millions": 2, "log": str(log)}),
+        Candidate("four", burn, {"millions": 8, "log": str(log)}),
+        Candidate("absent", not_here),
+        Candidate("crashing", crash, may_crash=True),
     ]
-    outcomes = compete(contenders, rounds=3, warm_up=1)
+    measured = run_interleaved(candidates, rounds=3, warm_up=1)
     assert log.read_text().split() == ["2", "8"] * 4
-    assert outcomes["absent"].absent == "no such thing on this machine" and "9" in outcomes["crashing"].absent
-    assert len(outcomes["one"].cpu_ms) == len(outcomes["one"].wall_ms) == 3
-    assert 2.5 < ratios(outcomes, "one", "four").median < 6.5
-    assert ratios(outcomes, "one", "absent") is None
+    assert measured["absent"].unavailable == "no such thing on this machine" and "9" in measured["crashing"].unavailable
+    assert len(measured["one"].cpu_ms) == len(measured["one"].wall_ms) == 3
+    assert 2.5 < ratios(measured, "one", "four").median < 6.5
+    assert ratios(measured, "one", "absent") is None
 
 
-def test_a_contender_that_must_not_crash_ends_the_bench():
+def test_a_candidate_that_must_not_crash_ends_the_bench():
     with pytest.raises(TransientError, match="crashing failed"):
-        compete([Contender("crashing", crash)], rounds=1)
+        run_interleaved([Candidate("crashing", crash)], rounds=1)
 
 
 @pytest.mark.parametrize(
     ("seconds", "data_wait_fraction", "verdict"),
     [
-        ({"run": 1.0, "compute": 0.99, "compute, exchange": 0.99}, 0.0, "compute holds this run back"),
-        ({"run": 1.0, "compute": 0.7, "compute, exchange": 0.98}, 0.0, "communication holds this run back"),
-        ({"run": 1.0, "compute": 0.6, "compute, exchange": 0.62}, 0.37, "data holds this run back"),
-        ({"run": 1.0, "compute": 0.8, "compute, exchange": 0.82}, 0.01, "records holds this run back"),
-        ({"run": 1.0, "compute": 0.98, "save": 30.0}, 0.01, "checkpointing holds this run back"),
+        ({"run": 1.0, "compute": 0.99, "compute, exchange": 0.99}, 0.0, "compute is the bottleneck"),
+        ({"run": 1.0, "compute": 0.7, "compute, exchange": 0.98}, 0.0, "communication is the bottleneck"),
+        ({"run": 1.0, "compute": 0.6, "compute, exchange": 0.62}, 0.37, "data is the bottleneck"),
+        ({"run": 1.0, "compute": 0.8, "compute, exchange": 0.82}, 0.01, "records is the bottleneck"),
+        ({"run": 1.0, "compute": 0.98, "save": 30.0}, 0.01, "checkpointing is the bottleneck"),
     ],
 )
-def test_the_verdict_names_what_takes_the_time(seconds, data_wait_fraction, verdict):
+def test_the_verdict_names_the_bottleneck(seconds, data_wait_fraction, verdict):
     spreads = {name: Spread.of([value]) for name, value in ({"loader": 0.5, "save": 0.0} | seconds).items()}
     world = SimpleNamespace(size=2, device=SimpleNamespace(type="cpu"))
-    result = bench_train.judge(load_config(runs.TINY), world, spreads, data_wait_fraction, save_every_minutes=5)
+    result = bench_train.find_bottleneck(
+        load_config(runs.TINY), world, spreads, data_wait_fraction, save_every_minutes=5
+    )
     assert result["verdict"].startswith(verdict)
     assert result["images_per_s"] == 20 and result["loader_images_per_s"] == 40
 
 
-def test_a_run_is_taken_apart_and_preflight_reads_the_result(synthetic_root, tmp_path, capsys):
+def test_a_run_is_measured_and_preflight_reads_the_result(synthetic_root, tmp_path, capsys):
     build_index(synthetic_root)
     path = tmp_path / "train.json"
     own = ["--steps", "1", "--rounds", "1", "--json", str(path), "--train.device", "cpu"]
@@ -84,13 +87,13 @@ def test_a_run_is_taken_apart_and_preflight_reads_the_result(synthetic_root, tmp
     assert main(["bench", "train", "--config", str(runs.TINY), "--data.root", str(synthetic_root), *own]) == 0
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]  # Ctrl-C ends a bench
     page = json.loads(path.read_text())
-    assert set(page["result"]["seconds"]) == {"loader", "compute", "run", "save", "written behind"}
+    assert set(page["result"]["seconds"]) == {"loader", "compute", "run", "save", "background write"}
     assert page["result"]["verdict"] in capsys.readouterr().out
     assert "bench train" in page["command"] and page["machine"]["versions"]["torch"]
     assert read_bench(path) == (page["result"]["images_per_s"], 1)
 
 
-def test_two_ranks_are_taken_apart_under_torchrun(synthetic_root, tmp_path):
+def test_two_ranks_are_measured_under_torchrun(synthetic_root, tmp_path):
     build_index(synthetic_root)
     path = tmp_path / "train.json"
     bench = ["bench", "train", "--config", str(runs.TINY), "--data.root", str(synthetic_root), "--steps", "1"]
@@ -102,7 +105,7 @@ def test_two_ranks_are_taken_apart_under_torchrun(synthetic_root, tmp_path):
     assert result["shares"].keys() == {"compute", "communication", "data", "records", "checkpointing"}
 
 
-def test_what_can_not_be_benched_is_one_line(tmp_path, capsys):
+def test_a_bad_bench_command_is_one_line(tmp_path, capsys):
     assert main(["bench", "speed"]) == 2
     assert main(["bench", "loader", str(tmp_path)]) == 2
     assert main(["bench", "io", str(tmp_path), "--threads", "x"]) == 2
@@ -122,7 +125,7 @@ def test_some_steps_are_profiled(synthetic_root, tmp_path):
     assert any("convolution_backward" in name for name in names)
 
 
-def test_how_much_of_an_exchange_is_hidden(tmp_path, capsys):
+def test_the_share_of_an_exchange_that_overlaps(tmp_path, capsys):
     def event(name, kind, start, end):
         return {"ph": "X", "name": name, "cat": kind, "ts": start, "dur": end - start}
 
@@ -134,3 +137,26 @@ def test_how_much_of_an_exchange_is_hidden(tmp_path, capsys):
     assert result == {"exchange_ms": 0.08, "computing_ms": 0.125, "hidden_share": pytest.approx(45 / 80)}
     trace.write_text("{}")
     assert main(["bench", "overlap", str(trace)]) == 2
+
+
+@pytest.mark.slow
+def test_the_loaders_variants_are_measured(synthetic_root, tmp_path):
+    build_index(synthetic_root)
+    path = tmp_path / "loader.json"
+    options = ["--size", "32", "--batch_size", "4", "--images", "8", "--rounds", "1", "--threads", "1"]
+    assert main(["bench", "loader", str(synthetic_root), *options, "--json", str(path)]) == 0
+    training, validation = (
+        json.loads(path.read_text())["result"]["splits"][name] for name in ("training", "validation")
+    )
+    assert set(training["measured"]) == {"DALI", "DALI, crops only", "reference", "PIL decode alone"}
+    assert all(
+        one["cpu_ms"]["median"] > 0 for one in [*training["measured"].values(), *validation["measured"].values()]
+    )
+    assert validation["cpu_ratios"].keys() == {"reference / DALI"}
+
+
+@pytest.mark.parametrize("script", ["loaders.py", "gpu_decoders.py", "startup.py"])
+def test_the_scripts_beside_the_package_start(script):
+    path = Path(__file__).parent.parent / "benchmarks" / script
+    done = subprocess.run([sys.executable, path, "--help"], env=runs.environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and f"python benchmarks/{script}" in done.stdout, done.stderr

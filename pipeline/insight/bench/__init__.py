@@ -1,5 +1,6 @@
-"""Benches: what each part of a run costs, beside others' parts on the same machine in the same minutes.
+"""Benches: what each part of a run costs on this machine.
 
-A bench warms up, takes several rounds, and gives medians with their least and greatest. Contenders take turns
-(`arena.py`), so that what else the machine does meets all alike, and it is their ratio that counts.
+A bench warms up, runs several rounds, and reports medians with minimum and maximum. Candidates take turns
+(`interleaved.py`), so that other load on the machine affects all of them alike; their ratio is what counts. Benches
+that compare with other projects are scripts in `benchmarks/`.
 """

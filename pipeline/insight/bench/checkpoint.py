@@ -1,5 +1,6 @@
-"""`bench checkpoint`: how long a save holds the training up, and what is done behind it."""
+"""`bench checkpoint`: how long a save blocks the training, and what it takes in the background."""
 
+import functools
 import os
 import shutil
 import tempfile
@@ -8,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.insight.bench.arena import Spread
-from pipeline.insight.bench.table import rows
+from pipeline.insight.bench.interleaved import Spread, format_rows
 
 
 def checkpoint(
@@ -18,7 +18,7 @@ def checkpoint(
     rounds: int = 7,
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ) -> dict:
-    """How long a step waits for a checkpoint, and how long the writing, digesting and reading back take behind it.
+    """How long a step waits for a checkpoint, and how long the background work takes: writing, hashing, reading back.
 
     Args:
         model: a torchvision classification model, with SGD and momentum.
@@ -36,7 +36,7 @@ def checkpoint(
 
     cuda = device != "cpu" and torch.cuda.is_available()
     place = torch.device("cuda" if cuda else "cpu")
-    network = build_model(ModelConfig(name=model), 1000).to(place, memory_format=torch.channels_last)
+    network = build_model(ModelConfig(name=model), 1000).to(place).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(network, OptimConfig())
 
     def state() -> dict[str, Any]:
@@ -71,9 +71,9 @@ def checkpoint(
             copy, wait = timed("stall", lambda: host.take(state()), counts)
             timed("transfer", wait, counts)
             timed("plain_copy", plain_copy, counts)
-            path = timed("write", lambda n=number, c=copy: write_checkpoint(scratch, n, c, {}), counts)
-            timed("verify", lambda p=path: verify_checkpoint(p), counts)
-            timed("load", lambda p=path: load_state(p), counts)
+            path = timed("write", functools.partial(write_checkpoint, scratch, number, copy, {}), counts)
+            timed("verify", functools.partial(verify_checkpoint, path), counts)
+            timed("load", functools.partial(load_state, path), counts)
             shutil.rmtree(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -83,25 +83,25 @@ def checkpoint(
     def line(name: str) -> str:
         s = spreads[f"{name}_ms"]
         cpu = spreads[f"{name}_cpu_ms"].median
-        return f"{s.median:9.1f}   {s.least:9.1f} {s.greatest:9.1f}    {cpu:9.1f}    {gigabytes / s.median * 1e3:7.2f}"
+        return f"{s.median:9.1f}   {s.minimum:9.1f} {s.maximum:9.1f}    {cpu:9.1f}    {gigabytes / s.median * 1e3:7.2f}"
 
-    head = f"{'ms: median':>9}   {'least':>9} {'greatest':>9}    {'CPU ms':>9}    {'GB/s':>7}"
+    head = f"{'ms: median':>9}   {'minimum':>9} {'maximum':>9}    {'CPU ms':>9}    {'GB/s':>7}"
     print(f"{model} on {place.type}, SGD with momentum: {host.bytes:,} bytes; {len(os.sched_getaffinity(0))} cores")
     print(
-        rows(
+        format_rows(
             {
                 "": head,
-                "the training waits": line("stall"),
-                "to the host, behind it": line("transfer"),
-                "write, digest, fsync": line("write"),
-                "read and check": line("verify"),
+                "training blocked": line("stall"),
+                "copy to the host": line("transfer"),
+                "write, hash, fsync": line("write"),
+                "verify": line("verify"),
                 "load": line("load"),
                 "tensor.to('cpu', copy)": line("plain_copy"),
             }
         )
     )
-    print(f"  the host's memory was taken once, in {reserve_s:.2f} s; a save before the last is written waits for it")
-    values = {name: spread.plain(2) for name, spread in spreads.items()}
+    print(f"  host memory is allocated once, in {reserve_s:.2f} s; a save waits until the previous one is written")
+    values = {name: spread.as_dict(2) for name, spread in spreads.items()}
     return {"model": model, "device": place.type, "bytes": host.bytes, "reserve_s": round(reserve_s, 3), **values}
 
 

@@ -1,23 +1,21 @@
-"""The verb `bench`: which bench is meant; its result as a table and as JSON."""
+"""The verb `bench`: runs one bench, prints its result as a table and writes it as JSON."""
 
 import functools
 import importlib
-import json
-import shlex
-import time
 from pathlib import Path
+from typing import Any
 
 from pipeline.command import run_command
 from pipeline.errors import EXIT_OK, UserError
+from pipeline.insight.bench.results import default_path, write_result
 
 #: name -> what it measures; its module of the same name has a function of the same name that returns a dictionary
 BENCHES = {
-    "loader": "CPU time an image, beside torchvision's, timm's and FFCV's loaders",
-    "step": "the training loop beside a bare PyTorch loop; precisions; a roofline on a GPU",
-    "train": "a whole run: is it data, compute, communication or checkpointing that holds it back?",
-    "checkpoint": "how long a step waits for a checkpoint, and the writing behind it",
-    "startup": "from the start of the process to the first step, part by part",
-    "overlap": "how much of the gradients' exchange hides behind computing, from a trace of --train.profile_steps",
+    "loader": "CPU time of an image: DALI and reference decoder, image tree and shards",
+    "step": "the training loop against a bare PyTorch loop; on a GPU also precisions and a roofline",
+    "train": "a whole run: is data, compute, communication or checkpointing the bottleneck?",
+    "checkpoint": "how long a step waits for a checkpoint, and the writing in the background",
+    "overlap": "how much of the gradient exchange overlaps with computation, from a trace of --train.profile_steps",
     "io": "reading the data set's files and shards, without decoding",
 }
 
@@ -26,14 +24,14 @@ def usage() -> str:
     width = max(map(len, BENCHES))
     lines = ["usage: pipeline bench WHAT [options]        (pipeline bench WHAT --help for its options)", ""]
     lines += [f"  {name:<{width}}  {about}" for name, about in BENCHES.items()]
-    return "\n".join([*lines, "", "Each prints a table and writes it as JSON into runs/bench; --json FILE: elsewhere."])
+    return "\n".join([*lines, "", "Each prints a table and writes it as JSON into runs/bench, or to --json FILE."])
 
 
 def take_json(argv: list[str], name: str) -> tuple[Path, list[str]]:
-    """Where the result goes, and the other arguments."""
+    """The file for the result, and the other arguments. Raises UserError for --json without a file."""
     argv = [part for item in argv for part in (item.split("=", 1) if item.startswith("--json=") else [item])]
     if "--json" not in argv:
-        return Path("runs/bench") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.json", argv
+        return default_path(name), argv
     at = argv.index("--json")
     if at + 1 == len(argv):
         raise UserError("--json: give the file for the result")
@@ -49,7 +47,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"no bench '{name}'; one of: {', '.join(BENCHES)}")
     path, rest = take_json(rest, name)
     module = importlib.import_module(f"pipeline.insight.bench.{name}")
-    results: list[dict] = []
+    results: list[dict | None] = []
 
     if hasattr(module, "main"):  # takes the options of `train`
         results.append(module.main(rest))
@@ -57,30 +55,10 @@ def main(argv: list[str]) -> int:
         bench = getattr(module, name)
 
         @functools.wraps(bench)
-        def run(**options) -> None:
+        def run(**options: Any) -> None:
             results.append(bench(**options))
 
         run_command(run, f"bench {name}", rest)
     if results and results[0]:
-        write_result(path, name, argv, results[0])
+        write_result(path, name, ["python", "-m", "pipeline", "bench", *argv], results[0])
     return EXIT_OK
-
-
-def write_result(path: Path, name: str, argv: list[str], result: dict) -> None:
-    """The result beside its command, machine and versions, as JSON."""
-    from pipeline.insight.bench.machine import describe_machine
-
-    page = {
-        "bench": name,
-        "command": shlex.join(["python", "-m", "pipeline", "bench", *argv]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": describe_machine(),
-        **{name: result[name] for name in ("images_per_s", "world_size") if name in result},  # for preflight
-        "result": result,
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(page, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {path} can't be written ({error.strerror}); give another file") from error
-    print(f"\n{path}", flush=True)

@@ -1,10 +1,23 @@
-"""`bench loader`: CPU time an image of this project's loader and of others', on the same images in the same minutes."""
+"""`bench loader`: CPU time of an image in this project's loader: DALI and reference decoder, image tree and shards."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from pipeline.dataset.workers import available_cores
 from pipeline.errors import UserError
-from pipeline.insight.bench.arena import Contender, Outcome, compete, ratios
-from pipeline.insight.bench.table import contest_table, ratio_line
+from pipeline.insight.bench.interleaved import (
+    Candidate,
+    Measured,
+    ratio_line,
+    ratios,
+    rss_mib,
+    run_interleaved,
+    spread_table,
+)
+
+WARM_UP = 3  # rounds: buffers grow in the first ones
+BASELINES = ("DALI", "DALI, shards", "DALI, crops only")
 
 
 def loader(
@@ -15,93 +28,84 @@ def loader(
     images: int = 384,
     rounds: int = 7,
     threads: int | None = None,
-    peers: bool = True,
     flat: int = 0,
-    gpu: bool = False,
 ) -> dict:
-    """CPU time an image of the loader, beside torchvision's, timm's and FFCV's.
+    """CPU time of an image in the loader: with DALI and without, from an image tree and from shards.
 
     Args:
-        data: a data root with an index and images in class folders.
-        shards: a data root of shards with reduced images (pipeline pack --short_side 256), measured beside it.
+        data: a data root with an index.
+        shards: a data root of shards with reduced images (pipeline pack --short_side 256), measured as well.
         size: pixels of an image's side.
         batch_size: images a batch.
         images: images a round.
-        rounds: rounds that count, after one that does not.
-        threads: decoding threads, and others' worker processes; default: the cores.
-        peers: false: this project's loader alone.
-        gpu: also try the ways to decode for a GPU; a card's own decoder may crash, and that is said.
-        flat: also read so many images in one go, and give the resident memory before and after.
+        rounds: rounds that count, after three that do not.
+        threads: decoding threads; default: the cores.
+        flat: also read so many images in one go, and report the resident memory after each tenth of them.
     """
-    from pipeline.insight.bench import gpu_decoders, loaders
-
-    for root in filter(None, (data, shards)):
-        if not (Path(root).expanduser() / "index" / "index.json").exists():
-            raise UserError(f"{root} has no index; make one: pipeline index {root}")
-    data = str(Path(data).expanduser())
-    count = loaders.share_threads(threads)
+    data, shards = check_roots(data, shards)
+    count = threads or available_cores()
     common = {"size": size, "batch": batch_size, "images": images}
-    result: dict = {"data": Path(data).name, "threads": count, **common, "rounds": rounds, "contests": {}}
-
-    def own(name: str, root: str, split: str, loader: str = "dali", windows_only: bool = False) -> Contender:
-        more = {"threads": count, "loader": loader, "windows_only": windows_only}
-        return Contender(name, loaders.ours, {"root": root, "split": split, **common, **more})
-
-    def other(name: str, make, split: str, workers: int) -> Contender:
-        return Contender(name, make, {"root": data, "split": split, **common, "workers": workers})
-
-    def others(split: str) -> list[Contender]:
-        if not peers:
-            return []
-        return [
-            other("torchvision", loaders.torchvision_loader, split, count),
-            other("timm", loaders.timm_loader, split, count),
-            other("ffcv", loaders.ffcv_loader, split, count),
-        ]
-
-    train = [own("ours", data, "train"), own("windows only", data, "train", windows_only=True)]
-    if shards:
-        train.append(own("ours, shards", str(Path(shards).expanduser()), "train"))
-    train.append(Contender("PIL decode alone", loaders.pil_decode, {"root": data, "images": images}))
-    train += [own("ours, no DALI", data, "train", "reference"), *others("train")]
-    validation = [own("ours", data, "val"), *others("val")]
-    contests = {"training": train, "validation": validation}
-    if gpu:
-        common_gpu = {"root": data, **common, "threads": count}
-        contests["decoding for a GPU"] = [
-            Contender(way, gpu_decoders.decode_for_gpu, {**common_gpu, "way": way}, may_crash=True)
-            for way in gpu_decoders.WAYS
-        ]
-    for name, contenders in contests.items():
-        outcomes = compete(contenders, rounds, warm_up=3, about=f"bench loader, {name}")  # buffers grow at first
-        result["contests"][name] = _tell(name, outcomes)
+    result: dict[str, Any] = {"data": Path(data).name, "threads": count, **common, "rounds": rounds, "splits": {}}
+    for split, candidates in own_candidates(data, shards, **common, threads=count).items():
+        measured = run_interleaved(candidates, rounds, WARM_UP, f"bench loader, {split}")
+        result["splits"][split] = report(split, measured)
     if flat:
-        result["memory"] = memory_over(data, size, batch_size, flat, count)
-        print(f"\n{flat:,} images in one go: resident memory " + ", ".join(f"{mib:,.0f}" for mib in result["memory"]))
+        result["memory_mib"] = memory_over(data, size, batch_size, flat, count)
+        print(f"\n{flat:,} images in one go: resident MiB " + ", ".join(f"{mib:,.0f}" for mib in result["memory_mib"]))
     return result
 
 
-def _tell(name: str, outcomes: dict[str, Outcome]) -> dict:
-    """Print a contest; its plain values."""
-    for what, unit in (("cpu_ms", "CPU ms"), ("wall_ms", "ms")):
-        print(f"\n{name}, {unit} an image (median of rounds, least and greatest)")
-        print(contest_table(outcomes, what))
-    pairs = [("ours", other) for other in outcomes if other != "ours"]
-    pairs += [("ours, shards", other) for other in ("torchvision", "ffcv") if other in outcomes]
-    pairs += [("windows only", "PIL decode alone")]
-    told = {}
-    for of, to in pairs:
-        spread = ratios(outcomes, of, to) if of in outcomes and to in outcomes else None
-        if spread is not None:
-            told[f"{to} / {of}"] = spread.plain(3)
-            print(ratio_line(to, of, spread))
-    return {"outcomes": {key: outcome.plain() for key, outcome in outcomes.items()}, "ratios": told}
+def check_roots(data: str, shards: str | None) -> tuple[str, str | None]:
+    """Both data roots, expanded. Raises UserError for one without an index."""
+    roots = [str(Path(root).expanduser()) if root else None for root in (data, shards)]
+    for root in filter(None, roots):
+        if not (Path(root) / "index" / "index.json").exists():
+            raise UserError(f"{root} has no index; make one: pipeline index {root}")
+    return str(roots[0]), roots[1]
+
+
+def own_candidates(
+    data: str, shards: str | None, size: int, batch: int, images: int, threads: int
+) -> dict[str, list[Candidate]]:
+    """Split -> the variants of this project's loader."""
+    from pipeline.insight.bench.streams import pil_decode, stream_rounds
+
+    def candidate(name: str, root: str, split: str, loader: str, **more: bool) -> Candidate:
+        arguments = {"root": root, "split": split, "size": size, "batch": batch, "images": images, "threads": threads}
+        return Candidate(name, stream_rounds, {**arguments, "loader": loader, **more})
+
+    training = [
+        candidate("DALI", data, "train", "dali"),
+        candidate("DALI, crops only", data, "train", "dali", crops_only=True),
+    ]
+    if shards:
+        training.append(candidate("DALI, shards", shards, "train", "dali"))
+    training += [
+        candidate("reference", data, "train", "reference"),
+        Candidate("PIL decode alone", pil_decode, {"root": data, "images": images}),
+    ]
+    validation = [candidate("DALI", data, "val", "dali"), candidate("reference", data, "val", "reference")]
+    return {"training": training, "validation": validation}
+
+
+def report(title: str, measured: dict[str, Measured], baselines: Sequence[str] = BASELINES) -> dict[str, Any]:
+    """Print what was measured, and every candidate's CPU time over that of each baseline; the same as plain values."""
+    for key, unit in (("cpu_ms", "CPU ms"), ("wall_ms", "ms")):
+        print(f"\n{title}, {unit} an image (median of rounds, minimum and maximum)")
+        print(spread_table(measured, key))
+    found = {}
+    for baseline in filter(measured.__contains__, baselines):
+        for name in measured:
+            spread = ratios(measured, baseline, name) if name != baseline else None
+            if spread is not None:
+                found[f"{name} / {baseline}"] = spread.as_dict(3)
+                print(ratio_line(name, baseline, spread))
+    return {"measured": {name: one.as_dict() for name, one in measured.items()}, "cpu_ratios": found}
 
 
 def memory_over(root: str, size: int, batch: int, images: int, threads: int) -> list[float]:
     """Resident memory, MiB, after each tenth of so many training images."""
-    from pipeline.insight.bench.arena import rss_mib
-    from pipeline.insight.bench.loaders import open_stream
+    from pipeline.insight.bench.streams import open_stream
     from pipeline.progress import Progress
 
     stream = open_stream(root, "train", size, batch, threads, "auto")

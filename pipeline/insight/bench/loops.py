@@ -1,23 +1,30 @@
-"""The training loops that `bench step` lets compete: this project's, and a bare one as a tutorial has it."""
+"""The training loops that `bench step` compares: this project's, and a bare one as in a tutorial."""
 
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from pipeline.config import CheckpointConfig, Config, DataConfig, ModelConfig, RawConfig, TrackingConfig, TrainConfig
-from pipeline.loader.stream import Batch
+from pipeline.insight.bench.precision import Precision
+from pipeline.loader.plan import TrainPlan
+from pipeline.loader.stream import Batch, Stream
 from pipeline.training.ranks.world import World
+
+if TYPE_CHECKING:
+    from pipeline.training.loop import Trainer
 
 
 class ResidentStream:
-    """The ids and labels that a training stream of this rank would give, with the same images each time, on the device:
-    a loader that costs nothing."""
+    """A loader without cost: ids and labels of this rank's training stream, and in every batch the same images, which
+    are on the device."""
 
-    def __init__(self, stream, world: World, size: int):
+    def __init__(self, stream: Stream, world: World, size: int):
+        assert isinstance(stream.plan, TrainPlan)
         self.plan, self.source, self.rank, self.world_size = stream.plan, stream.source, world.rank, world.size
         self.labels, self.device = stream.labels, world.device
         count = self.plan.global_batch_size // world.size
@@ -44,8 +51,8 @@ def make_data(folder: Path, images: int, size: int = 32) -> Path:
     return folder
 
 
-def bench_config(folder: Path, model: str, size: int, batch: int, precision: str, **train) -> Config:
-    """A run in `folder` that saves and evaluates nothing by itself."""
+def bench_config(folder: Path, model: str, size: int, batch: int, precision: Precision, **train: Any) -> Config:
+    """A run in `folder` that saves and evaluates only when told to."""
     root = make_data(folder / "data", batch)
     return RawConfig(
         run_dir=str(folder / "run"),
@@ -57,7 +64,7 @@ def bench_config(folder: Path, model: str, size: int, batch: int, precision: str
     ).resolve()
 
 
-def open_trainer(config: Config, world: World):
+def open_trainer(config: Config, world: World) -> "Trainer":
     """A trainer at step 0, ready to train."""
     from pipeline.training.loop import Trainer
     from pipeline.training.ranks.stop_request import StopRequest
@@ -72,10 +79,10 @@ def open_trainer(config: Config, world: World):
     return trainer
 
 
-def ours(
-    model: str, size: int, batch: int, precision: str, steps: int, threads: int | None, options: dict
+def pipeline(
+    model: str, size: int, batch: int, precision: Precision, steps: int, threads: int | None, options: dict
 ) -> Callable[[], int]:
-    """This project's whole loop: step, reports, guard, ledger; only the loader is a `ResidentStream`."""
+    """The whole training loop: step, statistics, guard, ledger; only the loader is replaced, by a `ResidentStream`."""
     from pipeline.training.ranks.world import start_world
 
     config = bench_config(Path(tempfile.mkdtemp(prefix="bench-step-")), model, size, batch, precision, **options)
@@ -94,9 +101,9 @@ def ours(
 
 
 def bare(
-    model: str, size: int, batch: int, precision: str, steps: int, threads: int | None, options: dict
+    model: str, size: int, batch: int, precision: Precision, steps: int, threads: int | None, options: dict
 ) -> Callable[[], int]:
-    """Forward, backward, update, and nothing else: no report, no norm, no guard, no second rank."""
+    """Forward, backward, update, and nothing else: no statistics, no gradient norm, no guard, one rank."""
     from torch import nn
 
     from pipeline.config import OptimConfig

@@ -1,17 +1,17 @@
-"""`bench overlap`: how much of the gradient exchange computing hides, from a trace of `--train.profile_steps`."""
+"""`bench overlap`: how much of the gradient exchange overlaps with computation, from a profiler's trace."""
 
 import gzip
 import json
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.insight.bench.table import rows
+from pipeline.insight.bench.interleaved import format_rows
 
 Span = tuple[float, float]  # start and end, microseconds
 
 
 def joined(spans: list[Span]) -> list[Span]:
-    """The same time in spans that do not overlap, in order."""
+    """The union of the spans, as spans that do not overlap, in order."""
     merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -26,12 +26,12 @@ def length(spans: list[Span]) -> float:
 
 
 def common(one: list[Span], other: list[Span]) -> float:
-    """How long both go on at once."""
+    """Microseconds during which both are active."""
     return length(one) + length(other) - length([*one, *other])
 
 
 def read_spans(path: Path) -> tuple[list[Span], list[Span]]:
-    """(exchange, computing) in a trace: NCCL's kernels and all others, or on a CPU gloo's calls and torch's operators.
+    """(exchange, computing) in a trace: NCCL's and other kernels; on a CPU gloo's all-reduces and torch's operators.
 
     Raises UserError.
     """
@@ -39,8 +39,9 @@ def read_spans(path: Path) -> tuple[list[Span], list[Span]]:
         opened = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         events = [event for event in json.loads(opened)["traceEvents"] if event.get("ph") == "X"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no trace ({error}); give one that --train.profile_steps wrote") from error
-    exchange, computing = [], []
+        raise UserError(f"{path} is not a trace ({error}); give a file that --train.profile_steps wrote") from error
+    exchange: list[Span] = []
+    computing: list[Span] = []
     on_gpu = any(event.get("cat") == "kernel" for event in events)
     for event in events:
         span, name, kind = (event["ts"], event["ts"] + event["dur"]), event["name"], event.get("cat")
@@ -54,21 +55,21 @@ def read_spans(path: Path) -> tuple[list[Span], list[Span]]:
 
 
 def overlap(trace: str) -> dict:
-    """How much of the gradients' exchange hides behind computing.
+    """How much of the gradient exchange overlaps with computation.
 
     Args:
-        trace: what --train.profile_steps wrote, of a run of several ranks.
+        trace: the file that --train.profile_steps wrote, of a run with several ranks.
     """
     exchange, computing = read_spans(Path(trace).expanduser())
     if not exchange:
-        raise UserError(f"{trace} holds no exchange of gradients: the run had one rank")
+        raise UserError(f"{trace} has no gradient exchange: the run had one rank; give the trace of a run with several")
     took, hidden = length(exchange), common(exchange, computing)
     print(
-        rows(
+        format_rows(
             {
                 "exchange": f"{took / 1e3:10.1f} ms",
-                "computing": f"{length(computing) / 1e3:10.1f} ms",
-                "exchange while computing": f"{hidden / 1e3:10.1f} ms, {100 * hidden / took:.0f} % of it",
+                "computation": f"{length(computing) / 1e3:10.1f} ms",
+                "overlap": f"{hidden / 1e3:10.1f} ms, {100 * hidden / took:.0f} % of the exchange",
             }
         )
     )

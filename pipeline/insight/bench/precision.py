@@ -1,12 +1,19 @@
 """`bench step --batches`: speed and memory of this project's step on a GPU by precision and batch, with a roofline."""
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import TransientError, UserError
-from pipeline.insight.bench.table import rows
+from pipeline.insight.bench.interleaved import format_rows
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 _WARM_UP, _STEPS = 8, 20
 
 
@@ -16,16 +23,16 @@ def parse_sizes(text: str) -> list[int]:
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise UserError(f"--batches {text} is no list of sizes; give e.g. 64,128,256")
+        raise UserError(f"--batches {text} is not a list of sizes; give e.g. 64,128,256")
     return sizes
 
 
-def measured_ceilings(device) -> dict[str, float]:
-    """What this GPU reaches: dense TFLOP/s of a large product in fp32 (TF32 where torch allows it) and bf16, and GB/s
-    of a copy (bytes read and written)."""
+def measured_ceilings(device: "torch.device") -> dict[str, float]:
+    """What this GPU reaches: dense TFLOP/s of a large matrix product in fp32 (TF32 where torch allows it) and bf16, and
+    GB/s of a copy (bytes read and written)."""
     import torch
 
-    def seconds(action, repeats: int = 20) -> float:
+    def seconds(action: Callable[[], Any], repeats: int = 20) -> float:
         for _ in range(3):
             action()
         torch.cuda.synchronize(device)
@@ -39,15 +46,15 @@ def measured_ceilings(device) -> dict[str, float]:
     found = {}
     for name, kind in (("tflops", torch.float32), ("half_tflops", torch.bfloat16)):
         a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
-        found[name] = 2 * n**3 / seconds(lambda a=a, b=b: a @ b) / 1e12
+        found[name] = 2 * n**3 / seconds(functools.partial(torch.matmul, a, b)) / 1e12
     data = torch.empty(2**30, dtype=torch.uint8, device=device)
     there = torch.empty_like(data)
     found["gb_s"] = 2 * data.nbytes / seconds(lambda: there.copy_(data)) / 1e9
     return found
 
 
-def one_step_s(model: str, size: int, batch: int, precision: str, compile: bool) -> tuple[float, float]:
-    """(seconds of a step, MiB that torch's allocator holds at most) on resident images. OutOfMemoryError passes on."""
+def one_step_s(model: str, size: int, batch: int, precision: Precision, compile: bool) -> tuple[float, float]:
+    """(seconds of a step, MiB that torch's allocator reserves at most), images resident. Raises OutOfMemoryError."""
     import torch
 
     from pipeline.config import DataConfig, ModelConfig, RawConfig, TrainConfig
@@ -84,7 +91,7 @@ def precision_table(model: str, size: int, batches: str, compile: bool) -> dict:
 
     sizes = parse_sizes(batches)
     if not torch.cuda.is_available():
-        raise TransientError("bench step --batches needs a GPU; without it, the loop beside a bare one can be measured")
+        raise TransientError("bench step --batches requires a GPU; without it, leave the option out")
     device = torch.device("cuda", torch.cuda.current_device())
     ceilings = measured_ceilings(device)
     print(f"{torch.cuda.get_device_name(device)}: measured " + ", ".join(f"{k} {v:,.0f}" for k, v in ceilings.items()))
@@ -95,18 +102,20 @@ def precision_table(model: str, size: int, batches: str, compile: bool) -> dict:
             table.append(row)
             lines[f"{precision} {batch}"] = _line(row)
             print(f"  {precision} {batch:>5}  {_line(row)}", flush=True)
-    print(rows({"": f"{'images/s':>9}  {'MiB':>8}  of the roofline", **lines}))
+    print(format_rows({"": f"{'images/s':>9}  {'MiB':>8}  of roofline", **lines}))
     return {"model": model, "size": size, "compile": compile, "ceilings": ceilings, "table": table}
 
 
-def _measure(model: str, size: int, batch: int, precision: str, compile: bool, ceilings: dict[str, float]) -> dict:
+def _measure(
+    model: str, size: int, batch: int, precision: Precision, compile: bool, ceilings: dict[str, float]
+) -> dict:
     import torch
 
-    row = {"precision": precision, "batch": batch}
+    row: dict[str, Any] = {"precision": precision, "batch": batch}
     try:
         seconds, mib = one_step_s(model, size, batch, precision, compile)
     except torch.OutOfMemoryError:
-        return row | {"absent": "out of memory"}
+        return row | {"unavailable": "out of memory"}
     finally:
         torch.cuda.empty_cache()
         torch._dynamo.reset()
@@ -119,7 +128,7 @@ def _measure(model: str, size: int, batch: int, precision: str, compile: bool, c
     }
 
 
-def roofline_s(model: str, size: int, batch: int, precision: str, ceilings: dict[str, float]) -> float:
+def roofline_s(model: str, size: int, batch: int, precision: Precision, ceilings: dict[str, float]) -> float:
     """The least time of a step at these ceilings: each kernel by itself, its FLOPs or its bytes, the slower of both."""
     from pipeline.config import DataConfig, ModelConfig, RawConfig, TrainConfig
     from pipeline.insight.estimate.memory import Tracer
@@ -131,6 +140,6 @@ def roofline_s(model: str, size: int, batch: int, precision: str, ceilings: dict
 
 
 def _line(row: dict) -> str:
-    if "absent" in row:
-        return row["absent"]
+    if "unavailable" in row:
+        return row["unavailable"]
     return f"{row['images_per_s']:9,.1f}  {row['memory_mib']:8,}  {100 * row['of_the_roofline']:5.1f} %"

@@ -1,9 +1,8 @@
-"""`bench step`: the training loop beside a bare PyTorch loop; a table of precisions and batches; a roofline."""
+"""`bench step`: the training loop against a bare PyTorch loop; on a GPU also a table of precisions and a roofline."""
 
 from typing import Literal
 
-from pipeline.insight.bench.arena import Contender, compete, ratios
-from pipeline.insight.bench.table import contest_table, ratio_line
+from pipeline.insight.bench.interleaved import Candidate, ratio_line, ratios, run_interleaved, spread_table
 
 
 def step(
@@ -18,7 +17,7 @@ def step(
     device: Literal["auto", "cuda", "cpu"] = "auto",
     batches: str | None = None,
 ) -> dict:
-    """What the training loop costs above a bare PyTorch loop with the same model, precision and batch.
+    """The overhead of the training loop over a bare PyTorch loop with the same model, precision and batch.
 
     Args:
         model: a torchvision classification model.
@@ -30,7 +29,7 @@ def step(
         threads: of torch; default: the cores.
         compile: torch.compile in both loops.
         device: where to compute.
-        batches: instead, on a GPU, images/s, memory and the share of the roofline at these (64,128,256), by precision.
+        batches: on a GPU, instead: speed, memory and share of the roofline at these sizes (64,128), by precision.
     """
     from pipeline.insight.bench import loops
 
@@ -42,21 +41,22 @@ def step(
     common = {
         "model": model, "size": size, "batch": batch_size, "precision": precision, "steps": steps, "threads": threads
     }  # fmt: skip
-    contenders = [
-        Contender(name, make, {**common, "options": options})
-        for name, make in (("ours", loops.ours), ("bare", loops.bare), ("bare again", loops.bare))
+    candidates = [
+        Candidate(name, make, {**common, "options": options})
+        for name, make in (("pipeline", loops.pipeline), ("bare", loops.bare), ("bare again", loops.bare))
     ]
-    outcomes = compete(contenders, rounds, warm_up=2, about=f"bench step, {model}")
+    measured = run_interleaved(candidates, rounds, warm_up=2, title=f"bench step, {model}")
     result: dict = {**common, "compile": compile, "rounds": rounds, "overhead": {}}
     for what, name in (("cpu_ms", "CPU ms a step"), ("wall_ms", "ms a step")):
-        print(f"\n{name} (median of rounds, least and greatest)")
-        print(contest_table(outcomes, what))
-        for other in ("ours", "bare again"):  # the second tells how much of a difference is chance
-            spread = ratios(outcomes, "bare", other, what)
+        print(f"\n{name} (median of rounds, minimum and maximum)")
+        print(spread_table(measured, what))
+        for other in ("pipeline", "bare again"):  # the second shows how much of a difference is chance
+            spread = ratios(measured, "bare", other, what)
+            assert spread is not None  # neither is ever unavailable
             print(ratio_line(other, "bare", spread))
-            result["overhead"][f"{what}: {other} / bare"] = spread.plain()
-        low = min(getattr(outcomes["ours"], what)) / min(getattr(outcomes["bare"], what))
-        print(f"  {low:6.3f} x  of the least of each: overhead {100 * (low - 1):+.1f} %")
-        result["overhead"][f"{what}: least / least"] = round(low, 4)
-    result["outcomes"] = {name: outcome.plain() for name, outcome in outcomes.items()}
+            result["overhead"][f"{what}: {other} / bare"] = spread.as_dict()
+        low = min(getattr(measured["pipeline"], what)) / min(getattr(measured["bare"], what))
+        print(f"  {low:6.3f} x  of the minima: overhead {100 * (low - 1):+.1f} %")
+        result["overhead"][f"{what}: minimum / minimum"] = round(low, 4)
+    result["measured"] = {name: one.as_dict() for name, one in measured.items()}
     return result

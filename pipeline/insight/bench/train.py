@@ -1,31 +1,35 @@
-"""`bench train`: a run taken apart, on the machine and with the options that it is meant for; under torchrun, too.
+"""`bench train`: the bottleneck of a run, with its own options and on its own machine; also under torchrun.
 
-The same steps are timed with more and more of the run about them: the step alone, with the exchange of gradients, with
-loader, reports and ledger; and the loader and a save by themselves. The differences say what holds the run back.
+The same steps are timed with more and more of the run around them: the step alone, with the gradient exchange, with
+loader, statistics and ledger; and the loader and a save by themselves. The differences show the bottleneck.
 """
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.command import split_options
 from pipeline.config import CheckpointConfig, Config, TrackingConfig, parse_config
 from pipeline.errors import UserError
-from pipeline.insight.bench.arena import Spread
-from pipeline.insight.bench.table import rows
+from pipeline.insight.bench.interleaved import Spread, format_rows
 
-WORTH_A_WORD = 0.03  # of a step's time
+if TYPE_CHECKING:
+    from pipeline.training.ranks.world import World
+
+NEGLIGIBLE = 0.03  # share of a step's time
 REMEDIES = {
-    "data": "more cores or --data.threads, shards with a reduced short side (pipeline pack --short_side 256), a disk "
-    "nearer by (pipeline stage); bench loader and bench io tell which",
+    "data": "more cores or --data.threads, shards with a reduced short side (pipeline pack --short_side 256), a local "
+    "disk (pipeline stage); bench loader and bench io show which",
     "communication": "a larger local batch, --train.compress_gradients bf16, --train.bucket_mb, or a faster link; "
-    "--train.profile_steps 10 shows what overlaps",
-    "checkpointing": "a larger --checkpoint.every_minutes, or a faster disk; bench checkpoint tells of a save",
+    "--train.profile_steps 10 and bench overlap show what overlaps",
+    "checkpointing": "a larger --checkpoint.every_minutes, or a faster disk; bench checkpoint measures a save",
     "records": "look at --train.profile_steps 10",
 }
 
@@ -42,7 +46,7 @@ class Options:
 
 
 def main(argv: list[str]) -> dict | None:
-    """The result; None on all ranks but the first."""
+    """The result; None on all ranks except the first."""
     options, rest = split_options(Options, "bench train", argv)
     if options.steps < 1 or options.rounds < 1:
         raise UserError("--steps and --rounds must be 1 or more")
@@ -52,7 +56,7 @@ def main(argv: list[str]) -> dict | None:
     world = start_world(config.train)
     folder = world.on_rank_zero(lambda: tempfile.mkdtemp(prefix="bench-train-"))
     try:
-        return take_apart(quiet(config, folder), world, options.steps, options.rounds, config.checkpoint.every_minutes)
+        return measure(quiet(config, folder), world, options.steps, options.rounds, config.checkpoint.every_minutes)
     finally:
         if world.is_rank_zero:
             shutil.rmtree(folder, ignore_errors=True)
@@ -60,7 +64,7 @@ def main(argv: list[str]) -> dict | None:
 
 
 def quiet(config: Config, folder: str) -> Config:
-    """The same run in another folder, which saves and tells nothing by itself."""
+    """The same run in another folder; it saves and prints only when told to."""
     return dataclasses.replace(
         config,
         run_dir=str(Path(folder) / "run"),
@@ -70,8 +74,8 @@ def quiet(config: Config, folder: str) -> Config:
     )
 
 
-def take_apart(config: Config, world, steps: int, rounds: int, save_every_minutes: float | None) -> dict | None:
-    """Time the parts in turn and judge. Collective."""
+def measure(config: Config, world: "World", steps: int, rounds: int, save_every_minutes: float | None) -> dict | None:
+    """Time the parts in turn, and print and return the bottleneck. Collective; None on ranks other than 0."""
     from pipeline.insight.bench.loops import ResidentStream, open_trainer, wait_for
     from pipeline.tracking.ledger import read_rows
 
@@ -84,7 +88,7 @@ def take_apart(config: Config, world, steps: int, rounds: int, save_every_minute
 
     def timed(name: str, action: Callable[[], None], counts: bool, units: int = steps) -> None:
         wait_for(world.device)
-        world.any(False)  # all ranks begin together
+        world.any(False)  # all ranks start together
         begun = time.perf_counter()
         action()
         wait_for(world.device)
@@ -106,7 +110,7 @@ def take_apart(config: Config, world, steps: int, rounds: int, save_every_minute
 
     for number in range(rounds + 1):
         counts = number > 0
-        timed("loader", lambda n=number: load(n * steps), counts)
+        timed("loader", functools.partial(load, number * steps), counts)
         timed("compute", compute, counts)
         if not alone:
             step.optimizer.state.clear()  # each rank's momentum is of its own gradients now
@@ -116,7 +120,7 @@ def take_apart(config: Config, world, steps: int, rounds: int, save_every_minute
         if trainer.recorder:
             begun = time.perf_counter()
             trainer.recorder.writer.wait()
-            seen.setdefault("written behind", []).append(time.perf_counter() - begun)
+            seen.setdefault("background write", []).append(time.perf_counter() - begun)
     waits = [row["data_wait_fraction"] for row in read_rows(trainer.folder.ledger) if row.get("kind") == "train"][
         steps:
     ]
@@ -124,13 +128,23 @@ def take_apart(config: Config, world, steps: int, rounds: int, save_every_minute
     if not world.is_rank_zero:
         return None
     spreads = {name: Spread.of(values) for name, values in seen.items()}
-    return judge(config, world, spreads, Spread.of(waits).median, save_every_minutes)
+    return find_bottleneck(config, world, spreads, Spread.of(waits).median, save_every_minutes)
 
 
-def judge(
-    config: Config, world, spreads: dict[str, Spread], data_wait_fraction: float, save_every_minutes: float | None
+def find_bottleneck(
+    config: Config,
+    world: "World",
+    spreads: dict[str, Spread],
+    data_wait_fraction: float,
+    save_every_minutes: float | None,
 ) -> dict:
-    """Print and return the parts of a step, their shares, and the verdict. data_wait_fraction: share of a step."""
+    """Print and return the parts of a step, their shares of it, and the verdict.
+
+    Args:
+        spreads: seconds of each part, by name.
+        data_wait_fraction: of a step's time, the share that waits for the loader.
+        save_every_minutes: interval of the run's checkpoints; None: they are not counted.
+    """
     images = config.train.global_batch_size
     run = spreads["run"].median
     compute = spreads["compute"].median
@@ -148,14 +162,14 @@ def judge(
         f"{config.model.name}, {config.train.precision}, {images} images a step on {world.size} x {world.device.type}"
     )
     lines = {
-        name: f"{1e3 * s.median:10.1f}   {1e3 * s.least:10.1f} {1e3 * s.greatest:10.1f}" for name, s in spreads.items()
+        name: f"{1e3 * s.median:10.1f}   {1e3 * s.minimum:10.1f} {1e3 * s.maximum:10.1f}" for name, s in spreads.items()
     }
-    print(rows({"ms a step": f"{'median':>10}   {'least':>10} {'greatest':>10}", **lines}))
+    print(format_rows({"ms a step": f"{'median':>10}   {'minimum':>10} {'maximum':>10}", **lines}))
     print(
-        f"  {images / run:,.1f} images/s; the loader off the shelf gives {loader_rate:,.1f}, "
-        f"{loader_rate / step_rate:.2f} times what the step eats\n"
+        f"  {images / run:,.1f} images/s; the loader alone gives {loader_rate:,.1f}, "
+        f"{loader_rate / step_rate:.2f} times what the step consumes\n"
     )
-    print(rows({name: f"{100 * share:5.1f} %" for name, share in shares.items()}))
+    print(format_rows({name: f"{100 * share:5.1f} %" for name, share in shares.items()}))
     verdict = _verdict(shares)
     print(f"\n{verdict}")
     return {
@@ -166,7 +180,7 @@ def judge(
         "global_batch_size": images,
         "loader_images_per_s": round(loader_rate, 2),
         "step_images_per_s": round(step_rate, 2),
-        "seconds": {name: spread.plain(5) for name, spread in spreads.items()},
+        "seconds": {name: spread.as_dict(5) for name, spread in spreads.items()},
         "shares": {name: round(share, 4) for name, share in shares.items()},
         "verdict": verdict,
     }
@@ -174,10 +188,10 @@ def judge(
 
 def _verdict(shares: dict[str, float]) -> str:
     others = {name: share for name, share in shares.items() if name != "compute"}
-    worst = max(others, key=others.get)
-    if others[worst] < WORTH_A_WORD:
-        return f"compute holds this run back; of all else {worst} takes most, {100 * others[worst]:.1f} % of the time"
+    worst = max(others, key=lambda name: others[name])
+    if others[worst] < NEGLIGIBLE:
+        return f"compute is the bottleneck; of the rest, {worst} takes most: {100 * others[worst]:.1f} % of the time"
     return (
-        f"{worst} holds this run back: without it, a step would take {100 * others[worst]:.0f} % less. "
+        f"{worst} is the bottleneck: without it, a step would take {100 * others[worst]:.0f} % less time. "
         f"What helps: {REMEDIES[worst]}"
     )

@@ -1,102 +1,38 @@
-"""The loaders that `bench loader` lets compete, each as its own project would have it used."""
+"""CPU time of an image in this project's loader and in torchvision's, timm's and FFCV's, on the same images.
 
-import os
+    python benchmarks/loaders.py DATA [--shards SHARDS] [--images 576]
+
+DATA: a data root with an index and images in class folders. The loaders take turns, a process each; the ratios are
+found round by round. A loader that is not installed (timm, ffcv) is named in the table. Each is used as its own project
+uses it. The result goes to --json (default: runs/bench).
+"""
+
+import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from pipeline.insight.bench.arena import Absent
-from pipeline.rank_info import RankInfo
+from pipeline.dataset.index.index import index_folder, open_index
+from pipeline.dataset.workers import available_cores
+from pipeline.insight.bench.interleaved import Candidate, Unavailable, run_interleaved
+from pipeline.insight.bench.loader import WARM_UP, check_roots, own_candidates, report
+from pipeline.insight.bench.results import default_path, write_result
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class _NoResizer:
-    """In the place of `Resizer`: leaves windows as they were decoded, which is what a GPU is sent."""
-
-    class _Done:
-        def __init__(self, count: int):
-            self.images = torch.empty((count, 0, 0, 3), dtype=torch.uint8)
-
-        def result(self) -> torch.Tensor:
-            return self.images
-
-    def start(self, windows, planned) -> "_Done":
-        return self._Done(len(windows))
-
-    def close(self) -> None:
-        pass
-
-
-def open_stream(root: str, split: str, size: int, batch: int, threads: int | None, loader: str, prefetch: int = 2):
-    """A stream of `split` as a run of one rank has it."""
-    from pipeline.config import DataConfig, TrainConfig
-    from pipeline.dataset.index.index import index_folder, open_index
-    from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
-
-    resize = round(size * 256 / 224)
-    data = DataConfig(root, loader=loader, image_size=size, val_size=size, val_resize=resize, threads=threads).resolve()
-    index = open_index(index_folder(Path(root)))
-    if split == "val":
-        return make_eval_stream(index, data, batch, RankInfo())
-    plan = make_train_plan(index, data, TrainConfig(global_batch_size=batch))
-    return make_train_stream(index, plan, data, RankInfo())
-
-
-def ours(
-    root: str, split: str, size: int, batch: int, images: int, threads: int | None, loader: str, windows_only: bool
-) -> Callable[[], int]:
-    """This project's stream; with `windows_only` no window is resized: the CPU's part where a GPU trains."""
-    stream = open_stream(root, split, size, batch, threads, loader)
-    if windows_only:
-        stream.decoder.resizer = _NoResizer()
-    steps = max(1, images // batch)
-    first = [0]
-
-    def one_round() -> int:
-        start = first[0]
-        if split == "val":  # the validation images from the first on, again in each round
-            return sum(map(len, stream.batches(0, min(steps, stream.plan.steps(1)))))
-        first[0] += steps
-        return sum(map(len, stream.batches(start, start + steps)))
-
-    return one_round
-
-
-def pil_decode(root: str, images: int) -> Callable[[], int]:
-    """PIL alone: the whole image decoded in one thread, nothing else; the bytes are in memory."""
-    from PIL import Image
-
-    from pipeline.dataset.index.index import index_folder, open_index
-
-    split = open_index(index_folder(Path(root))).splits["train"]
-    ids = np.random.default_rng(0).permutation(len(split))[:images]
-    data = [split.read(int(sample)) for sample in ids]
-
-    def one_round() -> int:
-        for item in data:
-            with Image.open(BytesIO(item)) as image:
-                image.convert("RGB")
-        return len(data)
-
-    return one_round
-
-
 def class_folders(root: str, split: str) -> Path:
-    """The folder of class folders, as ImageFolder wants it. Raises Absent where the data are shards."""
-    from pipeline.dataset.index.index import index_folder, open_index
-
+    """The folder of class folders that ImageFolder reads. Raises Unavailable where the data are shards."""
     index = open_index(index_folder(Path(root)))
     part = index.splits[split]
     if part.shards:
-        raise Absent("reads no tar shards")
+        raise Unavailable("reads no tar shards")
     path = part.path(0).parent.parent
     if len([entry for entry in path.iterdir() if entry.is_dir()]) != index.num_classes:
-        raise Absent(f"wants class folders; {path} has none")
+        raise Unavailable(f"requires class folders; {path} has none")
     return path
 
 
@@ -121,7 +57,7 @@ def timm_loader(root: str, split: str, size: int, batch: int, images: int, worke
     try:
         from timm.data import create_dataset, create_loader
     except ImportError as error:
-        raise Absent(f"timm can't be imported ({error})") from error
+        raise Unavailable(f"timm can't be imported ({error})") from error
     dataset = create_dataset("", str(class_folders(root, split)))
     options = {"color_jitter": 0.0} if split == "train" else {"crop_pct": 224 / 256}
     prefetching = create_loader(
@@ -148,7 +84,7 @@ def ffcv_loader(root: str, split: str, size: int, batch: int, images: int, worke
         from ffcv.transforms import RandomHorizontalFlip, ToTensor
         from ffcv.writer import DatasetWriter
     except (ImportError, OSError) as error:
-        raise Absent(f"ffcv can't be imported ({error})") from error
+        raise Unavailable(f"ffcv can't be imported ({error})") from error
     from torchvision.datasets import ImageFolder
 
     folder = Path(tempfile.mkdtemp(prefix="bench-ffcv-"))
@@ -185,6 +121,32 @@ def _rounds(loader: Iterable, images: int) -> Callable[[], int]:
     return one_round
 
 
-def share_threads(threads: int | None) -> int:
-    """Threads, or worker processes, for every contender alike."""
-    return threads or len(os.sched_getaffinity(0))
+OTHERS = {"torchvision": torchvision_loader, "timm": timm_loader, "ffcv": ffcv_loader}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="a data root with an index and images in class folders")
+    parser.add_argument("--shards", help="a data root of shards with reduced images, measured as well")
+    parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
+    parser.add_argument("--batch_size", type=int, default=64, help="images a batch")
+    parser.add_argument("--images", type=int, default=384, help="images a round")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that count, after three that do not")
+    parser.add_argument("--threads", type=int, help="decoding threads and worker processes; default: the cores")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    options = parser.parse_args()
+    data, shards = check_roots(options.data, options.shards)
+    threads = options.threads or available_cores()
+    common = {"size": options.size, "batch": options.batch_size, "images": options.images}
+    result = {"data": Path(data).name, "threads": threads, **common, "rounds": options.rounds, "splits": {}}
+    for name, own in own_candidates(data, shards, **common, threads=threads).items():
+        split = {"training": "train", "validation": "val"}[name]
+        arguments = {"root": data, "split": split, **common, "workers": threads}
+        others = [Candidate(other, make, arguments) for other, make in OTHERS.items()]
+        measured = run_interleaved([*own, *others], options.rounds, WARM_UP, f"loaders, {name}")
+        result["splits"][name] = report(name, measured)
+    write_result(options.json or default_path("loaders"), "loaders", ["python", *sys.argv], result)
+
+
+if __name__ == "__main__":
+    main()

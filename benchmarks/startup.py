@@ -1,5 +1,9 @@
-"""`bench startup`: from the start of a process to the first step after a resume, part by part; and the small verbs."""
+"""From the start of a process to the first step after a resume, part by part; and how long the small verbs take.
 
+python benchmarks/startup.py [--model resnet152] [--rounds 5]
+"""
+
+import argparse
 import json
 import os
 import resource
@@ -12,23 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.dataset.imagenet import TRAIN_IMAGES
 from pipeline.errors import TransientError
-from pipeline.insight.bench.arena import Spread
-from pipeline.insight.bench.table import rows
+from pipeline.insight.bench.interleaved import Spread, format_rows
+from pipeline.insight.bench.results import default_path, write_result
 
-IMAGENET = 1_281_167
 LATE_STEP = 1_000_000
 
 
-def startup(model: str = "resnet152", size: int = 64, batch_size: int = 4, rounds: int = 5) -> dict:
-    """From the start of a process to the first step after a resume, part by part, and what the small verbs take.
-
-    Args:
-        model: a torchvision classification model.
-        size: pixels of an image's side.
-        batch_size: images a step; few, since the step itself is not the point.
-        rounds: processes started for each figure.
-    """
+def startup(model: str, size: int, batch_size: int, rounds: int) -> dict[str, Any]:
+    """Print the tables; the same as plain values. rounds: processes started for each figure."""
     scratch = Path(tempfile.mkdtemp(prefix="bench-startup-"))
     try:
         run = json.loads(_child("prepare", str(scratch), model, str(size), str(batch_size))[0])
@@ -41,8 +38,8 @@ def startup(model: str = "resnet152", size: int = 64, batch_size: int = 4, round
             "python itself": ["-c", "pass"],
         }
         times = {name: _time_processes(argv, rounds) for name, argv in verbs.items()}
-        print("seconds from start to end of a process: median, least, greatest; CPU seconds")
-        print(rows({name: _line(spread, cpu) for name, (spread, cpu) in times.items()}))
+        print("seconds from start to end of a process: median, minimum, maximum; CPU seconds")
+        print(format_rows({name: _line(spread, cpu) for name, (spread, cpu) in times.items()}))
         parts: dict[str, list[float]] = {}
         for _ in range(rounds):
             begun = time.time()
@@ -50,29 +47,29 @@ def startup(model: str = "resnet152", size: int = 64, batch_size: int = 4, round
                 parts.setdefault(name, []).append(seconds)
         spreads = {name: Spread.of(values) for name, values in parts.items()}
         print(f"\nfrom the start of the process to the first step after a resume ({model}), seconds")
-        print(rows({name: _line(spread) for name, spread in spreads.items()}))
+        print(format_rows({name: _line(spread) for name, spread in spreads.items()}))
         plan = {name: Spread.of(values) for name, values in _time_plan(scratch / "index", rounds).items()}
-        print(f"\nthe order of {IMAGENET:,} samples, seconds (batches of 256)")
-        print(rows({name: _line(spread) for name, spread in plan.items()}))
+        print(f"\nthe order of {TRAIN_IMAGES:,} samples, seconds (batches of 256)")
+        print(format_rows({name: _line(spread) for name, spread in plan.items()}))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return {
         "model": model,
-        "processes": {name: {**s.plain(3), "cpu_s": round(cpu, 3)} for name, (s, cpu) in times.items()},
-        "resume_parts": {name: s.plain(3) for name, s in spreads.items()},
-        "plan": {name: s.plain(4) for name, s in plan.items()},
+        "processes": {name: {**s.as_dict(3), "cpu_s": round(cpu, 3)} for name, (s, cpu) in times.items()},
+        "resume_parts": {name: s.as_dict(3) for name, s in spreads.items()},
+        "plan": {name: s.as_dict(4) for name, s in plan.items()},
     }
 
 
 def _line(spread: Spread, cpu: float | None = None) -> str:
-    text = f"{spread.median:8.3f}   {spread.least:8.3f} {spread.greatest:8.3f}"
+    text = f"{spread.median:8.3f}   {spread.minimum:8.3f} {spread.maximum:8.3f}"
     return text if cpu is None else f"{text}    {cpu:8.3f}"
 
 
 def _run(argv: list[str]) -> subprocess.CompletedProcess:
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise TransientError(f"bench startup: {' '.join(argv)[:80]}: {done.stderr.strip()[-300:]}")
+        raise TransientError(f"startup: {' '.join(argv)[:80]}: {done.stderr.strip()[-300:]}")
     return done
 
 
@@ -89,8 +86,8 @@ def _time_processes(argv: list[str], rounds: int) -> tuple[Spread, float]:
 
 
 def _child(*arguments: str) -> list[str]:
-    """The last line that this module, as a process of its own, prints for these arguments."""
-    return _run(["-W", "ignore", "-m", "pipeline.insight.bench.startup", *arguments]).stdout.splitlines()[-1:]
+    """The last line that this script prints, run in a process of its own with these arguments."""
+    return _run(["-W", "ignore", __file__, *arguments]).stdout.splitlines()[-1:]
 
 
 def _prepare(scratch: Path, model: str, size: int, batch: int) -> dict[str, str]:
@@ -162,11 +159,11 @@ def _time_plan(folder: Path, rounds: int) -> dict[str, list[float]]:
     from pipeline.dataset.index.index import RECORD, open_index, write_index
     from pipeline.loader.build import make_train_plan
 
-    records = np.zeros(IMAGENET, RECORD)
+    records = np.zeros(TRAIN_IMAGES, RECORD)
     records["width"], records["height"], records["shard"] = 500, 375, 0
-    records["label"] = np.arange(IMAGENET) * 1000 // IMAGENET
+    records["label"] = np.arange(TRAIN_IMAGES) * 1000 // TRAIN_IMAGES
     classes = [(f"n{i:08d}", "") for i in range(1000)]
-    write_index(folder, folder, classes, {"train": (records, ["x"] * IMAGENET)}, {"train": ["x.tar"]})
+    write_index(folder, folder, classes, {"train": (records, ["x"] * TRAIN_IMAGES)}, {"train": ["x.tar"]})
     taken: dict[str, list[float]] = {}
 
     def timed(name: str, action: Callable[[], Any]) -> Any:
@@ -186,10 +183,25 @@ def _time_plan(folder: Path, rounds: int) -> dict[str, list[float]]:
     return taken
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet152", help="a torchvision classification model")
+    parser.add_argument("--size", type=int, default=64, help="pixels of an image's side")
+    parser.add_argument("--batch_size", type=int, default=4, help="images a step; the step itself is not the point")
+    parser.add_argument("--rounds", type=int, default=5, help="processes started for each figure")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    options = parser.parse_args()
+    result = startup(options.model, options.size, options.batch_size, options.rounds)
+    write_result(options.json or default_path("startup"), "startup", ["python", *sys.argv], result)
+
+
 if __name__ == "__main__":
-    what, *rest = sys.argv[1:]
+    what, *rest = sys.argv[1:] or [""]
     if what == "prepare":
         print(json.dumps(_prepare(Path(rest[0]), rest[1], int(rest[2]), int(rest[3]))), flush=True)
-    else:
+    elif what == "resume":
         print(json.dumps(_resume(rest[0], float(rest[1]))), flush=True)
-    os._exit(0)  # the loaders' threads need no farewell
+    else:
+        main()
+    sys.stdout.flush()
+    os._exit(0)  # do not wait for the loaders' threads
