@@ -129,3 +129,13 @@ def test_commands_in_pages_exist() -> None:
         if verb not in VERBS
     }
     assert not unknown
+
+
+def test_tests_named_in_pages_exist() -> None:
+    unknown = {
+        f"{page.name}: {name}"
+        for page in PAGES
+        for name in re.findall(r"`(test_\w+)`", page.read_text())
+        if not (ROOT / f"tests/{name}.py").exists()
+    }
+    assert not unknown
