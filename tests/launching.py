@@ -130,12 +130,11 @@ def rank_pids(pid: int) -> dict[int, int]:
     found = {}
     for below in descendants(pid):
         try:
-            command = Path(f"/proc/{below}/environ").read_bytes().split(b"\0")
+            name = Path(f"/proc/{below}/comm").read_text().strip()
         except OSError:
             continue
-        rank = next((item[5:] for item in command if item.startswith(b"RANK=")), None)
-        if rank is not None:
-            found[int(rank)] = below
+        if name.startswith("rank "):
+            found.setdefault(int(name.removeprefix("rank ")), below)
     return found
 
 

@@ -15,7 +15,7 @@ from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK
 from pipeline.files import read_note
 from pipeline.training.ranks.launcher import current_launch
 
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # <sys/prctl.h>
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -80,10 +80,13 @@ class StopRequest:
 
 
 def die_with_torchrun() -> None:
-    """Under torchrun: be killed when torchrun is, instead of training on as an orphan beside the next start (Linux)."""
+    """Under torchrun: be killed when torchrun is, instead of training on as an orphan beside the next start (Linux).
+    The process is called `rank N`, for ps -c, top and pkill."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    library = ctypes.CDLL(None, use_errno=True)
+    library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    library.prctl(_PR_SET_NAME, f"rank {os.environ.get('RANK', '')}".encode(), 0, 0, 0)
 
 
 def interrupted_exit_code() -> int:
