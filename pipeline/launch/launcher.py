@@ -62,7 +62,8 @@ class Launcher:
     def run(self) -> int:
         """Returns the job's exit code, the same on every node."""
         for number in SAVE_AND_STOP:
-            signal.signal(number, lambda number, _: self.signals.append(signal.Signals(number)))
+            if signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
+                signal.signal(number, lambda number, _: self.signals.append(signal.Signals(number)))
         try:
             self.host_rendezvous()
             if self.options.serve_store:
