@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 
+from pipeline import __version__
 from pipeline.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -94,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
+        return EXIT_OK
+    if argv[0] in ("-V", "--version"):
+        print(f"pipeline {__version__}")
         return EXIT_OK
     verb, *rest = argv
     if verb not in VERBS:

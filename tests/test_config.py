@@ -1,6 +1,7 @@
 """What users write, and the one line they get for what can't be."""
 
 import dataclasses
+import importlib.metadata
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from complaints import complaint
 
+from pipeline.__main__ import main
 from pipeline.config import (
     RawConfig,
     load_config,
@@ -180,3 +182,8 @@ def test_a_checkpoint_with_old_names_is_of_the_same_recipe():
     compare_semantic_config(old, settings, "it")
     with pytest.raises(UserError, match=r"augment\.num_ops is 4 there and 3 here"):
         compare_semantic_config(old | {"augment.ops": 4}, settings, "it")
+
+
+def test_the_version_is_the_distributions(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pipeline {importlib.metadata.version('imagenet-pipeline')}\n"
