@@ -31,8 +31,9 @@ def test_the_manifest_is_valid(service_and_job):
     for resource in service_and_job:
         kubernetes_validate.validate(resource, "1.31", strict=True)
     broken = yaml.safe_load(yaml.safe_dump(service_and_job[1]))
-    broken["spec"]["podFailurePolicy"]["rules"][0]["action"] = "Retry"
-    with pytest.raises(kubernetes_validate.ValidationError):
+    rule = next(rule for rule in broken["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in rule)
+    rule["onExitCodes"]["values"] = ["two"]
+    with pytest.raises(kubernetes_validate.ValidationError):  # the schema is looked at
         kubernetes_validate.validate(broken, "1.31", strict=True)
 
 
