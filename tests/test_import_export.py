@@ -3,12 +3,14 @@
 import argparse
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import runs
 import torch
 import torchvision
+from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.__main__ import main
@@ -16,6 +18,7 @@ from pipeline.config import ModelConfig, load_config, parse_config
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.evaluation.export_weights import expected_means
+from pipeline.model.build import build_model
 from pipeline.model.legacy_checkpoint import convert_to_torchvision, guess_model_name
 from pipeline.model.weights import start_from
 
@@ -275,3 +278,52 @@ def test_a_network_that_asks_for_its_modules_versions_goes_all_the_way(synthetic
     model.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
     weights = ["--model.weights", str(tmp_path / "run" / "checkpoints" / "step-000000002")]
     runs.call(synthetic_root, tmp_path / "other", *options, *weights, "--train.max_steps", "1")
+
+
+@pytest.fixture(scope="module")
+def blurred(synthetic_root, tmp_path_factory):
+    """A run of ResNet-18 with BlurPool, and its data set."""
+    build_index(synthetic_root)
+    run = tmp_path_factory.mktemp("blurred") / "run"
+    runs.call(synthetic_root, run, "--model.blurpool", "all", "--train.max_steps", "2")
+    return run
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".onnx"])
+def test_an_export_with_blurpool_is_no_plain_network(blurred, tmp_path, capsys, suffix):
+    """Blurring has no weights: without a mark torchvision's network would load the file and compute something else."""
+    out = tmp_path / f"net{suffix}"
+    assert main(["export", str(blurred), str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "checked: read back, the file gives the same logits for 24 validation images" in said
+    assert "not torchvision's resnet18: BlurPool (all)" in said
+    card = json.loads(out.with_name(out.name + ".json").read_text())
+    assert card["changes_to_torchvisions_network"] == {"blurpool": "all"}
+    assert card["scores_are_means_with_mirrored_images"] is False
+    if suffix == ".onnx":
+        return
+    state = torch.load(out, weights_only=True) if suffix == ".pth" else load_file(out)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*pipeline\.blurpool\.all"):
+        torchvision.models.resnet18(num_classes=4).load_state_dict(state)
+    other = ModelConfig(name="resnet18", weights=str(out))
+    with pytest.raises(UserError, match=r"--model\.weights .*net.*give --model\.blurpool all"):
+        start_from(build_model(other, 4), other)
+    start_from(build_model(same := replace(other, blurpool="all"), 4), same)
+    assert main(["import", str(out), str(tmp_path / "imported"), "--name", "resnet18"]) == 0
+    assert load_config(tmp_path / "imported" / "config.yaml").model.blurpool == "all"
+
+
+def test_a_checkpoint_with_blurpool_starts_no_plain_network(blurred):
+    checkpoint = str(runs.checkpoint_at(blurred, 2))
+    plain = ModelConfig(name="resnet18", weights=checkpoint)
+    with pytest.raises(UserError, match=r"give --model\.blurpool all"):
+        start_from(build_model(plain, 4), plain)
+    start_from(build_model(same := replace(plain, blurpool="all"), 4), same)
+
+
+def test_an_export_that_computes_something_else_is_refused(blurred, tmp_path, capsys, monkeypatch):
+    """As it was before the mark: the file is loaded into the plain network, whose logits differ."""
+    monkeypatch.setattr("pipeline.evaluation.export_weights.mark_blurpool", lambda state, blurpool: None)
+    assert main(["export", str(blurred), str(tmp_path / "net.pth")]) == 2
+    assert "its logits differ from the run's network" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -12,10 +12,11 @@ from pipeline.command import run_command
 from pipeline.config import Config, load_config
 from pipeline.dataset.index.index import index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
+from pipeline.evaluation.check_export import ExportError, check_export
 from pipeline.evaluation.checkpoints import FILES, find_checkpoint
 from pipeline.model.build import build_model, transforms_input
 from pipeline.model.heads import count_outputs
-from pipeline.model.weights import load_whole
+from pipeline.model.weights import load_whole, mark_blurpool
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder
@@ -61,18 +62,31 @@ def export(
         )
     model = build_model(config.model, outputs)
     load_whole(model, state)
+    card_file = target.with_name(target.name + ".json")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         writers[target.suffix](model.eval(), config, target)
         card = describe(config, outputs, classes, meta["step"], chosen, scores, inside=target.suffix == ".onnx")
-        target.with_name(target.name + ".json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+        card_file.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}); give another place") from error
+    try:
+        checked = check_export(target, card, model, config, data_root)
+    except ExportError:
+        target.unlink()
+        card_file.unlink()
+        raise
     size = target.stat().st_size / 1e6
     what = "averaged weights (EMA)" if chosen == "ema" else "weights"
     print(
         f"{target}: {config.model.name}, {what} of step {meta['step']:,}, {size:,.1f} MB; {target.name}.json beside it"
     )
+    print(checked)
+    if config.model.blurpool != "none":
+        print(
+            f"the network is not torchvision's {config.model.name}: BlurPool ({config.model.blurpool}) is part of it. "
+            "A state_dict has a key that says so, which a strict load refuses; `pipeline import` reads it"
+        )
     if config.evaluation.recalibrate_batches:
         print("BatchNorm's statistics are the training's; the scores are with recalibrated ones")
     if classes is None:
@@ -126,7 +140,7 @@ def describe(
 ) -> dict:
     """What somebody needs to use the weights, "raw" or "ema". scores: the step's row of the ledger, or {}. inside: what
     the network does to its input by itself is in the file (ONNX)."""
-    data, infix = config.data, "ema_" if weights == "ema" else ""
+    blurpool, data, infix = config.model.blurpool, config.data, "ema_" if weights == "ema" else ""
     mean, std = (data.mean, data.std) if inside else expected_means(config)
     named = {f"val_{key}": f"val_{infix}{key}" for key in ("loss", "top1", "top5")}
     return {
@@ -143,24 +157,30 @@ def describe(
             "std": list(std),
         },
         "output": "logits [B, num_classes]",
+        "changes_to_torchvisions_network": {} if blurpool == "none" else {"blurpool": blurpool},
         "step": step,
         "weights": weights,
+        "scores_are_means_with_mirrored_images": config.evaluation.flip,
         "scores": {key: scores[there] for key, there in named.items()} if scores else None,
     }
 
 
 def write_state(model: nn.Module, config: Config, path: Path) -> None:
-    """A plain state_dict: `load_state_dict` of torchvision's model takes it, strictly."""
+    """A plain state_dict, which torchvision's model loads strictly. One of a network with BlurPool has a key of its own
+    (`mark_blurpool`), which makes that load fail: it would be another network."""
     state = model.state_dict()  # its modules' versions, an attribute, go along: MNASNet refuses weights without
     for key in state:
         state[key] = state[key].contiguous()
+    mark_blurpool(state, config.model.blurpool)
     torch.save(state, path)
 
 
 def write_safetensors(model: nn.Module, config: Config, path: Path) -> None:
     from safetensors.torch import save_file
 
+    """As `write_state`."""
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    mark_blurpool(state, config.model.blurpool)
     save_file(state, path, metadata={"format": "pt", "model": config.model.name})
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,7 +15,7 @@ from pipeline.evaluation.class_map import imagenet_classes
 from pipeline.model.build import AUXILIARY_WEIGHTS, build_model, check_name, count_parameters
 from pipeline.model.heads import find_heads
 from pipeline.model.legacy_checkpoint import convert_to_torchvision, guess_model_name, is_legacy
-from pipeline.model.weights import load_whole, read_state
+from pipeline.model.weights import load_whole, pop_blurpool, read_state
 from pipeline.training.optim.optimizer import heads_for, make_optimizer
 from pipeline.training.run_folder.checkpoint import write_checkpoint
 from pipeline.training.run_folder.folder import RunFolder
@@ -36,6 +37,7 @@ def import_weights(
     if folder.config.exists():
         raise UserError(f"{run} is a run already; give another folder")
     state = read_state(Path(file).expanduser())
+    blurpool = pop_blurpool(state)
     name = name or guess_model_name(state)
     check_name(name, "--name")
     legacy = is_legacy(state)
@@ -44,7 +46,7 @@ def import_weights(
     head = next((key for key in state if key.rpartition(".")[0] in find_heads(name) and key.endswith("weight")), None)
     if head is None:
         raise UserError(f"{file} has no head of {name} ({', '.join(find_heads(name))}); give --name")
-    model_config = ModelConfig(name=name, num_classes=len(state[head]))
+    model_config = ModelConfig(name=name, num_classes=len(state[head]), blurpool=as_blurpool(blurpool, file))
     data = dataclasses.replace(settings.data, root=data_root or "", **preprocessing_of(Path(file).expanduser(), name))
     settings = dataclasses.replace(settings, model=model_config, data=data, run_dir=str(folder.path))
     model = build_model(model_config, len(state[head]))
@@ -57,6 +59,14 @@ def import_weights(
     weights = folder.checkpoint(0)
     print(f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {weights}")
     return EXIT_OK
+
+
+def as_blurpool(kind: str, file: str) -> Literal["none", "convs", "all"]:
+    """The option's value. Raises UserError for a mark that this version does not know."""
+    known: dict[str, Literal["none", "convs", "all"]] = {"none": "none", "convs": "convs", "all": "all"}
+    if kind not in known:
+        raise UserError(f"{file} is marked with BlurPool '{kind}', which is not known here; convs and all are")
+    return known[kind]
 
 
 def preprocessing_of(file: Path, name: str) -> dict:

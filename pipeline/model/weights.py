@@ -1,6 +1,8 @@
 """Starting from trained weights: torchvision's published ones by name, or a file. Never unpickles."""
 
 import argparse
+import contextlib
+import json
 import pickle
 import re
 from collections import OrderedDict
@@ -16,6 +18,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import TransientError, UserError
 from pipeline.model.heads import find_heads
 
+_BLURPOOL = "pipeline.blurpool."  # beginning of the key that marks a state_dict
 _DOTTED = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 
 
@@ -27,7 +30,28 @@ def start_from(model: nn.Module, config: ModelConfig) -> None:
     if config.weights is None:
         return
     state = published_state(config) if is_published(config) else read_state(Path(config.weights).expanduser())
+    blurpool = pop_blurpool(state)
+    if blurpool not in ("none", config.blurpool):
+        raise UserError(
+            f"--model.weights {config.weights} belongs to a network with BlurPool; "
+            f"give --model.blurpool {blurpool}, without which it is another network"
+        )
     load_body(model, state, config.name, config.weights)
+
+
+def mark_blurpool(state: dict[str, torch.Tensor], blurpool: str) -> None:
+    """Add a key to a state_dict that says which BlurPool its network has. Blurring has no weights of its own, so the
+    plain network would load a file without the key, and compute something else."""
+    if blurpool != "none":
+        state[_BLURPOOL + blurpool] = torch.ones(1)
+
+
+def pop_blurpool(state: dict[str, torch.Tensor]) -> str:
+    """The BlurPool that a state_dict is marked with, "none" without a mark. The mark is removed."""
+    marks = [key for key in state if key.startswith(_BLURPOOL)]
+    for key in marks:
+        del state[key]
+    return marks[0].removeprefix(_BLURPOOL) if marks else "none"
 
 
 def is_published(config: ModelConfig) -> bool:
@@ -52,9 +76,14 @@ def published_state(config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A state_dict from a .pth, .pt or .safetensors file, or from a checkpoint folder. Raises UserError."""
+    """A state_dict from a .pth, .pt or .safetensors file, or from a checkpoint folder; see `pop_blurpool`. Raises
+    UserError."""
     if path.is_dir():
-        path = path / "model.pt"
+        state = read_state(path / "model.pt")
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no meta.json: weights alone
+            settings = json.loads((path / "meta.json").read_bytes()).get("semantic_config", {})
+            mark_blurpool(state, settings.get("model.blurpool", "none"))
+        return state
     if not path.is_file():
         raise UserError(f"no weights at {path}: no such file; give a .pth, .pt or .safetensors file")
     try:
