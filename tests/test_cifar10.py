@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import tarfile
 import threading
@@ -16,6 +17,7 @@ from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.dataset.acquire import cifar10
 from pipeline.dataset.index.index import index_folder, open_index
+from pipeline.errors import UserError
 
 CLASSES = [f"class{number}" for number in range(10)]
 PIXELS = np.random.default_rng(1).integers(0, 256, (6, 20, 3072), dtype=np.uint8)  # 5 training batches and the test's
@@ -106,3 +108,13 @@ def test_the_lectures_recipes(name, size, batch, epochs):
     assert (config.train.global_batch_size, config.schedule.epochs) == (batch, epochs)
     ours = parse_config(["--config", "cifar10-resnet18-224" if name == "resnet18" else f"cifar10-{name}"])
     assert (ours.model.name, ours.data.image_size, ours.schedule.epochs) == (name, size, epochs)
+
+
+def test_a_pickle_that_calls_something_is_refused(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    with pytest.raises(UserError, match=r"mkdir, which is no array"):
+        cifar10._ArrayUnpickler(io.BytesIO(pickle.dumps(Malicious()))).load()
+    assert list(tmp_path.iterdir()) == []
