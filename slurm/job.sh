@@ -12,10 +12,11 @@
 set -u
 
 LIB=$PIPELINE_HOME/slurm/lib
-for part in controller site run_folder steps end; do
+for lib_file in controller site run_folder steps end; do # a name that no script of this folder has for its own
     # shellcheck source=slurm/lib/controller.sh
-    . "$LIB/$part.sh" || exit 2
+    . "$LIB/$lib_file.sh" || exit 2
 done
+unset lib_file
 
 log() { # a full disk under the job's log must not end what follows
     { printf '[%(%F %T)T job %s] %s\n' -1 "${ATTEMPT:-}" "$*" >&3 || :; } 3>&2 2>/dev/null

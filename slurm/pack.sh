@@ -41,8 +41,9 @@ progress() { # the shards that are there
 main() { # OPTION ...: of `pipeline pack`
     local part=()
     load
-    # shellcheck disable=SC2034 # of lib/run_folder.sh
-    PROGRESS_DIR=${SHARDS:=${DATA_ROOT%/}-shards}
+    : "${SHARDS:=${DATA_ROOT%/}-shards}"
+    # shellcheck disable=SC2034 # of lib/run_folder.sh. Beside SHARDS: `pipeline pack` takes an empty folder or its own.
+    PROGRESS_DIR=$(dirname "$SHARDS")
     count_requeues
     if [[ -n $ARRAY_TASK ]]; then
         part=(--part "$((ARRAY_TASK - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT")

@@ -265,14 +265,20 @@ def shapes_and_the_site_file(site: Site, _: Reference) -> None:
         calls = sorted(line.split() for line in (job.run / "calls").read_text().splitlines())
         assert [call[:3] for call in calls] == [[f"n{i}", "yes", "yes"] for i in range(1, nodes + 1)]
         assert {int(call[3]) for call in calls} == {max(1, min(cores, 16 if env else 8 * processes) // processes)}
-        assert len({tuple(call[4:]) for call in calls}) == 1  # all nodes meet at one place
+        own = "--rdzv-conf=", "--local-addr="  # a node's own: whether it is the host, and its address
+        assert len({tuple(word for word in call[4:] if not word.startswith(own)) for call in calls}) == 1
+        assert ["--rdzv-conf=is_host=1" in call for call in calls] == [True] + [False] * (nodes - 1)
+        addresses = ["localhost"] if nodes == 1 else [f"10.77.0.{i}" for i in range(1, nodes + 1)]
+        assert [f"--local-addr={address}" in call for call, address in zip(calls, addresses, strict=True)] == [
+            True
+        ] * nodes
         options = dict(word.split("=", 1) for word in calls[0] if word.startswith("--") and "=" in word)
         assert (options["--nnodes"], options["--nproc-per-node"]) == (str(nodes), str(processes))
         endpoints.append(options["--rdzv-endpoint"])
         asked = (job.run / "preflight").read_text().splitlines()
         assert all(("--bench /b.json" in line) == ("BENCH" in env) for line in asked)
         assert f"--world_size {nodes * processes}" in asked[-1]
-    assert endpoints == ["n1:10002", "n1:10002", "n1:10003", "n1:10004"]  # a job's own, or the next that is free
+    assert endpoints == [f"10.77.0.1:{port}" for port in (10002, 10002, 10003, 10004)]  # a job's own, or the next free
 
 
 @pytest.fixture(scope="module")
