@@ -60,7 +60,12 @@ OUT_OF_MEMORY='exceeded (job |step )?memory limit|oom[-_]kill|OOM Killed|: Out O
 KILLED='exitcode *: -9|Signal 9 \(SIGKILL\)|was killed by SIGKILL'
 
 more_memory() {
-    echo "submit the same again with more, e.g. --mem=$(((NPROC_PER_NODE + 1) * 2))G, or with smaller --data.workers"
+    local amount example=''
+    amount=$(asked_memory)
+    if [[ $amount =~ ^(--mem[a-z-]*)=([0-9]+)([KMGT]?) ]]; then
+        example=", e.g. ${BASH_REMATCH[1]}=$((2 * BASH_REMATCH[2]))${BASH_REMATCH[3]}"
+    fi
+    echo "submit the same again with more$example, or with fewer batches in memory: --data.prefetch 1"
 }
 
 what_comes_next() {
