@@ -3,18 +3,13 @@
 import contextlib
 import os
 import queue
-import shutil
 import signal
 import socket
-import sys
 import time
-from pathlib import Path
 from string import Template
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.numa.binding import AffinityMode, NumaOptions
 
 from pipeline.errors import (
     EXIT_GPU_FAULT,
@@ -30,7 +25,8 @@ from pipeline.launch.coordinator import SILENT_S, Coordinator, say
 from pipeline.launch.link import Link
 from pipeline.launch.local import LocalFolder
 from pipeline.launch.options import Options
-from pipeline.launch.workers import Program, Workers
+from pipeline.launch.program import logs_of, numa_of, program_of
+from pipeline.launch.workers import Workers
 
 SAVE_AND_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = {"loss": 1.0, "failure": 5.0}  # between TERM and KILL; the others take as long as a step and a save
@@ -55,7 +51,7 @@ class Launcher:
         self.local = LocalFolder(options.job)
         self.host, self.port = options.host, options.port
         self.name = f"{socket.gethostname()} (pid {os.getpid()})"
-        self.logs, self.numa = _logs(options), _numa(options)
+        self.logs, self.numa = logs_of(options), numa_of(options)
 
     # --- the job
 
@@ -172,7 +168,7 @@ class Launcher:
         self.order = order
         envs = {rank: self.environment(order, rank) for rank in range(self.options.nproc)}
         self.workers = Workers(
-            _program(self.options), envs, self.logs, self.options.torch.role, self.prefixes(order), self.numa
+            program_of(self.options), envs, self.logs, self.options.torch.role, self.prefixes(order), self.numa
         )
         self.stop_by = None  # a signal that came meanwhile is passed on to these
 
@@ -260,7 +256,8 @@ class Launcher:
         codes = self.workers.exit_codes
         if not ended:
             if any(code not in (EXIT_OK, EXIT_INTERRUPTED, EXIT_REGROUP) for code in codes.values()):
-                self.workers.signal(signal.SIGTERM) if self.workers._kill_at is None else None
+                if not self.workers.is_ending:
+                    self.workers.signal(signal.SIGTERM)
                 self.workers.kill_after(GRACE_S["failure"])
             return
         code, rank = _sum_up(codes)
@@ -307,44 +304,3 @@ def _open_store() -> tuple[Any, int]:
     """A new store, by which the ranks of one round find each other, and its port."""
     store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
     return store, store.port
-
-
-def _program(options: Options) -> Program:
-    given, python = options.torch, os.environ.get("PYTHON_EXEC", "")
-    if options.module is not None:
-        command = [python or _python(), "-u", "-m", options.module, *options.command]
-    elif given.no_python:
-        command = options.command
-    else:
-        command = [python or _python(), "-u", *options.command]
-    warm = options.module if options.warm else None
-    return Program(command[0], tuple(command[1:]), warm, tuple(options.command))
-
-
-def _python() -> str:
-    return sys.executable
-
-
-def _logs(options: Options) -> DefaultLogsSpecs:
-    given = options.torch
-    redirects, tee = Std.from_str(given.redirects), Std.from_str(given.tee)
-    wanted = given.log_dir or redirects != Std.NONE or tee != Std.NONE
-    ranks = None
-    if given.local_ranks_filter:
-        try:
-            ranks = {int(item) for item in given.local_ranks_filter.split(",")}
-        except ValueError as error:
-            raise UserError(f"--local-ranks-filter {given.local_ranks_filter}: give numbers, as 0,1,2") from error
-    return DefaultLogsSpecs(
-        log_dir=given.log_dir if wanted else os.devnull, redirects=redirects, tee=tee, local_ranks_filter=ranks
-    )
-
-
-def _numa(options: Options) -> NumaOptions | None:
-    if options.torch.numa_binding is None:
-        return None
-    nodes = list(Path("/sys/devices/system/node").glob("node[0-9]*"))
-    if not (shutil.which("nvidia-smi") and Path("/proc/driver/nvidia/gpus").is_dir() and len(nodes) > 1):
-        say(f"--numa-binding {options.torch.numa_binding}: no NVIDIA GPUs or one NUMA node here; nothing is bound")
-        return None
-    return NumaOptions(affinity_mode=AffinityMode(options.torch.numa_binding))

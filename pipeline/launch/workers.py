@@ -75,6 +75,11 @@ class Workers:
         self._kill_at: float | None = None
 
     @property
+    def is_ending(self) -> bool:
+        """Were the workers asked to end, and will be killed if they don't?"""
+        return self._kill_at is not None
+
+    @property
     def pids(self) -> dict[int, int]:
         """Process ids by local rank."""
         return self._context.pids()
