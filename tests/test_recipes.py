@@ -16,7 +16,7 @@ from pipeline.__main__ import main
 from pipeline.config import Config, parse_config, recipe_names, recipes_folder
 from pipeline.dataset.index.scan import build_index
 from pipeline.insight.recipes import recipes
-from pipeline.loader.plan import scale_jitter_windows
+from pipeline.loader.windows import scale_jitter_windows
 from pipeline.model.build import build_model
 from pipeline.rng import hash_counter
 from pipeline.training.optim.ema import effective_decay
