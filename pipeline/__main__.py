@@ -27,7 +27,7 @@ VERBS = {
     "train": (
         "pipeline.training.cli",
         "train",
-        "train a recipe; the same command again goes on where it stopped",
+        "train a recipe; run the same command again to resume",
     ),
     "launch": (
         "pipeline.launch.cli",
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print(f"pipeline {verb}: interrupted; the same command goes on", file=sys.stderr)
+        print(f"pipeline {verb}: interrupted; run the same command to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -12,7 +12,7 @@ from pipeline.redact import redact
 EXIT_OK = 0  #: finished; or nothing was left to do
 EXIT_RETRY = 1  #: a node, a disk, a server or a program failed: trying again may help
 EXIT_USER = 2  #: an option, a path or a data set must be mended first: trying again does not help
-EXIT_INTERRUPTED = 75  #: stopped by a signal after saving; the same command goes on (EX_TEMPFAIL)
+EXIT_INTERRUPTED = 75  #: stopped by a signal after saving; run the same command to resume (EX_TEMPFAIL)
 EXIT_GPU_FAULT = 71  #: a GPU failed: trying again may help, but not on this node (EX_OSERR)
 EXIT_NODE_LOST = 69  #: too few nodes are left, or came: start the job again (EX_UNAVAILABLE); `pipeline launch`
 EXIT_STORE_LOST = 68  #: the host of the rendezvous is gone: start the job again (EX_NOHOST); `pipeline launch`

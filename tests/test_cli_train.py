@@ -115,7 +115,7 @@ def test_flipped_bytes_in_the_newest_checkpoint(root, run, finished):
     model.write_bytes(data)
     output = runs.call(root, run, "--train.max_steps", "6")
     assert "step-000000006: model.pt has other bytes than were written; using the one before it" in output
-    assert "going on from" in output and "step-000000004" in output
+    assert "resuming from" in output and "step-000000004" in output
     runs.assert_same_state(runs.checkpoint_at(run, 6), runs.checkpoint_at(finished, 6))
 
 

@@ -132,7 +132,7 @@ def test_a_run_folder_that_is_removed_is_made_again(root, tmp_path, at_step):
     printed = runs.call(root, run, *OPTIONS)
     assert "it was deleted" in printed and "no row is lost" in printed
     assert steps(run) == list(range(1, 13)) and verify_checkpoint(runs.checkpoint_at(run, 8))
-    assert "had finished before" in runs.call(root, run, *OPTIONS)
+    assert "already finished" in runs.call(root, run, *OPTIONS)
 
 
 @pytest.fixture
@@ -175,9 +175,9 @@ def test_a_disk_that_fails_for_good_ends_the_run_and_the_next_start_goes_on(root
     printed = runs.call(root, run, *options, "--checkpoint.outage_timeout_minutes", "0.0001", expect=1)
     lines = [line for line in printed.splitlines() if line.startswith("pipeline train: ")]
     assert len(lines) == 1 and f"run folder {run} can't be written ({reason}" in lines[0], printed
-    assert "start the same command again" in lines[0] and "Traceback" not in printed
+    assert "run the same command to resume" in lines[0] and "Traceback" not in printed
     again()
     (run / "lock").unlink()  # else its owner, this process, would count as alive
     printed = runs.call(root, run, *options)
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert steps(run) == list(range(1, 15))

@@ -84,7 +84,7 @@ def test_elastic_two_one_two_ranks_see_the_same_batches(root, undisturbed, tmp_p
     code, output = runs.stop_when(has(5), signal.SIGTERM, root, run, processes=2)
     assert json.loads((run / "interrupted").read_text())["reason"] == "SIGTERM", output
     code, output = runs.stop_when(has(11), signal.SIGUSR1, root, run)
-    assert code == 75 and "the same command goes on" in output
+    assert code == 75 and "run the same command to resume" in output
     runs.train(root, run, processes=2)
     worlds = [row["world_size"] for row in runs.rows(run, "event") if "world_size" in row]
     assert worlds == [2, 1, 2]
@@ -104,7 +104,7 @@ def test_a_finished_run_says_so(root, undisturbed):
     run = undisturbed("bf16", 2)
     before = (run / "metrics.jsonl").read_bytes()
     output = runs.train(root, run)
-    assert "had finished before" in output
+    assert "already finished" in output
     assert (run / "metrics.jsonl").read_bytes() == before
     assert json.loads((run / "finished").read_text())["step"] == STEPS
 

@@ -9,7 +9,7 @@ Check = tuple[str, Any, bool, str]
 
 
 def runtime_field(default: Any) -> Any:
-    """A field that is no part of the run's identity: how it is carried out may change when it goes on."""
+    """A field that does not define the run: how it is carried out may change when it resumes."""
     return field(default=default, metadata={"semantic": False})
 
 

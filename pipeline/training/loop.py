@@ -168,7 +168,7 @@ class Trainer:
         return Vote.NONE
 
     def process_step_stats(self, reports: list[StepStats]) -> None:
-        """Take in what all ranks said of these steps: wishes, unreadable samples, bad numbers, the ledger's rows."""
+        """Process what all ranks reported: votes, unreadable samples, NaN and infinite values, rows of the ledger."""
         for report in reports:
             planned, *_ = self.plan.samples_at(report.step, 0, self.plan.global_batch_size)
             ids = report.ids.numpy()
@@ -282,9 +282,8 @@ class Trainer:
         self.train_step = None  # its memory is needed again
         self.model = build_model(self.config.model, self.classes)
         if self.resumed_from is None:
-            self.world.on_rank_zero(
-                lambda: start_from(self.model, self.config.model)
-            )  # TrainStep gives it to all ranks
+            # TrainStep sends rank 0's weights to all ranks.
+            self.world.on_rank_zero(lambda: start_from(self.model, self.config.model))
         with self.watch.collective("giving the weights to all"):
             self.train_step = TrainStep(self.model, self.config, self.world, self.schedule.warmup_steps)
         if self.resumed_from is not None:
@@ -321,7 +320,7 @@ class Trainer:
         scored = {row["step"]: row for row in read_rows(self.folder.ledger) if row.get("kind") == "eval"}
         if self.step < self.last_step or self.step not in scored:
             return False
-        mark_finished(self.folder, scored[self.step], "had finished before", self.console.say)
+        mark_finished(self.folder, scored[self.step], "already finished", self.console.say)
         return True
 
     def open(self) -> None:
@@ -361,7 +360,7 @@ class Trainer:
             f"{world.size} x {world.device.type}, global batch {self.config.train.global_batch_size}; "
             f"{self.plan.samples:,} training images of {self.index.num_classes} classes by {loader}"
         )
-        say(f"going on from {self.resumed_from}" if self.resumed_from else "starting at step 0")
+        say(f"resuming from {self.resumed_from}" if self.resumed_from else "starting at step 0")
 
     def finished(self) -> int:
         """The last step is done and scored."""

@@ -182,7 +182,7 @@ class RunRecorder:
         self.folder.mark("interrupted", step=step, reason=reason, seconds=round(seconds, 2))
         self.console.say(
             f"interrupted ({reason}): step {step} is saved, {seconds:.1f} s after the signal; "
-            "the same command goes on from there"
+            "run the same command to resume"
         )
 
     def regroup(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Snapshots in a node's own memory, for the case that another node is lost; see docs/elastic.md for why and how often.
+"""Snapshots in a node's own memory, for the case that another node is lost; see docs/clusters.md.
 
 They are checkpoints like those on the disk, written every few seconds by one rank a node into the folder in /dev/shm
 that `pipeline launch` made. When other ranks start after a loss, the newest whole one becomes a checkpoint on the disk,

@@ -38,8 +38,8 @@ class Outage:
         reason = f"run folder {self.folder} can't be written ({refusal.strerror})"
         if now - self._since > self.wait_s:
             raise TransientError(
-                f"step {step}: {reason} for {self.wait_s / 60:.3g} min now; mend that and start the same command "
-                "again: it goes on from the last checkpoint there"
+                f"step {step}: {reason} for {self.wait_s / 60:.3g} min now; fix that and run the same "
+                "command to resume from the last checkpoint there"
             )
         if now >= self._say_at:
             left = (self.wait_s - now + self._since) / 60
