@@ -8,8 +8,10 @@ import signal
 import sys
 import threading
 import traceback
+from typing import Any
 
 from pipeline import __version__
+from pipeline.command import verb_page
 from pipeline.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -84,10 +86,7 @@ VERBS = {
 
 
 def usage() -> str:
-    width = max(map(len, VERBS))
-    lines = ["usage: pipeline VERB [options]        (pipeline VERB --help for its options)", ""]
-    lines += [f"  {verb:<{width}}  {about}" for verb, (_, _, about) in VERBS.items()]
-    return "\n".join(lines)
+    return verb_page("pipeline", "VERB", {verb: about for verb, (_, _, about) in VERBS.items()})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,7 +140,7 @@ def run() -> None:
             sys.stderr.flush()
             os._exit(code if isinstance(code, int) else EXIT_OK if code is None else EXIT_RETRY)
 
-    def tell(*error) -> None:
+    def tell(*error: Any) -> None:
         sys.stderr.write(redact("".join(traceback.format_exception(*error))))
 
     sys.excepthook = tell

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.errors import EXIT_OK, EXIT_USER, complain
+from pipeline.errors import EXIT_OK, EXIT_USER, UserError, complain
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -72,6 +72,29 @@ def normalize(argv: list[str], flags: set[str]) -> list[str]:
         if here in flags and following.lower() not in ("true", "false", "yes", "no"):
             out.append("true")
     return out
+
+
+def split_list(text: str, separator: str = ",") -> list[str]:
+    """The parts of an option's list."""
+    return [part.strip() for part in text.split(separator)]
+
+
+def parse_numbers(option: str, text: str, example: str, smallest: int = 1, separator: str = ",") -> list[int]:
+    """'36,48' -> [36, 48]. Raises UserError that names the option for what is not a list of whole numbers."""
+    try:
+        numbers = [int(part) for part in split_list(text, separator)]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < smallest:
+        raise UserError(f"{option} {text}: give whole numbers of {smallest} or more, e.g. {example}")
+    return numbers
+
+
+def verb_page(command: str, word: str, verbs: dict[str, str]) -> str:
+    """The help page of a command with verbs. word: what a verb is called in the usage; verbs: name -> one line."""
+    width = max(map(len, verbs))
+    head = f"usage: {command} {word} [options]        ({command} {word} --help for its options)"
+    return "\n".join([head, "", *(f"  {verb:<{width}}  {about}" for verb, about in verbs.items())])
 
 
 def run_command(function: Callable[..., int | None], verb: str, argv: list[str]) -> int:

@@ -9,6 +9,18 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 
+def duration(seconds: float | None) -> str:
+    """Seconds as a person reads them: '2 d 3 h', '3 h 05 min', '4 min 12 s', '9 s'; '?' for None."""
+    if seconds is None:
+        return "?"
+    whole = round(seconds)
+    if whole >= 86400:
+        return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
 class Progress:
     """Counts towards `total` (None: unknown) in `unit`; "bytes" is shown in MB and MB/s.
 
@@ -60,7 +72,7 @@ class Progress:
         if self.total:
             left = (self.total - self.count) / rate if rate else float("inf")
             done += f" of {self.total / scale:,.0f} {unit} ({100 * self.count / self.total:.0f} %)"
-            tail = f", {left:,.0f} s left" if left != float("inf") else ""
+            tail = f", {duration(left)} left" if left != float("inf") else ""
         else:
             done, tail = f"{done} {unit}", ""
         return f"{self.title}: {done}, {rate / scale:,.1f} {unit}/s{tail}"

@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.config import RawConfig, TrainConfig, to_yaml
-from pipeline.insight.status.cli import duration
 from pipeline.insight.status.run_state import read_rare, read_state, read_tail
+from pipeline.progress import duration
 
 NOW = time.time()
 BATCH, PER_EPOCH, LAST = 32, 10, 40

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, ModelConfig
-from pipeline.dataset.index.index import index_folder, open_index
+from pipeline.dataset.index.index import has_index, locate_index, open_index
 from pipeline.errors import UserError
 from pipeline.evaluation.import_weights import as_blurpool
 from pipeline.loader.build import make_eval_stream
@@ -56,8 +56,8 @@ def check_export(target: Path, card: dict[str, Any], model: nn.Module, config: C
 def _images(config: Config, data_root: str | None) -> tuple[torch.Tensor, str]:
     """uint8 [B, H, W, 3] as the run's validation sees them, and what they are."""
     root = Path(data_root or config.data.root).expanduser()
-    folder = Path(config.data.index).expanduser() if config.data.index and not data_root else index_folder(root)
-    if (folder / "index.json").exists() and root.is_dir():
+    folder = locate_index(config.data, data_root)
+    if has_index(folder) and root.is_dir():
         stream = make_eval_stream(open_index(folder), config.data, IMAGES, RankInfo())
         try:
             batch = next(iter(stream.batches(0, 1)))

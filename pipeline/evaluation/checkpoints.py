@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, load_config
-from pipeline.dataset.index.index import Index, index_folder, open_index
+from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
 from pipeline.errors import UserError
 from pipeline.evaluation.class_map import imagenet_classes
 from pipeline.model.build import Normalized, build_model
@@ -100,5 +100,6 @@ def load_run(weights: str, checkpoint: str, config: Config, folder: RunFolder, w
 def classes_of(folder: RunFolder) -> list[str] | None:
     """The classes of a run's own data set, where that is still here: older checkpoints do not say."""
     data = load_config(folder.config, verb="evaluate").data
-    place = Path(data.index).expanduser() if data.index else index_folder(Path(data.root).expanduser())
-    return list(open_index(place).synsets) if (data.index or data.root) and (place / "index.json").exists() else None
+    folder_of_index = locate_index(data)
+    known = (data.index or data.root) and has_index(folder_of_index)
+    return list(open_index(folder_of_index).synsets) if known else None

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.command import run_command
 from pipeline.config import Config, load_config
-from pipeline.dataset.index.index import index_folder, open_index
+from pipeline.dataset.index.index import has_index, locate_index, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.check_export import ExportError, check_export
 from pipeline.evaluation.checkpoints import FILES, find_checkpoint
@@ -110,9 +110,8 @@ def choose_weights(wanted: str, scores: dict, averaged: bool, path: Path) -> str
 
 def read_classes(config: Config, data_root: str | None) -> list[dict] | None:
     """[{synset, words}] in label order, or None where the data set is not here."""
-    root = Path(data_root or config.data.root).expanduser()
-    folder = Path(config.data.index).expanduser() if config.data.index and not data_root else index_folder(root)
-    if not (data_root or config.data.root) or not (folder / "index.json").exists():
+    folder = locate_index(config.data, data_root)
+    if not (data_root or config.data.root) or not has_index(folder):
         if data_root:
             raise UserError(f"--data_root {data_root} has no index; build it with: pipeline index {data_root}")
         return None

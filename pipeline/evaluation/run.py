@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from pipeline.command import split_list
 from pipeline.config import Config, DataConfig, ModelConfig, RawConfig, ResolvedDataConfig, TrainConfig, load_config
 from pipeline.dataset.index.index import Index
 from pipeline.errors import EXIT_OK, UserError
@@ -55,8 +56,8 @@ def parse_sizes(text: str | None, data: ResolvedDataConfig) -> list[tuple[int, i
     if text is None:
         return [(data.val_size, data.val_resize)]
     pairs = []
-    for part in text.split(","):
-        size, _, resize = part.strip().partition("/")
+    for part in split_list(text):
+        size, _, resize = part.partition("/")
         good = size.isdecimal() and int(size) > 0 and (not resize or (resize.isdecimal() and int(resize) >= int(size)))
         if not good:
             raise UserError(f"--sizes {text}: give pixels, or crop/resize in pixels, e.g. 224,288 or 224/232")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.command import split_list
 from pipeline.errors import EXIT_USER, UserError, complain
 from pipeline.launch.membership import Limits
 
@@ -137,7 +138,7 @@ def _names_program(argv: list[str]) -> bool:
 
 
 def _conf(text: str) -> dict[str, str]:
-    pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+    pairs = [item.partition("=") for item in split_list(text) if item]
     for name, equals, _ in pairs:
         if not equals:
             raise UserError(f"--rdzv-conf {text}: {name} has no value; give NAME=VALUE,NAME=VALUE")

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.numa.binding import AffinityMode, NumaOptions
 
-from pipeline.errors import UserError
+from pipeline.command import parse_numbers
 from pipeline.launch.coordinator import say
 from pipeline.launch.options import Options
 from pipeline.launch.workers import Program
@@ -34,10 +34,7 @@ def logs_of(options: Options) -> DefaultLogsSpecs:
     wanted = given.log_dir or redirects != Std.NONE or tee != Std.NONE
     ranks = None
     if given.local_ranks_filter:
-        try:
-            ranks = {int(item) for item in given.local_ranks_filter.split(",")}
-        except ValueError as error:
-            raise UserError(f"--local-ranks-filter {given.local_ranks_filter}: give numbers, as 0,1,2") from error
+        ranks = set(parse_numbers("--local-ranks-filter", given.local_ranks_filter, "0,1,2", smallest=0))
     return DefaultLogsSpecs(
         log_dir=given.log_dir if wanted else os.devnull, redirects=redirects, tee=tee, local_ranks_filter=ranks
     )

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
+from pipeline.command import split_list
 from pipeline.errors import UserError
 from pipeline.model.drops import DropInput
 from pipeline.model.meta_init import meta_init
@@ -51,7 +52,7 @@ def freeze(model: nn.Module, name: str, patterns: str) -> None:
     Raises UserError for a pattern that names nothing, or if nothing is left to train.
     """
     parameters = dict(model.named_parameters())
-    for pattern in (part.strip() for part in patterns.split(",")):
+    for pattern in split_list(patterns):
         if pattern == BODY:
             heads = find_heads(name)
             chosen = [key for key in parameters if not in_heads(key, heads)]

@@ -3,6 +3,7 @@
 import sys
 import time
 
+from pipeline.progress import duration
 from pipeline.redact import redact
 
 
@@ -65,7 +66,7 @@ class Console:
             left = (self.total_steps - row["step"]) * (self._last - self._begun) / max(1, row["step"] - self._first)
             print(
                 f"step {row['step']}/{self.total_steps}  {text}  lr {row['lr']:.4g}  "
-                f"data wait {100 * row['data_wait_fraction']:.0f} %  {_duration(left)} left",
+                f"data wait {100 * row['data_wait_fraction']:.0f} %  {duration(left)} left",
                 flush=True,
             )
 
@@ -73,8 +74,3 @@ class Console:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.dataset.index.index import Index, index_folder, open_index
+from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import TransientError, UserError
 from pipeline.training.ranks.world import World
@@ -28,8 +28,8 @@ def open_data(data: DataConfig, world: World, say: Callable[[str], None], to_sco
             raise UserError("--data.root is missing: give the folder that holds train/ and val/")
         root = Path(data.root).expanduser()
         folder = Path(data.index).expanduser() if data.index else None
-        if not ((folder or index_folder(root)) / "index.json").exists() and root.is_dir() and not to_score:
-            say(f"no index at {folder or index_folder(root)}: building it (once)")
+        if not has_index(locate_index(data)) and root.is_dir() and not to_score:
+            say(f"no index at {locate_index(data)}: building it (once)")
         return build_index(root, folder, to_score=to_score).folder
 
     return _open_here(world.on_rank_zero(build, limit_s=math.inf), world)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.command import run_command
-from pipeline.dataset.index.index import Index, index_folder, is_current, open_index
+from pipeline.dataset.index.index import Index, has_index, index_folder, is_current, open_index
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.files import atomic_open
@@ -34,7 +34,7 @@ def fetch_cifar10(dest: str, from_file: str | None = None) -> int:
         from_file: read this cifar-10-python.tar.gz instead of downloading (also: --from FILE); its checksum must match.
     """
     root = Path(dest).absolute()
-    if (index_folder(root) / "index.json").exists() and is_current(index := open_index(index_folder(root))):
+    if has_index(index_folder(root)) and is_current(index := open_index(index_folder(root))):
         print(f"{root}: complete: {describe(index)}")
         return EXIT_OK
     for split in BATCHES:

@@ -19,7 +19,7 @@ from pipeline.dataset.acquire.tree import STATE
 from pipeline.dataset.acquire.zip_directory import NotAnArchiveError
 from pipeline.dataset.disk import check_space, explain
 from pipeline.dataset.imagenet import CLS_LOC
-from pipeline.dataset.index.index import PACKED, Index, index_folder, is_current, open_index
+from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_current, open_index
 from pipeline.dataset.lock import locked
 from pipeline.dataset.shards.plan import Options as PackOptions
 from pipeline.errors import EXIT_INTERRUPTED, TransientError, UserError
@@ -199,7 +199,7 @@ def _sort_val(root: Path) -> None:
 def _is_done(root: Path, selection: Selection, index: bool) -> bool:
     """Is the selection complete, and no folder changed since it was indexed? Then no request is sent to Kaggle."""
     manifest = read_manifest(root)
-    if manifest is None or not manifest.has(selection) or not index or not (index_folder(root) / "index.json").exists():
+    if manifest is None or not manifest.has(selection) or not index or not has_index(index_folder(root)):
         return False
     opened = open_index(index_folder(root))
     shards = [shard for split in opened.splits.values() for shard in split.shards]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from pipeline.config import DataConfig
 from pipeline.errors import UserError
 from pipeline.files import atomic_open, atomic_write
 
@@ -37,6 +38,7 @@ RECORD = np.dtype(
 FORMAT = 1
 PACKED = "pack.json"  #: name of the file that marks a folder of packed shards
 FOLDER = "index"  #: name of the index folder inside a data root
+MAIN_FILE = "index.json"  #: the file of an index folder that is written last
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def write_index(
                 "shards": list((shards or {}).get(name, ())),
             }
         meta["folders"] = folders or {}
-        atomic_write(folder / "index.json", json.dumps(meta, indent=1))
+        atomic_write(folder / MAIN_FILE, json.dumps(meta, indent=1))
     except OSError as error:
         raise UserError(
             f"can't write the index into {folder} ({error.strerror}); choose another folder for it"
@@ -189,9 +191,24 @@ def index_folder(root: Path) -> Path:
     return root / FOLDER
 
 
+def locate_index(data: DataConfig, data_root: str | None = None) -> Path:
+    """The folder of the index that a configuration means: `data.index`, or else the default one of the data root.
+
+    data_root: where the data lies now; default: `data.root`.
+    """
+    if data.index and not data_root:
+        return Path(data.index).expanduser()
+    return index_folder(Path(data_root or data.root).expanduser())
+
+
+def has_index(folder: Path) -> bool:
+    """Is there an index in this folder, sound or not?"""
+    return (folder / MAIN_FILE).exists()
+
+
 def open_index(folder: Path) -> Index:
     """Open an index in milliseconds, whatever its size. Raises UserError if it is missing or damaged."""
-    path = folder / "index.json"
+    path = folder / MAIN_FILE
     again = "build it again with: pipeline index ROOT"
     try:
         meta = json.loads(path.read_bytes())

@@ -20,6 +20,7 @@ from pipeline.dataset.index.index import (
     PACKED,
     RECORD,
     Index,
+    has_index,
     index_folder,
     is_current,
     open_index,
@@ -140,7 +141,7 @@ def scan_split(
 
 def _open_previous(folder: Path, quiet: bool = False) -> Index | None:
     """The existing index; None where there is none or it is damaged (printed unless `quiet`)."""
-    if not (folder / "index.json").exists():
+    if not has_index(folder):
         return None
     try:
         return open_index(folder)
@@ -177,7 +178,7 @@ def build_index(root: Path, folder: Path | None = None, processes: int | None = 
 
     Raises UserError for a tree that is not in class folders, an empty class, or a folder that can't be written.
     """
-    known = (root / PACKED).exists() or index_folder(root).joinpath("index.json").exists()
+    known = (root / PACKED).exists() or has_index(index_folder(root))
     alone = to_score and not known and imagenet.find_scored(root) == {"val": root}
     folder = folder or (root.resolve().with_name(f"{root.resolve().name}.index") if alone else index_folder(root))
     previous = _open_previous(folder)

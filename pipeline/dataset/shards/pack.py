@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.decode import decode_fully
-from pipeline.dataset.index.index import PACKED, Index, index_folder, open_index, safe_join
+from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, open_index, safe_join
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
 from pipeline.dataset.selected import read_selected
 from pipeline.dataset.shards.format import (
@@ -131,7 +131,7 @@ def _open_source(root: Path, part: str | None, processes: int | None) -> Index:
     if part is None:
         return build_index(root, processes=processes)
     folder = index_folder(root)
-    if not (folder / "index.json").exists():  # many parts must not scan the same tree at once
+    if not has_index(folder):  # many parts must not scan the same tree at once
         raise UserError(f"{root} has no index yet; run first: pipeline index {root}")
     return open_index(folder)
 

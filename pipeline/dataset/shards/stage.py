@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipeline.command import run_command
-from pipeline.dataset.index.index import Index, index_folder, open_index, safe_join
+from pipeline.dataset.index.index import MAIN_FILE, Index, index_folder, open_index, safe_join
 from pipeline.dataset.lock import locked
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
@@ -95,11 +95,11 @@ def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: boo
 def copy_index(there: Path, here: Path) -> None:
     """Copy an index's files, `index.json` last; the folder above is its root."""
     here.mkdir(exist_ok=True)
-    meta = json.loads((there / "index.json").read_bytes()) | {"root": ".."}
+    meta = json.loads((there / MAIN_FILE).read_bytes()) | {"root": ".."}
     for entry in meta["splits"].values():
         for key in ("records", "names"):
             copy_file(safe_join(there, entry[key]), here / entry[key], lambda _: None)
-    atomic_write(here / "index.json", json.dumps(meta, indent=1))
+    atomic_write(here / MAIN_FILE, json.dumps(meta, indent=1))
 
 
 def stage(source: str, dest: str, index: str | None = None) -> int:

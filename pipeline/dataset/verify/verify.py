@@ -12,7 +12,7 @@ import xxhash
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
-from pipeline.dataset.index.index import Index, index_folder, is_current, is_sound, open_index
+from pipeline.dataset.index.index import Index, has_index, index_folder, is_current, is_sound, open_index
 from pipeline.dataset.index.listing import list_split
 from pipeline.dataset.index.scan import build_index, read_unreadable
 from pipeline.dataset.verify.check import (
@@ -47,7 +47,7 @@ def find_split_folders(root: Path) -> dict[str, Path]:
 def open_baseline(root: Path) -> Index | None:
     """The index of `root`, its own content checked; None where there is none. UserError where it is damaged."""
     folder = index_folder(root)
-    if not (folder / "index.json").exists():
+    if not has_index(folder):
         return None
     index = open_index(folder)
     if not is_sound(index):

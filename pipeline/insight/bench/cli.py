@@ -5,7 +5,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import run_command
+from pipeline.command import run_command, verb_page
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.bench.results import default_path, write_result
 
@@ -21,10 +21,8 @@ BENCHES = {
 
 
 def usage() -> str:
-    width = max(map(len, BENCHES))
-    lines = ["usage: pipeline bench WHAT [options]        (pipeline bench WHAT --help for its options)", ""]
-    lines += [f"  {name:<{width}}  {about}" for name, about in BENCHES.items()]
-    return "\n".join([*lines, "", "Each prints a table and writes it as JSON into runs/bench, or to --json FILE."])
+    table = verb_page("pipeline bench", "WHAT", BENCHES)
+    return f"{table}\n\nEach prints a table and writes it as JSON into runs/bench, or to --json FILE."
 
 
 def take_json(argv: list[str], name: str) -> tuple[Path, list[str]]:

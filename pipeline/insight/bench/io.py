@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.command import parse_numbers
 from pipeline.errors import UserError
 from pipeline.insight.bench.interleaved import Spread, format_rows
 
@@ -30,10 +31,7 @@ def io(data: str, batch_size: int = 256, batches: int = 20, threads: str = "1,4,
 
     root = Path(data).expanduser()
     split = open_index(index_folder(root)).splits["train"]
-    try:
-        numbers = [int(part) for part in threads.split(",")]
-    except ValueError:
-        raise UserError(f"--threads {threads} is not a list of numbers; give e.g. 1,4,8") from None
+    numbers = parse_numbers("--threads", threads, "1,4,8")
     order = np.random.default_rng(0).permutation(len(split))
     found: dict[str, str] = {}
     result: dict[str, Any] = {}

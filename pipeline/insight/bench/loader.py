@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.dataset.index.index import has_index, index_folder
 from pipeline.dataset.workers import available_cores
 from pipeline.errors import UserError
 from pipeline.insight.bench.interleaved import (
@@ -59,7 +60,7 @@ def check_roots(data: str, shards: str | None) -> tuple[str, str | None]:
     """Both data roots, expanded. Raises UserError for one without an index."""
     roots = [str(Path(root).expanduser()) if root else None for root in (data, shards)]
     for root in filter(None, roots):
-        if not (Path(root) / "index" / "index.json").exists():
+        if not has_index(index_folder(Path(root))):
             raise UserError(f"{root} has no index; make one: pipeline index {root}")
     return str(roots[0]), roots[1]
 

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import TransientError, UserError
+from pipeline.command import parse_numbers
+from pipeline.errors import TransientError
 from pipeline.insight.bench.interleaved import format_rows
 
 if TYPE_CHECKING:
@@ -15,16 +16,6 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 _WARM_UP, _STEPS = 8, 20
-
-
-def parse_sizes(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        raise UserError(f"--batches {text} is not a list of sizes; give e.g. 64,128,256")
-    return sizes
 
 
 def measured_ceilings(device: "torch.device") -> dict[str, float]:
@@ -89,7 +80,7 @@ def precision_table(model: str, size: int, batches: str, compile: bool) -> dict:
     """Images/s, memory and the share of the roofline by precision and batch. Raises TransientError without a GPU."""
     import torch
 
-    sizes = parse_sizes(batches)
+    sizes = parse_numbers("--batches", batches, "64,128,256")
     if not torch.cuda.is_available():
         raise TransientError("bench step --batches requires a GPU; without it, leave the option out")
     device = torch.device("cuda", torch.cuda.current_device())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.config import load_config
-from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.index import locate_index, open_index
 from pipeline.loader.build import make_train_plan
 from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.ledger import read_rows
@@ -74,7 +74,7 @@ def compare_ledgers(disturbed: Path, undisturbed: Path) -> list[str]:
 def check_samples(run: Path) -> list[str]:
     """Every sample once an epoch: the digest of each batch that was seen is that of the plan."""
     config = load_config(RunPaths(run).config)
-    index = open_index(Path(config.data.index or Path(config.data.root) / "index"))
+    index = open_index(locate_index(config.data))
     plan = make_train_plan(index, config.data, config.train, config.augment)
     rows = rows_of(run, "train")
     repeats = plan.augment.repeats  # so many epochs go over all samples, and see each so many times

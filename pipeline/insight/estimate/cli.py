@@ -4,14 +4,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.command import split_options
+from pipeline.command import parse_numbers, split_options
 from pipeline.config import Config, parse_config
 from pipeline.dataset.imagenet import CLASSES, TRAIN_IMAGES
-from pipeline.dataset.index.index import index_folder, open_index
+from pipeline.dataset.index.index import locate_index, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.estimate.gpus import Card, find_card
-from pipeline.insight.status.cli import duration
 from pipeline.insight.status.run_state import median_step_s, read_tail
+from pipeline.progress import duration
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import is_start, read_rows
 
@@ -55,23 +55,11 @@ class Options:
     """Print one JSON object instead."""
 
 
-def parse_batches(text: str) -> list[int]:
-    """'36,48' -> [36, 48]. Raises UserError."""
-    try:
-        batches = [int(part) for part in text.split(",")]
-    except ValueError:
-        batches = [0]
-    if min(batches) < 1:
-        raise UserError(f"--batches {text} is no list of sizes; give e.g. 36,48,64")
-    return batches
-
-
 def data_set(config: Config) -> tuple[int, int]:
     """(training images, classes): of the index at data.root, or ImageNet's."""
     if not config.data.root:
         return TRAIN_IMAGES, CLASSES
-    root = Path(config.data.root).expanduser()
-    index = open_index(Path(config.data.index).expanduser() if config.data.index else index_folder(root))
+    index = open_index(locate_index(config.data))
     return len(index.splits["train"]), index.num_classes
 
 
@@ -99,7 +87,7 @@ def estimate(config: Config, options: Options) -> dict:
     from pipeline.insight.estimate.memory import MIB, Tracer, by_kind, optimizer_states, step_memory, weight_bytes
     from pipeline.model.sizes import check_image_sizes
 
-    batches = parse_batches(options.batches)
+    batches = parse_numbers("--batches", options.batches, "36,48,64")
     images, classes = data_set(config)
     classes = config.model.num_classes or classes
     card = find_card(options.card) if options.card else None

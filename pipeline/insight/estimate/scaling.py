@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.command import parse_numbers
 from pipeline.errors import UserError
 
 BACKWARD = 2 / 3  # of a step's time: twice the forward's arithmetic
@@ -108,19 +109,13 @@ PUBLISHED = (
 
 def parse_scale(text: str) -> list[int]:
     """'1..1024' -> powers of two from 1 to 1024; '1,6,12' -> these. Raises UserError."""
-    try:
-        if ".." in text:
-            first, last = (int(part) for part in text.split(".."))
-            sizes = [first]
-            while sizes[-1] * 2 <= last and first > 0:
-                sizes.append(sizes[-1] * 2)
-        else:
-            sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        raise UserError(f"--scale {text} is no number of GPUs; give e.g. 1..1024 or 1,8,64")
-    return sizes
+    example = "1..1024 or 1,8,64"
+    if ".." not in text:
+        return parse_numbers("--scale", text, example)
+    ends = parse_numbers("--scale", text, example, separator="..")
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise UserError(f"--scale {text}: give the first and the last number of GPUs, e.g. 1..1024")
+    return [ends[0] << n for n in range((ends[1] // ends[0]).bit_length())]
 
 
 def scaling_facts(
@@ -165,7 +160,7 @@ def scaling_facts(
 
 def scaling_lines(facts: dict) -> list[str]:
     """The table that a person reads."""
-    from pipeline.insight.status.cli import duration
+    from pipeline.progress import duration
 
     links = facts["links"]
     first = facts["rows"][0]

@@ -11,8 +11,8 @@ from pipeline.config import Config, semantic_config
 from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 from pipeline.insight.preflight.node_facts import nearest_existing
-from pipeline.insight.status.cli import duration
 from pipeline.insight.status.run_state import median_step_s, newest_checkpoint, read_marker, read_rare, read_tail
+from pipeline.progress import duration
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import is_start
 from pipeline.tracking.wandb_view import has_key

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import Config, DataConfig
-from pipeline.dataset.index.index import Split, index_folder, open_index
+from pipeline.dataset.index.index import Split, has_index, locate_index, open_index
 from pipeline.errors import UserError
 
 SAMPLES = 16  # read and compared with their digests on every node
@@ -101,8 +101,8 @@ def probe_data(data: DataConfig) -> dict:
         return facts | {
             "problem": f"--data.root {data.root or 'is missing'}: no such folder; give the data set's folder"
         }
-    folder = Path(data.index).expanduser() if data.index else index_folder(root)
-    if not (folder / "index.json").exists():
+    folder = locate_index(data)
+    if not has_index(folder):
         return facts
     facts["indexed"] = True
     try:

@@ -13,7 +13,7 @@ from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
 from pipeline.insight.report.network_page import ON_CPU, network_sections
-from pipeline.insight.status.cli import duration
+from pipeline.progress import duration
 from pipeline.tracking.ledger import better_scores, is_start
 
 COLOURS = 6

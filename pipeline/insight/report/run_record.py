@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, load_config, semantic_config
-from pipeline.dataset.index.index import Index, index_folder, open_index
+from pipeline.dataset.index.index import Index, locate_index, open_index
 from pipeline.errors import TransientError, UserError
 from pipeline.evaluation.checkpoints import find_checkpoint
 from pipeline.model.build import build_model
@@ -88,11 +88,9 @@ class Networks:
 
 def open_index_of(record: Record, data_root: str | None) -> Index:
     """The run's data set. Raises UserError where it is not here."""
-    root = data_root or record.config.data.root
-    if not root:
+    if not (data_root or record.config.data.root):
         raise UserError("the run has no data.root; give --data_root")
-    folder = record.config.data.index if record.config.data.index and not data_root else None
-    return open_index(Path(folder).expanduser() if folder else index_folder(Path(root).expanduser()))
+    return open_index(locate_index(record.config.data, data_root))
 
 
 def load_networks(record: Record) -> Networks:

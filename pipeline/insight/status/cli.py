@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.command import run_command
 from pipeline.insight.status.run_state import RunState, read_state
+from pipeline.progress import duration
 
 WATCH_EVERY_S = 5.0
 ENDED = ("finished", "failed")
@@ -29,18 +30,6 @@ def query_slurm(job: str | None) -> dict[str, str] | None:
     if done.returncode or not lines:
         return None
     return dict(zip(("state", "reason", "time_left"), lines[0].split("|"), strict=False))
-
-
-def duration(seconds: float | None) -> str:
-    """'3 h 05 min', '4 min 12 s', '9 s'."""
-    if seconds is None:
-        return "?"
-    whole = round(seconds)
-    if whole >= 86400:
-        return f"{whole // 86400} d {whole % 86400 // 3600} h"
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
 def render(state: RunState, slurm: dict[str, str] | None) -> str:
