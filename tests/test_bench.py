@@ -1,5 +1,6 @@
 """Benches: candidates take turns and are compared, a run's bottleneck is named, results are written as JSON."""
 
+import fcntl
 import json
 import os
 import signal
@@ -52,6 +53,20 @@ def test_candidates_take_turns_and_are_compared(tmp_path):
     assert len(measured["one"].cpu_ms) == len(measured["one"].wall_ms) == 3
     assert 2.5 < ratios(measured, "one", "four").median < 6.5
     assert ratios(measured, "one", "absent") is None
+
+
+def be_alone(marker: str):
+    file = open(marker, "a")  # noqa: PTH123, SIM115 # locked until the process ends
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lambda: 1 + file.fileno()
+
+
+def test_candidates_that_fill_a_gpu_are_never_there_together(tmp_path):
+    marker = {"marker": str(tmp_path / "here")}
+    candidates = [Candidate(name, be_alone, marker) for name in ("one", "other")]
+    assert list(run_interleaved(candidates, rounds=2, alone=True)) == ["one", "other"]
+    with pytest.raises(TransientError, match="BlockingIOError"):
+        run_interleaved(candidates, rounds=2)
 
 
 def test_a_candidate_that_must_not_crash_ends_the_bench():

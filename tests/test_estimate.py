@@ -95,6 +95,55 @@ def test_a_hand_counted_layer_chain(monkeypatch):
     assert memory.weights_mib * MIB == 4 * (weights + 16) + 8  # + running statistics and their counter
 
 
+def test_a_hand_counted_roofline(monkeypatch):
+    """Convolution, BatchNorm and in-place ReLU, forward and backward: the bytes of each kernel, by hand."""
+
+    def chain(*_):
+        conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    monkeypatch.setattr("pipeline.insight.estimate.memory.build_model", chain)
+    images = 4
+    trace = Tracer(small("--train.precision", "fp32", "--data.image_size", "32"), 8).trace(images)
+    image, maps, weight, channels = 3 * images * 32 * 32, 8 * images * 32 * 32, 8 * 3 * 9, 8
+    moved = {op.name: op.moved for op in trace.operations}
+    by_hand = {
+        "convolution": image + weight + maps,
+        "native_batch_norm": 2 * maps + 6 * channels,  # gamma, beta, running statistics; mean and deviation saved
+        "relu_": 2 * maps,
+        "threshold_backward": 3 * maps,  # the gradient, what ReLU gave, the gradient before it
+        "native_batch_norm_backward": 3 * maps + 7 * channels,
+        "convolution_backward": image + maps + 2 * weight,  # the image needs no gradient
+    }
+    assert {name: moved[name] for name in by_hand} == {name: 4 * values for name, values in by_hand.items()}
+    assert not {"device", "empty"} & set(moved)  # a question to a tensor and an allocation are no kernels
+    ideal = sum(4 * values for values in by_hand.values()) / 1e9
+    assert ideal < trace.seconds(1e9, 1e9, 1.0) < 1.4 * ideal  # the rest: bytes to floats, pool, loss
+
+
+def test_the_roofline_of_resnets():
+    """ResNet-152 takes 2.2 times as long as ResNet-50 on every card: published throughputs differ by 2.1 to 2.4."""
+    steps = {name: Tracer(parse_config(["--model.name", name]), 1000).trace(64) for name in ("resnet50", "resnet152")}
+    for card in (find_card("h100"), find_card("a100-80gb")):
+        fifty, more = (step.seconds(card.half_tflops, card.tflops, card.gb_s) / step.images for step in steps.values())
+        assert more / fifty == pytest.approx(2.2, abs=0.15)
+    h100 = find_card("h100")
+    rate = 64 / steps["resnet152"].seconds(h100.half_tflops, h100.tflops, h100.gb_s)
+    assert 3200 < rate < 4000  # images/s
+
+
+def test_the_measured_fp32_ceiling_is_that_of_convolutions(monkeypatch):
+    from pipeline.insight.bench.precision import products_as_convolutions
+
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32
+    for allowed in (True, False):
+        monkeypatch.setattr(convolutions, "allow_tf32", allowed)
+        with products_as_convolutions():
+            assert products.allow_tf32 is allowed
+        assert products.allow_tf32 is before
+
+
 def test_bf16_keeps_half_and_copies_of_the_weights():
     whole, half = (step_memory(Tracer(small("--train.precision", p), 10), 8) for p in ("fp32", "bf16"))
     assert 0.49 < half.image_mib / whole.image_mib < 0.55
@@ -161,10 +210,16 @@ def test_cards_as_they_are_called(name):
     assert find_card(name).memory_mib in (49_140, 81_559, 24_564, 81_920)
 
 
+@pytest.mark.parametrize("name", ["RTX 5090", "NVIDIA B200", "L4", "NVIDIA RTX 6000 Ada"])
+def test_cards_of_a_later_list(name):
+    assert find_card(name).memory_mib in (32_607, 183_359, 23_034, 49_140)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--card", "a7000"], ["a7000", "a6000"]),
+        (["--card", "MI300X"], ["MI300X", "AMD", "h100"]),
         (["--batches", "1,x"], ["--batches", "1,x"]),
         (["--run", "/nowhere"], ["/nowhere", "metrics.jsonl"]),
         (["--model.name", "resnet125"], ["resnet125", "resnet152"]),

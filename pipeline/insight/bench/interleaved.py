@@ -84,11 +84,14 @@ class Measured:
 
 
 def run_interleaved(
-    candidates: Sequence[Candidate], rounds: int, warm_up: int = 1, title: str = "measuring"
+    candidates: Sequence[Candidate], rounds: int, warm_up: int = 1, title: str = "measuring", alone: bool = False
 ) -> dict[str, Measured]:
     """Run `warm_up` + `rounds` rounds of every candidate, in turns.
 
     CPU time is that of all threads and child processes of a candidate.
+
+    Args:
+        alone: one after another instead, each with the machine (and its GPU's memory) to itself.
 
     Returns:
         name -> what was measured, in the order of `candidates`.
@@ -96,6 +99,9 @@ def run_interleaved(
     Raises:
         TransientError: a candidate failed that has no `may_crash`.
     """
+    if alone:
+        each = [run_interleaved([one], rounds, warm_up, f"{title}, {one.name}") for one in candidates]
+        return {name: found for one in each for name, found in one.items()}
     context = multiprocessing.get_context("spawn")
     workers: dict[str, _Worker] = {}
     measured: dict[str, Measured] = {}

@@ -113,7 +113,7 @@ def bare(
     if threads:
         torch.set_num_threads(threads)
     train = TrainConfig(precision=precision, **options)
-    device = torch.device("cuda" if train.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = compute_device(train.device)
     torch.backends.cudnn.benchmark = True
     data, optim = DataConfig(), OptimConfig()
     network = build_model(replace(ModelConfig(), name=model), 1000)
@@ -139,6 +139,11 @@ def bare(
         return steps
 
     return one_round
+
+
+def compute_device(name: str) -> torch.device:
+    """Where a bench computes that was asked for "auto", "cuda" or "cpu"."""
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def wait_for(device: torch.device) -> None:

@@ -45,7 +45,8 @@ def step(
         Candidate(name, make, {**common, "options": options})
         for name, make in (("pipeline", loops.pipeline), ("bare", loops.bare), ("bare again", loops.bare))
     ]
-    measured = run_interleaved(candidates, rounds, warm_up=2, title=f"bench step, {model}")
+    on_gpu = loops.compute_device(device).type == "cuda"  # whose memory would hold three networks at once
+    measured = run_interleaved(candidates, rounds, warm_up=2, title=f"bench step, {model}", alone=on_gpu)
     result: dict = {**common, "compile": compile, "rounds": rounds, "overhead": {}}
     for what, name in (("cpu_ms", "CPU ms a step"), ("wall_ms", "ms a step")):
         print(f"\n{name} (median of rounds, minimum and maximum)")

@@ -48,6 +48,27 @@ def _convolution_backward_flops(grad, images, weight, *rest, out_val=None) -> in
 
 _FLOPS[_aten.convolution_backward] = _convolution_backward_flops
 
+#: they write a tensor without a look at what was in it
+_OVERWRITING = {_aten.copy_, _aten.fill_, _aten.zero_}
+#: they move nothing: an allocation's contents are nobody's, and a new shape in place is no work for the card
+_WITHOUT_KERNEL = {
+    _aten.empty,
+    _aten.empty_like,
+    _aten.empty_strided,
+    _aten.new_empty,
+    _aten.new_empty_strided,
+    _aten.as_strided_,
+    _aten.set_,
+    _aten.resize_,
+}
+
+
+def _is_kernel(func: torch._ops.OpOverload) -> bool:
+    """Does this call start work on the card? `prim` calls only ask a tensor what it is (its device, its layout)."""
+    returned = [value.alias_info for value in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in returned)
+    return func.namespace != "prim" and not is_view and func._overloadpacket not in _WITHOUT_KERNEL
+
 
 @dataclass(frozen=True)
 class StepMemory:
@@ -102,8 +123,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Operation:
-    """One kernel of a step. moved: bytes read and written. half: computes in 16 bits."""
+    """One kernel of a step. name: of the operator. moved: bytes read and written, each tensor once. half: computes in
+    16 bits."""
 
+    name: str
     flops: int
     moved: int
     half: bool
@@ -126,7 +149,10 @@ class Trace:
         return sum(operation.flops for operation in self.operations)
 
     def seconds(self, half_tflops: float, tflops: float, gb_s: float) -> float:
-        """The roofline: each kernel takes as long as its arithmetic or its bytes, whichever is longer."""
+        """The roofline: each kernel takes as long as its arithmetic or its bytes, whichever is longer.
+
+        The kernels are those of PyTorch without a compiler: torch.compile merges some, and may fall below.
+        """
         return sum(
             max(op.flops / (half_tflops if op.half else tflops) / 1e12, op.moved / gb_s / 1e9) for op in self.operations
         )
@@ -177,15 +203,15 @@ class _Watch(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         for tensor in outputs:
             self._note(tensor)
-        returned = [value.alias_info for value in func._schema.returns]
-        if any(alias is not None and not alias.is_write for alias in returned):  # a view moves nothing
+        if not _is_kernel(func):
             return out
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        read = args[1:] if func._overloadpacket in _OVERWRITING else args
+        inputs = [leaf for leaf in tree_leaves((read, kwargs)) if isinstance(leaf, torch.Tensor)]
         count = _FLOPS.get(func._overloadpacket)
         flops = int(count(*args, **kwargs, out_val=out)) if count else 0
         moved = sum(tensor.numel() * tensor.element_size() for tensor in [*inputs, *outputs])
         half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in inputs)
-        self.trace.operations.append(Operation(flops, moved, half))
+        self.trace.operations.append(Operation(func._overloadpacket.__name__, flops, moved, half))
         if self.forward:
             self.trace.forward_flops += flops
             self.trace.layers[self.stack[-1]].flops += flops
