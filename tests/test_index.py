@@ -136,7 +136,7 @@ def test_command_tells_the_counts_and_where_the_unreadable_are_listed(pets, caps
     assert main(["index", str(pets)]) == 0
     out = capsys.readouterr().out
     assert "6 train, 3 val images of 2 classes" in out
-    assert "1 unreadable files are left out" in out
+    assert "left out of train: 1 unreadable (train/dog/9.png)" in out
     assert str(pets / "index/unreadable.json") in out
 
 

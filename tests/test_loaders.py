@@ -213,8 +213,8 @@ def test_a_sample_that_only_the_decoder_refuses_is_substituted(own_root, loader,
     read_batch, whole = stream.source.read_batch, stream.source.read(bad)
     half = whole[: len(whole) // 3]
 
-    def read_half(ids):
-        return [half if i == bad else data for i, data in zip(ids.tolist(), read_batch(ids), strict=True)]
+    def read_half(ids, prepare):
+        return [half if i == bad else data for i, data in zip(ids.tolist(), read_batch(ids, prepare), strict=True)]
 
     monkeypatch.setattr(stream.source, "read_batch", read_half)
     mended = list(stream.batches(0, 8))

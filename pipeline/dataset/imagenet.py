@@ -8,6 +8,7 @@ import csv
 import re
 from pathlib import Path
 
+from pipeline.dataset.names import dead_link
 from pipeline.errors import UserError
 
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1_000
@@ -113,6 +114,10 @@ def find_splits(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds train/ and val/")
     base = root / CLS_LOC if (root / CLS_LOC).is_dir() else root
+    for name in ("train", "val", "validation"):
+        gone = dead_link(base / name)
+        if gone is not None:
+            raise UserError(f"{gone}; mount what holds it, or mend the link")
     if not (base / "train").is_dir():
         raise UserError(f"data root {root} holds no train/ folder; expected train/CLASS/IMAGE and val/CLASS/IMAGE")
     for name in ("val", "validation") + (("test",) if base == root else ()):

@@ -1,5 +1,7 @@
 """Decoding with NVIDIA DALI: only the planned window is decoded, then resized and flipped.
 
+What DALI refuses, or sees otherwise than PIL (`pixels.dali_agrees`), it is given as PIL's pixels.
+
 DALI holds no state of the run: bytes, windows and flips come in through external_source, so any step can be first. The
 window is always decoded on the CPU: hardware decoders give other pixels than the CPU's, and a run must not depend on
 which one a node has. On a GPU DALI resizes it there; without one torch does (`resize.py`), at an eighth of the cost of
@@ -13,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
+from pipeline.dataset.index.pixels import as_ppm, dali_agrees
 from pipeline.loader.plan import Planned
 from pipeline.loader.resize import Resizer, Resizing, decoded_windows
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
@@ -50,6 +54,21 @@ class DaliDecoder:
         self._feed: Iterator[EncodedBatch] = iter(())
         self._feed_failed: RuntimeError | None = None
         self._handed: deque[EncodedBatch] = deque()  # inside DALI's pipeline, oldest first
+        self._refused: set[int] = set()  # digests of samples that DALI refused and PIL decodes
+
+    def prepare(self, data: np.ndarray) -> np.ndarray:
+        """A sample's bytes; the pixels that PIL finds, uncompressed, where DALI would refuse them or find others."""
+        known = dali_agrees(data.data) and not (self._refused and xxhash.xxh3_64_intdigest(data.data) in self._refused)
+        return data if known else np.frombuffer(as_ppm(data.data), np.uint8)
+
+    def rescue(self, data: np.ndarray) -> np.ndarray | None:
+        """What PIL finds in a sample that DALI refused; it is given to PIL from now on."""
+        try:
+            pixels = np.frombuffer(as_ppm(data.data), np.uint8)
+        except (OSError, ValueError):
+            return None
+        self._refused.add(xxhash.xxh3_64_intdigest(data.data))
+        return None if np.array_equal(pixels, data) else pixels
 
     def _next(self) -> tuple:
         """DALI's callback: the next batch as lists and arrays of one row a sample."""

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import BytesIO
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, crop, hflip, resized_crop
 from torchvision.transforms.functional import resize as resize_image
 
+from pipeline.dataset.index.pixels import open_image, to_rgb
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
 
 
@@ -36,8 +36,8 @@ def decode_sample(
     """One sample by torchvision's PIL transforms, uint8 [size, size, 3]: the window resized, or (with `resize`, for
     validation) the shorter side resized and a crop cut out: the middle, or what begins at `origin` (x, y: in pixels of
     the stored image)."""
-    with Image.open(BytesIO(data.data)) as opened:
-        image = opened.convert("RGB")
+    with open_image(data.data) as opened:
+        image = to_rgb(opened)
     if resize is None:
         image = cut_window(image, window, flip, size, interpolation)
     else:
@@ -66,6 +66,13 @@ class ReferenceDecoder:
     def __init__(self, threads: int, prefetch: int = 2, resize: int | None = None, interpolation: str = "bilinear"):
         self.prefetch, self.resize, self.interpolation = prefetch, resize, interpolation
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def prepare(self, data: np.ndarray) -> np.ndarray:
+        """The bytes as they are: PIL is what all formats are judged by."""
+        return data
+
+    def rescue(self, data: np.ndarray) -> None:
+        """There is no other way than PIL."""
 
     def _submit(self, encoded: EncodedBatch) -> tuple[EncodedBatch, list[Future]]:
         p = encoded.planned

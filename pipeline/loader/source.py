@@ -8,6 +8,7 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +20,13 @@ from pipeline.errors import TransientError
 _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
 _LOCAL_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # this process's limits, not the file's fault
 _RETRY_AFTER_S = (0.1, 1.0, 5.0)  # short failures of a network file system
+
+
+Prepare = Callable[[np.ndarray], np.ndarray]  #: a sample's bytes -> what its decoder is given
+
+
+def _as_it_is(data: np.ndarray) -> np.ndarray:
+    return data
 
 
 class UnreadableSample(Exception):
@@ -58,14 +66,14 @@ class Source:
         with open(self.split.path(sample_id), "rb") as file:  # noqa: PTH123 - the shorter way, for every sample
             return file.read(size + 1)  # bounded: the file may have been replaced by an endless one
 
-    def read(self, sample_id: int) -> np.ndarray:
-        """The sample's bytes, uint8 [size].
+    def read(self, sample_id: int, prepare: Prepare = _as_it_is) -> np.ndarray:
+        """The sample's bytes, uint8 [size], or what `prepare` makes of them.
 
         Raises UnreadableSample where they are missing or differ from those indexed, and TransientError where the data
         root itself is gone. Transient errors (of a network file system) are retried for some seconds.
         """
         (row,) = self._rows(np.array([sample_id]))
-        return self._checked(*row)
+        return self._prepared(row, prepare)
 
     def _rows(self, sample_ids: np.ndarray) -> list[tuple[int, int, int, int, int]]:
         """(sample id, shard, offset, size, digest) of each: the index is asked once for all, not a field at a time."""
@@ -95,20 +103,31 @@ class Source:
             raise UnreadableSample(sample_id, "its bytes have changed since it was indexed")
         return np.frombuffer(data, np.uint8)
 
-    def _read_part(self, rows: list[tuple[int, int, int, int, int]]) -> list[np.ndarray | UnreadableSample]:
+    def _prepared(self, row: tuple[int, int, int, int, int], prepare: Prepare) -> np.ndarray:
+        data = self._checked(*row)
+        try:
+            return prepare(data)
+        except (OSError, ValueError) as error:
+            raise UnreadableSample(row[0], str(error)) from error
+
+    def _read_part(
+        self, rows: list[tuple[int, int, int, int, int]], prepare: Prepare
+    ) -> list[np.ndarray | UnreadableSample]:
         parts: list[np.ndarray | UnreadableSample] = []
         for row in rows:
             try:
-                parts.append(self._checked(*row))
+                parts.append(self._prepared(row, prepare))
             except UnreadableSample as error:
                 parts.append(error)
         return parts
 
-    def read_batch(self, sample_ids: np.ndarray) -> list[np.ndarray | UnreadableSample]:
-        """The bytes of each sample, read by several threads; for an unreadable one its exception, returned."""
+    def read_batch(self, sample_ids: np.ndarray, prepare: Prepare = _as_it_is) -> list[np.ndarray | UnreadableSample]:
+        """The bytes of each sample, read and prepared by several threads; for an unreadable one its exception,
+        returned."""
         rows = self._rows(sample_ids)
         size = max(1, -(-len(rows) // self.threads))
-        parts = self.pool.map(self._read_part, (rows[i : i + size] for i in range(0, len(rows), size)))
+        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        parts = self.pool.map(self._read_part, chunks, [prepare] * len(chunks))
         return [item for part in parts for item in part]
 
     def slowest(self) -> str:

@@ -62,6 +62,13 @@ class UndecodableSample(Exception):
 class Decoder(Protocol):
     """`DaliDecoder` or `ReferenceDecoder`."""
 
+    def prepare(self, data: np.ndarray) -> np.ndarray:
+        """What `decode` is to be given for a sample's bytes, uint8 [n]. Raises OSError or ValueError. Called by many
+        threads."""
+
+    def rescue(self, data: np.ndarray) -> np.ndarray | None:
+        """The same for what `decode` refused; None where there is no other way."""
+
     def decode(self, batches: Iterable[EncodedBatch]) -> Iterator[torch.Tensor]:
         """Images uint8 [B, H, W, 3] of each batch, in order. Raises UndecodableSample."""
 
@@ -119,7 +126,7 @@ class Stream:
             if candidate in self._skip or candidate in self.unreadable:
                 continue
             try:
-                return candidate, self.source.read(candidate)
+                return candidate, self.source.read(candidate, self.decoder.prepare)
             except UnreadableSample as error:
                 self._record_unreadable(error.sample_id, error.reason)
         raise TransientError(
@@ -144,7 +151,7 @@ class Stream:
 
     def _prepare(self, step: int) -> EncodedBatch:
         planned = self.plan.local(step, self.rank, self.world_size)
-        data = self.source.read_batch(planned.ids)
+        data = self.source.read_batch(planned.ids, self.decoder.prepare)
         for i, sample_id in enumerate(planned.ids.tolist()):
             item = data[i]
             if sample_id in self._skip:
@@ -193,8 +200,13 @@ class Stream:
                 future.cancel()
 
     def _without(self, encoded: EncodedBatch, error: UndecodableSample) -> EncodedBatch:
-        """The batch with a sample replaced whose bytes are those indexed but which the decoder can't decode."""
+        """The batch with a sample whose bytes are those indexed but which the decoder refused: decoded another way, or
+        replaced."""
         sample_id = int(encoded.planned.ids[error.position])
+        rescued = self.decoder.rescue(encoded.data[error.position])
+        if rescued is not None:
+            whole = [*encoded.data[: error.position], rescued, *encoded.data[error.position + 1 :]]
+            return EncodedBatch(encoded.step, encoded.planned, whole)
         self._record_unreadable(sample_id, error.reason)
         data: list[np.ndarray | UnreadableSample] = list(encoded.data)
         data[error.position] = UnreadableSample(sample_id, error.reason)

@@ -3,11 +3,11 @@
 import errno
 import os
 import warnings
-from io import BytesIO
 from typing import NamedTuple
 
 import xxhash
 
+from pipeline.dataset.index.pixels import check_mode, open_image
 from pipeline.dataset.workers import read_ahead
 from pipeline.errors import TransientError
 
@@ -26,15 +26,17 @@ class ScannedFile(NamedTuple):
 
 
 def decode_fully(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of an image whose every byte decodes; raises OSError or ValueError otherwise."""
+    """(width, height) in pixels of an image whose every byte decodes; raises OSError or ValueError otherwise,
+    and for one that the loaders can't turn into 8-bit RGB."""
     from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning)  # corrupt EXIF is no fault of the pixels
         try:
-            with Image.open(BytesIO(data)) as image:
+            with open_image(data) as image:
                 image.load()
+                check_mode(image)
                 return image.size
         except UnidentifiedImageError:
             raise ValueError("no image, or of an unknown format" if data else "empty file") from None

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tokenize import TokenError
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from pipeline.config import DataConfig
+from pipeline.dataset.index.left_out import LeftOut
 from pipeline.errors import UserError
 from pipeline.files import atomic_open, atomic_write
 
@@ -92,6 +93,7 @@ class Index:
     splits: dict[str, Split]
     fingerprint: str
     folders: dict[str, int]  # scanned folder, relative to root -> mtime_ns; empty for shards
+    left_out: LeftOut = field(default_factory=dict)  # what lies in the root and is not in the index
 
     @property
     def num_classes(self) -> int:
@@ -124,8 +126,8 @@ def compute_fingerprint(synsets: Sequence[str], splits: dict[str, np.ndarray]) -
     for name in sorted(splits):
         records = splits[name]
         state.update(f"{name}:{len(records)}".encode())
-        for field in ("digest", "size", "width", "height", "label"):
-            state.update(np.ascontiguousarray(records[field]).data)
+        for column in ("digest", "size", "width", "height", "label"):
+            state.update(np.ascontiguousarray(records[column]).data)
     return state.hexdigest()
 
 
@@ -136,6 +138,7 @@ def write_index(
     splits: dict[str, tuple[np.ndarray, Sequence[str]]],
     shards: dict[str, Sequence[str]] | None = None,
     folders: dict[str, int] | None = None,
+    left_out: LeftOut | None = None,
 ) -> Index:
     """Write an index atomically and open it.
 
@@ -146,6 +149,7 @@ def write_index(
         splits: name -> (records [n] of RECORD, n names); the name fields of the records are filled in here.
         shards: split -> shard file names, for packed data.
         folders: scanned folder -> mtime_ns, by which `is_current` sees changes.
+        left_out: what lies in the root and is not in the index.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = compute_fingerprint([s for s, _ in classes], {k: r for k, (r, _) in splits.items()})
@@ -168,6 +172,7 @@ def write_index(
                 "shards": list((shards or {}).get(name, ())),
             }
         meta["folders"] = folders or {}
+        meta["left_out"] = left_out or {}
         atomic_write(folder / MAIN_FILE, json.dumps(meta, indent=1))
     except OSError as error:
         raise UserError(
@@ -234,11 +239,19 @@ def open_index(folder: Path) -> Index:
             splits[name] = Split(root, records, names, tuple(map(str, entry["shards"])))
         synsets, words = zip(*((str(s), str(w)) for s, w in meta["classes"]), strict=True)
         folders = {str(k): int(v) for k, v in meta["folders"].items()}
-        return Index(folder, root, synsets, words, splits, str(meta["fingerprint"]), folders)
+        left_out = _read_left_out(meta.get("left_out", {}))
+        return Index(folder, root, synsets, words, splits, str(meta["fingerprint"]), folders, left_out)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, SyntaxError, TokenError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"index {path} is damaged ({error}); {again}") from error
+
+
+def _read_left_out(found: dict) -> LeftOut:
+    return {
+        str(split): {str(reason): {"count": int(n["count"]), "first": str(n["first"])} for reason, n in reasons.items()}
+        for split, reasons in found.items()
+    }
 
 
 def is_current(index: Index, places: Iterable[Path] = ()) -> bool:

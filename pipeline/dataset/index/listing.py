@@ -5,12 +5,23 @@ detects by some thousand `stat` calls, and no walk, that no file was added or re
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.dataset import imagenet
+from pipeline.dataset.index.left_out import (
+    DEAD_LINKS,
+    FOREIGN,
+    LOOPS,
+    NO_CLASS,
+    Tally,
+    by_suffix,
+    is_foreign,
+)
+from pipeline.dataset.names import dead_link, tell_apart, twin_of
 from pipeline.errors import UserError
 
 #: Suffixes, lower case, that count as images: those of torchvision's ImageFolder.
@@ -24,50 +35,96 @@ class Listing:
     names: [n] paths relative to the root with '/', in class order, then as ImageFolder orders them.
     classes: sorted names of the classes; labels: [n] int32 into `classes`.
     mtimes: folder or list that was read, relative to the root -> mtime_ns.
+    left_out: what lies there and is in no class, by reason.
     """
 
     names: list[str]
     classes: list[str]
     labels: np.ndarray
     mtimes: dict[str, int]
+    left_out: Tally
 
 
 class _Walk:
-    """Lists folders below `root` and records the mtime of each (before reading it, so no change is missed)."""
+    """Lists folders below `root`, records the mtime of each (before reading it, so no change is missed), and counts
+    what it passes over."""
 
     def __init__(self, root: Path):
         self.root = root
         self.mtimes: dict[str, int] = {}
+        self.left_out = Tally()
 
-    def record_mtime(self, path: Path) -> None:
-        self.mtimes[os.path.relpath(path, self.root)] = path.stat().st_mtime_ns
+    def record_mtime(self, path: Path) -> tuple[int, int]:
+        """Returns what identifies the file or folder: (device, inode)."""
+        stat = path.stat()
+        self.mtimes[os.path.relpath(path, self.root)] = stat.st_mtime_ns
+        return stat.st_dev, stat.st_ino
 
-    def read(self, folder: Path) -> tuple[list[str], list[str]]:
-        """(image names, folder names) in `folder`, sorted; links are followed."""
-        self.record_mtime(folder)
+    def pass_over(self, reason: str, path: str) -> None:
+        self.left_out.add(reason, os.path.relpath(path, self.root))
+
+    def read(self, folder: Path, is_class: bool = True) -> tuple[list[str], list[str]]:
+        """(image names, folder names) in `folder`, sorted; links are followed.
+
+        is_class: the folder belongs to a class, so that every other file in it is counted. Where it is the folder of a
+        split, UserError is raised for a link that leads nowhere: it was a class.
+        """
         files, folders = [], []
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    files.append(entry.name)
+                name = entry.name
+                if is_foreign(name):
+                    self.pass_over(FOREIGN, entry.path)
+                elif entry.is_dir():
+                    folders.append(name)
+                elif name.lower().endswith(IMAGE_SUFFIXES):
+                    files.append(name)
+                elif entry.is_symlink() and (gone := dead_link(Path(entry.path))):
+                    if not is_class:
+                        raise UserError(f"class folder {gone}; mount what holds it, or remove the link")
+                    self.pass_over(DEAD_LINKS, entry.path)
+                elif is_class:
+                    self.pass_over(by_suffix(name), entry.path)
         return sorted(files), sorted(folders)
 
     def tree(self, folder: Path) -> list[str]:
         """Paths, relative to the root, of all images at any depth below `folder`, ordered by folder, then by name."""
         found: list[tuple[str, list[str]]] = []
-        pending = [folder]
+        pending: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
         while pending:
-            here = pending.pop()
+            here, above = pending.pop()
+            identity = self.record_mtime(here)
+            if identity in above:
+                self.pass_over(LOOPS, str(here))
+                continue
             files, folders = self.read(here)
             found.append((str(here), files))
-            pending += (here / name for name in folders)
+            pending += ((here / name, above | {identity}) for name in folders)
         names: list[str] = []
         for path, files in sorted(found):
             prefix = os.path.relpath(path, self.root)
             names += (f"{prefix}/{file}" for file in files)
         return names
+
+
+def _check_classes(folder: Path, names: list[str]) -> None:
+    """UserError for two class folders whose names differ only in how they are written."""
+    for name in names:
+        twin = twin_of(name, names)
+        if twin is not None:
+            raise UserError(f"class folder {folder / name}: {tell_apart(name, twin)}")
+
+
+def _empty_class(folder: Path) -> UserError:
+    """Says what the folder of a class holds instead of images."""
+    others = Counter(by_suffix(name) for name in os.listdir(folder) if not is_foreign(name))
+    if not others:
+        return UserError(f"class folder {folder} holds no image; fill it or remove it")
+    held = ", ".join(f"{count:,} {reason}" for reason, count in others.most_common(3))
+    return UserError(
+        f"class folder {folder} holds no image (but entries {held}); images must end in one of "
+        f"{' '.join(IMAGE_SUFFIXES)}: rename them, or remove the folder"
+    )
 
 
 def _check_names(names: list[str], root: Path) -> None:
@@ -86,13 +143,15 @@ def list_split(folder: Path, root: Path, empty_ok: bool = False) -> Listing:
     """
     walk = _Walk(root)
     try:
-        flat, folders = walk.read(folder)
+        walk.record_mtime(folder)
+        flat, folders = walk.read(folder, is_class=False)
+        _check_classes(folder, folders)
         names: list[str] = []
         synsets: list[str] = []
         for synset in folders:
             of_class = walk.tree(folder / synset)
             if not of_class and not empty_ok:
-                raise UserError(f"class folder {folder / synset} holds no image; fill it or remove it")
+                raise _empty_class(folder / synset)
             names += of_class
             synsets += [synset] * len(of_class)
         solution = imagenet.find_list(root, imagenet.VAL_SOLUTION)
@@ -114,6 +173,8 @@ def list_split(folder: Path, root: Path, empty_ok: bool = False) -> Listing:
         remedy = f"or {imagenet.VAL_SOLUTION} beside it" if unlabeled and folder.name != "train" else "instead"
         what = "images but no class folders" if unlabeled else "no class folders"
         raise UserError(f"{folder} holds {what}; expected {folder}/CLASS/IMAGE {remedy}".removesuffix(" instead"))
+    for name in unlabeled:
+        walk.left_out.add(NO_CLASS, name)
     _check_names(names, root)
     classes = sorted(set(synsets))
     number = {synset: label for label, synset in enumerate(classes)}
@@ -121,4 +182,4 @@ def list_split(folder: Path, root: Path, empty_ok: bool = False) -> Listing:
     if names and (np.diff(labels) < 0).any():  # flat images: put each into its class, where valprep would
         order = sorted(range(len(names)), key=lambda i: (labels[i], names[i].rpartition("/")[2]))
         names, labels = [names[i] for i in order], labels[order]
-    return Listing(names, classes, labels, walk.mtimes)
+    return Listing(names, classes, labels, walk.mtimes, walk.left_out)

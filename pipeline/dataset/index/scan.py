@@ -26,8 +26,10 @@ from pipeline.dataset.index.index import (
     open_index,
     write_index,
 )
+from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, describe, kind_of
 from pipeline.dataset.index.listing import Listing, list_split
 from pipeline.dataset.lock import locked
+from pipeline.dataset.names import tell_apart, twin_of
 from pipeline.dataset.workers import available_cores, map_in_order
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
@@ -118,7 +120,7 @@ def scan_split(
         if seen.reason:
             keep[i] = False
             entry = {"file": listing.names[i], "class": listing.classes[listing.labels[i]], "reason": seen.reason}
-            unreadable.append(entry)
+            unreadable.append(entry | {"size": seen.size, "mtime_ns": seen.mtime_ns})
 
     todo = []
     for i, name in enumerate(listing.names):
@@ -166,7 +168,25 @@ def _locked_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def build_index(root: Path, folder: Path | None = None, processes: int | None = None, to_score: bool = False) -> Index:
+def _is_still_unreadable(root: Path, entry: dict) -> bool:
+    """Is a file that a scan left out as it was then? What happens to a file itself does not touch its folder."""
+    path = root / entry["file"]
+    if kind_of(entry["reason"]) in (NO_PERMISSION, DEAD_LINKS):
+        return not os.access(path, os.R_OK)
+    try:
+        stat = path.stat()
+    except OSError:
+        return True
+    return "size" not in entry or (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"])
+
+
+def build_index(
+    root: Path,
+    folder: Path | None = None,
+    processes: int | None = None,
+    to_score: bool = False,
+    recheck: bool = False,
+) -> Index:
     """Scan `root` (see `imagenet.find_splits`) and write its index; an index that is still valid is only opened.
 
     Args:
@@ -175,6 +195,7 @@ def build_index(root: Path, folder: Path | None = None, processes: int | None = 
         processes: default: every core that this process may use.
         to_score: a validation split alone is enough (`imagenet.find_scored`); where the root is that split, the index
             goes beside it, to `ROOT.index`.
+        recheck: also look whether the files that it left out are mended.
 
     Raises UserError for a tree that is not in class folders, an empty class, or a folder that can't be written.
     """
@@ -190,7 +211,10 @@ def build_index(root: Path, folder: Path | None = None, processes: int | None = 
     places = (imagenet.find_scored if to_score else imagenet.find_splits)(root)
 
     def is_valid(index: Index) -> bool:
-        return index.root == root and is_current(index, places.values())
+        if index.root != root or not is_current(index, places.values()):
+            return False
+        entries = [entry for of_split in read_unreadable(folder).values() for entry in of_split] if recheck else []
+        return all(_is_still_unreadable(root, entry) for entry in entries)
 
     if previous is not None and is_valid(previous):
         return previous
@@ -207,9 +231,9 @@ def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | N
     classes = listings[whole].classes
     unknown = sorted(set(listings["val"].classes) - set(classes))
     if unknown:
-        raise UserError(
-            f"{places['val']} has the class '{unknown[0]}' that {places[whole]} does not have; add or remove it"
-        )
+        twin = twin_of(unknown[0], classes)
+        remedy = "add or remove it" if twin is None else f"it is {tell_apart(unknown[0], twin)}"
+        raise UserError(f"{places['val']} has the class '{unknown[0]}' that {places[whole]} does not have; {remedy}")
     splits: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
     bad, done = {}, False
     journal = ScanJournal(folder / JOURNAL)
@@ -227,15 +251,25 @@ def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | N
         words = imagenet.read_synset_words(root)
         noted = {name: mtime for listing in listings.values() for name, mtime in listing.mtimes.items()}
         atomic_write(folder / UNREADABLE, json.dumps(bad, indent=1))
-        made = write_index(folder, root, [(name, words.get(name, name)) for name in classes], splits, folders=noted)
+        named = [(name, words.get(name, name)) for name in classes]
+        left_out = {split: _tally(listing, bad[split]).reasons for split, listing in listings.items()}
+        made = write_index(folder, root, named, splits, folders=noted, left_out=left_out)
         done = True
         return made
     finally:
         journal.close(remove=done)
 
 
+def _tally(listing: Listing, unreadable: list[dict]) -> Tally:
+    """All that a split leaves out, by reason."""
+    files = Tally()
+    for entry in unreadable:
+        files.add(kind_of(entry["reason"]), entry["file"])
+    return files + listing.left_out
+
+
 def read_unreadable(folder: Path) -> dict[str, list[dict]]:
-    """Split -> files that the scan left out: {"file", "class", "reason"}."""
+    """Split -> image files that the scan left out: {"file", "class", "reason", "size", "mtime_ns"}."""
     path = folder / UNREADABLE
     try:
         return json.loads(path.read_bytes())
@@ -253,13 +287,20 @@ def index(root: str, out: str | None = None, processes: int | None = None) -> in
         out: folder of the index; default ROOT/index.
         processes: number of processes; default: all cores.
     """
-    made = build_index(Path(root), Path(out) if out else None, processes)
+    made = build_index(Path(root), Path(out) if out else None, processes, recheck=True)
     counts = ", ".join(f"{len(split):,} {name}" for name, split in made.splits.items())
     print(f"{made.folder}: {counts} images of {made.num_classes} classes, fingerprint {made.fingerprint}")
-    number = sum(map(len, read_unreadable(made.folder).values()))
-    if number:
-        print(f"{number} unreadable files are left out: see {made.folder / UNREADABLE}")
+    for line in tell_left_out(made):
+        print(line)
     return 0
+
+
+def tell_left_out(index: Index) -> list[str]:
+    """What is said of an index that leaves something out: a line for each split; without a line where all is in."""
+    named = sum(map(len, read_unreadable(index.folder).values()))
+    see = f"; unreadable files are named in {index.folder / UNREADABLE}" if named else ""
+    lines = [describe(index.left_out, [split]) for split in index.left_out]
+    return [f"left out of {line}{see}" for line in lines if line]
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from PIL import Image, ImageFile
 
+from pipeline.dataset.index.pixels import narrow, open_image
+
 
 @contextmanager
 def _tolerant(tolerant: bool) -> Iterator[None]:
@@ -27,8 +29,9 @@ def reencode(data: bytes, short_side: int | None, quality: int, damaged: bool = 
     with warnings.catch_warnings(), _tolerant(damaged):
         warnings.simplefilter("ignore", UserWarning)
         try:
-            with Image.open(io.BytesIO(data)) as opened:
-                image = opened.convert("L" if opened.mode in ("1", "L", "LA", "I;16") else "RGB")
+            with open_image(data) as opened:
+                image = narrow(opened)
+                image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
         except (SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(str(error)) from error
     width, height = image.size

@@ -1,0 +1,94 @@
+"""What an index leaves out, counted by reason: nothing that lies in a data root vanishes without a word."""
+
+import errno
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import TypedDict
+
+#: Names that systems and programs leave in folders; so is every name that begins with a dot, such as
+#: `.ipynb_checkpoints`, `._image.jpg`, `.Trash-1000` and `.snapshot`.
+FOREIGN_NAMES = frozenset(
+    {
+        *("__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information", "RECYCLER"),
+        *("lost+found", "~snapshot", "__pycache__"),
+        *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@__thumb", "@tmp"),
+    }
+)
+
+UNREADABLE = "unreadable"
+NO_PERMISSION = "without permission"
+DEAD_LINKS = "dead links"
+FOREIGN = "foreign leftovers"
+NO_CLASS = "images beside the class folders"
+LOOPS = "links to a folder above"
+_IMAGES = (UNREADABLE, NO_PERMISSION, DEAD_LINKS)  # of which a score should know
+
+_NO_PERMISSION = {os.strerror(code) for code in (errno.EACCES, errno.EPERM)}
+_NOT_THERE = {os.strerror(code) for code in (errno.ENOENT, errno.ELOOP)}
+
+
+class Reason(TypedDict):
+    """How many, and the path of the first, relative to the data root."""
+
+    count: int
+    first: str
+
+
+LeftOut = Mapping[str, Mapping[str, Reason]]  #: split -> reason -> how many
+
+
+def is_foreign(name: str) -> bool:
+    """Is a file or folder of this name a leftover of a system or program, and no part of a data set?"""
+    return name[0] == "." or name in FOREIGN_NAMES
+
+
+def by_suffix(name: str) -> str:
+    """The reason for a file whose suffix is none of an image."""
+    suffix = PurePath(name).suffix.lower()
+    return f"with suffix {suffix}" if suffix else "without suffix"
+
+
+def kind_of(reason: str) -> str:
+    """The reason for an image file that could not be read or decoded. reason: what was said of it."""
+    if reason in _NO_PERMISSION:
+        return NO_PERMISSION
+    return DEAD_LINKS if reason in _NOT_THERE else UNREADABLE
+
+
+@dataclass
+class Tally:
+    """Counts reasons. `reasons`: reason -> how many."""
+
+    reasons: dict[str, Reason] = field(default_factory=dict)
+
+    def add(self, reason: str, path: str) -> None:
+        found = self.reasons.setdefault(reason, {"count": 0, "first": path})
+        found["count"] += 1
+
+    def __add__(self, other: "Tally") -> "Tally":
+        total = {reason: Reason(**found) for reason, found in self.reasons.items()}
+        for reason, found in other.reasons.items():
+            mine = total.setdefault(reason, {"count": 0, "first": found["first"]})
+            mine["count"] += found["count"]
+        return Tally(total)
+
+
+def count_images(left_out: LeftOut, split: str) -> int:
+    """Image files of a split that could not be read: those that are missing from a score."""
+    return sum(left_out.get(split, {}).get(reason, {"count": 0})["count"] for reason in _IMAGES)
+
+
+def describe(left_out: LeftOut, splits: Iterable[str] | None = None) -> str:
+    """ "train: 3 unreadable (train/cat/a.png, ...), 1 foreign leftovers (...); val: ..."; empty where all is in."""
+    parts = []
+    for split in left_out if splits is None else splits:
+        reasons = [
+            f"{found['count']:,} {reason} ({found['first']}{', ...' if found['count'] > 1 else ''})"
+            for reason, found in left_out.get(split, {}).items()
+            if found["count"]
+        ]
+        if reasons:
+            parts.append(f"{split}: {', '.join(reasons)}")
+    return "; ".join(parts)

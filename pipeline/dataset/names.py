@@ -1,0 +1,36 @@
+"""Names that deceive: links that lead nowhere, and names that look the same and are not, as Unicode writes "é" as one
+character (NFC) or as two (NFD)."""
+
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def form(name: str) -> str:
+    """How a name is written: "NFC" (composed, as Linux and Windows do), "NFD" (as macOS does), or "mixed"."""
+    return next((kind for kind in ("NFC", "NFD") if unicodedata.is_normalized(kind, name)), "mixed")
+
+
+def twin_of(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that looks like `name` but is written in other characters; None where there is none."""
+    if name.isascii():
+        return None
+    wanted = unicodedata.normalize("NFC", name)
+    return next((other for other in names if other != name and unicodedata.normalize("NFC", other) == wanted), None)
+
+
+def tell_apart(name: str, other: str) -> str:
+    """The rest of a sentence on two names that look the same."""
+    return (
+        f"written as {form(name)} ({name!a}), which looks like {form(other)} ({other!a}) and is another name;"
+        " rename one, e.g. with: convmv -f utf8 -t utf8 --nfc -r --notest DIR"
+    )
+
+
+def dead_link(path: Path) -> str | None:
+    """ "PATH is a link to TARGET, which is not there"; None where `path` is no such link. Raises PermissionError."""
+    return (
+        f"{path} is a link to {path.readlink()}, which is not there"
+        if path.is_symlink() and not path.exists()
+        else None
+    )

@@ -1,0 +1,138 @@
+"""Nothing in a data root vanishes without a word: what an index leaves out is counted by reason and named."""
+
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+from test_index import damage, make_folder
+
+from pipeline.__main__ import main
+from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.scan import build_index
+
+
+@pytest.fixture
+def pets(tmp_path):
+    tree = {f"{split}/{kind}": ["1.png", "2.png", "3.png"] for split in ("train", "val") for kind in ("cat", "dog")}
+    return make_folder(tmp_path / "pets", tree)
+
+
+def counts(root: Path) -> dict[str, dict[str, int]]:
+    left_out = build_index(root).left_out
+    return {split: {reason: n["count"] for reason, n in reasons.items()} for split, reasons in left_out.items()}
+
+
+def test_a_clean_tree_leaves_nothing_out(pets, capsys):
+    assert main(["index", str(pets)]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert counts(pets) == {"train": {}, "val": {}}
+
+
+LEFTOVERS = [
+    *(".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", ".Trash-1000", "#recycle", ".snapshot", ".hidden"),
+    *("$RECYCLE.BIN", "#snapshot", "~snapshot"),
+]
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+@pytest.mark.parametrize("place", ["train", "train/cat", "val", "val/dog"])
+def test_foreign_folders_are_no_classes_and_hold_no_images(pets, name, place, capsys):
+    fingerprint = build_index(pets).fingerprint
+    make_folder(pets, {f"{place}/{name}": ["copy.png"]})
+    index = build_index(pets)
+    assert index.fingerprint == fingerprint and index.synsets == ("cat", "dog")
+    assert counts(pets)[place.partition("/")[0]] == {"foreign leftovers": 1}
+    assert main(["index", str(pets)]) == 0
+    assert f"1 foreign leftovers ({place}/{name})" in capsys.readouterr().out
+
+
+def test_foreign_files_are_no_images(pets):
+    for name in ("._1.png", ".DS_Store", "Thumbs.db", ".hidden.jpg"):
+        (pets / "train/cat" / name).write_bytes(b"Mac OS X")
+    assert counts(pets) == {"train": {"foreign leftovers": 4}, "val": {}}
+
+
+def test_files_with_other_suffixes_are_counted_by_suffix(pets, capsys):
+    for name in ("a.jfif", "b.JFIF", "c.jpe", "d.jpeg2000", "e", "notes.txt"):
+        (pets / "train/cat" / name).write_bytes((pets / "train/cat/1.png").read_bytes())
+    assert main(["index", str(pets)]) == 0
+    said = capsys.readouterr().out
+    for part in ("2 with suffix .jfif", "1 with suffix .jpe ", "1 with suffix .jpeg2000", "1 without suffix"):
+        assert part in said
+
+
+def test_a_class_of_other_suffixes_alone_is_an_error_that_names_them(pets, capsys):
+    for path in (pets / "train/cat").iterdir():
+        path.rename(path.with_suffix(".jfif"))
+    assert main(["index", str(pets)]) == 2
+    assert re.search(r"train/cat holds no image \(but entries 3 with suffix \.jfif\)", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_folder_that_is_a_dead_link_is_an_error(pets, split, capsys):
+    (pets / split / "cat").rename(pets / "away")
+    (pets / split / "cat").symlink_to("../nowhere/cat")
+    assert main(["index", str(pets)]) == 2
+    said = capsys.readouterr().err
+    assert f"{split}/cat is a link to ../nowhere/cat, which is not there" in said
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_that_is_a_dead_link_is_an_error_that_names_the_target(pets, split, capsys):
+    (pets / split).rename(pets / "away")
+    (pets / split).symlink_to("/nowhere/split")
+    assert main(["index", str(pets)]) == 2
+    assert f"{split} is a link to /nowhere/split, which is not there" in capsys.readouterr().err
+
+
+def test_dead_links_to_images_are_counted_and_named(pets):
+    (pets / "train/cat/4.png").symlink_to("/nowhere/4.png")
+    (pets / "train/cat/more").symlink_to("/nowhere/more")
+    assert counts(pets) == {"train": {"dead links": 2}, "val": {}}
+
+
+def test_a_link_to_a_folder_above_ends(pets):
+    (pets / "train/cat/again").symlink_to("..", target_is_directory=True)
+    index = build_index(pets)
+    cats = [name for name in index.splits["train"].iter_names() if name.startswith("train/cat/")]
+    assert "links to a folder above" in counts(pets)["train"]
+    assert len(cats) == len(index.splits["train"]) - 3  # the link brings in the other class's images, once
+    assert len(set(cats)) == len(cats) <= 6
+
+
+def test_a_mended_file_is_taken_when_index_runs_again(pets):
+    whole = (pets / "train/cat/1.png").read_bytes()
+    damage(pets / "train/cat/1.png")
+    assert counts(pets)["train"] == {"unreadable": 1}
+    (pets / "train/cat/1.png").write_bytes(whole)  # in place: its folder does not change
+    assert main(["index", str(pets)]) == 0
+    assert counts(pets) == {"train": {}, "val": {}}
+    assert len(open_index(pets / "index").splits["train"]) == 6
+
+
+def test_stray_images_beside_class_folders_are_counted(pets):
+    make_folder(pets, {"train": ["overview.png"]})
+    assert counts(pets) == {"train": {"images beside the class folders": 1}, "val": {}}
+
+
+def test_an_index_of_an_older_version_leaves_nothing_out(pets):
+    folder = build_index(pets).folder
+    meta = json.loads((folder / "index.json").read_text())
+    del meta["left_out"]
+    (folder / "index.json").write_text(json.dumps(meta))
+    assert open_index(folder).left_out == {}
+
+
+def test_names_in_nfc_and_nfd_are_told_apart(pets, capsys):
+    name = "caf\u00e9"
+    make_folder(pets, {f"train/{unicodedata.normalize('NFC', name)}": ["1.png"]})
+    make_folder(pets, {f"val/{unicodedata.normalize('NFD', name)}": ["1.png"]})
+    assert main(["index", str(pets)]) == 2
+    said = capsys.readouterr().err
+    assert "NFD ('cafe\\u0301')" in said and "NFC ('caf\\xe9')" in said
+    decomposed = unicodedata.normalize("NFD", name)
+    (pets / "val" / decomposed).rename(pets / "train" / decomposed)
+    assert main(["index", str(pets)]) == 2
+    assert "is another name" in capsys.readouterr().err
