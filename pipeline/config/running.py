@@ -67,11 +67,14 @@ class TrackingConfig:
     """W&B, progress lines, the final report."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = runtime_field("auto")
-    """auto: online with a key, offline without one; metrics.jsonl is written always."""
-    project: str = runtime_field("imagenet")
+    """auto: as WANDB_MODE or W&B's settings file says; else online with a key, offline without one. Of this option and
+    WANDB_MODE the more private one counts. metrics.jsonl is written always."""
+    project: str | None = runtime_field(None)
+    """W&B project; default: WANDB_PROJECT or what W&B's settings file says, else imagenet."""
     entity: str | None = runtime_field(None)
+    """W&B user or team; default: WANDB_ENTITY or what W&B's settings file says, else your own."""
     name: str | None = runtime_field(None)
-    """Name of the W&B run; default: the run folder's name."""
+    """Name of the W&B run; default: WANDB_NAME, else the run folder's name."""
     report: bool = runtime_field(True)
     """Write report/index.html when the run is finished, and send its pictures to W&B."""
     print_every_s: float = runtime_field(30.0)

@@ -4,6 +4,7 @@ For runs whose W&B rows are incomplete: a server that was down or refused, a pro
 rows were on the disk. It makes a W&B run of its own, as W&B takes no step that is older than its last.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Literal
@@ -15,11 +16,12 @@ from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.wandb_settings import plan_wandb
 
 
 def resend(
     run: str,
-    mode: Literal["online", "offline"] = "online",
+    mode: Literal["online", "offline"] | None = None,
     project: str | None = None,
     entity: str | None = None,
     name: str | None = None,
@@ -28,9 +30,9 @@ def resend(
 
     Args:
         run: the run folder.
-        mode: online; or offline, for a later `wandb sync`.
-        project: default: as the run had it.
-        entity: default: as the run had it.
+        mode: online; or offline, for a later `wandb sync`. Default: as WANDB_MODE says, else online.
+        project: default: as the run had it, else WANDB_PROJECT.
+        entity: default: as the run had it, else WANDB_ENTITY.
         name: of the new W&B run; default: the run's, with "-resent".
     """
     paths = RunPaths(Path(run).expanduser().resolve())
@@ -38,23 +40,25 @@ def resend(
     if not ledger.exists():
         raise UserError(f"{folder} has no metrics.jsonl; give a run folder")
     config = load_config(paths.config)
-    tracking = config.tracking
-    rows = [row for row in read_rows(ledger) if row.get("kind") in ("train", "eval") and "step" in row]
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    plan = plan_wandb(dataclasses.replace(config.tracking, wandb="online"))
+    if mode is None and plan.mode == "disabled":
+        raise UserError(f"W&B is disabled {plan.why}; give --mode online, or --mode offline for a later wandb sync")
+    rows = [row for row in read_rows(ledger) if row.get("kind") in ("train", "eval") and "step" in row]
     try:
         import wandb
 
         from pipeline.tracking.wandb_view import quiet_settings
 
         sent = wandb.init(
-            project=project or tracking.project,
-            entity=entity or tracking.entity,
-            name=name or f"{tracking.name or folder.name}-resent",
+            project=project or plan.project,
+            entity=entity or plan.entity,
+            name=name or f"{config.tracking.name or folder.name}-resent",
             dir=str(folder),
             config=semantic_config(config),
-            mode=mode,
-            settings=quiet_settings(wandb),
+            mode=mode or plan.mode,
+            settings=quiet_settings(wandb, plan.timeout_s),
         )
     except ImportError as error:
         raise UserError(f"W&B can't be imported ({error}); pip install wandb") from error

@@ -6,18 +6,19 @@ A restart repeats steps that W&B has already got. The highest steps that the led
 
 import json
 import logging
-import netrc
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlparse
+from typing import Any
 
 from pipeline.config import TrackingConfig
 from pipeline.files import atomic_write
 from pipeline.redact import redact
 from pipeline.run_paths import RunPaths
+from pipeline.tracking.wandb_settings import WandbPlan, find_problem, plan_wandb
 
-_INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 30, 60
+_INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 15, 60
 
 
 class WandbView:
@@ -31,16 +32,28 @@ class WandbView:
         say: prints one line to the user.
     """
 
-    def __init__(self, config: TrackingConfig, run_dir: Path, settings: dict, last_steps: dict[str, int], say):
-        self.run, self.say = None, say
+    def __init__(
+        self,
+        config: TrackingConfig,
+        run_dir: Path,
+        settings: dict[str, Any],
+        last_steps: dict[str, int],
+        say: Callable[[str], None],
+    ):
+        self.run: Any = None
+        self.say = say
         self.paths = RunPaths(run_dir)
         if config.wandb == "disabled":
+            return
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        plan = plan_wandb(config)
+        if plan.mode == "disabled":
+            say(f"W&B: disabled {plan.why}; metrics.jsonl has everything")
             return
         self.paths.wandb.mkdir(exist_ok=True)
         self.sent = self._high_water(self.paths.wandb_sent, last_steps)
         self.taken = self.sent["train"]  # W&B has this step, and takes nothing for it or an earlier one
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb
         except ImportError as error:
@@ -50,7 +63,7 @@ class WandbView:
         if not hasattr(wandb, "init"):
             say("W&B: not installed; metrics.jsonl has everything")
             return
-        self._start(wandb, config, run_dir, settings)
+        self._start(wandb, plan, run_dir, settings)
 
     @staticmethod
     def _high_water(path: Path, last_steps: dict[str, int]) -> dict[str, int]:
@@ -63,29 +76,29 @@ class WandbView:
         atomic_write(path, json.dumps(sent))
         return sent
 
-    def _start(self, wandb, config: TrackingConfig, run_dir: Path, settings: dict) -> None:
-        mode = config.wandb
-        if mode == "auto":
-            mode = "online" if has_key() else "offline"
-            if mode == "offline":
-                self.say(f"W&B: no key, so offline; upload later with: wandb sync {self.paths.wandb}/offline-*")
-        identifier = self.paths.wandb_run_id
-        if not identifier.exists():
-            atomic_write(identifier, uuid.uuid4().hex[:8])
+    def _start(self, wandb: Any, plan: WandbPlan, run_dir: Path, settings: dict[str, Any]) -> None:
+        mode, files = plan.mode, (plan.folder / "wandb" if plan.folder else self.paths.wandb)
+        later = f"upload later with: wandb sync {files}/offline-*"
+        if mode == "offline" and plan.why:
+            self.say(f"W&B: offline ({plan.why}); {later}")
+        problem = find_problem(plan) if mode == "online" else None
+        if problem is not None:
+            self.say(f"W&B: {plan.url} {problem}; going on offline, {later}")
+            mode = "offline"
         arguments = {
-            "project": config.project,
-            "entity": config.entity,
-            "name": config.name or run_dir.name,
-            "id": identifier.read_text().strip(),
+            "project": plan.project,
+            "entity": plan.entity,
+            "name": plan.name or run_dir.name,
+            "id": plan.run_id or self._own_id(),
             "resume": "allow",
-            "dir": str(run_dir),
+            "dir": str(plan.folder or run_dir),
             "config": {k: redact(v) if isinstance(v, str) else v for k, v in settings.items()},
-            "settings": quiet_settings(wandb),
+            "settings": quiet_settings(wandb, plan.timeout_s),
         }
         try:
             self.run = wandb.init(mode=mode, **arguments)
         except Exception as error:  # whatever W&B raises, training goes on
-            self.say(f"W&B: {type(error).__name__}: {_first_line(error)}; going on offline")
+            self.say(f"W&B: {type(error).__name__}: {_first_line(error)}; going on offline, {later}")
             try:
                 wandb.teardown()  # else the run's id counts as in use
                 self.run = wandb.init(mode="offline", **arguments)
@@ -95,7 +108,14 @@ class WandbView:
             if self.run is not None:
                 self._try(self.run.define_metric, name, summary="max")
 
-    def _try(self, function, *arguments, **options) -> None:
+    def _own_id(self) -> str:
+        """The id of the run in W&B, drawn at its first start."""
+        identifier = self.paths.wandb_run_id
+        if not identifier.exists():
+            atomic_write(identifier, uuid.uuid4().hex[:8])
+        return identifier.read_text().strip()
+
+    def _try(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         try:
             function(*arguments, **options)
         except Exception as error:
@@ -142,10 +162,11 @@ class WandbView:
             self._try(self.run.finish, exit_code=exit_code)
 
 
-def quiet_settings(wandb):
-    """Settings by which W&B gets the numbers and the configuration alone, and says nothing by itself."""
+def quiet_settings(wandb: Any, timeout_s: float | None = None) -> Any:
+    """Settings by which W&B gets the numbers and the configuration alone, and says nothing by itself. timeout_s: for a
+    start, instead of the usual limit."""
     return wandb.Settings(
-        init_timeout=_INIT_TIMEOUT_S,
+        init_timeout=timeout_s or _INIT_TIMEOUT_S,
         finish_timeout=_FINISH_TIMEOUT_S,
         console="off",
         disable_git=True,
@@ -156,18 +177,6 @@ def quiet_settings(wandb):
         x_disable_machine_info=True,
         x_transaction_log_flush_interval=1,
     )
-
-
-def has_key() -> bool:
-    """Is there a key for W&B's server, in the environment or from `wandb login`?"""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(path).authenticators(server or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """The checks of `preflight`: each looks at one thing, and reports in one line what it saw or what to do."""
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pipeline.insight.status.run_state import median_step_s, newest_checkpoint, 
 from pipeline.progress import duration
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import is_start
-from pipeline.tracking.wandb_view import has_key
+from pipeline.tracking.wandb_settings import find_problem, is_installed, plan_wandb
 from pipeline.training.run_folder.lock import RunLock
 
 PASS, WARN, FAIL = "pass", "WARN", "FAIL"
@@ -211,18 +210,21 @@ def estimate_checkpoint(config: Config, classes: int) -> int:
 
 def check_wandb(config: Config) -> CheckResult:
     """Where are metrics sent?"""
-    mode = os.environ.get("WANDB_MODE") or config.tracking.wandb
-    if config.tracking.wandb == "disabled" or mode == "disabled":
-        return CheckResult(PASS, "W&B", "disabled; all metrics are in metrics.jsonl")
-    if importlib.util.find_spec("wandb") is None:
+    plan = plan_wandb(config.tracking)
+    why = f" ({plan.why})" if plan.why else ""
+    if plan.mode == "disabled":
+        return CheckResult(PASS, "W&B", f"disabled{why}; all metrics are in metrics.jsonl")
+    if not is_installed():
         return CheckResult(WARN, "W&B", "not installed; all metrics are in metrics.jsonl")
-    key = has_key()
-    if mode == "offline" or (mode == "auto" and not key):
-        why = "" if mode == "offline" else " (no key; `wandb login` gives one)"
+    if plan.mode == "offline":
         return CheckResult(PASS, "W&B", f"offline{why}: upload later with: wandb sync")
-    if not key:
+    if not plan.key:
         return CheckResult(FAIL, "W&B", "online, but there is no key: wandb login, or --tracking.wandb offline")
-    return CheckResult(PASS, "W&B", f"online, project {config.tracking.project}")
+    problem = find_problem(plan)
+    where = f"project {plan.project} at {plan.url}"
+    if problem is not None:
+        return CheckResult(WARN, "W&B", f"online, {where}: the server {problem} from here; a run would go on offline")
+    return CheckResult(PASS, "W&B", f"online{why}, {where}")
 
 
 def check_memory(config: Config, world_size: int, classes: int | None, card_mib: float | None) -> CheckResult:

@@ -1,0 +1,169 @@
+"""What W&B's client would do here by its own variables, settings files and keys, and what a run makes of it.
+
+The client reads `WANDB_*` variables, `~/.config/wandb/settings` (or `WANDB_CONFIG_DIR`), `./wandb/settings` and
+`.netrc`. The options of the group `tracking` stand above them, but for the mode: the more private one counts.
+"""
+
+import contextlib
+import importlib.util
+import netrc
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pipeline.config import TrackingConfig
+
+DEFAULT_PROJECT = "imagenet"
+REACH_S = 5.0  # seconds that a server has to answer anything at all
+Mode = Literal["online", "offline", "disabled"]
+_MODES: tuple[Mode, ...] = ("online", "offline", "disabled")  # rising privacy
+_OLD_NAMES: dict[str, Mode] = {"run": "online", "shared": "online", "dryrun": "offline"}
+
+
+@dataclass(frozen=True)
+class WandbPlan:
+    """How a run uses W&B.
+
+    Attributes:
+        mode: online, offline or disabled.
+        why: what decided that, in words; "" for an option of the run.
+        url: of the server.
+        key: is there a key for that server?
+        project: of the run. entity, name: None where neither an option nor W&B's settings say one.
+        folder: in which W&B makes its folder `wandb`, if its own settings say so; None: in the run folder.
+        run_id: from WANDB_RUN_ID; None: the run's own.
+        proxies: scheme -> proxy of W&B's settings.
+        timeout_s: the client's own limit for a start, if one is set.
+    """
+
+    mode: Mode
+    why: str
+    url: str = "https://api.wandb.ai"
+    key: bool = False
+    project: str = DEFAULT_PROJECT
+    entity: str | None = None
+    name: str | None = None
+    folder: Path | None = None
+    run_id: str | None = None
+    proxies: dict[str, str] | None = None
+    timeout_s: float | None = None
+
+
+def is_installed() -> bool:
+    """Is W&B's package here? A folder named `wandb` in the working directory is none."""
+    found = importlib.util.find_spec("wandb")
+    return found is not None and found.origin is not None
+
+
+def plan_wandb(config: TrackingConfig) -> WandbPlan:
+    """How a run with these options uses W&B in this environment. Nothing is written or sent."""
+    if config.wandb == "disabled":
+        return WandbPlan("disabled", "")
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return WandbPlan("disabled", "by WANDB_DISABLED")
+    try:
+        own = _client_settings()
+    except Exception as error:  # whatever the client says of a variable or a file
+        line = (str(error).strip().splitlines() or [""])[-1].strip()[:200]
+        own, broken = {}, f"W&B's settings can't be used ({type(error).__name__}: {line})"
+    else:
+        broken = ""
+    url = str(own.get("base_url") or os.environ.get("WANDB_BASE_URL") or WandbPlan.url).rstrip("/")
+    key = _has_key(url, own)
+    mode, why = _choose_mode(config.wandb, own, key, broken)
+    folder = own.get("root_dir")
+    proxies = {
+        scheme: str(own[name]) for scheme, name in (("http", "http_proxy"), ("https", "https_proxy")) if own.get(name)
+    }
+    return WandbPlan(
+        mode=mode,
+        why=why,
+        url=url,
+        key=key,
+        project=config.project or own.get("project") or DEFAULT_PROJECT,
+        entity=config.entity or own.get("entity"),
+        name=config.name or own.get("run_name"),
+        folder=Path(folder).expanduser() if folder else None,
+        run_id=own.get("run_id"),
+        proxies=proxies or None,
+        timeout_s=own.get("init_timeout"),
+    )
+
+
+def _choose_mode(asked: Mode | Literal["auto"], own: dict[str, Any], key: bool, broken: str) -> tuple[Mode, str]:
+    """(mode, what decided it). Of the run's option and W&B's own mode the more private one counts."""
+    if broken:
+        return "offline", broken
+    said = own.get("mode")
+    theirs: Mode | None = _OLD_NAMES.get(said, said) if said is not None else None
+    source = "by WANDB_MODE" if os.environ.get("WANDB_MODE") else "by W&B's settings file"
+    if asked == "auto":
+        if theirs is not None:
+            return theirs, source
+        return ("online", "") if key else ("offline", "no key; `wandb login` gives one")
+    if theirs is not None and _MODES.index(theirs) > _MODES.index(asked):
+        return theirs, source
+    return asked, ""
+
+
+def _client_settings() -> dict[str, Any]:
+    """Name -> value of the settings that the client's files and variables give; {} where it is not installed."""
+    if not is_installed():
+        mode = os.environ.get("WANDB_MODE")
+        return {"mode": mode} if mode else {}
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    found = wandb.Settings()
+    place = os.environ.get("WANDB_CONFIG_DIR")
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        found.settings_system = str(Path(place or "~/.config/wandb").expanduser() / "settings")
+    found.update_from_system_settings()
+    found.update_from_env_vars({name: value for name, value in os.environ.items() if value})
+    given = {name: getattr(found, name) for name in found.model_fields_set}
+    if not os.environ.get("WANDB_DIR"):
+        given.pop("root_dir", None)
+    return given
+
+
+def _has_key(url: str, own: dict[str, Any]) -> bool:
+    """Is there a key for W&B's server: in the environment, a settings file, or in .netrc from `wandb login`?"""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or own.get("api_key"):
+        return True
+    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for place in places:
+        try:
+            # The client names a server by host and port.
+            if netrc.netrc(Path(place).expanduser()).authenticators(urlsplit(url).netloc) is not None:
+                return True
+        except (OSError, netrc.NetrcParseError, RuntimeError):
+            continue
+    return False
+
+
+def find_problem(plan: WandbPlan) -> str | None:
+    """Why the server can't be used, None if it answers. Takes `REACH_S` seconds at most, a name that nobody resolves
+    included: W&B's client itself would wait for as long as a start may take."""
+    import requests
+
+    limit_s = REACH_S
+    found: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            answer = requests.get(plan.url, timeout=limit_s, proxies=plan.proxies, allow_redirects=False)
+            found.append(f"answers {answer.status_code}" if answer.status_code >= 500 else None)
+        except requests.exceptions.SSLError:
+            found.append(None)  # it is there; the client has its own certificates
+        except requests.exceptions.Timeout:
+            found.append(f"did not answer in {limit_s:g} s")
+        except (requests.exceptions.RequestException, ValueError, OSError):
+            found.append("can't be reached")
+
+    asking = threading.Thread(target=ask, name="W&B's server", daemon=True)
+    asking.start()
+    asking.join(limit_s)
+    return found[0] if found else f"did not answer in {limit_s:g} s"

@@ -1,0 +1,161 @@
+"""W&B's own variables, settings files and keys count: what they forbid is not sent, the rest goes where they say."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import wandb
+from test_wandb import history
+from wandb_server import KEY, WandbServer
+
+from pipeline.config import RawConfig, TrackingConfig
+from pipeline.insight.preflight.checks import check_wandb
+from pipeline.tracking.wandb_settings import find_problem, plan_wandb
+from pipeline.tracking.wandb_view import WandbView
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    """A user without any W&B settings, in an empty folder."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")] + ["NETRC"]:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    running = WandbServer()
+    wandb.teardown()  # its process keeps the address of the server before
+    yield running
+    running.stop()
+
+
+def log_in(server: WandbServer) -> None:
+    """What `wandb login --host URL` leaves behind: the address in the settings, the key by host and port."""
+    settings = Path("~/.config/wandb/settings").expanduser()
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(f"[default]\nbase_url = {server.url}\n\n")
+    netrc = Path("~/.netrc").expanduser()
+    netrc.write_text(f"machine 127.0.0.1:{server.server_port}\n  login user\n  password {KEY}\n")
+    netrc.chmod(0o600)
+
+
+def log_three(folder: Path, config: TrackingConfig, said: list[str]) -> None:
+    folder.mkdir()
+    view = WandbView(config, folder, {"optim.lr": 0.1}, {}, said.append)
+    for step in (1, 2, 3):
+        view.log({"kind": "train", "step": step, "loss": 1 / step})
+    view.close()
+
+
+@pytest.mark.parametrize(
+    ("option", "mode", "expected"),
+    [
+        ("auto", None, "online"),
+        ("auto", "offline", "offline"),
+        ("auto", "dryrun", "offline"),
+        ("auto", "disabled", "disabled"),
+        ("auto", "online", "online"),
+        ("online", "offline", "offline"),
+        ("online", "disabled", "disabled"),
+        ("offline", "online", "offline"),
+        ("offline", "disabled", "disabled"),
+        ("disabled", "online", "disabled"),
+    ],
+)
+@pytest.mark.parametrize("by", ["variable", "settings file", "workspace"])
+def test_the_more_private_of_option_and_environment_counts(monkeypatch, tmp_path, option, mode, expected, by):
+    """With a key present. Preflight says the same as the run does."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    place = Path("~/.config/wandb/settings").expanduser() if by == "settings file" else tmp_path / "wandb/settings"
+    if mode and by == "variable":
+        monkeypatch.setenv("WANDB_MODE", mode)
+    elif mode:
+        place.parent.mkdir(parents=True)
+        place.write_text(f"[default]\nmode = {mode}\n")
+    config = TrackingConfig(wandb=option)
+    assert plan_wandb(config).mode == expected
+    assert check_wandb(RawConfig(tracking=config).resolve()).text.startswith(expected)
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_nothing_is_sent_where_the_environment_forbids_it(server, tmp_path, monkeypatch, mode):
+    log_in(server)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    said = []
+    log_three(tmp_path / "run", TrackingConfig(wandb="online"), said)
+    assert server.asked == []
+    assert len(said) == 1 and mode in said[0] and "WANDB_MODE" in said[0]
+    if mode == "disabled":
+        assert not list((tmp_path / "run").iterdir())
+    else:
+        assert [row["_step"] for row in history(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_login_at_an_own_server_is_found(server, tmp_path):
+    log_in(server)
+    said = []
+    log_three(tmp_path / "run", TrackingConfig(), said)
+    assert server.steps() == [1, 2, 3] and not said
+
+
+def test_a_key_for_another_port_is_none(server):
+    log_in(server)
+    netrc = Path("~/.netrc").expanduser()
+    netrc.write_text(netrc.read_text().replace(str(server.server_port), "1"))
+    assert not plan_wandb(TrackingConfig()).key
+
+
+def test_names_come_from_the_options_then_from_the_environment(server, tmp_path, monkeypatch):
+    log_in(server)
+    variables = {"PROJECT": "theirs", "ENTITY": "team", "NAME": "label", "TAGS": "one,two", "RUN_ID": "abc12345"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "files").mkdir()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "files"))
+    log_three(tmp_path / "run", TrackingConfig(), [])
+    sent = next(text for text in server.asked if "upsertBucket" in text)
+    for wanted in ('"theirs"', '"team"', '"label"', '"one"', '"two"', '"abc12345"'):
+        assert wanted in sent
+    assert list((tmp_path / "files/wandb").glob("run-*-abc12345"))
+    assert not list((tmp_path / "run/wandb").glob("run-*"))
+    server.asked.clear()
+    log_three(tmp_path / "other", TrackingConfig(project="mine", entity="me", name="own"), [])
+    sent = next(text for text in server.asked if "upsertBucket" in text)
+    for wanted in ('"mine"', '"me"', '"own"'):
+        assert wanted in sent
+
+
+@pytest.mark.parametrize("kind", ["silent", "closed", "unknown name"])
+def test_a_server_that_is_not_there_costs_seconds_and_one_line(tmp_path, monkeypatch, kind):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        if kind == "closed":
+            listening.close()
+        monkeypatch.setenv(
+            "WANDB_BASE_URL", "http://no-such-host.invalid" if kind == "unknown name" else f"http://{address}"
+        )
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setattr(sys.modules[find_problem.__module__], "REACH_S", 0.5)
+        assert find_problem(plan_wandb(TrackingConfig()))
+        said = []
+        # The client would wait for half a minute: it must not be asked to connect at all.
+        real = wandb.init
+        modes = []
+        monkeypatch.setattr(wandb, "init", lambda **options: modes.append(options["mode"]) or real(**options))
+        log_three(tmp_path / "run", TrackingConfig(), said)
+    assert modes == ["offline"]
+    assert len(said) == 1 and "going on offline" in said[0] and "wandb sync" in said[0]
+
+
+def test_a_setting_that_wandb_refuses_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", "offlien")
+    said = []
+    log_three(tmp_path / "run", TrackingConfig(), said)
+    assert "offline" in said[0] and "settings" in said[0]
