@@ -22,7 +22,7 @@ EXIT_REGROUP = 76  #: saved for a change of membership; said by a worker to `pip
 class UserError(ValueError):
     """What the user asked for can't be done; the message is one line with thing, value and remedy.
 
-    All ranks of a job meet it alike, so only rank 0 says it.
+    `on_all_ranks`: all ranks of a job meet it alike, so only rank 0 says it.
     """
 
     on_all_ranks = True
@@ -53,7 +53,7 @@ def exit_code_of(error: UserError | TransientError) -> int:
 def complain(who: str, error: UserError | TransientError | str) -> None:
     """Print the one line on stderr, once a job where all ranks would say the same."""
     rank = os.environ.get("RANK", "0")
-    own = isinstance(error, TransientError) and not error.on_all_ranks
+    own = not isinstance(error, str) and not error.on_all_ranks
     if rank == "0" or own:
         line = redact(f"{who}: {f'rank {rank}: ' if own and rank != '0' else ''}{error}")
         print(line, file=sys.stderr, flush=True)

@@ -50,6 +50,7 @@ settings() {
 
 # NCCL chooses its network well; where it does not, set in site.env:
 #   export NCCL_SOCKET_IFNAME=ib0        the interface of the first contact (not docker0, not a management network)
+#   export GLOO_SOCKET_IFNAME=ib0        the same for gloo, which carries what is no gradient
 #   export NCCL_IB_HCA=mlx5_0,mlx5_1     the InfiniBand adapters to use
 #   export NCCL_IB_DISABLE=1             Ethernet only
 #   export NCCL_DEBUG=INFO               say what was chosen

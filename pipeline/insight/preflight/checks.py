@@ -3,12 +3,12 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, semantic_config
 from pipeline.config.time import steps_of
 from pipeline.errors import UserError
+from pipeline.insight.preflight.check_result import FAIL, PASS, WARN, CheckResult
 from pipeline.insight.preflight.node_facts import nearest_existing
 from pipeline.insight.status.run_state import median_step_s, newest_checkpoint, read_marker, read_rare, read_tail
 from pipeline.progress import duration
@@ -16,17 +16,6 @@ from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import is_start
 from pipeline.tracking.wandb_settings import find_problem, is_installed, plan_wandb
 from pipeline.training.run_folder.lock import RunLock
-
-PASS, WARN, FAIL = "pass", "WARN", "FAIL"
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """level: pass, WARN or FAIL; name: what was checked; text: what was seen, and the remedy."""
-
-    level: str
-    name: str
-    text: str
 
 
 def device_type(config: Config, gpus: int) -> str:
@@ -71,23 +60,6 @@ def check_versions(node: dict, config: Config) -> CheckResult:
     if "DALI" not in found and config.data.loader == "auto":
         return CheckResult(WARN, "versions", f"{text}: no DALI, so images are decoded by the slower reference loader")
     return CheckResult(PASS, "versions", text)
-
-
-def check_gpus(node: dict, config: Config) -> CheckResult:
-    """Are there as many GPUs as Slurm granted, or is the run meant for a CPU?"""
-    count, granted = len(node["gpus"]), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-    names = ", ".join(sorted({gpu["name"] for gpu in node["gpus"]}))
-    seen = f"{count} x {names}" if count else "none seen by nvidia-smi"
-    if config.train.device == "cpu":
-        return CheckResult(PASS, "GPUs", f"{seen}; not used: --train.device cpu, {node['cpus']} cores")
-    if count < granted:
-        remedy = "ask your cluster's support, or give --train.device cpu"
-        return CheckResult(FAIL, "GPUs", f"{seen} on {node['node']}, though Slurm granted {granted}; {remedy}")
-    if not count and config.train.device == "cuda":
-        return CheckResult(WARN, "GPUs", f"{seen} here; the nodes of the job must have some")
-    if not count:
-        return CheckResult(WARN, "GPUs", f"{seen}: would train on {node['cpus']} cores of the CPU")
-    return CheckResult(PASS, "GPUs", seen)
 
 
 def check_nodes(nodes: list[dict], expected: int) -> CheckResult:

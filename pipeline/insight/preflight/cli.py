@@ -17,8 +17,8 @@ from pipeline.command import split_options
 from pipeline.config import Config, parse_config
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.imports import importing
-from pipeline.insight.preflight import between_nodes, checks
-from pipeline.insight.preflight.checks import FAIL, PASS, CheckResult
+from pipeline.insight.preflight import between_nodes, checks, hardware
+from pipeline.insight.preflight.check_result import FAIL, PASS, CheckResult
 from pipeline.insight.preflight.node_facts import gather_facts
 
 
@@ -107,13 +107,14 @@ def run_checks(config: Config, nodes: list[dict], options: Options) -> Iterator[
     recipe = checks.check_recipe(config, world, checks.device_type(config, len(gpus)), data.get("classes"))
     yield recipe
     yield checks.check_versions(here, config)
-    yield checks.check_gpus(here, config)
+    yield hardware.check_gpus(nodes or [here], config)
+    yield hardware.check_open_files(nodes or [here], world)
     if nodes or "SLURM_JOB_NUM_NODES" in os.environ:
         yield checks.check_nodes(nodes, int(os.environ.get("SLURM_JOB_NUM_NODES", len(nodes))))
     yield checks.check_data(data, config)
     yield from checks.check_run_folder(run_dir, here["run_folder"], config, data)
     yield checks.check_wandb(config)
-    smallest = min((gpu["memory_mib"] for gpu in gpus), default=None)
+    smallest = min((gpu["memory_mib"] for gpu in gpus if gpu["memory_mib"] is not None), default=None)
     memory_mib = options.gpu_memory * 1024 if options.gpu_memory else smallest
     if recipe.level != FAIL:
         yield checks.check_memory(config, world, data.get("classes"), memory_mib)

@@ -3,13 +3,14 @@ folder. Under Slurm every node of a job says it, as one JSON line, and `prefligh
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
-import re
+import resource
 import socket
 import subprocess
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from pipeline.config import Config, DataConfig
 from pipeline.dataset.index.index import Split, has_index, locate_index, open_index
 from pipeline.errors import UserError
+from pipeline.gpu_facts import builds_problem, cuda_builds, driver_problem, granted_gpus, query_gpus, visible_gpus
 
 SAMPLES = 16  # read and compared with their digests on every node
 PACKAGES = {"DALI": "nvidia-dali-cuda", "NCCL": "nvidia-nccl-cu"}  # name -> how its distributions begin
@@ -25,37 +27,40 @@ PACKAGES = {"DALI": "nvidia-dali-cuda", "NCCL": "nvidia-nccl-cu"}  # name -> how
 def gather_facts(config: Config) -> dict:
     """The facts of this machine, as plain values.
 
-    Keys: node, cpus, gpus ([{name, memory_mib}]), driver, versions, run_folder (a problem, or None), and data
-    ({problem, fingerprint, shards, read_s}).
+    Keys: node, cpus, gpus (as `Gpu`, those that CUDA_VISIBLE_DEVICES leaves), driver, driver_problem (or None),
+    granted_gpus (by Slurm), open_files (that a process may have at most; -1: any number), versions, run_folder (a
+    problem, or None), and data ({problem, fingerprint, shards, read_s}).
     """
     gpus, driver = query_gpus()
+    builds = cuda_builds()
+    problem = driver_problem(driver, builds) if driver else None
     return {
         "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         "cpus": len(os.sched_getaffinity(0)),
-        "gpus": gpus,
+        "gpus": [asdict(gpu) for gpu in visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))],
         "driver": driver,
+        "driver_problem": problem if problem and not cuda_works() else builds_problem(builds),
+        "granted_gpus": granted_gpus(),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         "versions": versions(),
         "run_folder": probe_folder(Path(config.run_dir).expanduser()) if config.run_dir else None,
         "data": probe_data(config.data),
     }
 
 
-def query_gpus() -> tuple[list[dict], str | None]:
-    """([{name, memory_mib}], driver version) by nvidia-smi; ([], None) where there is none."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+def cuda_works() -> bool:
+    """Does torch find a GPU? Asked of a process of its own. A driver that looks too old may do with CUDA's packages for
+    forward compatibility."""
+    program = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
-        return [], None
-    lines = [line.split(", ") for line in done.stdout.splitlines() if line.count(", ") == 2]
-    if done.returncode or not lines:
-        return [], None
-    return [{"name": name, "memory_mib": int(float(memory))} for name, memory, _ in lines], lines[0][2]
+        return False
 
 
 def versions() -> dict[str, str | None]:
     """Versions of what decides about results and speed, without importing any of it; None: not installed."""
-    found = {"Python": platform.python_version(), "CUDA": _cuda_of_torch()}
+    found = {"Python": platform.python_version(), "CUDA": cuda_builds().get("torch")}
     for name in ("torch", "torchvision"):
         try:
             found[name] = importlib.metadata.version(name)
@@ -65,15 +70,6 @@ def versions() -> dict[str, str | None]:
     for name, prefix in PACKAGES.items():
         found[name] = next((version for dist, version in installed.items() if dist.startswith(prefix)), None)
     return found
-
-
-def _cuda_of_torch() -> str | None:
-    """The CUDA version that torch was built for, from its version.py."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    match = re.search(r"^cuda\b.*=\s*'([\d.]+)'", Path(spec.origin).with_name("version.py").read_text(), re.MULTILINE)
-    return match[1] if match else None
 
 
 def nearest_existing(folder: Path) -> Path:

@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from pipeline.config import TrainConfig
 from pipeline.errors import TransientError, UserError
+from pipeline.gpu_facts import sign_of_gpus, why_no_cuda
 from pipeline.rank_info import RankInfo
+from pipeline.training.ranks.open_files import raise_limit
 from pipeline.training.ranks.watchdog import Watchdog
 
 MEETING = timedelta(seconds=30)
@@ -86,16 +88,35 @@ class World(RankInfo):
 
 
 def _device(name: str, local_rank: int) -> torch.device:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    """Where this rank computes. Raises UserError where there should be a GPU and none can be used."""
+    if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--train.device cuda: no CUDA device is visible here; give 'cpu' or see nvidia-smi")
-    if local_rank >= torch.cuda.device_count():
+        sign = sign_of_gpus()
+        if name == "auto" and sign is None:
+            return torch.device("cpu")
+        though = f", though {sign}" if sign else ""
+        raise _of_this_node(
+            f"--train.device {name}: no GPU can be used on {socket.gethostname()}{though}: {why_no_cuda()}; "
+            "or give --train.device cpu",
+            local_rank,
+        )
+    count = torch.cuda.device_count()
+    if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1":
+        return torch.device("cuda", 0)  # Slurm has given each process a GPU of its own
+    if local_rank >= count:
         raise UserError(
-            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; "
-            "start as many processes a node as it has GPUs"
+            f"local rank {local_rank} has no GPU: {count} are visible; start as many processes a node as it has GPUs"
+            " (of GPUs that are split by MIG a process sees one instance: start one process)"
         )
     return torch.device("cuda", local_rank)
+
+
+def _of_this_node(message: str, local_rank: int) -> UserError:
+    """An error that only the ranks of this node meet: the first of them says it."""
+    error = UserError(message)
+    error.on_all_ranks = local_rank != 0
+    return error
 
 
 def start_world(train: TrainConfig) -> World:
@@ -104,6 +125,7 @@ def start_world(train: TrainConfig) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _device(train.device, local_rank)
+    raise_limit()
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

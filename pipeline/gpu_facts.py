@@ -1,0 +1,179 @@
+"""What this machine's GPUs and their driver are, by nvidia-smi, the kernel's files and Slurm; no torch."""
+
+import csv
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+#: CUDA's major version -> the oldest driver that runs programs built for it (CUDA release notes, "minor version
+#: compatibility")
+OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
+HIDDEN = ("", "-1", "NoDevFiles")  # of CUDA_VISIBLE_DEVICES: the user, or Slurm, has hidden all GPUs
+
+_PLAIN = ("name", "memory.total", "driver_version")
+_FIELDS = (*_PLAIN, "uuid", "serial", "pci.bus_id", "mig.mode.current")
+_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as nvidia-smi shows it.
+
+    Attributes:
+        name: of the product.
+        memory_mib: None where nvidia-smi does not say.
+        uuid, serial, bus_id: empty where nvidia-smi does not say.
+        mig: is it split into MIG instances?
+    """
+
+    name: str
+    memory_mib: float | None = None
+    uuid: str = ""
+    serial: str = ""
+    bus_id: str = ""
+    mig: bool = False
+
+
+def query_gpus() -> tuple[list[Gpu], str | None]:
+    """(the GPUs of this machine in the order of nvidia-smi, driver version); ([], None) where there are none."""
+    rows = _query(_FIELDS) or _query(_PLAIN)  # an old driver does not know all fields
+    known = [{key: "" if value.startswith("[") else value for key, value in row.items()} for row in rows]  # [N/A]
+    gpus = [
+        Gpu(
+            row["name"],
+            _number(row["memory.total"]),
+            row.get("uuid", ""),
+            row.get("serial", ""),
+            row.get("pci.bus_id", ""),
+            row.get("mig.mode.current") == "Enabled",
+        )
+        for row in known
+    ]
+    return gpus, known[0]["driver_version"] or None if known else None
+
+
+def _query(fields: Sequence[str]) -> list[dict[str, str]]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
+    return [dict(zip(fields, line, strict=True)) for line in lines if len(line) == len(fields) and not done.returncode]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def visible_gpus(gpus: Sequence[Gpu], wanted: str | None) -> list[Gpu]:
+    """Those of `gpus` that a program may use by CUDA_VISIBLE_DEVICES (`wanted`): numbers, or UUIDs from their
+    beginning. As CUDA does, it ends at the first entry that is none of them; a MIG instance has unknown memory."""
+    if wanted is None:
+        return list(gpus)
+    found: list[Gpu] = []
+    for entry in (part.strip() for part in wanted.split(",")):
+        if entry.startswith("MIG-"):
+            found.append(Gpu(f"MIG instance {entry}", mig=True))
+        elif entry.isdecimal() and int(entry) < len(gpus):
+            found.append(gpus[int(entry)])
+        elif entry.startswith("GPU-") and any(gpu.uuid.startswith(entry) for gpu in gpus):
+            found.append(next(gpu for gpu in gpus if gpu.uuid.startswith(entry)))
+        else:
+            break
+    return found
+
+
+def granted_gpus(environ: Mapping[str, str] = os.environ) -> int:
+    """How many GPUs Slurm has granted on this node; 0 outside a job, or where it does not say."""
+    on_node, per_task = environ.get("SLURM_GPUS_ON_NODE", ""), environ.get("SLURM_GPUS_PER_TASK", "")
+    if on_node.isdecimal():
+        return int(on_node)
+    listed = environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS")
+    if listed:
+        return len(listed.split(","))
+    numbers = [int(part) for part in re.findall(r"(?:^|[:,])(\d+)(?=,|$)", per_task)]  # 2, or h100:2
+    return sum(numbers)
+
+
+def sign_of_gpus(device_file: Path = Path("/dev/nvidia0")) -> str | None:
+    """Why this process should find a GPU, as the rest of "though ..."; None: nothing says so, or they are hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in HIDDEN:
+        return None
+    granted = granted_gpus()
+    if granted:
+        return f"Slurm granted {granted}"
+    if device_file.exists():
+        return f"{device_file} exists"
+    gpus, _ = query_gpus()
+    return f"nvidia-smi lists {len(gpus)}" if gpus else None
+
+
+def cuda_builds() -> dict[str, str]:
+    """The CUDA versions that torch, NCCL and DALI are built for, without importing any; absent: not installed, or built
+    without CUDA."""
+    found = {}
+    torch = _cuda_of_torch()
+    if torch:
+        found["torch"] = torch
+    names = [d.name.lower() for d in importlib.metadata.distributions() if d.name]
+    for name, pattern in (("NCCL", r"nvidia-nccl-cu(\d+)$"), ("DALI", r"nvidia-dali-cuda(\d\d)\d$")):
+        versions = [match[1] for match in (re.match(pattern, dist) for dist in names) if match]
+        if versions:
+            found[name] = max(versions, key=int)
+    return found
+
+
+def _cuda_of_torch() -> str | None:
+    """The CUDA version that torch was built for, from its version.py."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    match = re.search(r"^cuda\b.*=\s*'([\d.]+)'", Path(spec.origin).with_name("version.py").read_text(), re.MULTILINE)
+    return match[1] if match else None
+
+
+def driver_problem(driver: str, builds: Mapping[str, str]) -> str | None:
+    """What of `builds` (as of `cuda_builds`) this driver is too old for, in words; None: nothing."""
+    parts = [int(part) for part in re.findall(r"\d+", driver)[:2]]
+    for name, cuda in builds.items():
+        oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]))
+        if oldest is not None and tuple(parts) < oldest:
+            return (
+                f"driver {driver} is too old for {name}, which is built for CUDA {cuda} and requires "
+                f"driver {oldest[0]}.{oldest[1]} or newer"
+            )
+    return None
+
+
+def builds_problem(builds: Mapping[str, str]) -> str | None:
+    """Where torch and NCCL are built for different major versions of CUDA, in words; None: they are not. (DALI brings
+    its own CUDA libraries, and only requires a driver that is new enough.)"""
+    torch, nccl = builds.get("torch"), builds.get("NCCL")
+    if torch and nccl and torch.split(".")[0] != nccl:
+        return f"torch is built for CUDA {torch}, NCCL for CUDA {nccl}; install nvidia-nccl-cu{torch.split('.')[0]}"
+    return None
+
+
+def why_no_cuda() -> str:
+    """Why torch finds no GPU here, and the remedy, in words."""
+    builds = cuda_builds()
+    if "torch" not in builds:
+        return "torch is a build without CUDA; install one with CUDA"
+    gpus, driver = query_gpus()
+    if driver is None:
+        return "nvidia-smi lists none; ask whoever runs this machine whether the driver is loaded"
+    problem = driver_problem(driver, {"torch": builds["torch"]})
+    if problem:
+        return f"{problem}; have the driver updated, or install a torch that is built for an older CUDA"
+    if not visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")):
+        return f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')} names none of {len(gpus)} GPUs"
+    return f"{len(gpus)} x {gpus[0].name} with driver {driver} can't be used; see nvidia-smi and dmesg"

@@ -1,0 +1,237 @@
+"""GPUs that can't be used are never passed over in silence: nvidia-smi, drivers, Slurm's grants, limits of a node."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import nvidia_smi
+import pytest
+import torch
+
+from pipeline.config import parse_config
+from pipeline.errors import UserError, complain
+from pipeline.gpu_facts import (
+    builds_problem,
+    cuda_builds,
+    driver_problem,
+    granted_gpus,
+    query_gpus,
+    sign_of_gpus,
+    visible_gpus,
+)
+from pipeline.insight.preflight.hardware import check_gpus, check_open_files
+from pipeline.insight.preflight.node_facts import gather_facts
+from pipeline.training.ranks import world
+from pipeline.training.ranks.open_files import files_needed
+
+SLURM = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")
+
+
+@pytest.fixture(autouse=True)
+def outside_a_job(monkeypatch):
+    for name in SLURM:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    return lambda count=8, **changes: nvidia_smi.install(tmp_path / "bin", monkeypatch, count, **changes)
+
+
+@pytest.fixture
+def without_cuda(monkeypatch):
+    """As torch is where the driver is too old for it: no GPU, and no error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(world, "sign_of_gpus", lambda: sign_of_gpus(Path("/dev/no-such-gpu")))
+
+
+def test_what_nvidia_smi_says(smi):
+    smi(2)
+    gpus, driver = query_gpus()
+    assert driver == "580.95.05" and [gpu.memory_mib for gpu in gpus] == [81559, 81559]
+    assert gpus[1].uuid.startswith("GPU-00001aaa") and gpus[1].serial == "1652923000001"
+    assert gpus[1].bus_id == "00000000:17:00.0"
+
+
+@pytest.mark.parametrize("memory", ["[N/A]", "[Insufficient Permissions]", "[Unknown Error]"])
+def test_memory_that_nvidia_smi_does_not_tell(smi, memory):
+    smi(1, memory_total=memory, serial="[N/A]")
+    (gpu,), _ = query_gpus()
+    assert gpu.memory_mib is None and gpu.serial == ""
+
+
+def test_an_nvidia_smi_that_does_not_know_all_fields(smi):
+    smi(4, mig_mode_current=None, serial=None)
+    gpus, driver = query_gpus()
+    assert len(gpus) == 4 and gpus[0].memory_mib == 81559 and driver == "580.95.05" and not gpus[0].mig
+
+
+def test_cuda_visible_devices(smi):
+    smi(4)
+    gpus, _ = query_gpus()
+
+    def numbers(wanted):
+        return [gpus.index(gpu) for gpu in visible_gpus(gpus, wanted)]
+
+    assert numbers(None) == [0, 1, 2, 3]
+    assert numbers("2,0") == [2, 0]
+    assert numbers(f"{gpus[3].uuid},GPU-00001") == [3, 1]
+    assert numbers("0,9,1") == [0]  # CUDA ends at the first that is not there
+    assert numbers("") == numbers("-1") == numbers("NoDevFiles") == []
+    (instance,) = visible_gpus(gpus, "MIG-41b3-7fa0")
+    assert instance.mig and instance.memory_mib is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "granted"),
+    [
+        ({}, 0),
+        ({"SLURM_GPUS_ON_NODE": "8"}, 8),
+        ({"SLURM_GPUS_PER_TASK": "4"}, 4),
+        ({"SLURM_GPUS_PER_TASK": "h100:2"}, 2),
+        ({"SLURM_STEP_GPUS": "0,3"}, 2),
+        ({"SLURM_GPUS_ON_NODE": "1", "SLURM_GPUS_PER_TASK": "h100:4"}, 1),
+    ],
+)
+def test_what_slurm_granted(variables, granted):
+    assert granted_gpus(variables) == granted
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "fits"),
+    [
+        ("550.54.15", "13.2", False),
+        ("580.65.06", "13.2", True),
+        ("595.10", "13.2", True),
+        ("550.54.15", "12.8", True),
+        ("525.60.13", "12.8", True),
+        ("470.82.01", "12.0", False),
+    ],
+)
+def test_drivers_against_cuda(driver, cuda, fits):
+    problem = driver_problem(driver, {"torch": cuda})
+    assert (problem is None) == fits
+    assert fits or (driver in problem and f"CUDA {cuda}" in problem)
+
+
+def test_the_cuda_versions_of_what_is_installed():
+    builds = cuda_builds()
+    assert builds.get("torch") == torch.version.cuda
+    assert builds_problem({"torch": "13.2", "NCCL": "12"}) and not builds_problem({"torch": "13.2", "NCCL": "13"})
+
+
+def test_auto_takes_a_cpu_only_where_there_is_no_gpu(without_cuda, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert world._device("auto", 0) == torch.device("cpu")
+
+
+def test_auto_refuses_the_cpu_under_an_old_driver(without_cuda, smi, monkeypatch):
+    smi(8, driver_version="550.54.15")
+    monkeypatch.setattr("pipeline.gpu_facts.cuda_builds", lambda: {"torch": "13.2"})
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    with pytest.raises(UserError) as found:
+        world._device("auto", 0)
+    text = str(found.value)
+    assert "\n" not in text and all(word in text for word in ("Slurm granted 8", "550.54.15", "13.2", "580.65"))
+    assert "--train.device cpu" in text
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE")
+    with pytest.raises(UserError, match="nvidia-smi lists 8"):
+        world._device("auto", 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user's own wish
+    assert world._device("auto", 0) == torch.device("cpu")
+
+
+def test_auto_refuses_the_cpu_where_there_is_a_device_file(tmp_path, monkeypatch):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert sign_of_gpus(tmp_path / "nvidia0") == f"{tmp_path / 'nvidia0'} exists"
+    assert sign_of_gpus(tmp_path / "nvidia1") is None
+
+
+def test_a_fault_of_one_node_is_said_by_its_first_rank_alone(without_cuda, smi, monkeypatch, capsys):
+    smi(8, driver_version="550.54.15")
+    for rank, local_rank in ((8, 0), (9, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(UserError) as found:
+            world._device("cuda", local_rank)
+        complain("pipeline train", found.value)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("pipeline train: rank 8: ")
+
+
+def test_a_gpu_for_each_task(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="local rank 3 has no GPU"):
+        world._device("auto", 3)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "h100:1")
+    assert world._device("auto", 3) == torch.device("cuda", 0)
+
+
+def facts_of(monkeypatch, builds=None) -> dict:
+    monkeypatch.setattr("pipeline.insight.preflight.node_facts.cuda_builds", lambda: builds or {"torch": "13.2"})
+    return gather_facts(parse_config([]))
+
+
+def test_preflight_names_the_node_with_the_old_driver(smi, monkeypatch):
+    smi(8)
+    good = facts_of(monkeypatch)
+    assert check_gpus([good], parse_config([])).level == "pass"
+    smi(8, driver_version="550.54.15")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    bad = facts_of(monkeypatch) | {"node": "n17"}
+    for config in (parse_config([]), parse_config(["--train.device", "cuda"])):
+        row = check_gpus([good, bad], config)
+        assert row.level == "FAIL" and all(word in row.text for word in ("n17", "550.54.15", "13.2", "580.65"))
+    assert check_gpus([good, bad], parse_config(["--train.device", "cpu"])).level == "pass"
+
+
+def test_preflight_on_a_driver_that_is_too_old_for_dali_alone(smi, monkeypatch):
+    smi(8, driver_version="470.82.01")
+    row = check_gpus([facts_of(monkeypatch, {"torch": "11.8", "DALI": "12"})], parse_config([]))
+    assert row.level == "FAIL" and "too old for DALI" in row.text
+
+
+def test_preflight_counts_the_gpus_that_a_job_may_use(smi, monkeypatch):
+    smi(8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-00003,GPU-00005")
+    facts = facts_of(monkeypatch)
+    assert len(facts["gpus"]) == 2
+    assert check_gpus([facts], parse_config([])).text.startswith("2 x NVIDIA H100")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    assert (
+        "2 GPUs seen by nvidia-smi, though Slurm granted 4"
+        in check_gpus([facts_of(monkeypatch)], parse_config([])).text
+    )
+
+
+def test_preflight_on_gpus_that_mig_splits(smi, monkeypatch):
+    smi(1, mig_mode_current="Enabled", memory_total="[N/A]")
+    row = check_gpus([facts_of(monkeypatch)], parse_config([]))
+    assert row.level == "WARN" and "MIG" in row.text
+    smi(2, mig_mode_current="Enabled")
+    assert check_gpus([facts_of(monkeypatch)], parse_config([])).level == "FAIL"
+
+
+def test_the_number_of_connections_of_many_ranks():
+    node = {"node": "n3", "open_files": 1024}
+    assert check_open_files([node], 8).level == "pass"
+    row = check_open_files([{"node": "n1", "open_files": -1}, node], 512)
+    assert row.level == "FAIL" and "n3" in row.text and "1,024" in row.text and files_needed(512) > 1022
+
+
+def test_a_rank_raises_its_limit_of_open_files():
+    """As `start_world` does, in a process whose soft limit is the common 1,024."""
+    program = (
+        "import os, resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "from pipeline.config import parse_config\n"
+        "from pipeline.training.ranks.world import start_world\n"
+        "start_world(parse_config(['--train.device', 'cpu']).train)\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
+    )
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=True)
+    assert int(done.stdout.splitlines()[-1]) == (min(hard, 1 << 20) if hard >= 0 else 1 << 20)
