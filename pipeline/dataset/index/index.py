@@ -1,7 +1,8 @@
 """The index: one memory-mapped record per sample, so that training never walks a directory.
 
 A folder of an index holds `index.json` (classes, counts, fingerprint; the commit point, written last) and for each
-split `SPLIT-<fingerprint>.npy` (records, dtype `RECORD`) and `SPLIT-<fingerprint>.names` (UTF-8 names, end to end).
+split `SPLIT-<fingerprint>.npy` (records, dtype `RECORD`) and `SPLIT-<fingerprint>.names` (UTF-8 names, end to end);
+for shards with restart markers also `SPLIT-restart-<fingerprint>.npy` (dtype `RESTART`).
 Samples are ordered by class (sorted synsets), then by name, as torchvision's ImageFolder orders them.
 """
 
@@ -36,6 +37,16 @@ RECORD = np.dtype(
         ("name_length", "<u4"),
     ]
 )
+#: Of a sample in shards with restart markers. A picture's identity is that of its original: where its bytes lie, and
+#: whether they were transcoded without loss, is no part of a run.
+RESTART = np.dtype(
+    [
+        ("digest", "<u8"),  # xxh3_64 of the original's bytes
+        ("size", "<u4"),  # bytes of the original
+        ("table_offset", "<u4"),  # of its entry in the shard's restart table
+        ("table_size", "<u4"),  # bytes of the entry; 0: none, the sample is read as a whole
+    ]
+)
 FORMAT = 1
 PACKED = "pack.json"  #: name of the file that marks a folder of packed shards
 FOLDER = "index"  #: name of the index folder inside a data root
@@ -44,12 +55,14 @@ MAIN_FILE = "index.json"  #: the file of an index folder that is written last
 
 @dataclass(frozen=True)
 class Split:
-    """The samples of one split. `records`: [n] of RECORD; `shards`: file names relative to `root`."""
+    """The samples of one split. `records`: [n] of RECORD; `shards`: file names relative to `root`; `restart`: [n] of
+    RESTART where the shards have restart markers."""
 
     root: Path
     records: np.ndarray
     names: np.ndarray
     shards: tuple[str, ...] = ()
+    restart: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -75,6 +88,11 @@ class Split:
         with self.path(sample_id).open("rb") as file:
             file.seek(int(record["offset"]))
             return file.read(int(record["size"]) if record["shard"] >= 0 else -1)
+
+    def identity(self, sample_id: int) -> tuple[int, int]:
+        """(xxh3_64, bytes) of the sample's original."""
+        of = self.records if self.restart is None else self.restart
+        return int(of["digest"][sample_id]), int(of["size"][sample_id])
 
     def path(self, sample_id: int) -> Path:
         """The file that holds the sample's bytes: its own, or its shard. ValueError if it would leave `root`."""
@@ -117,17 +135,22 @@ def pack_names(names: Sequence[str], records: np.ndarray) -> np.ndarray:
     return np.frombuffer(b"".join(encoded), np.uint8)
 
 
-def compute_fingerprint(synsets: Sequence[str], splits: dict[str, np.ndarray]) -> str:
+def compute_fingerprint(
+    synsets: Sequence[str], splits: dict[str, np.ndarray], restart: dict[str, np.ndarray] | None = None
+) -> str:
     """xxh3_128 (hex) over classes and, split by split in name order, each record's digest, size and label.
 
-    Where the bytes lie is left out: a tree and the shards packed from it unchanged have the same fingerprint.
+    Where the bytes lie is left out: a tree and the shards packed from it unchanged have the same fingerprint. So do
+    shards with restart markers (`restart`: split -> [n] of RESTART): digest and size are the original's.
     """
     state = xxhash.xxh3_128(json.dumps(list(synsets)).encode())
     for name in sorted(splits):
         records = splits[name]
         state.update(f"{name}:{len(records)}".encode())
+        originals = (restart or {}).get(name, records)
         for column in ("digest", "size", "width", "height", "label"):
-            state.update(np.ascontiguousarray(records[column]).data)
+            of = originals if column in ("digest", "size") else records
+            state.update(np.ascontiguousarray(of[column]).data)
     return state.hexdigest()
 
 
@@ -139,6 +162,7 @@ def write_index(
     shards: dict[str, Sequence[str]] | None = None,
     folders: dict[str, int] | None = None,
     left_out: LeftOut | None = None,
+    restart: dict[str, np.ndarray] | None = None,
 ) -> Index:
     """Write an index atomically and open it.
 
@@ -150,9 +174,10 @@ def write_index(
         shards: split -> shard file names, for packed data.
         folders: scanned folder -> mtime_ns, by which `is_current` sees changes.
         left_out: what lies in the root and is not in the index.
+        restart: split -> [n] of RESTART, for shards with restart markers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = compute_fingerprint([s for s, _ in classes], {k: r for k, (r, _) in splits.items()})
+    fingerprint = compute_fingerprint([s for s, _ in classes], {k: r for k, (r, _) in splits.items()}, restart)
     meta: dict[str, Any] = {"format": FORMAT, "fingerprint": fingerprint, "classes": [list(c) for c in classes]}
     try:
         home, place = root.resolve(), folder.resolve()
@@ -166,6 +191,10 @@ def write_index(
                 np.save(file, records)
             with atomic_open(folder / files["names"]) as file:
                 file.write(blob.data)
+            if restart and name in restart:
+                files["restart"] = f"{name}-restart-{xxhash.xxh3_64_hexdigest(restart[name].tobytes())}.npy"
+                with atomic_open(folder / files["restart"]) as file:
+                    np.save(file, restart[name])
             meta["splits"][name] = {
                 **files,
                 "count": len(records),
@@ -184,11 +213,16 @@ def write_index(
 
 def _remove_stale(folder: Path, meta: dict) -> None:
     """Remove files of earlier indexes, and temporary files of killed writers that are older than an hour."""
-    wanted = {split[key] for split in meta["splits"].values() for key in ("records", "names")}
+    wanted = {name for split in meta["splits"].values() for name in list_files(split)}
     for path in folder.iterdir():
         stale = path.suffix in (".npy", ".names") and path.name not in wanted
         if stale or (path.suffix == ".tmp" and time.time() - path.stat().st_mtime > 3600):
             path.unlink(missing_ok=True)
+
+
+def list_files(split: dict[str, Any]) -> list[str]:
+    """The files of a split, from its entry in the index's main file."""
+    return [split[key] for key in ("records", "names", "restart") if key in split]
 
 
 def index_folder(root: Path) -> Path:
@@ -236,7 +270,7 @@ def open_index(folder: Path) -> Index:
             if size != expected:
                 raise ValueError(f"{entry['names']} has {size} bytes instead of {expected}")
             names = np.memmap(names_path, np.uint8, "r") if size else np.zeros(0, np.uint8)
-            splits[name] = Split(root, records, names, tuple(map(str, entry["shards"])))
+            splits[name] = Split(root, records, names, tuple(map(str, entry["shards"])), _open_restart(folder, entry))
         synsets, words = zip(*((str(s), str(w)) for s, w in meta["classes"]), strict=True)
         folders = {str(k): int(v) for k, v in meta["folders"].items()}
         left_out = _read_left_out(meta.get("left_out", {}))
@@ -252,6 +286,16 @@ def _read_left_out(found: dict) -> LeftOut:
         str(split): {str(reason): {"count": int(n["count"]), "first": str(n["first"])} for reason, n in reasons.items()}
         for split, reasons in found.items()
     }
+
+
+def _open_restart(folder: Path, entry: dict[str, Any]) -> np.ndarray | None:
+    """The RESTART records of a split, if its entry in the index's main file names any."""
+    if "restart" not in entry:
+        return None
+    restart = np.load(safe_join(folder, entry["restart"]), mmap_mode="r", allow_pickle=False)
+    if restart.dtype != RESTART or restart.shape != (entry["count"],):
+        raise ValueError(f"{entry['restart']} holds other records than the index says")
+    return restart
 
 
 def is_current(index: Index, places: Iterable[Path] = ()) -> bool:
@@ -271,11 +315,9 @@ def is_current(index: Index, places: Iterable[Path] = ()) -> bool:
 def is_sound(index: Index) -> bool:
     """Are all records unchanged since they were written, and does the fingerprint match? This reads all of them."""
     records = {name: split.records for name, split in index.splits.items()}
-    tags = {
-        name: Path(str(array.filename)).stem.rpartition("-")[2]
-        for name, array in records.items()
+    restart = {name: split.restart for name, split in index.splits.items() if split.restart is not None}
+    return compute_fingerprint(index.synsets, records, restart) == index.fingerprint and all(
+        xxhash.xxh3_64_hexdigest(array.tobytes()) == Path(str(array.filename)).stem.rpartition("-")[2]
+        for array in (*records.values(), *restart.values())
         if isinstance(array, np.memmap)
-    }
-    return compute_fingerprint(index.synsets, records) == index.fingerprint and all(
-        xxhash.xxh3_64_hexdigest(array.tobytes()) == tags.get(name) for name, array in records.items()
     )

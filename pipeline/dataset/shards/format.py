@@ -2,7 +2,8 @@
 
 A sample is two members that share a key: `n01440764/n01440764_10026.jpg` (its bytes) and `....cls` (its label as text).
 A shard is written under a temporary name; beside it, in `.packing/`, lie its records until `merge_shards` makes the
-index of them all. A shard whose tar has its final name is complete, and is never written again.
+index of them all. A shard whose tar has its final name is complete, and is never written again. A shard with restart
+markers has a table beside it (`restart.py`).
 """
 
 import json
@@ -19,10 +20,11 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from pipeline.dataset.index.index import RECORD, Index, index_folder, pack_names, write_index
+from pipeline.dataset.index.index import RECORD, RESTART, Index, index_folder, pack_names, write_index
 from pipeline.dataset.lock import try_lock
+from pipeline.dataset.shards.restart import MAGIC, make_entry, table_name
 from pipeline.errors import UserError
-from pipeline.files import atomic_open
+from pipeline.files import atomic_open, atomic_write
 
 STATE = ".packing"  #: folder below the destination: records of the complete shards, until they are merged
 BLOCK = tarfile.BLOCKSIZE
@@ -35,7 +37,8 @@ class Sample:
 
     key: path without suffix, unique in its split; it holds no dot after its last '/'.
     suffix: without the dot, as `webdataset` tells decoders apart ("jpg").
-    width, height: pixels, as stored. order: where it comes in the index; ties are broken by position.
+    width, height: pixels, as stored. order: where it comes in the index; ties are broken by position. original: xxh3_64
+    and bytes of the original, where restart markers were added.
     """
 
     key: str
@@ -45,6 +48,7 @@ class Sample:
     width: int
     height: int
     order: int
+    original: tuple[int, int] | None = None
 
 
 def image_suffix(data: bytes, name: str) -> str:
@@ -60,13 +64,24 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
+def temporary_path(dest: Path, split: str, number: int) -> Path:
+    """Where a shard is made."""
+    return dest / f".{shard_name(split, number)}.tmp"
+
+
 def _records_path(dest: Path, split: str, number: int) -> Path:
     return dest / STATE / f"{split}-{number:06d}.npz"
 
 
-def is_whole(dest: Path, split: str, number: int) -> bool:
+def exists(dest: Path, split: str, number: int, restart: bool = False) -> bool:
+    """Is this shard written, with its restart table if it is to have one?"""
+    name = shard_name(split, number)
+    return (dest / name).is_file() and (not restart or (dest / table_name(name)).is_file())
+
+
+def is_whole(dest: Path, split: str, number: int, restart: bool = False) -> bool:
     """Is this shard written, with its records?"""
-    return (dest / shard_name(split, number)).is_file() and _records_path(dest, split, number).is_file()
+    return exists(dest, split, number, restart) and _records_path(dest, split, number).is_file()
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -87,8 +102,16 @@ def make_row(sample: Sample, offset: int) -> tuple:
     return (digest, offset, len(sample.data), sample.width, sample.height, sample.label, sample.order)
 
 
-def write_records(dest: Path, split: str, number: int, rows: list[tuple], names: list[str], notes: list[dict]) -> None:
-    """Write the records of a shard (`make_row` and member name of each sample, in the shard's order)."""
+def write_records(
+    dest: Path,
+    split: str,
+    number: int,
+    rows: list[tuple],
+    names: list[str],
+    notes: list[dict],
+    restart: np.ndarray | None = None,
+) -> None:
+    """Write the records of a shard (`make_row` and member name of each sample, in the shard's order; RESTART)."""
     records, order = np.zeros(len(rows), RECORD), np.zeros(len(rows), np.int64)
     for i, row in enumerate(rows):
         record = records[i]
@@ -96,24 +119,28 @@ def write_records(dest: Path, split: str, number: int, rows: list[tuple], names:
             record[field] = value
         order[i] = row[-1]
     records["shard"] = number
-    blob = pack_names(names, records)
+    parts = {"records": records, "order": order, "names": pack_names(names, records)}
+    parts["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
+    if restart is not None:
+        parts["restart"] = restart
     with atomic_open(_records_path(dest, split, number)) as file:
-        np.savez(
-            file, records=records, order=order, names=blob, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8)
-        )
+        np.savez(file, **parts)  # type: ignore[arg-type]  # its stub takes the first array for allow_pickle
 
 
 class ShardWriter:
     """One shard. Leaving the context renames it to its final name; an exception leaves none.
 
+    restart: write the restart table, too, and note each sample's original. temporary: instead of the usual path.
     Raises UserError where the disk is full or the folder can't be written.
     """
 
-    def __init__(self, dest: Path, split: str, number: int):
+    def __init__(self, dest: Path, split: str, number: int, restart: bool = False, temporary: Path | None = None):
         self.dest, self.split, self.number = dest, split, number
         self.path = dest / shard_name(split, number)
-        self.temporary = dest / f".{self.path.name}.tmp"
+        self.temporary = temporary or temporary_path(dest, split, number)
         self.bytes = 0
+        self._table = bytearray(MAGIC) if restart else None
+        self._restart: list[tuple[int, int, int, int]] = []  # of RESTART
         self.notes: list[dict] = []  #: outcomes of this shard's unreadable images; `merge_shards` returns them
         self._rows: list[tuple] = []
         self._names: list[str] = []
@@ -164,8 +191,13 @@ class ShardWriter:
             self._member(f"{sample.key}.cls", str(sample.label).encode())
         except OSError as error:
             raise self._explain(error) from error
-        self._rows.append(make_row(sample, offset))
+        row = make_row(sample, offset)
+        self._rows.append(row)
         self._names.append(name)
+        if self._table is not None:
+            entry = make_entry(sample.data, row[0]) or b""
+            self._restart.append((*(sample.original or (row[0], row[2])), len(self._table), len(entry)))
+            self._table += entry
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -179,7 +211,11 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            write_records(self.dest, self.split, self.number, self._rows, self._names, self.notes)
+            restart = None
+            if self._table is not None:
+                restart = np.array(self._restart, RESTART)
+                atomic_write(self.dest / table_name(self.path.name), bytes(self._table))
+            write_records(self.dest, self.split, self.number, self._rows, self._names, self.notes, restart)
             self.temporary.replace(self.path)
         except OSError as failure:
             raise self._explain(failure) from failure
@@ -188,18 +224,30 @@ class ShardWriter:
             self.temporary.unlink(missing_ok=True)
 
 
-def _read_records(dest: Path, split: str, number: int) -> tuple[np.ndarray, list[str], np.ndarray, list[dict]]:
+@dataclass(frozen=True)
+class _Part:
+    """The records of one shard: [n] of RECORD, names, places in the index's order, notes, [n] of RESTART or None."""
+
+    records: np.ndarray
+    names: list[str]
+    order: np.ndarray
+    notes: list[dict]
+    restart: np.ndarray | None
+
+
+def _read_records(dest: Path, split: str, number: int) -> _Part:
     path = _records_path(dest, split, number)
     try:
         with np.load(path, allow_pickle=False) as parts:
             records, order = parts["records"], parts["order"]
             blob, notes = parts["names"].tobytes(), json.loads(parts["notes"].tobytes())
+            restart = parts.get("restart")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} can't be read ({error}); remove it and run the same command again") from error
     names = []
     for start, length in zip(records["name_offset"].tolist(), records["name_length"].tolist(), strict=True):
         names.append(blob[start : start + length].decode())
-    return records, names, order, notes
+    return _Part(records, names, order, notes, restart)
 
 
 def merge_shards(
@@ -207,18 +255,21 @@ def merge_shards(
 ) -> tuple[Index, dict[str, list[dict]]]:
     """Make the index of all shards (split -> how many); every one must be complete. Returns its notes by split, too."""
     splits: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
-    notes = {}
+    notes, restart = {}, {}
     for split, number in shards.items():
         parts = [_read_records(dest, split, i) for i in range(number)]
-        records = np.concatenate([part[0] for part in parts])
-        order = np.concatenate([part[2] for part in parts]).argsort(kind="stable")
-        names = [name for part in parts for name in part[1]]
-        notes[split] = [note for part in parts for note in part[3]]
+        records = np.concatenate([part.records for part in parts])
+        order = np.concatenate([part.order for part in parts]).argsort(kind="stable")
+        names = [name for part in parts for name in part.names]
+        notes[split] = [note for part in parts for note in part.notes]
         splits[split] = records[order], [names[i] for i in order]
+        tables = [part.restart for part in parts if part.restart is not None]
+        if len(tables) == len(parts):
+            restart[split] = np.concatenate(tables)[order]
     files: dict[str, Sequence[str]] = {
         split: [shard_name(split, i) for i in range(number)] for split, number in shards.items()
     }
-    return write_index(index_folder(dest), dest, classes, splits, shards=files), notes
+    return write_index(index_folder(dest), dest, classes, splits, shards=files, restart=restart), notes
 
 
 def remove_records(dest: Path) -> None:

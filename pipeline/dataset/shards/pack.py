@@ -9,11 +9,12 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import xxhash
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
@@ -24,14 +25,25 @@ from pipeline.dataset.selected import read_selected
 from pipeline.dataset.shards.format import (
     Sample,
     ShardWriter,
+    exists,
     image_suffix,
     is_whole,
     merge_shards,
     remove_records,
     shard_name,
 )
-from pipeline.dataset.shards.plan import Extra, Options, Plan, make_key, make_plan, read_checked
+from pipeline.dataset.shards.plan import (
+    Extra,
+    Options,
+    Plan,
+    make_key,
+    make_plan,
+    parse_restart,
+    read_checked,
+    spell_out_restart,
+)
 from pipeline.dataset.shards.reencode import reencode
+from pipeline.dataset.shards.transcode import find_program, transcode
 from pipeline.dataset.workers import available_cores, map_in_order, read_ahead
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
@@ -65,30 +77,34 @@ def write_shard(task: Task) -> int:
     if index.fingerprint != task.fingerprint:
         raise UserError(f"index {task.index} changed during the run; run the same command again")
     split, side = index.splits[task.split], task.options.side_of(task.split)
-    with ShardWriter(task.dest, task.split, task.number) as writer:
+    restart = task.options.restart
+    with ShardWriter(task.dest, task.split, task.number, restart is not None or split.restart is not None) as writer:
         samples = [item for item in task.items.tolist() if item < len(split)]
         read = read_ahead(lambda sample: read_checked(index, task.split, sample), samples)
         for item in task.items.tolist():
             if item >= len(split):
                 extra = task.extras[item - len(split)]
-                _save(writer, index, extra, item in task.twins, side, task.options.quality)
+                _save(writer, index, extra, item in task.twins, side, task.options)
                 continue
             data, record, name = next(read), split.records[item], split.name(item)
-            width, height = int(record["width"]), int(record["height"])
+            width, height, original = int(record["width"]), int(record["height"]), split.identity(item)
             if side is not None and min(width, height) > side:
                 data, width, height = reencode(data, side, task.options.quality)
+                original = xxhash.xxh3_64_intdigest(data), len(data)
+            if restart is not None:
+                data = transcode(data, restart) or data
             label = int(record["label"])
             key = name.rpartition(".")[0] if split.shards else make_key(index.synsets[label], name, item in task.twins)
-            writer.add(Sample(key, image_suffix(data, name), data, label, width, height, 2 * item + 1))
+            writer.add(Sample(key, image_suffix(data, name), data, label, width, height, 2 * item + 1, original))
     return len(task.items)
 
 
-def _save(writer: ShardWriter, index: Index, extra: Extra, is_twin: bool, side: int | None, quality: int) -> None:
+def _save(writer: ShardWriter, index: Index, extra: Extra, is_twin: bool, side: int | None, options: Options) -> None:
     """Add what can be seen of a damaged image, or note that nothing can."""
     note = {"file": extra.name, "class": index.synsets[extra.label]}
     try:
         raw = safe_join(index.root, extra.name).read_bytes()
-        data, width, height = reencode(raw, side, quality, damaged=True)
+        data, width, height = reencode(raw, side, options.quality, damaged=True)
         decode_fully(data)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "nothing to decode"
@@ -96,7 +112,10 @@ def _save(writer: ShardWriter, index: Index, extra: Extra, is_twin: bool, side: 
         return
     writer.notes.append({**note, "done": "re-encoded"})
     key = make_key(index.synsets[extra.label], extra.name, is_twin)
-    writer.add(Sample(key, "jpg", data, extra.label, width, height, extra.order))
+    original = xxhash.xxh3_64_intdigest(data), len(data)
+    if options.restart is not None:
+        data = transcode(data, options.restart) or data
+    writer.add(Sample(key, "jpg", data, extra.label, width, height, extra.order, original))
 
 
 def _check_dest(dest: Path, wanted: dict) -> dict | None:
@@ -113,8 +132,8 @@ def _check_dest(dest: Path, wanted: dict) -> dict | None:
         if found.get(key) != wanted[key]:
             old, new = found.get(key), wanted[key]
             if isinstance(old, dict):
-                differing = next(name for name in new if old.get(name) != new[name])
-                key, old, new = differing, old.get(differing), new[differing]
+                differing = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+                key, old, new = differing, old.get(differing), new.get(differing)
             raise UserError(f"{dest} was packed with {key} {old} instead of {new}; give another folder or remove it")
     return found
 
@@ -147,7 +166,7 @@ def _opens(folder: Path) -> bool:
 def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
     """Make `dest` ready, or tell by True that it is complete. Raises UserError where it can't be used."""
     shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
-    marker = {"source": index.fingerprint, "options": asdict(options), "shards": shards, "complete": False}
+    marker = {"source": index.fingerprint, "options": options.marker(), "shards": shards, "complete": False}
     found = _check_dest(dest, marker)
     if found is not None:
         return bool(found.get("complete")) and _opens(index_folder(dest))
@@ -213,9 +232,10 @@ def pack_tree(
     plan = make_plan(index, options, unreadable)
     complete = _prepare(dest, index, options, plan)
     mine = [shard for i, shard in enumerate(plan.shards()) if i % parts == turn - 1]
-    todo = [
-        shard for shard in mine if not ((dest / shard_name(*shard)).is_file() if complete else is_whole(dest, *shard))
-    ]
+    is_there, restart = exists if complete else is_whole, options.restart is not None
+    todo = [shard for shard in mine if not is_there(dest, *shard, restart)]
+    if todo and restart:
+        find_program()
     if len(todo) < len(mine) and not quiet:
         print(f"{len(mine) - len(todo):,} of {len(mine):,} shards exist already", file=sys.stderr)
     tasks = (
@@ -248,6 +268,7 @@ def pack(
     seed: int = 0,
     part: str | None = None,
     processes: int | None = None,
+    restart: Literal["auto"] | int | None = None,
 ) -> int:
     """Write a data root as WebDataset tar shards with an index. Run the same command again to resume.
 
@@ -262,8 +283,10 @@ def pack(
         seed: of the shuffle that deals samples out to shards.
         part: I/N writes every N-th shard from the I-th, for N jobs at once; the same command without it finishes.
         processes: number of processes; default: all cores.
+        restart: add restart markers to the JPEGs, without loss, so that training reads and decodes only the part of an
+            image that it crops. MCUs a restart interval, or auto (8). Requires the program jpegtran.
     """
-    options = Options(short_side, quality, shard_mb, resize_val, unreadable, seed)
+    options = Options(short_side, quality, shard_mb, resize_val, unreadable, seed, parse_restart(restart))
     made = pack_tree(Path(root), Path(dest), options, part, processes, quiet=False)
     if made is None:
         print(f"{dest}: part {part} is written; when all parts are, run the same command without --part")
@@ -285,4 +308,4 @@ def pack(
 
 
 def main(argv: list[str]) -> int:
-    return run_command(pack, "pack", argv)
+    return run_command(pack, "pack", spell_out_restart(argv))

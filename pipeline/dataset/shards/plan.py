@@ -4,7 +4,8 @@ A seeded shuffle deals the samples out, so that sequential readers meet all clas
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
@@ -14,12 +15,14 @@ from pipeline.dataset.shards.format import SAMPLE_OVERHEAD
 from pipeline.dataset.shards.reencode import reencode
 from pipeline.errors import UserError
 
+AUTO_RESTART = 8  # MCUs a restart interval: the files do not grow, as their Huffman tables are optimized, too
+RESTART_GROWTH = 1.08  # at most so much larger for restart markers and their tables (an interval of one MCU)
 PROBES = 64  # images re-encoded beforehand, to learn how large a shard's samples will be
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the bytes of the shards depend on, besides the source."""
+    """What the bytes of the shards depend on, besides the source. `restart`: MCUs a restart interval; None: without."""
 
     short_side: int | None = None
     quality: int = 90
@@ -27,17 +30,38 @@ class Options:
     resize_val: bool = False
     unreadable: str = "refuse"
     seed: int = 0
+    restart: int | None = None
 
     def __post_init__(self) -> None:
         limits = {"short_side": (16, 4096), "quality": (1, 100), "shard_mb": (1, 100_000), "seed": (0, 2**63 - 1)}
+        limits["restart"] = (1, 65_535)
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name} is {value}; give a number from {low} to {high}")
 
+    def marker(self) -> dict[str, Any]:
+        """The options as packed folders note them; without `restart` where there is none, as older versions did."""
+        return {name: value for name, value in asdict(self).items() if name != "restart" or value is not None}
+
     def side_of(self, split: str) -> int | None:
         """Pixels that the shorter side of this split's images is reduced to; None: they stay as they are."""
         return self.short_side if split == "train" or self.resize_val else None
+
+
+def parse_restart(restart: Literal["auto"] | int | None) -> int | None:
+    """The option `--restart`, in MCUs."""
+    return AUTO_RESTART if restart == "auto" else restart
+
+
+def spell_out_restart(argv: list[str]) -> list[str]:
+    """`--restart` without a value means `--restart auto`."""
+    out = []
+    for i, item in enumerate(argv):
+        out.append(item)
+        if item == "--restart" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            out.append("auto")
+    return out
 
 
 @dataclass(frozen=True)
@@ -154,5 +178,5 @@ def make_plan(index: Index, options: Options, unreadable: dict[str, list[dict]])
         shards = max(1, round(count * mean / (options.shard_mb * 1e6)))
         items[split] = np.random.default_rng([options.seed, number]).permutation(count)
         cuts[split] = np.linspace(0, count, min(shards, count) + 1).astype(np.int64)
-        size += count * mean
+        size += count * mean * (RESTART_GROWTH if options.restart is not None else 1)
     return Plan(items, cuts, extras, twins, int(size))

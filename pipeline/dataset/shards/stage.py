@@ -3,14 +3,15 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipeline.command import run_command
-from pipeline.dataset.index.index import MAIN_FILE, Index, index_folder, open_index, safe_join
+from pipeline.dataset.index.index import MAIN_FILE, Index, Split, index_folder, list_files, open_index, safe_join
 from pipeline.dataset.lock import locked
+from pipeline.dataset.shards.restart import TABLE, table_name
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
 from pipeline.progress import Progress
@@ -48,8 +49,16 @@ def copy_file(there: Path, here: Path, advance: Callable[[int], None]) -> None:
     temporary.replace(here)
 
 
+def _list_files(split: Split) -> Iterator[str]:
+    """The shards of a split, and their restart tables."""
+    for shard in split.shards:
+        yield shard
+        if split.restart is not None:
+            yield table_name(shard)
+
+
 def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: bool = False) -> tuple[Index, int]:
-    """Copy a packed data set to `dest`. Returns the index of the copy and the number of files copied.
+    """Copy a packed data set to `dest`. Returns the index of the copy and the number of shards copied.
 
     Args:
         source: data root with packed shards.
@@ -63,7 +72,7 @@ def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: boo
     for name, split in opened.splits.items():
         if not split.shards:
             raise UserError(f"{source}: {name} is a tree of single files; pack it into shards first (pipeline pack)")
-    wanted = {safe_join(opened.root, shard): shard for split in opened.splits.values() for shard in split.shards}
+    wanted = {safe_join(opened.root, name): name for split in opened.splits.values() for name in _list_files(split)}
     try:
         dest.mkdir(parents=True, exist_ok=True)
         with locked_folder(dest):
@@ -89,7 +98,7 @@ def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: boo
         raise UserError(f"{error.filename}: no such file; pack or fetch it again") from error
     except OSError as error:
         raise UserError(f"{dest}: {error.strerror} ({error.filename}); give another folder") from error
-    return open_index(index_folder(dest)), len(missing)
+    return open_index(index_folder(dest)), sum(there.suffix != TABLE for there, _ in missing)
 
 
 def copy_index(there: Path, here: Path) -> None:
@@ -97,8 +106,8 @@ def copy_index(there: Path, here: Path) -> None:
     here.mkdir(exist_ok=True)
     meta = json.loads((there / MAIN_FILE).read_bytes()) | {"root": ".."}
     for entry in meta["splits"].values():
-        for key in ("records", "names"):
-            copy_file(safe_join(there, entry[key]), here / entry[key], lambda _: None)
+        for name in list_files(entry):
+            copy_file(safe_join(there, name), here / name, lambda _: None)
     atomic_write(here / MAIN_FILE, json.dumps(meta, indent=1))
 
 

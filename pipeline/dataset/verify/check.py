@@ -14,6 +14,7 @@ import xxhash
 
 from pipeline.dataset.index.decode import decode_fully
 from pipeline.dataset.index.index import Split
+from pipeline.dataset.shards.restart import make_entry, table_name
 from pipeline.dataset.workers import map_in_order, read_ahead
 from pipeline.errors import TransientError
 
@@ -24,12 +25,15 @@ _GONE = (FileNotFoundError, NotADirectoryError)
 
 
 class Item(NamedTuple):
-    """One sample to look at. `offset` is -1 for a file of its own; `digest` is None where nothing was indexed."""
+    """One sample to look at. `offset` is -1 for a file of its own; `digest` is None where nothing was indexed. `table`,
+    `entry`: a shard's restart table, and where the sample's entry lies in it (offset and bytes)."""
 
     path: str
     offset: int
     size: int
     digest: int | None
+    table: str = ""
+    entry: tuple[int, int] = (0, 0)
 
 
 class Finding(NamedTuple):
@@ -81,12 +85,30 @@ def check_item(item: Item, data: bytes, decode: bool) -> Finding:
         return Finding(f"has {len(data):,} bytes instead of {item.size:,}" if data else "is empty")
     if item.digest is not None and xxhash.xxh3_64_intdigest(data) != item.digest:
         return Finding("bytes differ from those indexed")
+    if item.table and not _is_entry_sound(item, data):
+        return Finding("its restart table is missing or damaged, or does not fit the shard")
     if decode or item.digest is None:
         try:
             decode_fully(data)
         except (OSError, ValueError) as error:
             return Finding(f"does not decode: {error}")
     return Finding("", image_kind(data))
+
+
+def _is_entry_sound(item: Item, data: bytes) -> bool:
+    """Is the sample's entry in the restart table the one that its bytes give?"""
+    offset, size = item.entry
+    assert item.digest is not None
+    if not size:
+        return make_entry(data, item.digest) is None
+    try:
+        with open(item.table, "rb") as file:  # noqa: PTH123 - one call a sample
+            entry = os.pread(file.fileno(), size, offset)
+    except _GONE:
+        return False
+    except OSError as error:
+        raise TransientError(f"can't read {item.table} ({error.strerror}); run the same command again") from error
+    return entry == make_entry(data, item.digest)
 
 
 def _check_all(task: tuple[list[Item], bool]) -> list[Finding]:
@@ -120,7 +142,13 @@ def make_item(split: Split, sample_id: int, name: str) -> Item:
     shard = int(record["shard"])
     place = name if shard < 0 else split.shards[shard]
     offset = -1 if shard < 0 else int(record["offset"])
-    return Item(f"{split.root}/{place}", offset, int(record["size"]), int(record["digest"]))
+    item = Item(f"{split.root}/{place}", offset, int(record["size"]), int(record["digest"]))
+    if shard < 0 or split.restart is None:
+        return item
+    of = split.restart[sample_id]
+    return item._replace(
+        table=f"{split.root}/{table_name(place)}", entry=(int(of["table_offset"]), int(of["table_size"]))
+    )
 
 
 def new_item(root: Path, name: str) -> Item:
