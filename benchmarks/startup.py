@@ -128,19 +128,16 @@ def _resume(path: str, begun: float) -> dict[str, float]:
 
     world = start_world(config.train)
     lap("process group")
-    from pipeline.training.loop import Trainer
+    from pipeline.training.loop import open_trainer
     from pipeline.training.ranks.stop_request import StopRequest
+    from pipeline.training.setup import prepare_run
 
     lap("import the rest")
-    trainer = Trainer(config, world, StopRequest(install=False))
-    lap("run folder, index, plan")
-    start = trainer.find_start()
-    lap("verify the checkpoint")
-    trainer.restore(start)
-    lap("model, optimizer, load")
-    trainer.open()
-    lap("loaders, ledger")
-    trainer.train_step.warm_up()
+    setup = prepare_run(config, world, StopRequest(install=False))
+    lap("run folder, index, plan, verified checkpoint")
+    trainer = open_trainer(setup)
+    lap("model, optimizer, load, loaders, ledger")
+    trainer.warm_up()
     lap("warm-up")
     batch = next(trainer.train_stream.batches(trainer.step, trainer.step + 1))
     lap("first batch")

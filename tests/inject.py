@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pipeline.__main__ import main
-from pipeline.training import loop
+from pipeline.training import evaluate as evaluation
 from pipeline.training.step import TrainStep
 
 
@@ -45,7 +45,7 @@ def slow_down(train_step: TrainStep) -> None:
 
 def hold_evaluation() -> None:
     """Each evaluation begins with the file `evaluating` in the folder that $HOLD names, and waits until it is gone."""
-    real, path = loop.evaluate, Path(os.environ["HOLD"]) / "evaluating"
+    real, path = evaluation.evaluate, Path(os.environ["HOLD"]) / "evaluating"
 
     def evaluate(*arguments):
         if os.environ.get("RANK", "0") == "0":
@@ -54,7 +54,7 @@ def hold_evaluation() -> None:
             time.sleep(0.01)  # polls a condition
         return real(*arguments)
 
-    loop.evaluate = evaluate
+    evaluation.evaluate = evaluate
 
 
 FAULTS = {"nan": spoil_gradient, "flip": flip_bit, "die": lambda _: os._exit(9), "slow": slow_down}

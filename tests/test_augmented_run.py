@@ -113,7 +113,7 @@ def test_one_compilation_a_size(root, recipe, tmp_path, monkeypatch):
     def small(config, classes):
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2), Mean(), nn.Linear(4, classes))
 
-    monkeypatch.setattr("pipeline.training.loop.build_model", small)
+    monkeypatch.setattr("pipeline.training.setup.build_model", small)
     monkeypatch.setattr("pipeline.training.step.torch.compile", compiled)
     options = ["--train.compile", "--train.max_steps", "7"]
     runs.call(root, tmp_path / "run", *options, recipe=recipe)

@@ -1,4 +1,4 @@
-"""Numbers that are none: left out on all ranks, then the run goes back, then it stops; and resuming repeats it all."""
+"""NaN and infinite values: skipped on all ranks, then the run rolls back, then it stops; and resuming repeats it."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from pipeline.errors import TransientError, UserError
 from pipeline.loader.plan import TrainPlan
 from pipeline.tracking.ledger import Ledger
 from pipeline.training.data import check_labels
-from pipeline.training.guard import Guard, Rollback, Spikes
+from pipeline.training.guard import Guard, Rollback, Spikes, is_in_history
 from pipeline.training.ranks.step_stats import StepStats, Vote
 
 TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
@@ -29,7 +29,7 @@ def root(synthetic_root):
     return synthetic_root
 
 
-def report(step, loss=1.0, norm=1.0, scale=1.0):
+def stats(step, loss=1.0, norm=1.0, scale=1.0):
     return StepStats(step, loss, 0.0, norm, scale, Vote.NONE, 0.0, 1.0, torch.zeros(1, dtype=torch.int64))
 
 
@@ -49,7 +49,7 @@ def test_goes_back_after_bad_steps_in_a_row_and_heals(healed):
     run, output = healed
     (event,) = events(run, "rolled_back")
     assert event["to"] == 0 and event["lr_factor"] == 1e-32
-    assert "left out" in output and "going back from step" in output and "to the beginning" in output
+    assert "update skipped" in output and "rolling back from step" in output and "to the beginning" in output
     rows = runs.rows(run, "train")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all(isinstance(row["loss"], float) and "skipped" not in row for row in rows)
@@ -86,7 +86,7 @@ def test_stops_when_going_back_does_not_help(root, tmp_path):
     options = [*EXPLODING[:-2], "--guard.max_rollbacks", "1", "--guard.max_skipped", "3"]
     output = runs.call(root, run, *options, expect=1)
     lines = [line for line in output.splitlines() if line.startswith("pipeline train: ")]
-    assert len(lines) == 1 and "after going back 1 times" in lines[0] and "--optim.lr" in lines[0]
+    assert len(lines) == 1 and "rollbacks so far: 1 of 1" in lines[0] and "--optim.lr" in lines[0]
     assert json.loads((run / "failed").read_text())["exit_code"] == 1 and not (run / "interrupted").exists()
 
 
@@ -116,35 +116,37 @@ def test_a_flipped_bit_is_found_and_named(root, tmp_path):
 
 def test_fp16_may_look_for_its_scale_but_not_for_ever():
     guard = Guard(GuardConfig(max_skipped=2), "fp16")
-    for step in range(10):
-        assert guard.note(report(step, norm=math.inf, scale=2.0 ** (10 - step))) is None
-    assert "loss scale 0.5" in guard.note(report(10, norm=math.inf, scale=0.5))
-    guard.note(report(11, norm=math.inf, scale=0.25))
+    for step in range(1, 11):
+        assert guard.observe(stats(step, norm=math.inf, scale=2.0 ** (11 - step))) is None
+    assert "loss scale 0.5" in guard.observe(stats(11, norm=math.inf, scale=0.5))
+    guard.observe(stats(12, norm=math.inf, scale=0.25))
     assert guard.tripped == 10
 
 
 def test_stop_means_stop():
     with pytest.raises(TransientError, match=r"step 8: the loss is nan.*--optim.lr"):
-        Guard(GuardConfig(nonfinite="stop"), "bf16").note(report(7, loss=math.nan))
+        Guard(GuardConfig(nonfinite="stop"), "bf16").observe(stats(8, loss=math.nan))
 
 
 def test_a_good_step_ends_the_row():
     guard = Guard(GuardConfig(max_skipped=3), "bf16")
-    for step, loss in enumerate([math.nan, math.nan, 1.0, math.nan, math.nan, 1.0]):
-        guard.note(report(step, loss=loss))
+    for step, loss in enumerate([math.nan, math.nan, 1.0, math.nan, math.nan, 1.0], 1):
+        guard.observe(stats(step, loss=loss))
     assert guard.tripped is None
 
 
 def test_history_decides_rate_and_checkpoints():
     guard = Guard(GuardConfig(rollback_lr_factor=0.5, rollback_reshuffle=True), "bf16")
-    guard.go_back(30, 20)
-    guard.go_back(90, 80)
+    guard.roll_back(30, 20)
+    guard.roll_back(90, 80)
     assert [guard.lr_factor(step) for step in (19, 20, 79, 80)] == [1, 0.5, 0.5, 0.25]
     assert guard.reshuffled_from() == [20, 80]
     first = [30, 20, 0.5, True]
-    assert guard.belongs({"step": 20}) and not guard.belongs({"step": 25})
-    assert guard.belongs({"step": 80, "rollbacks": [first]}) and not guard.belongs({"step": 81, "rollbacks": [first]})
-    assert guard.rollbacks[0] == Rollback(*first)
+    known = guard.rollbacks
+    assert known[0] == Rollback(*first)
+    assert is_in_history({"step": 20}, known) and not is_in_history({"step": 25}, known)
+    assert is_in_history({"step": 80, "rollbacks": [first]}, known)
+    assert not is_in_history({"step": 81, "rollbacks": [first]}, known)
 
 
 def test_another_order_still_shows_every_sample_once_an_epoch():
@@ -160,8 +162,8 @@ def test_another_order_still_shows_every_sample_once_an_epoch():
 
 def test_spikes_are_those_far_above_the_median():
     spikes = Spikes(2.0, [5.0] * 19)
-    assert not spikes.note(20.0)  # too few to judge by
-    assert not spikes.note(9.9) and spikes.note(10.1) and not spikes.note(math.nan)
+    assert not spikes.observe(20.0)  # too few to judge by
+    assert not spikes.observe(9.9) and spikes.observe(10.1) and not spikes.observe(math.nan)
 
 
 def test_spikes_are_judged_by_the_ledger_after_a_resume(tmp_path):
@@ -172,7 +174,7 @@ def test_spikes_are_judged_by_the_ledger_after_a_resume(tmp_path):
     ledger.close()
     resumed = Spikes(2.0, Ledger(tmp_path / "metrics.jsonl", step=24).losses)
     assert list(resumed.losses) == [5.0 - step / 10 for step in range(1, 25) if step != 7]
-    assert resumed.note(9.0)
+    assert resumed.observe(9.0)
 
 
 def test_a_label_out_of_range_is_named_with_its_file(root):

@@ -34,14 +34,14 @@ def root(synthetic_root):
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """step -> what is done to the machine when rank 0 has entered that step into its books."""
-    happenings, note = {}, RunRecorder.record_step
+    """step -> what is done to the machine when rank 0 has recorded that step."""
+    happenings, record = {}, RunRecorder.record_step
 
-    def noted(self, report, *rest):
-        note(self, report, *rest)
-        happenings.pop(report.step + 1, lambda: None)()
+    def record_step(self, stats, *rest):
+        record(self, stats, *rest)
+        happenings.pop(stats.step, lambda: None)()
 
-    monkeypatch.setattr(RunRecorder, "record_step", noted)
+    monkeypatch.setattr(RunRecorder, "record_step", record_step)
     monkeypatch.setattr(ledgers, "LOOK_EVERY_S", 0.0)
     return happenings
 

@@ -14,7 +14,7 @@ from pipeline.config import load_config
 from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.scan import build_index
 from pipeline.insight.preflight.checks import check_recipe, device_type
-from pipeline.training import loop
+from pipeline.training import setup
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
 
@@ -100,7 +100,7 @@ def options_of(root: Path, run_dir: Path, options: tuple[str, ...]) -> list[str]
 
 @pytest.fixture
 def train(monkeypatch):
-    """The verdict of `train` as rank 0 of so many: its line, or "" if it comes to the weights."""
+    """The verdict of `train` as rank 0 of so many: its line, or "" if it comes to the checkpoint to start from."""
 
     def reach(*_) -> None:
         raise Accepted
@@ -108,8 +108,7 @@ def train(monkeypatch):
     def call(config, ranks: int) -> str:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         try:
-            trainer = loop.Trainer(config, World(0, ranks, 0, ranks, torch.device("cpu")), StopRequest())
-            trainer.run()
+            setup.prepare_run(config, World(0, ranks, 0, ranks, torch.device("cpu")), StopRequest())
         except Accepted:
             return ""
         except ValueError as error:
@@ -118,8 +117,8 @@ def train(monkeypatch):
             dist.destroy_process_group()
         raise AssertionError("neither refused nor begun")
 
-    monkeypatch.setattr(loop, "find_start", reach)
-    monkeypatch.setattr(loop, "refuse_differences", lambda facts, world: None)  # the other ranks are not there
+    monkeypatch.setattr(setup, "find_start", reach)
+    monkeypatch.setattr(setup, "refuse_differences", lambda facts, world: None)  # the other ranks are not there
     return call
 
 

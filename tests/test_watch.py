@@ -118,7 +118,7 @@ def test_stragglers_are_told_once():
     stragglers, told = Stragglers(4), []
     for step in range(4 * WINDOW):
         slow = 0.3 if step < 3 * WINDOW else 0.101  # by then it is as fast as the others
-        told.append(stragglers.note(torch.tensor([0.1, 0.1, slow, 0.1], dtype=torch.float64)))
+        told.append(stragglers.observe(torch.tensor([0.1, 0.1, slow, 0.1], dtype=torch.float64)))
     assert [i for i, item in enumerate(told) if item] == [WINDOW - 1]
     assert told[WINDOW - 1] == Slow(2, pytest.approx(0.3), pytest.approx(0.1))
 

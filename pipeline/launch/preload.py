@@ -23,6 +23,7 @@ MODULES = (
     "pipeline.training.run_folder.folder",
     "pipeline.training.run_folder.local",
     "pipeline.training.run_folder.lock",
+    "pipeline.training.setup",
     "pipeline.evaluation.run",
     "pipeline.loader.dali",
     "nvidia.dali.fn",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-def prefetch_to_device(batches: Generator[Any], device: torch.device) -> Iterator[Any]:
+def prefetch_to_device(batches: Generator[Any], device: torch.device) -> Generator[Any]:
     """The same batches: the next one is copied to `device` while the step of the current one runs.
 
     `batches` copies asynchronously on the current stream; here that is a stream other than the training's.

@@ -160,7 +160,7 @@ class Stream:
                 self._record_unreadable(sample_id, item.reason)
         return self._replace_unreadable(step, planned, data)
 
-    def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Generator[Batch]:
         """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`."""
         self._skip = skip
         batches = self._batches(start, stop)

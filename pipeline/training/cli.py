@@ -28,43 +28,46 @@ def train(argv: list[str]) -> int:
     record_flights(paths.debug)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with importing():
-        from pipeline.training.loop import Trainer
+        from pipeline.training import loop
         from pipeline.training.ranks.consistency import program_and_settings, refuse_differences
         from pipeline.training.ranks.translate_error import translating_errors
-        from pipeline.training.ranks.world import meet_all, start_world
+        from pipeline.training.ranks.world import start_watchdog, start_world
         from pipeline.training.run_folder.folder import make_run_folder
         from pipeline.training.run_folder.lock import RunLock
+        from pipeline.training.setup import prepare_run
 
     world = start_world(config.train)
     lock = RunLock(paths.path)
 
-    def last_words(message: str) -> None:
+    def before_exit(message: str) -> None:
         if lock.held:
-            leave_word(config.run_dir, TransientError(message))
+            mark_failed(config.run_dir, TransientError(message))
             lock.release()
 
-    world.watch.folder, world.watch.last_words = paths.debug if config.run_dir else None, last_words
+    def take_run_folder() -> None:
+        make_run_folder(config)
+        lock.acquire()
+
+    world.watch.folder, world.watch.before_exit = paths.debug if config.run_dir else None, before_exit
     try:
-        meet_all(world)
+        start_watchdog(world)
         with translating_errors(config, world):
             refuse_differences(program_and_settings(config, world), world)
-            world.on_rank_zero(lambda: (make_run_folder(config), lock.acquire())[1])
-            trainer = Trainer(config, world, stop)
-            trainer.fence = lock.confirm
-            return trainer.run()
+            world.on_rank_zero(take_run_folder)
+            return loop.train(prepare_run(config, world, stop, lock.confirm))
     except (UserError, TransientError) as error:
         if lock.held:
-            leave_word(config.run_dir, error)
+            mark_failed(config.run_dir, error)
         if error.on_all_ranks:
-            world.meet()  # the first rank that is gone makes torchrun and Slurm end the others
+            world.wait_for_all()  # the first rank that is gone makes torchrun and Slurm end the others
         raise
     finally:
         lock.release()
         world.close()
 
 
-def leave_word(run_dir: str, error: UserError | TransientError) -> None:
-    """Mark the run folder as failed, if there is one, for those who look at it from outside."""
+def mark_failed(run_dir: str, error: UserError | TransientError) -> None:
+    """Write the marker `failed` to the run folder, if there is one, for those who look at it from outside."""
     from pipeline.errors import EXIT_RETRY, EXIT_USER
     from pipeline.training.run_folder.folder import RunFolder
 

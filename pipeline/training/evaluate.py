@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 from pipeline.loader.stream import Stream
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
+from pipeline.training.recalibrate import keeping_buffers, recalibrate
+from pipeline.training.setup import RunSetup
 from pipeline.training.step import autocast
 
 BINS = 15  # of the calibration error, equally wide (Guo et al. 2017)
@@ -147,3 +149,24 @@ def score(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     loss = cross_entropy(logits, targets, reduction="sum")
     counted = torch.tensor(len(targets), dtype=torch.float64, device=logits.device)
     return torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double(), counted])
+
+
+def score_recalibrated(
+    network: nn.Module, setup: RunSetup, train_stream: Stream, eval_stream: Stream, step: int, skip: frozenset[int]
+) -> Scores | None:
+    """The scores of a network in training after `step` steps; its buffers are afterwards what they were. Collective.
+
+    With `evaluation.recalibrate_batches`, BatchNorm's statistics are first computed over the last training batches,
+    without the samples `skip`. Returns None on all ranks if any of them was asked to stop meanwhile.
+    """
+    config, world, stop = setup.config, setup.world, setup.stop
+    settings, precision = config.evaluation, config.train.precision
+    at_once = config.train.local_micro_batch_size(world.size)
+    last = range(max(0, step - settings.recalibrate_batches), step)
+    with keeping_buffers(network):
+        if settings.recalibrate_batches and not recalibrate(
+            network, train_stream, last, skip, world, precision, stop, at_once
+        ):
+            return None
+        evaluation = evaluate(network, eval_stream, world, precision, stop, setup.classes, settings.flip)
+    return None if evaluation is None else evaluation.scores

@@ -1,26 +1,26 @@
-"""Numbers that are none: their updates are left out, then the run goes back, then it stops. Loss spikes are marked.
+"""NaN and infinite values: their updates are skipped, then the run rolls back, then it stops. Loss spikes are marked.
 
-A run stays a function of its step: each time it went back is kept, in the ledger and in checkpoints, as (at, to,
-lr_factor, reshuffle), and the learning rate and the order of samples from step `to` on follow from that list.
+A run remains a function of its step: each rollback is kept, in the ledger and in checkpoints, as (at, to, lr_factor,
+reshuffle), and the learning rate and the order of samples from step `to` on follow from that list.
 """
 
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
 from pipeline.config import GuardConfig
 from pipeline.errors import TransientError
 from pipeline.training.ranks.step_stats import StepStats
 
-WINDOW, ENOUGH = 100, 20  # losses that a spike is judged by, and the fewest that will do
+WINDOW, ENOUGH = 100, 20  # losses that a spike is judged by, and the fewest that suffice
 SPREADS = 5  # a spike is also so many standard deviations above, estimated by the median absolute deviation
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """After `at` steps the run went back to step `to`, and from there on another way."""
+    """After `at` steps the run rolled back to step `to`, and resumed with another learning rate or order."""
 
     at: int
     to: int
@@ -29,104 +29,122 @@ class Rollback:
 
 
 def rollbacks_of(meta: dict) -> list[Rollback]:
-    """The history that a checkpoint's meta tells."""
+    """The rollbacks that a checkpoint's manifest lists."""
     return [Rollback(*item) for item in meta.get("rollbacks", [])]
 
 
+def rollbacks_of_ledger(rows: Iterable[dict]) -> list[Rollback]:
+    """The rollbacks among a ledger's rows."""
+    events = [row for row in rows if row.get("event") == "rolled_back"]
+    return [Rollback(row["at"], row["to"], row["lr_factor"], row["reshuffle"]) for row in events]
+
+
+def is_in_history(meta: dict, rollbacks: Sequence[Rollback]) -> bool:
+    """Was a checkpoint (its manifest) saved by a run with these rollbacks, not in steps that one of them undid?"""
+    known = rollbacks_of(meta)
+    return all(rollback in known for rollback in rollbacks if rollback.to < meta["step"])
+
+
 class Guard:
-    """What the numbers of the steps so far mean for the run. The same on all ranks.
+    """What the losses and gradients of the steps so far mean for the run. The same on all ranks.
+
+    Attributes:
+        rollbacks: of the run so far.
+        last_good_step: number of steps done before the first of the bad steps in a row; None: the last step was good.
+        tripped: the same value once there were too many bad steps in a row; None before.
 
     Args:
         config: the policy.
-        precision: of the run; fp16 leaves out single updates while it looks for its loss scale.
+        precision: of the run; fp16 skips single updates while it searches for its loss scale.
     """
 
     def __init__(self, config: GuardConfig, precision: str):
         self.config, self.precision = config, precision
         self.rollbacks: list[Rollback] = []
-        self.bad_since: int | None = None  # the first of the bad steps in a row
-        self.tripped: int | None = None  # the same once there were too many
+        self.last_good_step: int | None = None
+        self.tripped: int | None = None
 
-    def note(self, report: StepStats) -> str | None:
-        """Take note of a step. Returns a warning, at the first of several bad steps.
+    def restore(self, rollbacks: list[Rollback], last_good_step: int | None) -> None:
+        """Take the state that belongs to a checkpoint."""
+        self.rollbacks, self.last_good_step, self.tripped = list(rollbacks), last_good_step, None
 
-        Raises TransientError where the policy is to stop, or has no other answer left.
+    def observe(self, stats: StepStats) -> str | None:
+        """Judge a step. Returns a warning at the first of several bad steps.
+
+        Raises TransientError where the policy is to stop, or allows no further rollback.
         """
-        if not self._is_bad(report):
-            self.bad_since = None
+        if not self._is_bad(stats):
+            self.last_good_step = None
             return None
-        first = self.bad_since is None
-        if first:
-            self.bad_since = report.step
+        is_first = self.last_good_step is None
+        if self.last_good_step is None:
+            self.last_good_step = stats.step - 1
         if self.config.nonfinite == "stop":
-            raise TransientError(f"{_describe(report)}; nothing was saved since. {self._remedy()}", on_all_ranks=True)
-        if report.step + 1 - self.bad_since >= self.config.max_skipped and self.tripped is None:
-            self.tripped = self.bad_since
+            raise TransientError(f"{_describe(stats)}; nothing was saved since. {self._remedy()}", on_all_ranks=True)
+        if stats.step - self.last_good_step >= self.config.max_skipped and self.tripped is None:
+            self.tripped = self.last_good_step
             if len(self.rollbacks) >= self.config.max_rollbacks:
                 raise TransientError(
-                    f"{_describe(report)}, and so since step {self.bad_since}, after going back "
-                    f"{len(self.rollbacks)} times. {self._remedy()}",
+                    f"{_describe(stats)}, as in all steps after step {self.last_good_step}; rollbacks so far: "
+                    f"{len(self.rollbacks)} of {self.config.max_rollbacks}. {self._remedy()}",
                     on_all_ranks=True,
                 )
-        return f"{_describe(report)}: left out" if first else None
+        return f"{_describe(stats)}: update skipped" if is_first else None
 
-    def _is_bad(self, report: StepStats) -> bool:
-        if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
+    def _is_bad(self, stats: StepStats) -> bool:
+        if math.isfinite(stats.loss) and math.isfinite(stats.grad_norm):
             return False
-        looking_for_scale = self.precision == "fp16" and math.isfinite(report.loss) and report.scale >= 1
-        return not looking_for_scale
+        searching_for_scale = self.precision == "fp16" and math.isfinite(stats.loss) and stats.scale >= 1
+        return not searching_for_scale
 
     def _remedy(self) -> str:
         other = "or use --train.precision bf16" if self.precision == "fp16" else "or try --train.precision fp32"
         return f"Lower --optim.lr, lengthen --schedule.warmup_epochs, {other}"
 
-    def go_back(self, at: int, to: int) -> Rollback:
+    def roll_back(self, at: int, to: int) -> Rollback:
         """Add a rollback to the run's history."""
-        made = Rollback(at, to, self.config.rollback_lr_factor, self.config.rollback_reshuffle)
-        self.rollbacks.append(made)
-        self.bad_since = self.tripped = None
-        return made
+        rollback = Rollback(at, to, self.config.rollback_lr_factor, self.config.rollback_reshuffle)
+        self.restore([*self.rollbacks, rollback], None)
+        return rollback
 
     def failed_again(self) -> bool:
-        """Is the trouble at hand where the last one was, or before? Then its checkpoint may be bad already."""
+        """Did the steps fail that failed before the last rollback, or earlier ones? Then the checkpoint that was used
+        for it may be bad already."""
         return bool(self.rollbacks) and self.tripped is not None and self.tripped <= self.rollbacks[-1].at
 
     def lr_factor(self, step: int) -> float:
+        """Factor of the learning rate after `step` steps."""
         return math.prod(rollback.lr_factor for rollback in self.rollbacks if step >= rollback.to)
 
     def reshuffled_from(self) -> list[int]:
         """The steps from which the rest of their epoch has another order."""
         return [rollback.to for rollback in self.rollbacks if rollback.reshuffle]
 
-    def belongs(self, meta: dict) -> bool:
-        """Is a checkpoint part of this history, and not of a way that was given up?"""
-        known = rollbacks_of(meta)
-        return all(rollback in known for rollback in self.rollbacks if rollback.to < meta["step"])
-
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        return {"rollbacks": [list(astuple(item)) for item in self.rollbacks], "bad_since": self.bad_since}
-
-    def take_up(self, events: Iterable[dict]) -> None:
-        """Take the history from the ledger's events."""
-        rows = [row for row in events if row.get("event") == "rolled_back"]
-        self.rollbacks = [Rollback(row["at"], row["to"], row["lr_factor"], row["reshuffle"]) for row in rows]
+        return {"rollbacks": [list(astuple(item)) for item in self.rollbacks], "last_good_step": self.last_good_step}
 
 
-def _describe(report: StepStats) -> str:
-    scale = f", the fp16 loss scale {report.scale:g}" if report.scale != 1 else ""
-    return f"step {report.step + 1}: the loss is {report.loss}, the gradient's norm {report.grad_norm}{scale}"
+def _describe(stats: StepStats) -> str:
+    scale = f", the fp16 loss scale {stats.scale:g}" if stats.scale != 1 else ""
+    return f"step {stats.step}: the loss is {stats.loss}, the gradient's norm {stats.grad_norm}{scale}"
 
 
 class Spikes:
-    """Is a loss far above those before it, also for how much they vary? Knows the last `WINDOW` of them."""
+    """Is a loss far above those before it, also for how much they vary? Keeps the last `WINDOW` of them.
 
-    def __init__(self, factor: float, losses: Iterable[float]):
+    Args:
+        factor: a spike is above the median by this factor.
+        losses: of the steps so far; entries that are no finite numbers are ignored.
+    """
+
+    def __init__(self, factor: float, losses: Iterable[object]):
         self.factor = factor
-        self.losses = deque((loss for loss in losses if _is_number(loss)), maxlen=WINDOW)
+        finite = (loss for loss in losses if isinstance(loss, float | int) and math.isfinite(loss))
+        self.losses: deque[float] = deque(finite, maxlen=WINDOW)
 
-    def note(self, loss: float) -> bool:
-        """Take note of a step's loss; True if it is a spike."""
+    def observe(self, loss: float) -> bool:
+        """Add a step's loss; True if it is a spike."""
         if not math.isfinite(loss):
             return False
         spike = len(self.losses) >= ENOUGH and loss > self._limit()
@@ -137,7 +155,3 @@ class Spikes:
         median = statistics.median(self.losses)
         deviation = 1.4826 * statistics.median(abs(loss - median) for loss in self.losses)
         return max(self.factor * median, median + SPREADS * deviation)
-
-
-def _is_number(loss) -> bool:
-    return isinstance(loss, float | int) and math.isfinite(loss)

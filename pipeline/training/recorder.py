@@ -1,90 +1,104 @@
-"""What rank 0 keeps of a run while it trains: the ledger, its view in W&B, the checkpoints, the marks of its end."""
+"""What rank 0 writes while a run trains: the ledger, its view in W&B, the checkpoints, the markers of the run's end."""
 
 import dataclasses
 import math
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import torch
 
-from pipeline.config import Config, semantic_config
+from pipeline.config import semantic_config
 from pipeline.errors import TransientError
-from pipeline.loader.plan import TrainPlan
-from pipeline.tracking.console import Console
+from pipeline.loader.build import choose_loader
+from pipeline.model.build import count_parameters
 from pipeline.tracking.ledger import Ledger, best_step, last_steps
 from pipeline.tracking.wandb_view import WandbView
 from pipeline.training.evaluate import Scores
 from pipeline.training.final_report import write_report
 from pipeline.training.guard import Rollback, Spikes
+from pipeline.training.ranks.launcher import current_launch
 from pipeline.training.ranks.step_stats import StepStats
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.stragglers import Slow
-from pipeline.training.ranks.world import World
 from pipeline.training.run_folder.checkpoint import CheckpointWriter
-from pipeline.training.run_folder.folder import RunFolder, slurm_facts
+from pipeline.training.run_folder.folder import mark_finished, slurm_facts
 from pipeline.training.run_folder.outage import Outage
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
+from pipeline.training.setup import RunSetup
+from pipeline.training.step import TrainStep
 
 SPIKE_WARNING_STEPS = 100
 
 
 class RunRecorder:
-    """The books of a run; opened at `step`, whose later rows are taken out.
+    """Ledger, W&B view and checkpoints of a run. Rank 0 only.
 
-    Args:
-        config: of the run.
-        folder: its folder.
-        plan: of its samples.
-        console: where it is told of.
-        world: of this start.
+    The ledger is opened at `setup.start.step`: its rows of later steps are removed, as these steps will be done again.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, plan: TrainPlan, console: Console, step: int, world: World):
-        self.config, self.folder, self.plan, self.console = config, folder, plan, console
-        settings = semantic_config(config) | {"world_size": world.size}
-        self.wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), console.say)
-        self.ledger = Ledger(folder.ledger, step)
+    def __init__(self, setup: RunSetup):
+        self.config, self.folder, self.plan, self.console = setup.config, setup.folder, setup.plan, setup.console
+        self.confirm_lock = setup.confirm_lock
+        config, folder = setup.config, setup.folder
+        settings = semantic_config(config) | {"world_size": setup.world.size}
+        self.wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), self.console.say)
+        self.ledger = Ledger(folder.ledger, setup.start.step)
         self.spikes = Spikes(config.guard.spike_factor, self.ledger.losses)
         self.writer = CheckpointWriter(
             folder.checkpoints,
             config.checkpoint.keep,
-            protected=lambda: {best_step(self.ledger.evaluations)},
+            protected=self._best_step,
             warn=self.alarm,
             before=self._before_checkpoint,
         )
-        self.host_copy = HostCopy(world.device, console.warn)
+        self.host_copy = HostCopy(setup.world.device, self.console.warn)
         self.outage = Outage(folder.path, 60 * config.checkpoint.outage_timeout_minutes, self.alarm)
-        self.owes_save = False  # was the run folder away?
+        self.save_needed = False  # an outage has ended: no checkpoint was saved meanwhile
         self.next_spike_warning = 0  # step
-        self.fence: Callable[[], None] = lambda: None  # called before anything is written; see RunLock.confirm
+
+    def _best_step(self) -> set[int]:
+        """The step of the best checkpoint so far, which is never removed."""
+        best = best_step(self.ledger.evaluations)
+        return set() if best is None else {best}
+
+    def record_start(self, setup: RunSetup) -> None:
+        """The ledger's row of a start, and a summary of the run on the console."""
+        launch = current_launch()
+        facts: dict[str, object] = {
+            "world_size": setup.world.size,
+            "last_step": setup.milestones.last_step,
+            "hardware": setup.world.hardware,
+            "torch": torch.__version__,
+        }
+        if launch is not None and launch.round > 1:
+            facts |= {"round": launch.round, "reason": launch.reason}
+        self.event("started" if setup.start.path is None else "resumed", setup.start.step, **facts)
 
     def epoch(self, step: int) -> float:
         return step * self.plan.global_batch_size / self.plan.samples
 
-    def record_step(self, report: StepStats, ids: np.ndarray, lr: float) -> None:
-        """The ledger's row of a step: row s says that s steps are done. ids: as they were used, of all ranks."""
-        done = report.step + 1
+    def record_step(self, stats: StepStats, lr: float, batch_digest: str) -> None:
+        """The ledger's row of a step: row s says that s steps are done."""
         row = {
             "kind": "train",
-            "step": done,
-            "epoch": self.epoch(done),
-            "loss": report.loss,
-            "top1": report.top1,
+            "step": stats.step,
+            "epoch": self.epoch(stats.step),
+            "loss": stats.loss,
+            "top1": stats.top1,
             "lr": lr,
-            "images_per_s": self.plan.global_batch_size / report.step_s,
-            "data_wait_fraction": min(1.0, report.wait_s / report.step_s),
-            "grad_norm": report.grad_norm,
-            "batch_digest": self.plan.digest(report.step, ids),
+            "images_per_s": self.plan.global_batch_size / stats.step_s,
+            "data_wait_fraction": min(1.0, stats.wait_s / stats.step_s),
+            "grad_norm": stats.grad_norm,
+            "batch_digest": batch_digest,
         }
         if self.config.train.precision == "fp16":
-            row["loss_scale"] = report.scale
-        if not math.isfinite(report.grad_norm):
+            row["loss_scale"] = stats.scale
+        if not math.isfinite(stats.grad_norm):
             row["skipped"] = True
-        if self.spikes.note(report.loss):
+        if self.spikes.observe(stats.loss):
             row["spike"] = True
-            self.warn_of_spike(done, report.loss)
+            self.warn_of_spike(stats.step, stats.loss)
         self.log(row)
         self.console.step(row)
 
@@ -123,19 +137,19 @@ class RunRecorder:
     def log(self, row: dict) -> None:
         """A row to the ledger, and to W&B, which is a view of it. Raises TransientError where the disk refuses for too
         long."""
-        self.fence()
+        self.confirm_lock()
         self.ledger.append(row)
         self.wandb.log(row)
-        if self.outage.note(self.ledger.refusal, row["step"]):
-            self.owes_save = True
+        if self.outage.update(self.ledger.refusal, row["step"]):
+            self.save_needed = True
             if not self.folder.config.exists():  # the whole folder was removed
                 self.folder.save_config(self.config)
 
     def _before_checkpoint(self) -> None:
-        self.fence()
+        self.confirm_lock()
         self.ledger.sync()
 
-    def event(self, name: str, step: int, **facts) -> None:
+    def event(self, name: str, step: int, **facts: object) -> None:
         """Enter into the ledger what happened to the run."""
         self.ledger.append(_event_row(name, step, **facts))
 
@@ -146,17 +160,22 @@ class RunRecorder:
     def save(self, step: int, state: dict[str, dict], meta: dict) -> None:
         """Copy a state and write it as a checkpoint behind the training; waits for the one before it. The ledger
         reaches the disk before it does."""
-        self.owes_save = False
+        self.save_needed = False
         self.writer.wait()  # the host's copy is free again
         copy, wait = self.host_copy.take(state)
         self.writer.save(Snapshot(step, copy, meta, wait))
 
-    def go_back(self, made: Rollback) -> None:
-        """Enter that the run goes back, before it does: rows and checkpoints of later steps go."""
+    def record_rollback(self, rollback: Rollback, path: Path | None, lr: float) -> None:
+        """Record that the run rolls back to `path` (None: step 0), before it does: rows and checkpoints of later steps
+        are removed. lr: the learning rate from there on."""
         self.wandb.expect_rewind(last_steps(self.folder.ledger))
-        self.ledger.rewind(made.to, _event_row("rolled_back", made.at, **dataclasses.asdict(made)))
-        self.writer.remove_after(made.to)
+        self.ledger.rewind(rollback.to, _event_row("rolled_back", rollback.at, **dataclasses.asdict(rollback)))
+        self.writer.remove_after(rollback.to)
         self.spikes = Spikes(self.config.guard.spike_factor, self.ledger.losses)
+        order = ", in another order" if rollback.reshuffle else ""
+        self.console.warn(
+            f"rolling back from step {rollback.at} to {path or 'the beginning'}, with learning rate {lr:.4g}{order}"
+        )
 
     def finish(self, step: int) -> None:
         """The last step is done, scored and on the disk. Raises TransientError where its checkpoint could not be."""
@@ -202,20 +221,31 @@ class RunRecorder:
         self.wandb.close()
 
 
-def mark_finished(folder: RunFolder, scores: dict, verb: str, say: Callable[[str], None]) -> None:
-    """The mark `finished`, from the ledger's last evaluation."""
-    keys = ("step", "val_top1", "val_top5", "val_ema_top1", "val_ema_top5")
-    folder.mark("finished", **{key: scores[key] for key in keys if key in scores})
-    average = f", with averaged weights {scores['val_ema_top1']:.2f} %" if "val_ema_top1" in scores else ""
-    say(f"{verb}: {scores['step']} steps, top-1 {scores['val_top1']:.2f} %{average}; {folder.path}")
-
-
-def _event_row(name: str, step: int, **facts) -> dict:
+def _event_row(name: str, step: int, **facts: object) -> dict:
     here = {"time": time.time(), "host": socket.gethostname(), **slurm_facts()}
     return {"kind": "event", "event": name, "step": step, **here, **facts}
 
 
-def going_back(made: Rollback, path: Path | None, lr: float) -> str:
-    """What is said of a rollback."""
-    way = f"{lr:.4g} as learning rate" + (", in another order" if made.reshuffle else "")
-    return f"going back from step {made.at} to {path or 'the beginning'}, with {way}"
+def open_recorder(setup: RunSetup, train_step: TrainStep) -> RunRecorder:
+    """The recorder of a start, with the start recorded and a summary of the run printed. Rank 0 only."""
+    recorder = RunRecorder(setup)
+    recorder.host_copy.reserve(train_step.state_dict())
+    recorder.record_start(setup)
+    print_summary(setup, train_step)
+    setup.console.start(setup.start.step, setup.milestones.last_step)
+    return recorder
+
+
+def print_summary(setup: RunSetup, train_step: TrainStep) -> None:
+    """Print what is trained, on what, from where."""
+    config, say, world = setup.config, setup.console.say, setup.world
+    loader, fallen_back_from = choose_loader(config.data.loader)
+    if fallen_back_from:
+        setup.console.warn(fallen_back_from)
+    say(f"run folder {setup.folder.path}")
+    say(
+        f"{config.model.name}: {count_parameters(train_step.model):,} parameters, {config.train.precision}; "
+        f"{world.size} x {world.device.type}, global batch {config.train.global_batch_size}; "
+        f"{setup.plan.samples:,} training images of {setup.index.num_classes} classes by {loader}"
+    )
+    say("starting at step 0" if setup.start.path is None else f"resuming from {setup.start.path}")

@@ -1,13 +1,14 @@
-"""Where a run starts, or goes back to: the newest good checkpoint of this run and this history."""
+"""Where a run starts, or rolls back to: the newest good checkpoint that is part of this run's history."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config, semantic_config
 from pipeline.errors import UserError
 from pipeline.tracking.ledger import read_rows
-from pipeline.training.guard import Guard, Rollback, rollbacks_of
+from pipeline.training.guard import Guard, Rollback, is_in_history, rollbacks_of, rollbacks_of_ledger
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
     check_fingerprints,
@@ -19,20 +20,50 @@ from pipeline.training.run_folder.folder import RunFolder
 
 @dataclass(frozen=True)
 class Start:
-    """path: a verified checkpoint folder; None: the beginning. meta: its meta. rollbacks: where the run went back."""
+    """A state to train from.
+
+    Attributes:
+        path: a verified checkpoint folder; None: step 0, with new weights.
+        meta: the checkpoint's manifest.
+        rollbacks: of the run so far.
+    """
 
     path: Path | None = None
-    meta: dict = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
     rollbacks: list[Rollback] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Number of steps done."""
+        return self.meta.get("step", 0)
+
+    @property
+    def blacklist(self) -> dict[int, int]:
+        """Unreadable sample -> the step in which it was found."""
+        return dict(self.meta.get("blacklist", []))
+
+    @property
+    def last_good_step(self) -> int | None:
+        """The last step before bad ones, if the checkpoint was saved among these; see `Guard`."""
+        return self.meta.get("last_good_step")
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the state_dicts in the checkpoint: "model", "optimizer", "ema"."""
+        return [name.removesuffix(".pt") for name in self.meta["files"]]
 
 
 def find_start(
-    config: Config, folder: RunFolder, guard: Guard, index_fingerprint: str, warn: Callable[[str], None]
+    config: Config, folder: RunFolder, index_fingerprint: str, last_step: int, warn: Callable[[str], None]
 ) -> Start:
-    """Where `config.resume` says. Rank 0 only. Raises UserError for a checkpoint of another recipe or data set."""
-    guard.take_up(read_rows(folder.ledger))
+    """The start that `config.resume` asks for. Rank 0 only.
+
+    Raises UserError for a checkpoint of a different recipe or data set, or with more than `last_step` steps done.
+    """
+    rollbacks = rollbacks_of_ledger(read_rows(folder.ledger))
+    found: tuple[Path, dict] | None
     if config.resume in ("auto", "never"):
-        found = find_newest_good(folder.checkpoints, warn, guard.belongs)
+        found = find_newest_good(folder.checkpoints, warn, lambda meta: is_in_history(meta, rollbacks))
     else:
         path = Path(config.resume).expanduser()
         try:
@@ -40,17 +71,28 @@ def find_start(
         except DamagedCheckpoint as error:
             raise UserError(f"--resume {path}: {error}; give another checkpoint folder, or 'auto'") from error
     if found is None:
-        return Start(rollbacks=guard.rollbacks)
+        return Start(rollbacks=rollbacks)
     check_fingerprints(*found, semantic_config(config), index_fingerprint)
-    return Start(*found, guard.rollbacks or rollbacks_of(found[1]))
+    start = Start(*found, rollbacks or rollbacks_of(found[1]))
+    if start.step > last_step:
+        raise UserError(
+            f"{start.path} is at step {start.step}, past the end at {last_step}; "
+            "raise --train.max_steps, or give another --run_dir"
+        )
+    return start
 
 
-def find_way_back(folder: RunFolder, guard: Guard, warn: Callable[[str], None]) -> tuple[Path | None, dict]:
-    """The last checkpoint before the trouble that `guard` met, and its meta; before the one that was tried last, if the
-    trouble is the same. Rank 0 only."""
+def find_rollback_start(folder: RunFolder, guard: Guard, warn: Callable[[str], None]) -> Start:
+    """The last checkpoint before the bad steps that `guard` counted. Rank 0 only.
 
-    def until(step: int) -> tuple[Path, dict] | None:
-        return find_newest_good(folder.checkpoints, warn, lambda meta: meta["step"] <= step and guard.belongs(meta))
+    If the steps after the last rollback failed again, it is a checkpoint before the one that was used then.
+    """
+    assert guard.tripped is not None
 
-    found = until(guard.rollbacks[-1].to - 1) if guard.failed_again() else None
-    return found or until(guard.tripped) or (None, {})
+    def newest_up_to(step: int) -> tuple[Path, dict] | None:
+        return find_newest_good(
+            folder.checkpoints, warn, lambda meta: meta["step"] <= step and is_in_history(meta, guard.rollbacks)
+        )
+
+    found = newest_up_to(guard.rollbacks[-1].to - 1) if guard.failed_again() else None
+    return Start(*(found or newest_up_to(guard.tripped) or (None, {})))

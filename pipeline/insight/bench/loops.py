@@ -65,17 +65,13 @@ def bench_config(folder: Path, model: str, size: int, batch: int, precision: Pre
 
 
 def open_trainer(config: Config, world: World) -> "Trainer":
-    """A trainer at step 0, ready to train."""
-    from pipeline.training.loop import Trainer
+    """A trainer of the run in `config.run_dir`, warmed up."""
+    from pipeline.training import loop
     from pipeline.training.ranks.stop_request import StopRequest
-    from pipeline.training.run_folder.folder import make_run_folder
-    from pipeline.training.start import Start
+    from pipeline.training.setup import prepare_run
 
-    make_run_folder(config)
-    trainer = Trainer(config, world, StopRequest(install=False))
-    trainer.restore(Start())
-    trainer.open()
-    trainer.train_step.warm_up()
+    trainer = loop.open_trainer(prepare_run(config, world, StopRequest(install=False)))
+    trainer.warm_up()
     return trainer
 
 

@@ -1,7 +1,7 @@
-"""What every step tells all ranks: losses, waiting times, wishes to stop, and the ids that were really used.
+"""What all ranks learn of each step: losses, waiting times, votes to stop or save, and the ids that were really used.
 
 One small all-gather a step carries it. It is read `lag` steps later, when the device has long finished it, so nobody
-waits; and since every rank reads the same reports at the same distance, all decide alike without a further message.
+waits; and since every rank reads the same statistics at the same distance, all decide alike without a further message.
 """
 
 from collections import deque
@@ -17,7 +17,7 @@ _LOSS, _HITS, _NORM, _SCALE, _VOTE, _WAIT, _TIME, _OWN, _HEAD = range(9)
 
 
 class Vote(IntEnum):
-    """What a rank asks of all; the greatest vote counts."""
+    """What a rank asks of all ranks; the greatest vote counts."""
 
     NONE = 0
     SNAPSHOT = 1  # a copy of the state in each node's memory
@@ -28,9 +28,19 @@ class Vote(IntEnum):
 
 @dataclass(frozen=True)
 class StepStats:
-    """One step over all ranks. loss: mean over the global batch. top1: percent of its images. grad_norm: of the mean
-    gradient. scale: of fp16's loss, else 1. vote: the greatest of all ranks. wait_s, step_s: seconds, of the rank that
-    waited longest and of rank 0. ids: int64 [global_batch_size]. own_s: float64 [ranks], see `stragglers`."""
+    """One step over all ranks.
+
+    Attributes:
+        step: number of steps done with it.
+        loss: mean over the global batch.
+        top1: percent of its images.
+        grad_norm: of the mean gradient.
+        scale: fp16's loss scale, else 1.
+        vote: the greatest of all ranks.
+        wait_s, step_s: seconds, of the rank that waited longest and of rank 0.
+        ids: int64 [global_batch_size], as they were used.
+        own_s: float64 [ranks], see `stragglers`.
+    """
 
     step: int
     loss: float
@@ -45,7 +55,7 @@ class StepStats:
 
 
 class StepStatsExchange:
-    """Gathers a report a step and gives each back `lag` steps later (0 on the CPU, where there is nothing to hide)."""
+    """Gathers each step's statistics and returns them `lag` steps later (0 on the CPU: there is nothing to hide)."""
 
     def __init__(self, world: World, lag: int | None = None):
         self.world = world
@@ -62,7 +72,8 @@ class StepStatsExchange:
         step_s: float,
         own_s: float = 0.0,
     ) -> None:
-        """Send this rank's report. numbers: [4] as `TrainStep` gives them; ids: int64 [local batch]; on the device."""
+        """Send this rank's statistics of a step; `step` steps are done with it. numbers: [4] as `TrainStep` returns
+        them; ids: int64 [local batch]; both on the device."""
         host = torch.tensor([0.0, 0.0, 0.0, 0.0, float(vote), wait_s, step_s, own_s], dtype=torch.float64)
         if self.world.device.type == "cuda":
             host = host.pin_memory()
@@ -71,7 +82,7 @@ class StepStatsExchange:
         mine[: len(numbers)] = numbers
         mine[_HEAD:] = ids  # exact: ids are far below 2^53
         everyone = torch.empty(self.world.size * len(mine), dtype=torch.float64, device=self.world.device)
-        with self.world.watch.collective("the exchange of reports"):
+        with self.world.watch.collective("the exchange of step statistics"):
             dist.all_gather_into_tensor(everyone, mine)
         event = None
         if self.world.device.type == "cuda":
@@ -82,7 +93,7 @@ class StepStatsExchange:
         self.pending.append((step, everyone, event))
 
     def due(self, everything: bool = False) -> list[StepStats]:
-        """The reports that are at least `lag` steps old, or all of them; oldest first."""
+        """The statistics that are at least `lag` steps old, or all of them; oldest first."""
         ready = []
         while self.pending and (everything or len(self.pending) > self.lag):
             ready.append(self._read(*self.pending.popleft()))

@@ -67,8 +67,8 @@ class Stragglers:
         self.times, self.steps = torch.zeros(WINDOW, size, dtype=torch.float64), 0
         self.known: int | None = None
 
-    def note(self, own_s: torch.Tensor) -> Slow | None:
-        """Take note of a step. own_s: float64 [ranks]. Returns the slowest rank when it comes to be one."""
+    def observe(self, own_s: torch.Tensor) -> Slow | None:
+        """Add a step. own_s: float64 [ranks]. Returns the slowest rank when it becomes a straggler."""
         self.times[self.steps] = own_s
         self.steps += 1
         if self.steps < WINDOW:

@@ -27,7 +27,7 @@ BEAT_S = 2.0  # between two signs of life
 WARN_AFTER_S = 30.0  # of waiting, and again after twice as long
 TICK_S = 0.25  # how long the thread sleeps that tells when this process was stopped
 LATE_S = 0.5  # by which it wakes too late after a stop
-_LAST_WORDS_S = 5.0  # for what is written before the process ends; the disk may be what hangs
+_BEFORE_EXIT_S = 5.0  # for what is written before the process ends; the disk may be what hangs
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Watchdog:
         self.rank, self.size, self.hang_timeout_s, self.store = rank, size, hang_timeout_s, store
         self.names = [f"rank {number}" for number in range(size)]
         self.detail: Callable[[], str] = lambda: ""  # more on where the training thread is: the file being read
-        self.last_words: Callable[[str], None] = lambda message: None  # called before the process is ended
+        self.before_exit: Callable[[str], None] = lambda message: None  # called before the process is ended
         self.folder: Path | None = None  # where stacks and collectives are left
         self.step: int | None = None
         self.disconnected = False  # was contact to the other ranks lost?
@@ -262,7 +262,7 @@ class Watchdog:
         """End this process, whatever hangs in it."""
         words = threading.Thread(target=self._speak, args=(message, own), daemon=True)
         words.start()
-        words.join(_LAST_WORDS_S)
+        words.join(_BEFORE_EXIT_S)
         os._exit(EXIT_RETRY)
 
     def _speak(self, message: str, own: bool) -> None:
@@ -270,7 +270,7 @@ class Watchdog:
             self.announce_exit(message)
         if own or self.rank == self.reporter():
             print(redact(f"pipeline train: {message}"), file=sys.stderr, flush=True)
-        self.last_words(message)
+        self.before_exit(message)
         self.dump()
 
     def dump(self) -> None:

@@ -20,7 +20,7 @@ from pipeline.rank_info import RankInfo
 from pipeline.training.ranks.open_files import raise_limit
 from pipeline.training.ranks.watchdog import Watchdog
 
-MEETING = timedelta(seconds=30)
+END_TIMEOUT = timedelta(seconds=30)  # of the wait for all ranks before a process ends
 LONG_TIMEOUT = timedelta(days=1)  # of what only waits for rank 0; the watch ends it before, where nothing moves
 SUSPENDED = timedelta(hours=6)  # for which a job may be suspended and resume in place
 STORE_TIMEOUT = timedelta(seconds=10)
@@ -73,13 +73,13 @@ class World(RankInfo):
             raise UserError(value) if kind == "user" else TransientError(value, on_all_ranks=True)
         return value
 
-    def meet(self) -> None:
-        """Wait for all ranks, but not for long. Collective, on the host."""
+    def wait_for_all(self) -> None:
+        """Wait for all ranks, `END_TIMEOUT` at most. Collective, on the host."""
         if self.watch.disconnected:
             return
-        self.watch.phase("waiting for the other ranks' end", limit_s=2 * MEETING.total_seconds())
+        self.watch.phase("waiting for the other ranks' end", limit_s=2 * END_TIMEOUT.total_seconds())
         with contextlib.suppress(RuntimeError):  # late, or gone
-            dist.all_reduce(torch.zeros(1), async_op=True).wait(timeout=MEETING)
+            dist.all_reduce(torch.zeros(1), async_op=True).wait(timeout=END_TIMEOUT)
 
     def close(self) -> None:
         self.watch.phase("leaving the other ranks", limit_s=_LEAVE_S)
@@ -170,8 +170,8 @@ def _shared_store(size: int) -> dist.Store | None:
     return dist.PrefixStore(f"watch/{name[0]}", store)
 
 
-def meet_all(world: World) -> None:
-    """Learn where each rank is, for messages, and begin to watch over this one. Collective."""
+def start_watchdog(world: World) -> None:
+    """Learn where each rank runs, for messages, and begin to watch this one. Collective."""
     gpu = f"GPU {world.local_rank}, " if world.device.type == "cuda" else ""
     mine = f"rank {world.rank} ({socket.gethostname()}, {gpu}pid {os.getpid()})"
     if world.size > 1:
@@ -184,7 +184,7 @@ def meet_all(world: World) -> None:
 class Clock:
     """Seconds since the last lap; `lap` begins a new one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.last = time.perf_counter()
 
     def peek(self) -> float:

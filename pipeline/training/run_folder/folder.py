@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class RunFolder(RunPaths):
         about = json.loads(redact(json.dumps(config.about)))
         atomic_write(self.config, to_yaml(dataclasses.replace(config, about=about)))
 
-    def mark(self, name: str, **facts) -> None:
+    def mark(self, name: str, **facts: object) -> None:
         """Write the marker `name` atomically; of interrupted, finished and failed only one stands."""
         for other in END_MARKERS:
             if other != name:
@@ -106,3 +107,11 @@ def slurm_facts() -> dict:
     """The Slurm job's id and restart count, where there is one."""
     names = {"slurm_job_id": "SLURM_JOB_ID", "slurm_restart_count": "SLURM_RESTART_COUNT"}
     return {key: os.environ[name] for key, name in names.items() if name in os.environ}
+
+
+def mark_finished(folder: RunFolder, scores: dict, verb: str, say: Callable[[str], None]) -> None:
+    """Write the marker `finished` and print it. scores: the ledger's row of the last evaluation."""
+    keys = ("step", "val_top1", "val_top5", "val_ema_top1", "val_ema_top5")
+    folder.mark("finished", **{key: scores[key] for key in keys if key in scores})
+    average = f", with averaged weights {scores['val_ema_top1']:.2f} %" if "val_ema_top1" in scores else ""
+    say(f"{verb}: {scores['step']} steps, top-1 {scores['val_top1']:.2f} %{average}; {folder.path}")

@@ -23,7 +23,7 @@ class Outage:
         self._since: float | None = None
         self._say_at = 0.0
 
-    def note(self, refusal: OSError | None, step: int) -> bool:
+    def update(self, refusal: OSError | None, step: int) -> bool:
         """The disk refused the row of `step`, or (None) took it and all before it. True: an outage has just ended.
         Raises TransientError when it has lasted for too long."""
         now = time.monotonic()

@@ -1,0 +1,133 @@
+"""From a configuration to all that a run requires before its network is built; see `RunSetup`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.config import Config, semantic_config
+from pipeline.dataset.index.index import Index
+from pipeline.loader.build import make_train_plan
+from pipeline.loader.plan import TrainPlan
+from pipeline.model.build import build_model
+from pipeline.model.weights import start_from
+from pipeline.tracking.console import Console
+from pipeline.tracking.ledger import read_rows
+from pipeline.training.data import check_labels, open_data
+from pipeline.training.milestones import Milestones
+from pipeline.training.optim.lr_schedule import Schedule, peak_lr
+from pipeline.training.ranks.consistency import refuse_differences
+from pipeline.training.ranks.stop_request import StopRequest
+from pipeline.training.ranks.world import World
+from pipeline.training.run_folder.checkpoint import load_state
+from pipeline.training.run_folder.folder import RunFolder, mark_finished, open_run_folder
+from pipeline.training.run_folder.local import LocalSnapshots, local_snapshots, publish_newest
+from pipeline.training.start import Start, find_start
+from pipeline.training.step import TrainStep
+from pipeline.training.validate import check_classes, validate
+
+
+def _nothing_to_confirm() -> None:
+    """For a run folder without a lock, as in benchmarks."""
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """What a run requires before its network is built. Made by `prepare_run`; the same on all ranks.
+
+    Attributes:
+        config: the whole configuration.
+        world: this process among all ranks.
+        stop: set when the run is asked to save and stop.
+        console: prints on rank 0, and nothing on other ranks.
+        folder: the run folder, checked and ready.
+        index: the data set.
+        plan: which samples each step takes.
+        schedule: the learning rate of each step.
+        milestones: after which steps a checkpoint or an evaluation is due, and the last step.
+        classes: number of outputs of the network.
+        start: the checkpoint to start from, or step 0.
+        local: snapshots in this node's memory; None: `pipeline launch` did not start this process.
+        confirm_lock: called by rank 0 before each write to the run folder; see `RunLock.confirm`.
+    """
+
+    config: Config
+    world: World
+    stop: StopRequest
+    console: Console
+    folder: RunFolder
+    index: Index
+    plan: TrainPlan
+    schedule: Schedule
+    milestones: Milestones
+    classes: int
+    start: Start
+    local: LocalSnapshots | None
+    confirm_lock: Callable[[], None]
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the run that saved it."""
+        return {
+            "semantic_config": semantic_config(self.config),
+            "index_fingerprint": self.index.fingerprint,
+            "classes": list(self.index.synsets),
+            "world_size": self.world.size,
+            "torch": torch.__version__,
+        }
+
+    def make_train_step(self, start: Start) -> TrainStep:
+        """Network and optimizer in the state of `start`, on this rank's device. Collective."""
+        torch.manual_seed(self.config.train.seed)
+        model = build_model(self.config.model, self.classes)
+        if start.path is None:
+            self.world.on_rank_zero(lambda: start_from(model, self.config.model))
+        with self.world.watch.collective("sending rank 0's weights to all ranks"):
+            train_step = TrainStep(model, self.config, self.world, self.schedule.warmup_steps)
+        if start.path is not None:
+            train_step.load_state_dict(load_state(start.path, start.parts))
+        return train_step
+
+
+def prepare_run(
+    config: Config, world: World, stop: StopRequest, confirm_lock: Callable[[], None] = _nothing_to_confirm
+) -> RunSetup:
+    """Check the configuration, open run folder and data set, and find the checkpoint to start from. Collective.
+
+    Builds the index where it is missing, which may take hours. Raises UserError for what can't be trained, and for a
+    run folder or checkpoint of a different run.
+    """
+    console = Console(config.tracking.print_every_s, quiet=not world.is_rank_zero)
+    world.on_rank_zero(lambda: validate(config, world.size, world.device.type))
+    folder: RunFolder = world.on_rank_zero(lambda: open_run_folder(config))
+    if world.local_rank == 0:  # one rank a node: a network file system may show the file late on other nodes
+        stop.watch(folder.stop)
+    index = open_data(config.data, world, console.say)
+    refuse_differences({"the data set's fingerprint": index.fingerprint}, world)
+    classes = config.model.num_classes or index.num_classes
+    check_classes(config.model, index.num_classes)
+    check_labels(index, classes)
+    plan = make_train_plan(index, config.data, config.train, config.augment)
+    steps_per_epoch = plan.samples / config.train.global_batch_size
+    schedule = Schedule(config.schedule, peak_lr(config.optim, config.train.global_batch_size), steps_per_epoch)
+    last_step = min(schedule.total_steps, config.train.max_steps or schedule.total_steps)
+    milestones = Milestones(config, plan, last_step)
+    local = local_snapshots(world, console.warn)
+    publish_newest(world, local, folder, console.say)
+    start = world.on_rank_zero(lambda: find_start(config, folder, index.fingerprint, last_step, console.warn))
+    return RunSetup(
+        config, world, stop, console, folder, index, plan, schedule, milestones, classes, start, local, confirm_lock
+    )
+
+
+def already_finished(setup: RunSetup) -> bool:
+    """Is the last step done and scored? Then rank 0 says so, and there is nothing to train. Collective."""
+    last_step = setup.milestones.last_step
+
+    def find_scores() -> bool:
+        rows = [row for row in read_rows(setup.folder.ledger) if row.get("kind") == "eval" and row["step"] == last_step]
+        if rows:
+            mark_finished(setup.folder, rows[-1], "already finished", setup.console.say)
+        return bool(rows)
+
+    return setup.start.step == last_step and setup.world.on_rank_zero(find_scores)
