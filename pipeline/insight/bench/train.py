@@ -121,7 +121,7 @@ def measure(config: Config, world: "World", steps: int, rounds: int, save_every_
             begun = time.perf_counter()
             trainer.recorder.writer.wait()
             seen.setdefault("background write", []).append(time.perf_counter() - begun)
-    waits = [row["data_wait_fraction"] for row in read_rows(trainer.folder.ledger) if row.get("kind") == "train"][
+    waits = [row["data_wait_fraction"] for row in read_rows(trainer.setup.folder.ledger) if row.get("kind") == "train"][
         steps:
     ]
     trainer.close()
