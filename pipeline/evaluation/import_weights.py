@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from pipeline.command import run_command
-from pipeline.config import ModelConfig, load_config, resolve_recipe, semantic_config, to_yaml
+from pipeline.config import Config, ModelConfig, load_config, resolve_recipe, semantic_config, to_yaml
 from pipeline.dataset.index.index import Index, index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.class_map import imagenet_classes
@@ -103,7 +103,7 @@ def classes_for(index: Index, outputs: int) -> list[str]:
     return classes
 
 
-def write_run(folder: RunFolder, config, model: torch.nn.Module, facts: dict) -> None:
+def write_run(folder: RunFolder, config: Config, model: torch.nn.Module, facts: dict) -> None:
     """A run folder that stands at step 0 with these weights. facts: what its checkpoint says of the data set."""
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)

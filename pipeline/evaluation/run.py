@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import nn
@@ -27,6 +28,8 @@ from pipeline.training.ranks.world import World, start_world
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
 from pipeline.training.run_folder.folder import RunFolder
 
+Device = Literal["auto", "cuda", "cpu"]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -43,7 +46,7 @@ class Request:
     recalibrate: int | None = None
     per_class: str | None = None
     batch_size: int | None = None
-    device: str = "auto"
+    device: Device = "auto"
     json: str | None = None
 
     @property
@@ -70,8 +73,8 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     if not ask.published and ask.weights not in ("raw", "ema", "both"):
         raise UserError(f"--weights {ask.weights}: give raw, ema, both, or {PREFIX}NAME, e.g. {PREFIX}IMAGENET1K_V2")
     published = find_published(ask.model, ask.weights.removeprefix(PREFIX)) if ask.published else None
-    folder = None if published else RunFolder(Path(ask.run).expanduser().resolve())
-    if folder is not None and not folder.config.exists():
+    folder = RunFolder(Path(ask.run).expanduser().resolve())
+    if published is None and not folder.config.exists():
         raise UserError(f"{ask.run} is no run folder: it has no config.yaml; give the --run_dir of a run")
     config = published_config(ask, published) if published else load_config(folder.config, verb="evaluate")
     config = relocated(config, ask.data_root, ask.batch_size, ask.device)
@@ -96,7 +99,7 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     return EXIT_OK
 
 
-def relocated(config: Config, data_root: str | None, batch_size: int | None, device: str) -> Config:
+def relocated(config: Config, data_root: str | None, batch_size: int | None, device: Device) -> Config:
     """A saved configuration for this machine: other places and sizes, the same recipe."""
     data = dataclasses.replace(config.data, root=data_root, index=None) if data_root else config.data
     train = dataclasses.replace(

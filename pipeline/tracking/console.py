@@ -2,9 +2,13 @@
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from pipeline.progress import duration
 from pipeline.redact import redact
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Console:
@@ -18,7 +22,7 @@ class Console:
 
     def __init__(self, every_s: float, quiet: bool = False):
         self.every_s, self.quiet = every_s, quiet
-        self.bar = None
+        self.bar: Progress | None = None
         self._last = -float("inf")
 
     def say(self, text: str) -> None:

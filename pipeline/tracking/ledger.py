@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.files import atomic_write
 
@@ -67,7 +68,7 @@ def _line(row: dict) -> bytes:
     return json.dumps({key: _finite(value) for key, value in row.items()}).encode() + b"\n"
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """JSON has no NaN or infinity: they become strings."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -88,16 +89,21 @@ class Ledger:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        self.file = None
         self.refusal: OSError | None = None
         self._refusals = 0
         self._turn = threading.Lock()  # `sync` is called by the thread that writes checkpoints
-        self.rewind(step)
+        self._take_out(step)
+        self._open()
 
     def rewind(self, step: int, *events: dict) -> None:
         """Take out the rows of steps after `step`, and add `events`: both or neither, and on the disk."""
-        if self.file is not None:
-            self.sync()
+        self.sync()
+        self._take_out(step, *events)
+        self.file.close()
+        self._open()
+
+    def _take_out(self, step: int, *events: dict) -> None:
+        """Write the file anew, without the rows of steps after `step` and with `events`, if that changes it."""
         rows = list(read_rows(self.path))
         keep = [row for row in rows if row.get("kind") == "event" or row.get("step", 0) <= step]
         self.evaluations = [row for row in keep if row.get("kind") == "eval"]
@@ -105,11 +111,8 @@ class Ledger:
         self.losses = [row.get("loss") for row in keep if row.get("kind") == "train"]
         if len(keep) < len(rows) or events or self._torn():
             atomic_write(self.path, b"".join(map(_line, [*keep, *events])))
-        self._open()
 
     def _open(self) -> None:
-        if self.file is not None:
-            self.file.close()
         self.file = self.path.open("a+b", buffering=0)
         self._safe = os.fstat(self.file.fileno()).st_size  # bytes of the file that are on the disk for sure
         self._rest = bytearray()  # what comes after them
@@ -183,6 +186,7 @@ class Ledger:
             self.path.parent.mkdir(exist_ok=True)
             rest = self._rest
             atomic_write(self.path, os.pread(self.file.fileno(), self._safe, 0))
+            self.file.close()
             self._open()
             self._rest = rest
             raise FileNotFoundError(errno.ENOENT, "it was deleted", str(self.path))

@@ -4,6 +4,7 @@ A restart repeats steps that W&B has already got. The highest steps that the led
 `wandb/sent.json`, written before the ledger forgets them, and rows up to them are not sent again.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ class WandbView:
         say: Callable[[str], None],
     ):
         self.run: Any = None
+        self.failed = False  # did W&B raise while it was used?
         self.say = say
         self.paths = RunPaths(run_dir)
         if config.wandb == "disabled":
@@ -119,7 +121,7 @@ class WandbView:
         try:
             function(*arguments, **options)
         except Exception as error:
-            self.run = None
+            self.run, self.failed = None, True
             self.say(
                 f"W&B: {type(error).__name__}: {_first_line(error)}; not used any more, metrics.jsonl has everything"
             )
@@ -160,6 +162,11 @@ class WandbView:
     def close(self, exit_code: int = 0) -> None:
         if self.run is not None:
             self._try(self.run.finish, exit_code=exit_code)
+        if self.failed:
+            import wandb
+
+            with contextlib.suppress(Exception):  # here, as at the interpreter's exit W&B would print a traceback
+                wandb.teardown()
 
 
 def quiet_settings(wandb: Any, timeout_s: float | None = None) -> Any:

@@ -61,6 +61,7 @@ def recalibrate(
                         network(images)
             with world.watch.collective("the mean of BatchNorm's statistics"):
                 for statistic in (s for norm in norms for s in (norm.running_mean, norm.running_var)):
+                    assert statistic is not None
                     torch.distributed.all_reduce(statistic)
                     statistic /= world.size
     finally:

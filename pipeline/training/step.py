@@ -2,6 +2,9 @@
 
 import contextlib
 import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +35,7 @@ _DROPS = 0xD809  # the stream of random numbers that tells what is dropped
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(device: torch.device, precision: str):
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The autocast context of a precision; fp32 has none."""
     if precision == "fp32":
         return contextlib.nullcontext()
@@ -42,10 +45,11 @@ def autocast(device: torch.device, precision: str):
 def exchange_gradients(network: nn.Module, train: TrainConfig, device: torch.device) -> DistributedDataParallel:
     """The network whose backward averages gradients over all ranks, bucket by bucket while it goes on. (A rank alone
     has nothing to average, and is spared the copies into buckets.)"""
+    sync: dict[str, Any] = {_SYNC_BUFFERS: False}
     exchanging = DistributedDataParallel(
         network,
         device_ids=[device.index] if device.type == "cuda" else None,
-        **{_SYNC_BUFFERS: False},
+        **sync,
         bucket_cap_mb=train.bucket_mb,
         gradient_as_bucket_view=True,
         static_graph=True,
@@ -55,7 +59,7 @@ def exchange_gradients(network: nn.Module, train: TrainConfig, device: torch.dev
     return exchanging
 
 
-def compiled(module: nn.Module, sizes: list[int], mode: str | None = None) -> nn.Module:
+def compiled(module: nn.Module, sizes: list[int], mode: str | None = None) -> Callable[..., Any]:
     """The module compiled, once for each size of image that is to come. (Left to itself torch.compile would make the
     second one's code for any size, which is slower, and give up after eight.)"""
     if len(sizes) == 1:
@@ -82,7 +86,8 @@ class NormalizeEraseMix(Normalized):
         self, images: torch.Tensor, how: EraseAndMix | None = None, keys: torch.Tensor | None = None
     ) -> torch.Tensor:
         if keys is not None:
-            self.model.drop_keys.keys = keys
+            drop_keys: Any = self.model.drop_keys
+            drop_keys.keys = keys
         pixels = self.normalize(images)
         return self.model(pixels if how is None else apply_erase_mix(pixels, how, self.group))
 
@@ -105,7 +110,7 @@ class TrainStep:
         self.own_time = OwnTime(self.device)
         self.ema = WeightAverage(whole, config, warmup_steps) if config.ema.decay else None  # of rank 0's weights, too
         self.graphs = config.train.cuda_graphs and self.device.type == "cuda"
-        self.forward = self.exchanging
+        self.forward: Callable[..., Any] = self.exchanging
         if config.train.compile:
             self.forward = compiled(self.exchanging, data.sizes(), "reduce-overhead" if self.graphs else None)
         kinds = {buffer.dtype for buffer in self.model.buffers()}
@@ -133,7 +138,7 @@ class TrainStep:
         pieces = self._pieces(batch, step)
         for number, (images, targets, erase_mix, keys) in enumerate(pieces, 1):
             last = number == len(pieces)
-            with contextlib.nullcontext() if last or self.network is self.exchanging else self.exchanging.no_sync():
+            with self._exchange_if(last):
                 with autocast(self.device, self.config.train.precision):
                     with self.own_time.measure():
                         output = self.forward(images, erase_mix, keys)
@@ -149,13 +154,19 @@ class TrainStep:
             hits += (logits.detach().argmax(1) == labels).sum()
         self.scaler.unscale_(self.optimizer)
         trained = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in trained])
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if self.config.optim.agc is not None:
             adaptive_gradient_clip([p for p in self.body if p.grad is not None], self.config.optim.agc)
         if self.config.optim.clip_norm is not None:
             clip_norm(trained, self.config.optim.clip_norm)
         self._update(norm, before)
         return torch.stack([total, hits, norm, self.scaler.scale(torch.ones_like(norm))])
+
+    def _exchange_if(self, last: bool) -> AbstractContextManager:
+        """Gradients are exchanged in the backward of a step's last micro batch alone."""
+        if last or not isinstance(self.exchanging, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.exchanging.no_sync()
 
     def _pieces(
         self, batch: Batch, step: int
@@ -167,9 +178,10 @@ class TrainStep:
         if batch.pixel_ops is not None:
             images = apply_ops(images, batch.pixel_ops, c.interpolation, c.fill)
         images, targets = images.split(self.micro), batch.targets.split(self.micro)
-        erase_mix = [None] * len(images) if batch.erase_mix is None else batch.erase_mix.split(self.micro)
-        keys = self._drop_keys(step, len(batch))
-        keys = [None] * len(images) if keys is None else keys.split(self.micro)
+        none: Sequence[None] = [None] * len(images)
+        erase_mix = none if batch.erase_mix is None else batch.erase_mix.split(self.micro)
+        drop_keys = self._drop_keys(step, len(batch))
+        keys = none if drop_keys is None else drop_keys.split(self.micro)
         return list(zip(images, targets, erase_mix, keys, strict=True))
 
     def _drop_keys(self, step: int, count: int) -> torch.Tensor | None:
@@ -186,7 +198,8 @@ class TrainStep:
         BatchNorm's statistics stay as they were. Judged on the device, so nobody waits; alike on all ranks, as all have
         the same averaged gradient."""
         good = norm.isfinite()
-        self.optimizer.found_inf = good.logical_not().float()  # fused optimizers look at it on the device
+        # fused optimizers look at it on the device
+        self.optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scaler.update()
         for buffers, flat, kept in zip(self.buffers, self._flat_buffers(), before, strict=True):
@@ -241,7 +254,7 @@ class TrainStep:
         """{"model": ..., "optimizer": ...}: plain state_dicts of tensors and numbers; the scaler is in the second. And
         "ema", a state_dict as the first, if there is an average."""
         optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        average = {} if self.ema is None else {"ema": self.ema.network.model.state_dict()}
+        average = {} if self.ema is None else {"ema": self.ema.network.get_submodule("model").state_dict()}
         return {"model": self.model.state_dict(), "optimizer": optimizer, **average}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
@@ -252,6 +265,6 @@ class TrainStep:
                 group["fused"] = True  # also from a checkpoint of an optimizer that was not
         self.scaler.load_state_dict(state["optimizer"]["scaler"])
         if self.ema is not None and "ema" in state:
-            load_whole(self.ema.network.model, state["ema"])
+            load_whole(self.ema.network.get_submodule("model"), state["ema"])
         elif self.ema is not None:  # a checkpoint of imported weights
             self.ema.copy()

@@ -22,5 +22,6 @@ def adaptive_gradient_clip(parameters: list[nn.Parameter], share: float) -> None
     """Scale each unit's gradient so that its norm is at most `share` times that of the unit's weights (Brock et al.
     2021, equation 3)."""
     for p in parameters:
+        assert p.grad is not None
         largest = share * unit_norms(p).clamp(min=_LEAST_NORM)
         p.grad.mul_((largest / unit_norms(p.grad).clamp(min=1e-6)).clamp(max=1.0))

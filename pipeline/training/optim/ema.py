@@ -29,8 +29,8 @@ class WeightAverage:
         self.decay = effective_decay(config)
         self.copies_until = max(warmup_steps, self.every)
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
-        pairs = zip(self.network.state_dict().values(), network.state_dict().values(), strict=True)
-        pairs = list(pairs)  # state_dicts share the tensors' memory
+        own, other = self.network.state_dict().values(), network.state_dict().values()
+        pairs = list(zip(own, other, strict=True))  # state_dicts share the tensors' memory
         self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self.counted = [pair for pair in pairs if not pair[0].is_floating_point()]
         self.copy()

@@ -4,6 +4,9 @@ Both leave an update out on the device's own judgement, as torch's fused optimiz
 1) is set on the optimizer and is 1, weights and state stay as they were, and nobody waits to find out.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from pipeline.errors import TransientError
@@ -17,7 +20,7 @@ class _Layerwise(torch.optim.Optimizer):
     found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Change the weights by their gradients. A closure is not taken."""
         if closure is not None:
             raise TransientError(f"{type(self).__name__} takes no closure")
@@ -40,14 +43,14 @@ class _Layerwise(torch.optim.Optimizer):
         return [self.state[p][name] for p in weights]
 
 
-def _scale(tensors: Tensors, factors: torch.Tensor) -> None:
+def _scale(tensors: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
     """Multiply each tensor by its factor, in place; factors: [n]."""
-    torch._foreach_mul_(tensors, list(factors.unbind()))
+    torch._foreach_mul_(list(tensors), list(factors.unbind()))
 
 
-def _norms(tensors: Tensors) -> torch.Tensor:
+def _norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The Euclidean norm of each tensor, [n]."""
-    return torch.stack(torch._foreach_norm(tensors))
+    return torch.stack(torch._foreach_norm(list(tensors)))
 
 
 class LAMB(_Layerwise):
@@ -59,7 +62,7 @@ class LAMB(_Layerwise):
     scaling of the whole gradient to a norm of 1 that timm and apex do first is `optim.clip_norm`.
     """
 
-    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, adapt_all: bool = False):
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, adapt_all: bool = False):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "adapt_all": adapt_all}
         super().__init__(params, {**defaults, "capturable": True})  # so that loading puts `step` on the device
 
@@ -99,7 +102,7 @@ class LARS(_Layerwise):
     Where |w| or |g| is 0, `local` is 1; also for tensors without weight decay unless `adapt_all`.
     """
 
-    def __init__(self, params, lr: float, momentum: float, trust_coefficient: float, adapt_all: bool = False):
+    def __init__(self, params: Any, lr: float, momentum: float, trust_coefficient: float, adapt_all: bool = False):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "adapt_all": adapt_all}
         super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient})
 

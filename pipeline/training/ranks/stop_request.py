@@ -37,7 +37,7 @@ class StopRequest:
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(signal.SIGHUP, self._note)
 
-    def _note(self, number: int, _frame) -> None:
+    def _note(self, number: int, _frame: object) -> None:
         if self.reason is not None and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C twice, then a third: the user won't wait
         self.ask(signal.Signals(number).name)
@@ -58,11 +58,11 @@ class StopRequest:
         """Take the file's appearance as a request too; its text is the reason."""
         self._file = file
 
-    def _read_file(self) -> None:
+    def _read_file(self, file: Path) -> None:
         """Take note of the stop file. An empty one may be about to be written: it counts when it is a second old."""
         try:
-            text = read_note(self._file).strip()
-            if text or time.time() - self._file.stat().st_mtime > 1:
+            text = read_note(file).strip()
+            if text or time.time() - file.stat().st_mtime > 1:
                 self.ask(text[:200] or "stop file")
         except (PermissionError, IsADirectoryError, UnicodeDecodeError):
             self.ask("stop file")
@@ -71,7 +71,7 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         if self.reason is None and self._file is not None:
-            self._read_file()
+            self._read_file(self._file)
         return self.reason is not None
 
     def seconds(self) -> float:

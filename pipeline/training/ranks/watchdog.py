@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import EXIT_RETRY
 from pipeline.redact import redact
@@ -52,7 +53,7 @@ class Watchdog:
         store: shared by all ranks (torch.distributed.Store); None: this process is alone.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, hang_timeout_s: float = math.inf, store=None):
+    def __init__(self, rank: int = 0, size: int = 1, hang_timeout_s: float = math.inf, store: Any = None):
         self.rank, self.size, self.hang_timeout_s, self.store = rank, size, hang_timeout_s, store
         self.names = [f"rank {number}" for number in range(size)]
         self.detail: Callable[[], str] = lambda: ""  # more on where the training thread is: the file being read

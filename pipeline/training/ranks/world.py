@@ -132,7 +132,7 @@ def start_world(train: TrainConfig) -> World:
         backend = "cpu:gloo,cuda:nccl"
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    place: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     # The watch comes first, and can tell who hangs; unlike torch it knows when this process was suspended.
     limit = max(timedelta(seconds=1.5 * train.hang_timeout_s + 30), SUSPENDED)
     try:

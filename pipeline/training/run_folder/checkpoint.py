@@ -5,6 +5,7 @@ the blacklist, the fingerprints of recipe and index, and each file's size and xx
 never unpickles (`weights_only=True`).
 """
 
+import functools
 import json
 import os
 import pickle
@@ -38,7 +39,7 @@ class _DigestingFile:
         self.file, self.state, self.size = file, xxhash.xxh3_128(), 0
         self.refusal: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         view = memoryview(data)
         self.state.update(view)
         self.size += view.nbytes
@@ -93,9 +94,7 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], meta: dict)
     try:
         files = {}
         for name, value in state.items():
-            files[f"{name}.pt"] = _write_file(
-                temporary / f"{name}.pt", lambda file, value=value: torch.save(value, file)
-            )
+            files[f"{name}.pt"] = _write_file(temporary / f"{name}.pt", functools.partial(torch.save, value))
         sealed = _seal({**meta, "format": FORMAT, "step": step, "files": files})
         _write_file(temporary / META, lambda file: file.write(sealed))
         _sync_folder(temporary)

@@ -98,6 +98,7 @@ class HostCopy:
         """Copies in the background; what the training does next to `live` comes after."""
         training = torch.cuda.current_stream(self.device)
         kept = self._clones(live)
+        assert self.stream is not None
         self.stream.wait_stream(training)
         with torch.cuda.stream(self.stream), torch.no_grad():
             for there, here in zip(self.host, kept or live, strict=True):
