@@ -1,3 +1,30 @@
-"""A distributed ImageNet training pipeline whose runs are a pure function of (recipe, index, seed, step)."""
+"""A distributed ImageNet training pipeline whose runs are a pure function of (recipe, index, seed, step).
+
+The names below are loaded at their first use: `import pipeline` imports no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.loader.eval_loader import EvalLoader
+    from pipeline.loader.train_loader import TrainLoader
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "EvalLoader": "pipeline.loader.eval_loader",
+    "TrainLoader": "pipeline.loader.train_loader",
+}
+
+__all__ = ["EvalLoader", "TrainLoader"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

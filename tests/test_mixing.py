@@ -14,9 +14,9 @@ from pipeline.config import AugmentConfig, DataConfig, RawConfig, TrainConfig, p
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.loader import build
+from pipeline.loader.build import check_shares
 from pipeline.rank_info import RankInfo
 from pipeline.training.step import NormalizeEraseMix
-from pipeline.training.validate import check_batch
 
 NOWHERE = [0, 0, 0, 0]
 EVERYTHING = AugmentConfig(
@@ -142,9 +142,9 @@ def test_a_micro_batch_sees_its_part(index):
 
 def test_a_group_that_ranks_would_split_is_one_line():
     config = RawConfig(augment=AugmentConfig(mixup=0.2, mix_group=4), train=TrainConfig(global_batch_size=24)).resolve()
-    check_batch(config, 2)
+    check_shares(config, 2)
     with pytest.raises(UserError) as caught:
-        check_batch(config, 4)
+        check_shares(config, 4)
     line = str(caught.value)
     assert all(word in line for word in ("--augment.mix_group 4", "6 images", "4 ranks", "divisor of 6"))
     assert "\n" not in line

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline.config import ResolvedDataConfig, TrainConfig
+from pipeline.config import Config, ResolvedDataConfig, TrainConfig
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
 from pipeline.dataset.index.index import Index
 from pipeline.dataset.workers import available_cores
@@ -38,6 +38,22 @@ def choose_loader(name: str) -> tuple[str, str | None]:
 def cores_per_rank(local_world_size: int) -> int:
     """This rank's share of the cores that this process may use, at least 1."""
     return max(1, available_cores() // local_world_size)
+
+
+def check_shares(config: Config, world_size: int) -> None:
+    """Raises UserError if the ranks can't share the global batch equally, or if that splits a mixing group."""
+    size, group = config.train.global_batch_size, config.augment.mix_group
+    if size % world_size:
+        raise UserError(
+            f"--train.global_batch_size {size} is not divisible by the {world_size} ranks; "
+            f"give a multiple, e.g. {-(-size // world_size) * world_size}"
+        )
+    local = config.train.local_batch_size(world_size)
+    if config.augment.mixes and local % group:
+        raise UserError(
+            f"--augment.mix_group {group} does not divide the {local} images that each of {world_size} ranks has of "
+            f"--train.global_batch_size {size}; give a divisor of {local}, or another number of ranks"
+        )
 
 
 def make_train_plan(

@@ -6,6 +6,7 @@ device, the network or the data set.
 
 from pipeline.config import Config, ModelConfig
 from pipeline.errors import UserError
+from pipeline.loader.build import check_shares
 from pipeline.model.build import build_model
 from pipeline.model.meta_init import meta_init
 from pipeline.model.sizes import check_image_sizes, check_smallest_piece
@@ -22,26 +23,10 @@ def validate(config: Config, world_size: int, device_type: str, data_classes: in
         device_type: "cuda" or "cpu": what the ranks compute with.
         data_classes: number of classes of the data set; None: not known yet (see `check_classes`).
     """
-    check_batch(config, world_size)
+    check_shares(config, world_size)
     check_network(config, world_size, device_type)
     if data_classes is not None:
         check_classes(config.model, data_classes)
-
-
-def check_batch(config: Config, world_size: int) -> None:
-    """Raises UserError if the ranks can't share the global batch equally, or if that splits a mixing group."""
-    size, group = config.train.global_batch_size, config.augment.mix_group
-    if size % world_size:
-        raise UserError(
-            f"--train.global_batch_size {size} is not divisible by the {world_size} ranks; "
-            f"give a multiple, e.g. {-(-size // world_size) * world_size}"
-        )
-    local = config.train.local_batch_size(world_size)
-    if config.augment.mixes and local % group:
-        raise UserError(
-            f"--augment.mix_group {group} does not divide the {local} images that each of {world_size} ranks has of "
-            f"--train.global_batch_size {size}; give a divisor of {local}, or another number of ranks"
-        )
 
 
 def check_network(config: Config, world_size: int, device_type: str) -> None:

@@ -1,0 +1,131 @@
+"""`EvalLoader`: validation batches, each image exactly once over all ranks, for a loop of your own."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from pipeline.config import AugmentConfig, Config, DataConfig
+from pipeline.dataset.index.index import Index
+from pipeline.loader.build import make_eval_stream
+from pipeline.loader.setup import Finisher, Reader, find_rank, make_config, open_root, with_root
+from pipeline.loader.stream import Stream
+
+
+class EvalLoader:
+    """The validation images of a data set: resized, cropped from the middle, and each exactly once over all ranks.
+
+    ```python
+    for images, targets in EvalLoader("/data/imagenet", batch_size=256, image_size=224):
+        correct += (model(images).argmax(1) == targets).sum()
+    ```
+
+    Yields (images, targets) of this rank's share. images: float32 [B, 3, H, W], channels_last, normalized, on `device`;
+    with `raw` uint8 [B, H, W, 3]. targets: int64 [B]. The last batch may be short, and one rank may have a batch more
+    than another: add up over ranks after the loop, not inside it. An image that can't be read is left out.
+
+    Args:
+        root: data root, or a folder with one folder of images a class.
+        batch_size: images at once over all ranks.
+        image_size: pixels of an image's side. resize: of its shorter side before the crop; default: image_size *
+            256 / 224.
+        raw: uint8 images without normalization.
+        device, rank, world_size, data: as for `TrainLoader`; of `data`, `val_crop_ratio` can stand in for `resize`.
+
+    Raises UserError (a ValueError) in one line for what can't be done, TransientError for what broke underneath.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        batch_size: int = 256,
+        image_size: int | None = None,
+        resize: int | None = None,
+        *,
+        raw: bool = False,
+        device: torch.device | str | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        data: DataConfig | None = None,
+    ):
+        config = make_config(with_root(data, root, val_size=image_size, val_resize=resize), AugmentConfig(), batch_size)
+        self._setup(config, batch_size, raw, device, rank, world_size)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        *,
+        raw: bool = False,
+        device: torch.device | str | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> Self:
+        """The images that a run of this configuration is scored on."""
+        loader = cls.__new__(cls)
+        place = find_rank(rank, world_size, device)
+        batch_size = config.train.local_eval_batch_size(place.size) * place.size
+        loader._setup(config, batch_size, raw, device, rank, world_size)
+        return loader
+
+    def _setup(
+        self,
+        config: Config,
+        batch_size: int,
+        raw: bool,
+        device: torch.device | str | None,
+        rank: int | None,
+        world_size: int | None,
+    ) -> None:
+        self.config, self.raw, self.place = config, raw, find_rank(rank, world_size, device)
+        self._reader = Reader(self._open)
+        self.local_batch_size = -(-batch_size // self.place.size)
+
+    @cached_property
+    def index(self) -> Index:
+        """The opened data set; its index is built first where there is none."""
+        return open_root(self.config.data, to_score=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are delivered."""
+        return self.place.device
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes' folder names, in the order of their labels."""
+        return list(self.index.synsets)
+
+    @property
+    def num_samples(self) -> int:
+        """Images of all ranks together."""
+        return len(self.index.splits["val"])
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        rank, size = self.place.rank, self.place.size
+        own = self.num_samples * (rank + 1) // size - self.num_samples * rank // size
+        return -(-own // self.local_batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in self._reader.read(0, len(self)):
+            yield (batch.images, batch.targets) if self.raw else self._finish(batch)
+
+    @cached_property
+    def _finish(self) -> Finisher:
+        return Finisher(self.config.data, AugmentConfig(), self.index.num_classes, self.place.device)
+
+    def _open(self) -> Stream:
+        return make_eval_stream(self.index, self.config.data, self.local_batch_size, self.place)
+
+    def close(self) -> None:
+        """End the threads that read and decode. The loader can be used again."""
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

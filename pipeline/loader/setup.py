@@ -1,0 +1,201 @@
+"""What `TrainLoader` and `EvalLoader` share: their options checked, the data set opened, this process among the ranks,
+and what turns a decoded batch into what a network takes."""
+
+import dataclasses
+import os
+import re
+import typing
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.augment.mixing import apply_erase_mix, soft_targets
+from pipeline.augment.ops import apply_ops
+from pipeline.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RawConfig,
+    ResolvedDataConfig,
+    TrainConfig,
+)
+from pipeline.dataset.index.index import Index
+from pipeline.dataset.index.scan import build_index
+from pipeline.errors import UserError
+from pipeline.loader.stream import Batch, Stream
+from pipeline.model.build import Normalized
+from pipeline.rank_info import RankInfo
+
+#: options of the command line that are arguments of the loaders under another name
+_ARGUMENTS = {"train.global_batch_size": "batch_size", "train.seed": "seed", "augment.policy": "augment"}
+
+
+def make_config(
+    data: DataConfig, augment: AugmentConfig, batch_size: int, seed: int = 0, num_classes: int | None = None
+) -> Config:
+    """The checked configuration of a loader. Raises UserError for the first impossible value, named as the arguments
+    of the loaders are."""
+    for group, settings in (("data", data), ("augment", augment)):
+        for name, kind in typing.get_type_hints(type(settings)).items():
+            value, choices = getattr(settings, name), typing.get_args(kind)
+            if typing.get_origin(kind) is typing.Literal and value not in choices:
+                raise UserError(as_argument(f"--{group}.{name} is {value!r}: give one of {', '.join(choices)}"))
+    for name, value in (("batch_size", batch_size), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(f"{name} is {value!r}: give a whole number")
+    try:
+        train = TrainConfig(global_batch_size=batch_size, seed=seed)
+        return RawConfig(data=data, augment=augment, train=train, model=ModelConfig(num_classes=num_classes)).resolve()
+    except UserError as error:
+        raise UserError(as_argument(str(error))) from None
+
+
+def as_argument(message: str) -> str:
+    """A message about an option of the command line, about the argument of that meaning: `--augment.mixup` is mixup."""
+
+    def rename(match: re.Match[str]) -> str:
+        return _ARGUMENTS.get(match[1], match[1].partition(".")[2])
+
+    return re.sub(r"(?:--)?\b((?:data|augment|train|model)\.[a-z_]+)", rename, message)
+
+
+def open_root(data: DataConfig, to_score: bool = False) -> Index:
+    """The index of `data.root`, built first where it is missing: by one of the processes that ask, while the others
+    wait. to_score: validation images alone are enough. Raises UserError where there is no data set."""
+    if not data.root:
+        raise UserError("root is missing: give the folder that holds train/ and val/")
+    root = Path(data.root).expanduser()
+    return build_index(root, Path(data.index).expanduser() if data.index else None, to_score=to_score)
+
+
+def find_rank(rank: int | None, world_size: int | None, device: torch.device | str | None) -> RankInfo:
+    """This process among all: as given, as torch.distributed says, or alone.
+
+    device: None: this rank's GPU, or the CPU where none is visible. Raises UserError for a rank that is none, and where
+    the environment says that there are other ranks and torch.distributed does not know them yet.
+    """
+    if (rank is None) != (world_size is None):
+        raise UserError("rank and world_size belong together: give both, or neither")
+    if rank is None or world_size is None:
+        if dist.is_available() and dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and torch.distributed is not initialized: every rank would "
+                "read all images. Call torch.distributed.init_process_group first, or give rank and world_size"
+            )
+        else:
+            rank, world_size = 0, 1
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank is {rank}: give 0 to {world_size - 1}, as world_size is {world_size}")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else 0
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size > 1 else 1
+    return RankInfo(rank, world_size, local_rank, local_size, _device(device, local_rank, world_size))
+
+
+def _device(asked: torch.device | str | None, local_rank: int, world_size: int) -> torch.device:
+    if asked is None:
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"device is {asked}: give 'cuda', 'cuda:N' or 'cpu'")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", _own_gpu(local_rank, world_size))
+    return device
+
+
+def _own_gpu(local_rank: int, world_size: int) -> int:
+    """The number of the GPU that this process computes with."""
+    if not torch.cuda.is_available():
+        raise UserError("device is cuda, and no CUDA device is visible here; give 'cpu', or see nvidia-smi")
+    chosen = torch.cuda.current_device()
+    if world_size > 1 and chosen == 0 and local_rank < torch.cuda.device_count():
+        return local_rank  # nobody has chosen: rank N of a node takes GPU N
+    return chosen
+
+
+class Finisher:
+    """Turns a decoded batch into (images, targets) as the training step of a run computes them.
+
+    images: float32 [B, 3, H, W] on the batch's device, augmented, normalized, erased and mixed. targets: int64 [B], or
+    float32 [B, classes] where the augmentation mixes.
+    """
+
+    def __init__(self, data: ResolvedDataConfig, augment: AugmentConfig, classes: int, device: torch.device):
+        self.augment, self.classes = augment, classes
+        self.pixels = Normalized(torch.nn.Identity(), data.mean, data.std, channels_last=True).to(device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        images, targets, c = batch.images, batch.targets, self.augment
+        if batch.pixel_ops is not None:
+            images = apply_ops(images, batch.pixel_ops, c.interpolation, c.fill)
+        pixels = self.pixels.normalize(images)
+        if batch.erase_mix is not None:
+            pixels = apply_erase_mix(pixels, batch.erase_mix, c.mix_group)
+            if batch.erase_mix.shares is not None:
+                targets = soft_targets(targets, batch.erase_mix.shares, c.mix_group, self.classes)
+        return pixels, targets
+
+
+class Reader:
+    """Reads ranges of batches of a stream, which is opened at the first read; one range at a time."""
+
+    def __init__(self, make_stream: Callable[[], Stream]):
+        self.make_stream = make_stream
+        self.stream: Stream | None = None
+        self._batches: Generator[Batch] | None = None  # of the newest range
+
+    def read(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps start..stop-1. Raises UserError where another range was begun meanwhile."""
+        if start >= stop:
+            return
+        if self.stream is None:
+            self.stream = self.make_stream()
+        self._end()
+        self._batches = batches = self.stream.batches(start, stop)
+        try:
+            for batch in batches:
+                yield batch
+                if self._batches is not batches:
+                    raise UserError(
+                        "this iterator ended when another one of the same loader was begun; read one at a time, or "
+                        "make a second loader"
+                    )
+        finally:
+            if self._batches is batches:
+                self._end()
+
+    def _end(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def close(self) -> None:
+        """End the threads that read and decode; the next read starts new ones."""
+        self._end()
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+
+def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """ "name: value there, value here" of each setting that is not the same in two flat mappings."""
+    names = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
+    return [f"{as_argument(name)} {saved.get(name)!r} there and {own.get(name)!r} here" for name in names]
+
+
+def with_root(data: DataConfig | None, root: str | Path, **given: Any) -> DataConfig:
+    """`data`, or the defaults, with a root, and with those of the other fields that are not None."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if isinstance(data, ResolvedDataConfig):
+        fields = {item.name: getattr(data, item.name) for item in dataclasses.fields(DataConfig)}
+        data = DataConfig(**fields)
+    return dataclasses.replace(data or DataConfig(), root=str(root), **chosen)

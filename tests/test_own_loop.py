@@ -1,0 +1,292 @@
+"""`TrainLoader` and `EvalLoader`, the loader for a loop of one's own."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import runs
+import torch
+
+from pipeline import EvalLoader, TrainLoader
+from pipeline.config import AugmentConfig, DataConfig, parse_config
+from pipeline.dataset.index.index import index_folder
+from pipeline.dataset.index.scan import build_index
+from pipeline.errors import UserError
+from pipeline.training.optim.loss import ClassLoss
+from pipeline.training.step import NormalizeEraseMix
+
+SMALL = {"batch_size": 20, "image_size": 32, "seed": 3, "device": "cpu"}
+FULL = AugmentConfig(policy="randaugment", jitter=(0.2, 0.2, 0.2, 0.1), random_erase=0.5, mixup=0.2, cutmix=1.0)
+
+
+@pytest.fixture(scope="module")
+def root(synthetic_root):
+    """96 training images of 4 classes: epochs of 20 end inside a batch."""
+    build_index(synthetic_root)
+    return synthetic_root
+
+
+def ranks(root, count, **options):
+    return [TrainLoader(root, **(SMALL | options), rank=rank, world_size=count) for rank in range(count)]
+
+
+def epochs(loaders, epoch):
+    return [loader.epoch(epoch) for loader in loaders]
+
+
+def assert_same(batch, parts):
+    """A whole global batch, and the parts that the ranks have of it."""
+    for whole, pieces in zip(batch, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(pieces), whole, rtol=0, atol=0)
+
+
+def test_importing_the_package_imports_no_torch():
+    code = (
+        "import sys, pipeline; assert 'torch' not in sys.modules; pipeline.TrainLoader; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    with pytest.raises(ImportError):
+        from pipeline import NoSuchName  # noqa: F401
+
+
+def test_batches_are_what_the_trainer_trains_on(root, tmp_path, monkeypatch):
+    """Bit for bit, images and targets, with every augmentation on and images that grow: read off the network's input
+    and the loss's targets of a real run."""
+    seen, forward, loss = [], NormalizeEraseMix.forward, ClassLoss.forward
+
+    def record_forward(self, images, how=None, keys=None):
+        if self.training:
+            handle = self.model.register_forward_pre_hook(lambda module, inputs: seen.append([inputs[0].clone()]))
+            try:
+                return forward(self, images, how, keys)
+            finally:
+                handle.remove()
+        return forward(self, images, how, keys)
+
+    def record_targets(self, logits, targets):
+        seen[-1].append(targets.clone())
+        return loss(self, logits, targets)
+
+    monkeypatch.setattr(NormalizeEraseMix, "forward", record_forward)
+    monkeypatch.setattr(ClassLoss, "forward", record_targets)
+    options = ["--train.micro_batch_size", "20", "--train.max_steps", "6", "--train.precision", "fp32"]
+    options += ["--evaluation.recalibrate_batches", "0", "--ema.decay", "0", "--train.device", "cpu"]
+    recipe = str(runs.TINY.with_name("everything.yaml"))
+    runs.call(root, tmp_path / "run", *options, recipe=recipe)
+    trained = seen[2:]  # the first two are blank: the warm-up
+    assert len(trained) == 6
+    config = parse_config(["--config", recipe, "--data.root", str(root), *options])
+    loader = TrainLoader.from_config(config, device="cpu")
+    sizes = set()
+    for (images, targets), found in zip(trained, (*loader.epoch(0), *loader.epoch(1)), strict=False):
+        assert torch.equal(images, found[0]) and torch.equal(targets, found[1])
+        sizes.add(images.shape[-1])
+    assert sizes == {32, 64} and targets.is_floating_point()
+    assert [loader.digest(step) for step in range(6)] == [
+        row["batch_digest"] for row in runs.rows(tmp_path / "run", "train")
+    ]
+
+
+def test_every_rank_count_gives_the_same_global_batches(root):
+    (whole,) = ranks(root, 1, augment=FULL)
+    for count in (2, 5):
+        for batch, *parts in zip(whole.epoch(1), *epochs(ranks(root, count, augment=FULL), 1), strict=True):
+            assert_same(batch, parts)
+            assert len(parts[0][0]) == 20 // count
+
+
+def test_resumes_inside_an_epoch_on_another_number_of_ranks(root, tmp_path):
+    (undisturbed,) = ranks(root, 1, augment=FULL)
+    expected = [batch for epoch in range(3) for batch in undisturbed.epoch(epoch)]
+    first = ranks(root, 2, augment=FULL)
+    seen = 0
+    for parts in zip(*epochs(first, 0), strict=True):
+        assert_same(expected[seen], parts)
+        seen += 1
+    for _, parts in zip(range(2), zip(*epochs(first, 1), strict=True), strict=False):
+        assert_same(expected[seen], parts)
+        seen += 1
+    torch.save(first[1].state_dict(), tmp_path / "loader.pt")
+    resumed = ranks(root, 5, augment=FULL)
+    for loader in resumed:
+        loader.load_state_dict(torch.load(tmp_path / "loader.pt", weights_only=True))
+        assert (loader.step, loader.current_epoch) == (seen, 1)
+    for epoch in range(3):  # the loop as it was: what was seen before is left out
+        for parts in zip(*epochs(resumed, epoch), strict=True):
+            assert_same(expected[seen], parts)
+            seen += 1
+    assert seen == len(expected)
+
+
+def test_epochs_have_every_sample_once_and_iterations_follow_each_other(root):
+    loader = TrainLoader(root, **SMALL, raw=True)
+    counts = []
+    for epoch in range(5):
+        assert loader.current_epoch == epoch
+        counts.append(len(loader))
+        assert sum(len(targets) for _, targets in loader) == 20 * counts[-1]
+    assert counts == [5, 5, 5, 5, 4] and loader.steps(5) == 24 and loader.num_samples == 96
+    assert loader.current_epoch == 5
+    targets = torch.cat([targets for epoch in range(5) for _, targets in loader.epoch(epoch)])
+    assert torch.bincount(targets).tolist() == [120] * 4  # 5 epochs of 24 images a class
+
+
+def test_set_epoch_and_a_loop_that_is_left(root):
+    loader, other = (TrainLoader(root, **SMALL) for _ in range(2))
+    loader.set_epoch(2)
+    assert torch.equal(next(iter(loader))[0], next(other.epoch(2))[0])
+    rest = [images for images, _ in loader]  # goes on after the batch that was taken
+    assert len(rest) == 4
+    for images, found in zip(list(other.epoch(2))[1:], rest, strict=True):
+        assert torch.equal(images[0], found)
+    other.load_state_dict({**loader.state_dict(), "step": 7})
+    other.set_epoch(1)  # of a loop that calls it before every epoch: the rest of the resumed one
+    assert len(list(other)) == 3
+    other.set_epoch(2)
+    assert len(list(other)) == 5
+
+
+def test_an_augmentation_is_applied_or_refused(root):
+    plain = next(TrainLoader(root, **SMALL).epoch(0))
+    for options in (
+        {"augment": "trivialaugment"},
+        {"augment": AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1))},
+        {"augment": AugmentConfig(random_erase=1.0)},
+        {"mixup": 0.2},
+        {"cutmix": 1.0},
+    ):
+        loader = TrainLoader(root, **SMALL, **options)
+        images, targets = next(loader.epoch(0))
+        assert images.shape == plain[0].shape and not torch.equal(images, plain[0]), options
+        if loader.config.augment.mixes:
+            assert targets.shape == (20, 4)
+            torch.testing.assert_close(targets.sum(1), torch.ones(20))
+        else:
+            assert torch.equal(targets, plain[1])
+        with pytest.raises(UserError, match="raw=True"):
+            TrainLoader(root, **SMALL, **options, raw=True)
+
+
+def test_raw_batches_are_normalized_to_the_others(root):
+    data = DataConfig(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    (images, targets) = next(TrainLoader(root, **SMALL, data=data).epoch(0))
+    (raw, labels) = next(TrainLoader(root, **SMALL, data=data, raw=True).epoch(0))
+    assert raw.dtype == torch.uint8 and raw.shape == (20, 32, 32, 3) and torch.equal(labels, targets)
+    mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+    torch.testing.assert_close(images.permute(0, 2, 3, 1), (raw / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_one_iterator_at_a_time(root):
+    loader = TrainLoader(root, **SMALL)
+    first, second = loader.epoch(0), loader.epoch(0)
+    next(first)
+    assert torch.equal(next(second)[0], next(TrainLoader(root, **SMALL).epoch(0))[0])
+    with pytest.raises(UserError, match="one at a time"):
+        next(first)
+    assert len(list(second)) == 4
+
+
+def test_an_unreadable_image_is_replaced_alike_everywhere(root, tmp_path):
+    own = shutil.copytree(root, tmp_path / "data")
+    whole = TrainLoader(own, **SMALL, raw=True)
+    ids, *_ = whole.plan.samples_at(0, 0, 20)
+    bad = whole.index.splits["train"].path(int(ids[13]))
+    bad.write_bytes(b"no image")
+    batch = next(whole.epoch(0))
+    assert len(batch[0]) == 20 and list(whole.unreadable) == [whole.index.splits["train"].name(int(ids[13]))]
+    assert_same(batch, [next(loader.epoch(0)) for loader in ranks(own, 2, raw=True)])
+
+
+def test_the_index_is_built_at_the_first_use(root, tmp_path):
+    own = shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("index"))
+    loader = TrainLoader(own, **SMALL)
+    assert not index_folder(own).exists()
+    assert len(loader) == 5 and (index_folder(own) / "index.json").exists()
+    assert loader.classes == sorted(loader.classes) and loader.num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"augment": "randomaugment"}, "augment is 'randomaugment': give one of none, randaugment,"),
+        ({"mixup": -1.0}, "mixup is -1.0: give a number of 0 or more"),
+        ({"batch_size": 0}, "batch_size is 0: give a number above 0"),
+        ({"batch_size": "20"}, "batch_size is '20': give a whole number"),
+        ({"seed": -1}, "seed is -1: give a whole number"),
+        ({"world_size": 3, "rank": 0}, "batch_size 20 is not divisible by the 3 ranks"),
+        ({"world_size": 4, "rank": 0, "mixup": 0.2}, "mix_group 2 does not divide the 5 images"),
+        ({"world_size": 2, "rank": 2}, "rank is 2: give 0 to 1"),
+        ({"rank": 1}, "rank and world_size belong together"),
+        ({"device": "tpu"}, "device is tpu: give 'cuda'"),
+        ({"data": DataConfig(loader="fast")}, "loader is 'fast': give one of auto, dali, reference"),
+        ({"data": DataConfig(crop_area=(0.5, 0.1))}, "crop_area is"),
+    ],
+)
+def test_impossible_arguments_are_named(root, options, said):
+    with pytest.raises(UserError) as found:
+        TrainLoader(root, **(SMALL | options))
+    assert str(found.value).startswith(said) and "\n" not in str(found.value)
+
+
+def test_what_is_missing_is_named(tmp_path, root):
+    with pytest.raises(UserError, match="root is missing"):
+        len(TrainLoader("", **SMALL))
+    with pytest.raises(UserError, match="nowhere"):
+        len(TrainLoader(tmp_path / "nowhere", **SMALL))
+    with pytest.raises(UserError, match="num_classes is 3"):
+        next(TrainLoader(root, **SMALL, mixup=0.2, num_classes=3).epoch(0))
+    assert next(TrainLoader(root, **SMALL, mixup=0.2, num_classes=7).epoch(0))[1].shape == (20, 7)
+
+
+def test_ranks_that_torch_distributed_does_not_know_are_refused(root, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="every rank would read all images"):
+        TrainLoader(root, **SMALL)
+    assert TrainLoader(root, **SMALL, rank=0, world_size=1).place.size == 1
+
+
+def test_a_state_of_other_batches_is_refused(root, tmp_path):
+    loader = TrainLoader(root, **SMALL)
+    state = loader.state_dict()
+    for options, said in (
+        ({"seed": 4}, "seed 3 there and 4 here"),
+        ({"batch_size": 24}, "batch_size 20 there and 24 here"),
+        ({"augment": "autoaugment"}, "augment 'none' there and 'autoaugment' here"),
+    ):
+        with pytest.raises(UserError, match=said):
+            TrainLoader(root, **(SMALL | options)).load_state_dict(state)
+    TrainLoader(root, **SMALL, data=DataConfig(threads=1, prefetch=1)).load_state_dict(state)
+    with pytest.raises(UserError, match="no state of a TrainLoader"):
+        loader.load_state_dict({"epoch": 3})
+    own = shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("index"))
+    next((own / "ILSVRC/Data/CLS-LOC/train").glob("*/*")).unlink()
+    with pytest.raises(UserError, match="the images are others"):
+        TrainLoader(own, **SMALL).load_state_dict(state)
+
+
+def test_validation_images_come_once_over_all_ranks(root):
+    whole = EvalLoader(root, batch_size=7, image_size=32, resize=36, device="cpu")
+    images, targets = (torch.cat(parts) for parts in zip(*whole, strict=True))
+    assert len(images) == whole.num_samples == 24 and len(whole) == 4
+    assert targets.tolist() == [label for label in range(4) for _ in range(6)]
+    loaders = [
+        EvalLoader(root, batch_size=7, image_size=32, resize=36, rank=rank, world_size=3, device="cpu")
+        for rank in range(3)
+    ]
+    assert [len(list(loader)) for loader in loaders] == [len(loader) for loader in loaders]
+    parts = [torch.cat([images for images, _ in loader]) for loader in loaders]
+    assert torch.equal(torch.cat(parts), images)
+    raw = next(iter(EvalLoader(root, image_size=32, resize=36, raw=True, device="cpu")))[0]
+    assert raw.dtype == torch.uint8 and raw.shape == (24, 32, 32, 3)
+
+
+def test_validation_needs_no_training_images(root, tmp_path):
+    split = build_index(root).splits["val"]
+    for sample, label in enumerate(split.records["label"].tolist()):
+        folder = tmp_path / "photos" / f"class-{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(split.path(sample), folder)
+    with EvalLoader(tmp_path / "photos", image_size=32, device="cpu") as loader:
+        assert sum(len(targets) for _, targets in loader) == 24
