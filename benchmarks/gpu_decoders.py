@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dataset.workers import available_cores
 from pipeline.insight.bench.interleaved import Candidate, Unavailable, run_interleaved
 from pipeline.insight.bench.loader import check_roots, report
 from pipeline.insight.bench.results import default_path, write_result
+from pipeline.limits import available_cores
 
 WAYS = ("crop on the CPU", "whole image, GPU", "crop, GPU")
 

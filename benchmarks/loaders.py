@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from pipeline.dataset.index.index import index_folder, open_index
-from pipeline.dataset.workers import available_cores
 from pipeline.insight.bench.interleaved import Candidate, Unavailable, run_interleaved
 from pipeline.insight.bench.loader import WARM_UP, check_roots, own_candidates, report
 from pipeline.insight.bench.results import default_path, write_result
+from pipeline.limits import available_cores
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

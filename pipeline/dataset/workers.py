@@ -12,16 +12,12 @@ from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 from pipeline.errors import TransientError
+from pipeline.limits import available_cores
 
 READERS = 8  #: files that a process reads at once
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def read_ahead(read: Callable[[Task], Result], items: Iterable[Task]) -> Iterator[Result]:

@@ -4,6 +4,7 @@ import logging
 import os
 
 from pipeline.errors import EXIT_OK
+from pipeline.limits import available_cores
 
 
 def main(argv: list[str]) -> int:
@@ -14,7 +15,7 @@ def main(argv: list[str]) -> int:
 
     options = parse(argv)
     if "OMP_NUM_THREADS" not in os.environ and options.nproc > 1:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // options.nproc))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // options.nproc))
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     if options.warm and not options.serve_store:
         from pipeline.launch.workers import warm_up

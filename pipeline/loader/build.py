@@ -6,8 +6,8 @@ import torch
 from pipeline.config import Config, ResolvedDataConfig, TrainConfig
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
 from pipeline.dataset.index.index import Index
-from pipeline.dataset.workers import available_cores
 from pipeline.errors import UserError
+from pipeline.limits import available_cores
 from pipeline.loader.plan import EvalPlan, FiveCropPlan, TrainPlan
 from pipeline.loader.source import Source
 from pipeline.loader.stream import Decoder, Stream

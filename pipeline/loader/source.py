@@ -4,23 +4,30 @@ The check costs a hundredth of a decode. With it every loader detects a damaged,
 first use, whichever window is cropped from it.
 """
 
+import contextlib
 import errno
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from pipeline.dataset.index.index import Split
 from pipeline.errors import TransientError
+from pipeline.limits import SPARE_FILES, open_files_limit
 
 _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
 _LOCAL_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # this process's limits, not the file's fault
 _RETRY_AFTER_S = (0.1, 1.0, 5.0)  # short failures of a network file system
 
+
+_FEWEST_SHARDS = 8  # kept open at once, however few files this process may open
+_SHARE = 4  # of the files that this process may open, each split's shards may be one in so many
 
 Prepare = Callable[[np.ndarray], np.ndarray]  #: a sample's bytes -> what its decoder is given
 
@@ -37,6 +44,17 @@ class UnreadableSample(Exception):
         self.sample_id, self.reason = sample_id, reason
 
 
+class _OpenShard:
+    """A shard open for reading; it closes with the last reference to it, so that no thread's read is cut off."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it was never open
+            os.close(self.descriptor)
+
+
 class Source:
     """Reads the bytes of samples of a split; safe to use from several threads.
 
@@ -49,20 +67,27 @@ class Source:
         self.split = split
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self.threads = threads
-        self._shards: dict[int, int] = {}
+        self._shards: OrderedDict[int, _OpenShard] = OrderedDict()  # by the time of their last use
+        self._most_open = max(_FEWEST_SHARDS, open_files_limit(_SHARE * len(split.shards) + SPARE_FILES) // _SHARE)
         self._lock = threading.Lock()
         self._busy: dict[int, tuple[float, int]] = {}  # thread -> (start time, sample id) of its read
 
-    def _shard(self, sample_id: int, number: int) -> int:
-        """The file descriptor of a shard, opened once."""
+    def _shard(self, sample_id: int, number: int) -> _OpenShard:
+        """A shard, opened; those that were not used for longest are closed where too many would be open."""
         with self._lock:
-            if number not in self._shards:
-                self._shards[number] = os.open(self.split.path(sample_id), os.O_RDONLY)
-            return self._shards[number]
+            shard = self._shards.get(number)
+            if shard is None:
+                shard = self._shards[number] = _OpenShard(self.split.path(sample_id))
+                while len(self._shards) > self._most_open:
+                    self._shards.popitem(last=False)
+            else:
+                self._shards.move_to_end(number)
+            return shard
 
     def _read(self, sample_id: int, shard: int, offset: int, size: int) -> bytes:
         if shard >= 0:
-            return os.pread(self._shard(sample_id, shard), size, offset)
+            opened = self._shard(sample_id, shard)  # held: it may be dropped by other threads meanwhile
+            return os.pread(opened.descriptor, size, offset)
         with open(self.split.path(sample_id), "rb") as file:  # noqa: PTH123 - the shorter way, for every sample
             return file.read(size + 1)  # bounded: the file may have been replaced by an endless one
 
@@ -143,6 +168,4 @@ class Source:
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
-        for descriptor in self._shards.values():
-            os.close(descriptor)
         self._shards.clear()

@@ -30,9 +30,10 @@ from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, de
 from pipeline.dataset.index.listing import Listing, list_split
 from pipeline.dataset.lock import locked
 from pipeline.dataset.names import tell_apart, twin_of
-from pipeline.dataset.workers import available_cores, map_in_order
+from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
+from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
 UNREADABLE = "unreadable.json"

@@ -44,9 +44,10 @@ from pipeline.dataset.shards.plan import (
 )
 from pipeline.dataset.shards.reencode import reencode
 from pipeline.dataset.shards.transcode import find_program, transcode
-from pipeline.dataset.workers import available_cores, map_in_order, read_ahead
+from pipeline.dataset.workers import map_in_order, read_ahead
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
+from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
 #: Lists of the archive that go with the shards, so that `verify` knows what is to be there.

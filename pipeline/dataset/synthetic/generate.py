@@ -24,9 +24,10 @@ from pipeline.dataset.synthetic.plan import (
     make_image,
     synset,
 )
-from pipeline.dataset.workers import available_cores, map_in_order
+from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
+from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
 CHUNK = 16  # images a task

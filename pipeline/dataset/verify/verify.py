@@ -27,8 +27,8 @@ from pipeline.dataset.verify.check import (
 )
 from pipeline.dataset.verify.expected import hash_ids, read_expected, train_id
 from pipeline.dataset.verify.report import Report, SplitCounts, judge, show, to_json
-from pipeline.dataset.workers import available_cores
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
+from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
 

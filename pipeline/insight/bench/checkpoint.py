@@ -1,7 +1,6 @@
 """`bench checkpoint`: how long a save blocks the training, and what it takes in the background."""
 
 import functools
-import os
 import shutil
 import tempfile
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.insight.bench.interleaved import Spread, format_rows
+from pipeline.limits import available_cores
 
 
 def checkpoint(
@@ -86,7 +86,7 @@ def checkpoint(
         return f"{s.median:9.1f}   {s.minimum:9.1f} {s.maximum:9.1f}    {cpu:9.1f}    {gigabytes / s.median * 1e3:7.2f}"
 
     head = f"{'ms: median':>9}   {'minimum':>9} {'maximum':>9}    {'CPU ms':>9}    {'GB/s':>7}"
-    print(f"{model} on {place.type}, SGD with momentum: {host.bytes:,} bytes; {len(os.sched_getaffinity(0))} cores")
+    print(f"{model} on {place.type}, SGD with momentum: {host.bytes:,} bytes; {available_cores()} cores")
     print(
         format_rows(
             {

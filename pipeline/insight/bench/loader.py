@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.index.index import has_index, index_folder
-from pipeline.dataset.workers import available_cores
 from pipeline.errors import UserError
 from pipeline.insight.bench.interleaved import (
     Candidate,
@@ -16,6 +15,7 @@ from pipeline.insight.bench.interleaved import (
     run_interleaved,
     spread_table,
 )
+from pipeline.limits import available_cores
 
 WARM_UP = 3  # rounds: buffers grow in the first ones
 BASELINES = ("DALI", "DALI, shards", "DALI, crops only")

@@ -5,6 +5,8 @@ import os
 import platform
 from pathlib import Path
 
+from pipeline.limits import available_cores, memory_limit
+
 _PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "pillow", "timm", "ffcv")
 
 
@@ -12,8 +14,8 @@ def describe_machine() -> dict:
     """Processor, cores, memory, load, GPU, versions: plain values."""
     facts = {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cores": available_cores(),
+        "memory_gib": round(memory_limit() / 2**30, 1),
         "load": [round(value, 1) for value in os.getloadavg()],
         "system": platform.platform(terse=True),
         "python": platform.python_version(),

@@ -19,6 +19,7 @@ from pipeline.config import Config, DataConfig
 from pipeline.dataset.index.index import Split, has_index, locate_index, open_index
 from pipeline.errors import UserError
 from pipeline.gpu_facts import builds_problem, cuda_builds, driver_problem, granted_gpus, query_gpus, visible_gpus
+from pipeline.limits import available_cores
 
 SAMPLES = 16  # read and compared with their digests on every node
 PACKAGES = {"DALI": "nvidia-dali-cuda", "NCCL": "nvidia-nccl-cu"}  # name -> how its distributions begin
@@ -36,7 +37,7 @@ def gather_facts(config: Config) -> dict:
     problem = driver_problem(driver, builds) if driver else None
     return {
         "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": available_cores(),
         "gpus": [asdict(gpu) for gpu in visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))],
         "driver": driver,
         "driver_problem": problem if problem and not cuda_works() else builds_problem(builds),

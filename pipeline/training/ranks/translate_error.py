@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from pipeline.config import Config
 from pipeline.errors import GpuFault, TransientError, UserError
+from pipeline.limits import available_memory
 from pipeline.run_paths import RunPaths
 from pipeline.training.ranks.launcher import without_launcher
 from pipeline.training.ranks.world import World
@@ -152,22 +153,8 @@ def _memory(error: BaseException, world: World) -> str:
     if _NO_THREAD in str(error):
         asked += " (or too many processes: ulimit -u)"
     return (
-        f"out of host memory on {world.watch.names[world.rank]}: {asked}, {_host_available() / 2**30:.1f} GiB are free"
+        f"out of host memory on {world.watch.names[world.rank]}: {asked}, {available_memory() / 2**30:.1f} GiB are free"
     )
-
-
-def _host_available() -> int:
-    """Bytes of host memory that this process can still take: of the machine, its cgroup, its own limit."""
-    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(facts["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        available = min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    own = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if own != resource.RLIM_INFINITY:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        available = min(available, own - used)
-    return max(0, available)
 
 
 def _room_mib(world: World) -> float:
@@ -175,7 +162,7 @@ def _room_mib(world: World) -> float:
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[1] / MIB
     used = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return (_host_available() + used) / MIB
+    return (available_memory() + used) / MIB
 
 
 def largest_fitting_batch(config: Config, room_mib: float) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pipeline.config import TrainConfig
 from pipeline.errors import TransientError, UserError
 from pipeline.gpu_facts import sign_of_gpus, why_no_cuda
+from pipeline.limits import available_cores
 from pipeline.rank_info import RankInfo
 from pipeline.training.ranks.open_files import raise_limit
 from pipeline.training.ranks.watchdog import Watchdog
@@ -39,7 +40,7 @@ class World(RankInfo):
         """What this rank computes with, in words."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"CPU, {len(os.sched_getaffinity(0))} cores"
+        return f"CPU, {available_cores()} cores"
 
     def any(self, flag: bool) -> bool:
         """Is the flag up on any rank? Collective, on the host."""
@@ -131,7 +132,7 @@ def start_world(train: TrainConfig) -> World:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(max(1, available_cores() // local_size))
     place: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     # The watch comes first, and can tell who hangs; unlike torch it knows when this process was suspended.
     limit = max(timedelta(seconds=1.5 * train.hang_timeout_s + 30), SUSPENDED)
