@@ -67,7 +67,7 @@ class Resizer:
 
     def __init__(self, threads: int, interpolation: str = "bilinear"):
         self._resize = _RESIZE[interpolation]
-        self.bytes_only = interpolation != "bilinear"
+        self.is_bicubic = interpolation == "bicubic"
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
 
     def start(self, windows: Sequence[Any], planned: Planned) -> Resizing:
@@ -104,12 +104,14 @@ class Resizer:
         rows, columns = top + size, left + size
         rows += rows == window.shape[0] and factor_y != 1  # torch takes as many out as in for nothing to do
         columns += columns == window.shape[1] and factor_x != 1
-        if self.bytes_only or not (_has_ties(factor_x) or _has_ties(factor_y)):
+        if not (self.is_bicubic or _has_ties(factor_x) or _has_ties(factor_y)):
             whole = self._resize(planes, [rows, columns], False, factor_y, factor_x)[..., left : left + size]
         else:  # the second pass on no more than is cut out
             exact = planes.to(torch.float32, memory_format=torch.contiguous_format)
             wide = self._resize(exact, [window.shape[0], columns], False, 1, factor_x)[..., left : left + size]
-            whole = self._resize(wide, [rows, size], False, factor_y, 1).round().byte()
+            if self.is_bicubic:  # which overshoots: PIL cuts to whole levels between the passes, too
+                wide = wide.round_().clamp_(0, 255)
+            whole = self._resize(wide, [rows, size], False, factor_y, 1).round_().clamp_(0, 255).byte()
         return whole[0, :, top : top + size].permute(1, 2, 0)
 
     def close(self) -> None:
