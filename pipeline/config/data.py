@@ -55,7 +55,8 @@ class DataConfig:
     prefetch: int = runtime_field(2)
     """Batches decoded ahead of the step."""
     max_unreadable: int = runtime_field(100)
-    """Samples that may turn out unreadable at run time (each is substituted) before the run stops."""
+    """Samples that may turn out unreadable at run time before the run stops: training samples (each is substituted) and
+    validation images (left out of the scores, which say so)."""
 
     def resolve(self, model: str = "") -> "ResolvedDataConfig":
         """The same with every size as a number of pixels. model: the network's name, whose input size is the default.

@@ -161,6 +161,7 @@ def describe(
         "weights": weights,
         "scores_are_means_with_mirrored_images": config.evaluation.flip,
         "scores": {key: scores[there] for key, there in named.items()} if scores else None,
+        "scored_images": {key: scores.get(key) for key in ("images", "left_out")} if scores else None,
     }
 
 

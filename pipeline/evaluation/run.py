@@ -20,12 +20,14 @@ from pipeline.evaluation.class_map import class_positions
 from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.published import PREFIX, Published, find_published
 from pipeline.model.sizes import check_to_score
+from pipeline.tracking.ledger import scored_images
 from pipeline.training.data import open_data
 from pipeline.training.evaluate import Evaluation, evaluate
 from pipeline.training.guard import rollbacks_of
 from pipeline.training.ranks.stop_request import StopRequest, interrupted_exit_code
 from pipeline.training.ranks.world import World, start_world
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
+from pipeline.training.recorder import NAMED
 from pipeline.training.run_folder.folder import RunFolder
 
 Device = Literal["auto", "cuda", "cpu"]
@@ -139,7 +141,10 @@ class Result:
     def facts(self) -> dict:
         scores = self.evaluation.scores
         named = {"weights": self.weights, "size": self.size, "resize": self.resize, **dataclasses.asdict(scores)}
-        return named | {"images_per_s": round(scores.images / self.seconds, 1)}
+        return named | {
+            "images_per_s": round(scores.images / self.seconds, 1),
+            "unreadable": self.evaluation.unreadable,
+        }
 
 
 def score_all(
@@ -208,10 +213,15 @@ def tell(ask: Request, results: list[Result], subject: ScoredNetwork, published:
     """Print the scores, and write them where that was asked for."""
     where = {"checkpoint": str(subject.path), "step": subject.meta["step"]} if subject.path else {}
     facts = where | results[0].facts
+    shown = "left_out", "unreadable"  # said in words below
     if published is not None:
         facts |= {"published_top1": published.top1, "published_top5": published.top5}
     if len(results) == 1:
-        lines = [(name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in facts.items()]
+        lines = [
+            (name, f"{value:.4f}" if isinstance(value, float) else value)
+            for name, value in facts.items()
+            if name not in shown
+        ]
         print("\n".join(f"  {name:<13} {value}" for name, value in lines))
     else:
         for name, value in where.items():
@@ -221,6 +231,8 @@ def tell(ask: Request, results: list[Result], subject: ScoredNetwork, published:
         for row in (result.facts for result in results):
             scores = f"{row['val_loss']:8.4f} {row['val_top1']:8.3f} {row['val_top5']:8.3f} {row['val_ece']:7.3f}"
             print(f"  {row['weights']:<14} {row['size']:5} {row['resize']:7} {scores} {row['images']:9,}")
+    for line in _tell_left_out(results[0]):
+        print(line)
     try:
         if ask.json:
             everything = facts | {"results": [result.facts for result in results]}
@@ -229,6 +241,20 @@ def tell(ask: Request, results: list[Result], subject: ScoredNetwork, published:
             write_per_class(Path(ask.per_class).expanduser(), results)
     except OSError as error:
         raise UserError(f"{error.filename} can't be written ({error.strerror}); give another file") from error
+
+
+def _tell_left_out(result: Result) -> list[str]:
+    """What the scores are not of: how many, and the names of those that can't be read now."""
+    scores, unreadable = result.evaluation.scores, result.evaluation.unreadable
+    if not scores.left_out:
+        return []
+    lines = [f"warning: the scores are of {scored_images(dataclasses.asdict(scores))}: they can't be read"]
+    if result.evaluation.missing:
+        lines[0] += f" ({result.evaluation.missing:,} of them when the data set was indexed)"
+    lines += [f"warning: {name} can't be read ({reason})" for name, reason in list(unreadable.items())[:NAMED]]
+    if len(unreadable) > NAMED:
+        lines.append(f"warning: and {len(unreadable) - NAMED:,} more; --json FILE names all")
+    return lines
 
 
 def write_per_class(path: Path, results: list[Result]) -> None:

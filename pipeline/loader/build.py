@@ -6,6 +6,7 @@ import torch
 from pipeline.config import Config, ResolvedDataConfig, TrainConfig
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
 from pipeline.dataset.index.index import Index
+from pipeline.dataset.index.left_out import count_images
 from pipeline.errors import UserError
 from pipeline.limits import available_cores
 from pipeline.loader.plan import EvalPlan, FiveCropPlan, TrainPlan
@@ -122,6 +123,7 @@ def make_eval_stream(
     support = 2 if data.interpolation == "bicubic" else 1
     plan = kind(widths, heights, batch_size, data.val_resize, data.val_size, support)
     stream = _make_stream(index, "val", plan, data, batch_size, place)
+    stream.missing = count_images(index.left_out, "val")
     if labels is not None:
         stream.labels = np.ascontiguousarray(labels, np.int64)
     return stream

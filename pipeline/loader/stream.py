@@ -106,6 +106,7 @@ class Stream:
         self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
         self.max_unreadable = max_unreadable
         self.unreadable: dict[int, str] = {}  # sample id -> reason: all that this rank has found
+        self.missing = 0  # images of the split that are not in the index, as they could not be read
         self._pool = ThreadPoolExecutor(prefetch, thread_name_prefix="prepare")
         self._skip: frozenset[int] = frozenset()
 

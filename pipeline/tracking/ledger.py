@@ -58,6 +58,20 @@ def better_scores(row: dict) -> dict:
     return {"averaged": averaged, **{name: row[f"val_{infix}{name}"] for name in ("loss", "top1", "top5")}}
 
 
+def scored_images(row: dict) -> str:
+    """ "12 images", or "7 images, 5 of 12 left out": how many an "eval" row's scores are of."""
+    images, left_out = row.get("images"), row.get("left_out") or 0
+    if images is None:
+        return "all images"
+    return f"{images:,} images" + (f", {left_out:,} of {images + left_out:,} left out" if left_out else "")
+
+
+def left_out_note(row: dict) -> str:
+    """ " (5 of 12 images left out)" after a score that is not of all images, else nothing."""
+    images, left_out = row.get("images") or 0, row.get("left_out") or 0
+    return f" ({left_out:,} of {images + left_out:,} images left out)" if left_out else ""
+
+
 def best_step(evaluations: Iterable[dict]) -> int | None:
     """The step with the highest `top1_of` among "eval" rows, the earliest of equals; None without any."""
     best = max(evaluations, key=lambda row: (top1_of(row), -row["step"]), default=None)

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
-from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.index.scan import build_index, tell_left_out
 from pipeline.errors import TransientError, UserError
 from pipeline.training.ranks.world import World
 
@@ -30,7 +30,10 @@ def open_data(data: DataConfig, world: World, say: Callable[[str], None], to_sco
         folder = Path(data.index).expanduser() if data.index else None
         if not has_index(locate_index(data)) and root.is_dir() and not to_score:
             say(f"no index at {locate_index(data)}: building it (once)")
-        return build_index(root, folder, to_score=to_score).folder
+        made = build_index(root, folder, to_score=to_score)
+        for line in tell_left_out(made):
+            say(line)
+        return made.folder
 
     return _open_here(world.on_rank_zero(build, limit_s=math.inf), world)
 

@@ -1,12 +1,13 @@
 """Evaluation: every validation image exactly once over all ranks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from pipeline.errors import TransientError
 from pipeline.loader.stream import Stream
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
@@ -20,13 +21,15 @@ BINS = 15  # of the calibration error, equally wide (Guo et al. 2017)
 @dataclass(frozen=True)
 class Scores:
     """val_loss: mean cross-entropy. val_top1, val_top5: percent. val_ece: expected calibration error, percent. images:
-    how many were scored, over all ranks."""
+    how many were scored, over all ranks. left_out: how many more there should be: those that can't be read, now or when
+    the data set was indexed."""
 
     val_loss: float
     val_top1: float
     val_top5: float
     val_ece: float
     images: int
+    left_out: int = 0
 
 
 class Tally:
@@ -58,18 +61,25 @@ class Tally:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over all images, float64: [4], [BINS, 3] and [classes, 3] as in `Tally`."""
+    """Sums over all images, float64: [4], [BINS, 3] and [classes, 3] as in `Tally`.
+
+    unreadable: file -> reason of the images that could not be read now; missing: how many the index left out before.
+    """
 
     sums: np.ndarray
     bins: np.ndarray
     classes: np.ndarray
+    unreadable: dict[str, str] = field(default_factory=dict)
+    missing: int = 0
 
     @property
     def scores(self) -> Scores:
         loss, top1, top5, images = self.sums.tolist()
         error = np.abs(self.bins[:, 1] - self.bins[:, 2]).sum()  # each bin's gap, weighted by its images
         many = max(images, 1)
-        return Scores(loss / many, 100 * top1 / many, 100 * top5 / many, 100 * float(error) / many, int(images))
+        left_out = self.missing + len(self.unreadable)
+        shares = (100 * top1 / many, 100 * top5 / many, 100 * float(error) / many)
+        return Scores(loss / many, *shares, int(images), left_out)
 
 
 def share_buffers(model: nn.Module, world: World) -> None:
@@ -109,7 +119,11 @@ def evaluate(
 ) -> Evaluation | None:
     """Score `network` (uint8 images in, logits of `classes` classes out) on all batches of a validation stream; see
     `predict`. Collective. Returns None on all ranks if any of them was asked to stop meanwhile.
+
+    Images that can't be read are left out and named in the result. Raises TransientError where they are more than the
+    stream tolerates, over all ranks, or all.
     """
+    stream.unreadable.clear()  # of an evaluation before
     was_training = network.training
     network.eval()
     with world.watch.collective("the exchange of buffers"):
@@ -136,7 +150,27 @@ def evaluate(
     finally:
         batches.close()
         network.train(was_training)
-    return tally.over(world)
+    unreadable = _unreadable_of_all(stream, world)
+    found = replace(tally.over(world), unreadable=unreadable, missing=stream.missing)
+    if len(unreadable) > stream.max_unreadable or (unreadable and not found.scores.images):
+        name, reason = next(iter(unreadable.items()))
+        raise TransientError(
+            f"{len(unreadable):,} of {found.scores.images + len(unreadable):,} validation images can't be read "
+            f"(--data.max_unreadable is {stream.max_unreadable}), such as {name} ({reason}); check the data with: "
+            "pipeline verify ROOT",
+            on_all_ranks=True,
+        )
+    return found
+
+
+def _unreadable_of_all(stream: Stream, world: World) -> dict[str, str]:
+    """File -> reason of the validation images that could not be read, of all ranks, in the data set's order.
+    Collective."""
+    own = {sample: (stream.source.describe(sample), reason) for sample, reason in stream.unreadable.items()}
+    if not world.any(bool(own)):
+        return {}
+    parts = world.gather(own)
+    return dict(found for _, found in sorted(item for part in parts for item in part.items()))
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -153,8 +187,8 @@ def score(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def score_recalibrated(
     network: nn.Module, setup: RunSetup, train_stream: Stream, eval_stream: Stream, step: int, skip: frozenset[int]
-) -> Scores | None:
-    """The scores of a network in training after `step` steps; its buffers are afterwards what they were. Collective.
+) -> Evaluation | None:
+    """The evaluation of a network in training after `step` steps; its buffers are afterwards as before. Collective.
 
     With `evaluation.recalibrate_batches`, BatchNorm's statistics are first computed over the last training batches,
     without the samples `skip`. Returns None on all ranks if any of them was asked to stop meanwhile.
@@ -169,4 +203,4 @@ def score_recalibrated(
         ):
             return None
         evaluation = evaluate(network, eval_stream, world, precision, stop, setup.classes, settings.flip)
-    return None if evaluation is None else evaluation.scores
+    return evaluation

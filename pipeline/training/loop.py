@@ -10,7 +10,7 @@ import time
 from pipeline.errors import EXIT_OK, EXIT_REGROUP
 from pipeline.loader.build import make_eval_stream, make_train_stream
 from pipeline.loader.stream import Stream
-from pipeline.training.evaluate import Scores, score_recalibrated
+from pipeline.training.evaluate import Evaluation, score_recalibrated
 from pipeline.training.guard import Guard
 from pipeline.training.profile import Profiler
 from pipeline.training.ranks.consistency import compare_parameters
@@ -202,7 +202,7 @@ class Trainer:
         meanwhile."""
         if self.saved_step != self.step:
             self.save()  # the best checkpoint must be one that was scored
-        found: dict[str, Scores] = {}
+        found: dict[str, Evaluation] = {}
         for name, network in self.train_step.networks.items():
             scores = score_recalibrated(
                 network, self.setup, self.train_stream, self.eval_stream, self.step, frozenset(self.blacklist)

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from pipeline.config import semantic_config
+from pipeline.dataset.index.left_out import describe
 from pipeline.errors import TransientError
 from pipeline.loader.build import choose_loader
 from pipeline.model.build import count_parameters
-from pipeline.tracking.ledger import Ledger, best_step, last_steps
+from pipeline.tracking.ledger import Ledger, best_step, last_steps, scored_images
 from pipeline.tracking.wandb_view import WandbView
-from pipeline.training.evaluate import Scores
+from pipeline.training.evaluate import Evaluation
 from pipeline.training.final_report import write_report
 from pipeline.training.guard import Rollback, Spikes
 from pipeline.training.ranks.launcher import current_launch
@@ -29,6 +30,7 @@ from pipeline.training.setup import RunSetup
 from pipeline.training.step import TrainStep
 
 SPIKE_WARNING_STEPS = 100
+NAMED = 10  # unreadable validation images on the console; the ledger names all
 
 
 class RunRecorder:
@@ -55,6 +57,7 @@ class RunRecorder:
         self.host_copy = HostCopy(setup.world.device, self.console.warn)
         self.outage = Outage(folder.path, 60 * config.checkpoint.outage_timeout_minutes, self.alarm)
         self.save_needed = False  # an outage has ended: no checkpoint was saved meanwhile
+        self.named: set[str] = set()  # unreadable validation images
         self.next_spike_warning = 0  # step
 
     def _best_step(self) -> set[int]:
@@ -73,6 +76,8 @@ class RunRecorder:
         }
         if launch is not None and launch.round > 1:
             facts |= {"round": launch.round, "reason": launch.reason}
+        if describe(setup.index.left_out):
+            facts["left_out"] = describe(setup.index.left_out)
         self.event("started" if setup.start.path is None else "resumed", setup.start.step, **facts)
 
     def epoch(self, step: int) -> float:
@@ -117,17 +122,31 @@ class RunRecorder:
             f"the median rank {slow.median_s:.3f} s"
         )
 
-    def record_scores(self, step: int, found: dict[str, Scores]) -> None:
+    def record_scores(self, step: int, found: dict[str, Evaluation]) -> None:
         """The ledger's row of an evaluation. found: "raw" and, where there is an average of the weights, "ema"."""
-        epoch, scores, average = self.epoch(step), found["raw"], found.get("ema")
+        epoch, scores = self.epoch(step), found["raw"].scores
+        average = found["ema"].scores if "ema" in found else None
+        self.name_unreadable(step, {name: why for part in found.values() for name, why in part.unreadable.items()})
         row = {"kind": "eval", "step": step, "epoch": epoch, **dataclasses.asdict(scores)}
         text = f"validation loss {scores.val_loss:.4f}, top-1 {scores.val_top1:.2f} %, top-5 {scores.val_top5:.2f} %"
         if average is not None:
             own = dataclasses.asdict(average)
-            row |= {key.replace("val_", "val_ema_"): value for key, value in own.items() if key != "images"}
+            row |= {key.replace("val_", "val_ema_"): value for key, value in own.items() if key.startswith("val_")}
             text += f", with averaged weights {average.val_top1:.2f} %"
         self.log(row)
-        self.console.say(f"epoch {epoch:.2f}, step {step}: {text} of {scores.images:,} images")
+        self.console.say(f"epoch {epoch:.2f}, step {step}: {text} of {scored_images(row)}")
+
+    def name_unreadable(self, step: int, unreadable: dict[str, str]) -> None:
+        """Name the validation images that could not be read, each once a start. unreadable: file -> reason."""
+        new = {name: reason for name, reason in unreadable.items() if name not in self.named}
+        if not new:
+            return
+        self.named |= new.keys()
+        for name, reason in list(new.items())[:NAMED]:
+            self.console.warn(f"validation image {name} can't be read ({reason}); left out of the scores")
+        if len(new) > NAMED:
+            self.console.warn(f"and {len(new) - NAMED:,} more validation images: see {self.folder.ledger}")
+        self.event("validation_unreadable", step, files=new)
 
     def alarm(self, text: str) -> None:
         """Warn, also those who only look at W&B."""

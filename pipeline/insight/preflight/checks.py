@@ -104,6 +104,8 @@ def check_data(facts: dict, config: Config) -> CheckResult:
         )
     counts = " + ".join(f"{count:,} {name}" for name, count in facts["images"].items())
     text = f"{counts} images, {facts['classes']} classes, {facts['shards'] or 'no'} shards, {facts['fingerprint'][:12]}"
+    if facts.get("left_out"):
+        return CheckResult(WARN, "data", f"{text}; left out of {facts['left_out']}")
     return CheckResult(PASS, "data", text)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.config import Config, DataConfig
 from pipeline.dataset.index.index import Split, has_index, locate_index, open_index
+from pipeline.dataset.index.left_out import describe
 from pipeline.errors import UserError
 from pipeline.gpu_facts import builds_problem, cuda_builds, driver_problem, granted_gpus, query_gpus, visible_gpus
 from pipeline.limits import available_cores
@@ -105,6 +106,7 @@ def probe_data(data: DataConfig) -> dict:
     try:
         index = open_index(folder)
         facts |= {"fingerprint": index.fingerprint, "classes": index.num_classes}
+        facts["left_out"] = describe(index.left_out)
         facts["images"] = {name: len(split) for name, split in index.splits.items()}
         start = time.perf_counter()
         for split in index.splits.values():

@@ -14,7 +14,7 @@ from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
 from pipeline.insight.report.network_page import ON_CPU, network_sections
 from pipeline.progress import duration
-from pipeline.tracking.ledger import better_scores, is_start
+from pipeline.tracking.ledger import better_scores, is_start, left_out_note
 
 COLOURS = 6
 
@@ -73,7 +73,7 @@ def headline(record) -> str:
     best = better_scores(record.best) if record.best else None
     averaged = ", averaged weights" if best and best["averaged"] else ""
     items = [
-        (f"top-1, best{averaged}", f"{best['top1']:.2f} %" if best else "not yet"),
+        (f"top-1, best{averaged}{left_out_note(record.best or {})}", f"{best['top1']:.2f} %" if best else "not yet"),
         ("top-5 there", f"{best['top5']:.2f} %" if best else "not yet"),
         ("epochs done", f"{record.train[-1]['epoch']:.2f}" if record.train else "0"),
         ("steps done", f"{record.train[-1]['step']:,}" if record.train else "0"),
@@ -110,6 +110,7 @@ def comparison(records: list) -> str:
         best, done = record.best, record.train[-1] if record.train else {}
         better = better_scores(best) if best else {}
         scores = [f"{better['top1']:.2f}", f"{better['top5']:.2f}", f"{best['epoch']:.2f}"] if best else ["", "", ""]
+        scores[0] += left_out_note(best or {})
         hours = duration(3600 * record.hours[-1]) if record.hours else ""
         rows.append([record.name, *scores, f"{done.get('epoch', 0):.2f}", hours])
     head = ["run", "top-1 %", "top-5 %", "at epoch", "epochs done", "training"]

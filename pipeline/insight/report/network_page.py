@@ -125,6 +125,7 @@ def network_sections(record, data_root: str | None, device_name: str, most: int 
     """What needs the weights; where something is missing, a sentence says what."""
     import torch
 
+    from pipeline.dataset.index.left_out import describe
     from pipeline.evaluation.class_map import class_positions
     from pipeline.insight.report.predictions import predict
     from pipeline.insight.report.run_record import load_networks, open_index_of
@@ -147,6 +148,8 @@ def network_sections(record, data_root: str | None, device_name: str, most: int 
     if index is None:
         yield f'<p class="none">Not shown: {escape(missing)}</p>'
         return
+    if describe(index.left_out):
+        yield f"<p>Left out of the data set: {escape(describe(index.left_out))}.</p>"
     try:
         places = class_positions(index.synsets, networks.classes, networks.outputs, str(index.root))
     except UserError as error:

@@ -49,7 +49,8 @@ def render(state: RunState, slurm: dict[str, str] | None) -> str:
         rows.append(("top-1", "not evaluated yet"))
     else:
         best = f"best {state.best_top1:.2f} % at step {state.best_step:,}"
-        rows.append(("top-1", f"{state.top1:.2f} % at step {state.top1_step:,}; {best}"))
+        partly = f" ({state.left_out})" if state.left_out else ""
+        rows.append(("top-1", f"{state.top1:.2f} % at step {state.top1_step:,}{partly}; {best}"))
     data_wait_fraction = None if state.data_wait_fraction is None else 100 * state.data_wait_fraction
     rows.append(
         ("speed", f"{number(state.images_per_s, ',.0f')} images/s, data wait {number(data_wait_fraction, '.0f', ' %')}")

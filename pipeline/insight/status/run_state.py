@@ -16,7 +16,7 @@ from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 from pipeline.files import read_note
 from pipeline.run_paths import META, RunPaths, list_checkpoints
-from pipeline.tracking.ledger import is_start, top1_of
+from pipeline.tracking.ledger import is_start, left_out_note, top1_of
 
 TAIL_ROWS = 100  # training rows that rates are taken over
 TAIL_BYTES = 1 << 17  # holds them
@@ -29,8 +29,8 @@ class RunState:
     """Facts about a run; None: not known (yet).
 
     state: starting, training, evaluating, preempted, stopped, failed, finished or stalled. Percent: top1, best_top1.
-    Share: data_wait_fraction. Seconds: step_s, left_s (training alone), checkpoint_age_s, silent_s (since the last
-    row).
+    left_out: "5 of 12 images left out" of the latest evaluation, or empty. Share: data_wait_fraction. Seconds: step_s,
+    left_s (training alone), checkpoint_age_s, silent_s (since the last row).
     """
 
     run: str
@@ -44,6 +44,7 @@ class RunState:
     top1_step: int | None
     best_top1: float | None
     best_step: int | None
+    left_out: str
     images_per_s: float | None
     step_s: float | None
     data_wait_fraction: float | None
@@ -151,6 +152,7 @@ def read_state(folder: Path, now: float | None = None) -> RunState:
         top1_step=latest.get("step"),
         best_top1=top1_of(best) if best else None,
         best_step=best.get("step"),
+        left_out=left_out_note(latest).strip(" ()"),
         images_per_s=batch / step_s if step_s else None,
         step_s=step_s,
         data_wait_fraction=statistics.fmean(row["data_wait_fraction"] for row in tail)

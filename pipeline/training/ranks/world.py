@@ -56,6 +56,14 @@ class World(RankInfo):
             dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, which pickles. Collective, on the host."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self.watch.collective("the exchange of findings"):
+                dist.all_gather_object(values, value, group=self.long_timeout_group)
+        return values
+
     def on_rank_zero(self, function: Callable[[], Any], limit_s: float | None = None) -> Any:
         """Call `function` on rank 0 alone; all ranks get its result, or raise its UserError or TransientError. It may
         take `limit_s` seconds; default: as long as anything."""

@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.files import atomic_write, read_note
 from pipeline.redact import redact
 from pipeline.run_paths import END_MARKERS, RunPaths, list_checkpoints
+from pipeline.tracking.ledger import left_out_note
 from pipeline.training.run_folder.checkpoint import compare_semantic_config
 
 
@@ -111,7 +112,8 @@ def slurm_facts() -> dict:
 
 def mark_finished(folder: RunFolder, scores: dict, verb: str, say: Callable[[str], None]) -> None:
     """Write the marker `finished` and print it. scores: the ledger's row of the last evaluation."""
-    keys = ("step", "val_top1", "val_top5", "val_ema_top1", "val_ema_top5")
+    keys = ("step", "val_top1", "val_top5", "val_ema_top1", "val_ema_top5", "images", "left_out")
     folder.mark("finished", **{key: scores[key] for key in keys if key in scores})
     average = f", with averaged weights {scores['val_ema_top1']:.2f} %" if "val_ema_top1" in scores else ""
-    say(f"{verb}: {scores['step']} steps, top-1 {scores['val_top1']:.2f} %{average}; {folder.path}")
+    score = f"top-1 {scores['val_top1']:.2f} %{average}{left_out_note(scores)}"
+    say(f"{verb}: {scores['step']} steps, {score}; {folder.path}")
