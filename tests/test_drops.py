@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, parse_config
 from pipeline.model.build import build_model
 from pipeline.model.drops import Drop, keyed_uniform, tie_drops
 
@@ -60,6 +60,44 @@ def test_halves_of_a_batch_drop_what_the_whole_does(name):
         plain = getattr(torchvision.models, name)(num_classes=5).eval()
         plain.load_state_dict(model.state_dict())
         torch.testing.assert_close(model(images), plain(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_draws_of_all_layers_together_are_those_of_each_alone(dtype):
+    """Bit for bit, as each layer drew its own: a run may resume from a checkpoint of an older version."""
+    shares = [0.001 + 0.0137 * number for number in range(50)]
+    model = nn.Sequential(*[nn.Identity() for _ in shares]).train()
+    for layer, share in zip(model, shares, strict=True):
+        layer.register_forward_hook(Drop(share, rows=True))
+    drop_keys = tie_drops(model)
+    drop_keys.keys = keys(256)
+    x = torch.rand(256, 3, 2, 2).to(dtype)
+    for number, (layer, share) in enumerate(zip(model, shares, strict=True)):
+        kept = keyed_uniform(drop_keys.keys, number, 1) >= share
+        assert torch.equal(layer(x), x * (kept.to(dtype) / (1 - share)).view(256, 1, 1, 1)), share
+
+
+def test_stochastic_depth_costs_few_operators():
+    """A GPU waits for the host where a forward pass is many small kernels."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    config = parse_config(["--config", "resnet152"]).model
+    assert config.stochastic_depth > 0
+    model = build_model(config, 10).train()
+    counts = []
+    for step in range(2):
+        model.drop_keys.keys = keys(2, seed=step)
+        with torch.no_grad(), Count() as count:  # autograd would add views, which start no kernel
+            model(torch.rand(2, 3, 32, 32))
+        counts.append(count.calls)
+    assert max(counts) <= 950, counts
 
 
 def test_layers_of_torchvision_follow_the_keys_and_a_copy_has_its_own():

@@ -19,15 +19,62 @@ _GOLDEN = 0x9E3779B9
 class DropKeys:
     """State that the drops of a network share.
 
-    keys: int64 [B], 0 to 2^32 - 1, one for each sample of the batch; None: there are none. network: drops are active
-    while it is in training mode, whatever mode the layers are in (frozen ones are in evaluation mode, and BatchNorm
-    alone in training mode when its statistics are recomputed)."""
+    Attributes:
+        network: drops are active while it is in training mode, whatever mode the layers are in (frozen ones are in
+            evaluation mode, and BatchNorm alone in training mode when its statistics are recomputed).
+    """
 
-    keys: torch.Tensor | None = None
-    network: nn.Module | None = None
+    def __init__(self) -> None:
+        self.network: nn.Module | None = None
+        self._keys: torch.Tensor | None = None
+        self._rows: list[tuple[int, float]] = []  # (number, share) of each drop of whole samples
+        self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._factors: dict[tuple[torch.dtype, int], tuple[torch.Tensor, ...]] = {}
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """int64 [B], 0 to 2^32 - 1, one for each sample of the batch; None: there are none."""
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._keys, self._factors = keys, {}
 
     def drops(self) -> bool:
         return self.network is not None and self.network.training
+
+    def add_rows(self, number: int, share: float) -> int:
+        """Register a drop of whole samples. Returns its place among them."""
+        self._rows.append((number, share))
+        return len(self._rows) - 1
+
+    def row_factor(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """What multiplies x ([B, ...]) in a drop of whole samples: [B, 1, ...] of its dtype, 0 or 1 / (1 - share).
+
+        All layers' factors are drawn together: a draw is some 30 small operations, and a deep network has 50 layers.
+        """
+        keys, wanted = self._keys, (x.dtype, x.ndim)
+        assert keys is not None and len(keys) == len(x), "one key for each sample"
+        if wanted not in self._factors:
+            numbers, shares = self._on(keys.device)
+            draws = (_mix(_mix(keys ^ numbers)) >> 8) * 2.0**-24  # `keyed_uniform`, whose first counter is 0
+            kept = draws >= shares.float()
+            exact = torch.promote_types(x.dtype, torch.float32)
+            factors = (kept.to(exact) / (1 - shares).to(exact)).to(x.dtype)
+            self._factors[wanted] = factors.view(*factors.shape, *[1] * (x.ndim - 1)).unbind()
+        return self._factors[wanted][place]
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """([layers, 1] int64: what tells the layers' draws apart; [layers, 1] float64: their shares), on the device."""
+        if device not in self._constants:
+            numbers = torch.tensor([[_layer_constant(number)] for number, _ in self._rows], device=device)
+            shares = torch.tensor([[share] for _, share in self._rows], dtype=torch.float64, device=device)
+            self._constants[device] = numbers, shares
+        return self._constants[device]
+
+
+def _layer_constant(number: int) -> int:
+    return (number + 1) * _GOLDEN & _MASK
 
 
 def _times(x: torch.Tensor, factor: int) -> torch.Tensor:
@@ -44,7 +91,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 def keyed_uniform(keys: torch.Tensor, number: int, count: int) -> torch.Tensor:
     """float32 [B, count] in [0, 1): `count` draws for each key (int64 [B]), other ones for each `number`."""
-    own = _mix(keys ^ ((number + 1) * _GOLDEN & _MASK))
+    own = _mix(keys ^ _layer_constant(number))
     counters = torch.arange(count, device=keys.device)
     return (_mix(own[:, None] ^ _times(counters, _GOLDEN)) >> 8) * 2.0**-24
 
@@ -53,16 +100,23 @@ class _KeyedDrop:
     """Sets this share of the values to 0, or with `rows` of the samples, and scales up the rest."""
 
     def __init__(self, share: float, rows: bool):
-        self.share, self.rows = share, rows
-        self.drop_keys, self.number = DropKeys(), 0
+        self.share, self.rows, self.place = share, rows, 0
+        self.tie(DropKeys(), 0)
+
+    def tie(self, drop_keys: DropKeys, number: int) -> None:
+        """Follow these keys, as number so-and-so of the network's drops."""
+        self.drop_keys, self.number = drop_keys, number
+        if self.rows:
+            self.place = drop_keys.add_rows(number, self.share)
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
         """x: [B, ...]."""
         if self.drop_keys.keys is None:
             return stochastic_depth(x, self.share, "row") if self.rows else nn.functional.dropout(x, self.share)
-        shape = [1] * (x.ndim - 1) if self.rows else x.shape[1:]
-        kept = keyed_uniform(self.drop_keys.keys, self.number, math.prod(shape)) >= self.share
-        return x * (kept.to(x.dtype) / (1 - self.share)).view(len(x), *shape)
+        if self.rows:
+            return x * self.drop_keys.row_factor(self.place, x)
+        kept = keyed_uniform(self.drop_keys.keys, self.number, math.prod(x.shape[1:])) >= self.share
+        return x * (kept.to(x.dtype) / (1 - self.share)).view(x.shape)
 
 
 class Drop(_KeyedDrop):
@@ -105,6 +159,6 @@ def tie_drops(model: nn.Module) -> DropKeys | None:
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if isinstance(hook, _KeyedDrop):
-                hook.drop_keys, hook.number = drop_keys, number
+                hook.tie(drop_keys, number)
                 number += 1
     return drop_keys if number else None

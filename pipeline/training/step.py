@@ -75,6 +75,15 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(hash_counter(seed, 0x5EED, step, rank)) >> 1)
 
 
+def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer's state the memory format of its parameters: a checkpoint may be from a run with another
+    `train.channels_last`, and fused kernels go through both in the order of memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 class NormalizeEraseMix(Normalized):
     """`Normalized`, which also erases and mixes when it is told what. keys: int64 [B], which `model.drops` follows."""
 
@@ -235,7 +244,9 @@ class TrainStep:
         """
         size = size or self.config.data.image_size
         kept = [buffer.clone() for buffer in self.model.buffers()]
-        count = self.micro if self.config.train.compile else min(self.micro, 2)  # a compiled step is made for its size
+        # On a GPU what is tuned and compiled is made for its size, and memory that is short is found here.
+        whole = self.device.type == "cuda" or self.config.train.compile
+        count = self.micro if whole else min(self.micro, 2)
         count += -count % self.config.augment.mix_group
         images = torch.zeros(count, size, size, 3, dtype=torch.uint8, device=self.device)
         targets = torch.zeros(count, dtype=torch.int64, device=self.device)
@@ -260,6 +271,7 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, dict]) -> None:
         load_whole(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
+        lay_out_as_parameters(self.optimizer)
         if "fused" in self.optimizer.defaults:
             for group in self.optimizer.param_groups:
                 group["fused"] = True  # also from a checkpoint of an optimizer that was not

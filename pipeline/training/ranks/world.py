@@ -154,7 +154,6 @@ def start_world(train: TrainConfig) -> World:
             "is that port free, and not closed by a firewall? Give torchrun another --rdzv-endpoint or --master-port"
         ) from error
     if device.type == "cuda" and train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
