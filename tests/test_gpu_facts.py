@@ -222,14 +222,15 @@ def test_the_number_of_connections_of_many_ranks():
     assert row.level == "FAIL" and "n3" in row.text and "1,024" in row.text and files_needed(512) > 1022
 
 
-def test_a_rank_raises_its_limit_of_open_files():
+def test_a_rank_raises_its_limit_of_open_files_and_asks_for_deterministic_libraries():
     """As `start_world` does, in a process whose soft limit is the common 1,024."""
     program = (
         "import os, resource\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
         "from pipeline.config import parse_config\n"
         "from pipeline.training.ranks.world import start_world\n"
-        "start_world(parse_config(['--train.device', 'cpu']).train)\n"
+        "start_world(parse_config(['--train.device', 'cpu', '--train.deterministic']).train)\n"
+        "assert os.environ['NCCL_NVLS_ENABLE'] == '0' and os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
     )
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -141,6 +141,10 @@ def start_world(train: TrainConfig) -> World:
         backend = "cpu:gloo,cuda:nccl"
     else:
         torch.set_num_threads(max(1, available_cores() // local_size))
+    if train.deterministic:
+        # Read when cuBLAS and NCCL are first used. NVLink SHARP sums in the switch, in an order of its own.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     place: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     # The watch comes first, and can tell who hangs; unlike torch it knows when this process was suspended.
     limit = max(timedelta(seconds=1.5 * train.hang_timeout_s + 30), SUSPENDED)
