@@ -53,7 +53,19 @@ def _read_recipe(name: str, warnings: list[str]) -> str:
         return path
     renamed = rename_settings(settings) if isinstance(settings, dict) else []
     warnings += [f"{path}: {line}" for line in renamed]
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if renamed else path
+    moved = isinstance(settings, dict) and _follow_run_folder(settings, Path(path))
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if renamed or moved else path
+
+
+def _follow_run_folder(settings: dict[str, Any], path: Path) -> bool:
+    """Let the saved configuration of a run folder that was moved or copied name the folder that it lies in. True: it
+    named another."""
+    folder = path.resolve().parent
+    is_run = path.name == "config.yaml" and (folder / "metrics.jsonl").exists()
+    if not is_run or not settings.get("run_dir") or Path(settings["run_dir"]).expanduser().resolve() == folder:
+        return False
+    settings["run_dir"] = str(folder)
+    return True
 
 
 def make_config_parser(prog: str, options: type | None = None) -> "ArgumentParser":

@@ -111,11 +111,19 @@ class WandbView:
                 self._try(self.run.define_metric, name, summary="max")
 
     def _own_id(self) -> str:
-        """The id of the run in W&B, drawn at its first start."""
-        identifier = self.paths.wandb_run_id
-        if not identifier.exists():
-            atomic_write(identifier, uuid.uuid4().hex[:8])
-        return identifier.read_text().strip()
+        """The id of the run in W&B, drawn at its first start; anew in a copy of a run folder that is still in its
+        place, as two runs must not share one."""
+        file = self.paths.wandb_run_id
+        own = str(self.paths.path.resolve())
+        identifier, home = _read_id(file)
+        if identifier and home not in ("", own) and _read_id(RunPaths(Path(home)).wandb_run_id) == (identifier, home):
+            self.say(f"W&B: this run folder is a copy of {home}, so it becomes a W&B run of its own")
+            identifier = ""
+        if not identifier:
+            identifier = uuid.uuid4().hex[:8]
+        if (identifier, own) != _read_id(file):
+            atomic_write(file, f"{identifier}\n{own}\n")
+        return identifier
 
     def _try(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         try:
@@ -184,6 +192,15 @@ def quiet_settings(wandb: Any, timeout_s: float | None = None) -> Any:
         x_disable_machine_info=True,
         x_transaction_log_flush_interval=1,
     )
+
+
+def _read_id(file: Path) -> tuple[str, str]:
+    """(id, run folder) that a file `run-id` says; "" for what it does not."""
+    try:
+        lines = [*file.read_text().splitlines(), "", ""]
+    except OSError:
+        return "", ""
+    return lines[0].strip(), lines[1].strip()
 
 
 def _first_line(error: Exception) -> str:

@@ -67,11 +67,17 @@ def train(argv: list[str]) -> int:
 
 
 def mark_failed(run_dir: str, error: UserError | TransientError) -> None:
-    """Write the marker `failed` to the run folder, if there is one, for those who look at it from outside."""
+    """Write the marker `failed` to the run folder, if there is one, for those who look at it from outside. A run that
+    had finished stays finished, and one that was interrupted stays so where this start was refused."""
     from pipeline.errors import EXIT_RETRY, EXIT_USER
     from pipeline.training.run_folder.folder import RunFolder
 
     folder = Path(run_dir).expanduser()
+    ended = [RunPaths(folder).finished]  # the ledger decides: a start that was refused changes nothing
+    if isinstance(error, UserError):
+        ended.append(RunPaths(folder).interrupted)
+    if any(marker.exists() for marker in ended):
+        return
     code = EXIT_USER if isinstance(error, UserError) else EXIT_RETRY
     if _is_rank_zero() and run_dir and RunFolder(folder).config.exists():
         try:

@@ -25,8 +25,10 @@ from pipeline.training.ranks.stragglers import Slow
 from pipeline.training.run_folder.checkpoint import CheckpointWriter
 from pipeline.training.run_folder.folder import mark_finished, slurm_facts
 from pipeline.training.run_folder.outage import Outage
+from pipeline.training.run_folder.set_aside import set_aside
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
 from pipeline.training.setup import RunSetup
+from pipeline.training.start import resume_option
 from pipeline.training.step import TrainStep
 
 SPIKE_WARNING_STEPS = 100
@@ -45,6 +47,8 @@ class RunRecorder:
         config, folder = setup.config, setup.folder
         settings = semantic_config(config) | {"world_size": setup.world.size}
         self.wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), self.console.say)
+        if setup.start.went_back:
+            set_aside(folder, setup.start.step, self.console.warn)
         self.ledger = Ledger(folder.ledger, setup.start.step)
         self.spikes = Spikes(config.guard.spike_factor, self.ledger.losses)
         self.writer = CheckpointWriter(
@@ -67,6 +71,7 @@ class RunRecorder:
 
     def record_start(self, setup: RunSetup) -> None:
         """The ledger's row of a start, and a summary of the run on the console."""
+        self.folder.clear_marks()
         launch = current_launch()
         facts: dict[str, object] = {
             "world_size": setup.world.size,
@@ -78,6 +83,8 @@ class RunRecorder:
             facts |= {"round": launch.round, "reason": launch.reason}
         if describe(setup.index.left_out):
             facts["left_out"] = describe(setup.index.left_out)
+        if setup.config.resume not in ("auto", "never"):
+            facts["resume_option"] = resume_option(setup.config)
         self.event("started" if setup.start.path is None else "resumed", setup.start.step, **facts)
 
     def epoch(self, step: int) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.config import Config, semantic_config
 from pipeline.errors import UserError
+from pipeline.run_paths import list_checkpoints
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.guard import Guard, Rollback, is_in_history, rollbacks_of, rollbacks_of_ledger
 from pipeline.training.run_folder.checkpoint import (
@@ -17,6 +18,8 @@ from pipeline.training.run_folder.checkpoint import (
 )
 from pipeline.training.run_folder.folder import RunFolder
 
+_AFTER_A_SAVE = ("interrupted", "finished", "resumed")  # events that only a run with a checkpoint records
+
 
 @dataclass(frozen=True)
 class Start:
@@ -26,11 +29,13 @@ class Start:
         path: a verified checkpoint folder; None: step 0, with new weights.
         meta: the checkpoint's manifest.
         rollbacks: of the run so far.
+        went_back: `--resume PATH` was followed; what this run did after it is to be set aside.
     """
 
     path: Path | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     rollbacks: list[Rollback] = field(default_factory=list)
+    went_back: bool = False
 
     @property
     def step(self) -> int:
@@ -53,6 +58,33 @@ class Start:
         return [name.removesuffix(".pt") for name in self.meta["files"]]
 
 
+def resume_option(config: Config) -> str:
+    """The checkpoint that `--resume PATH` names, as the ledger's row of a start records it."""
+    return str(Path(config.resume).expanduser().resolve())
+
+
+def _newest(folder: RunFolder, rows: list[dict], warn: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """The newest good checkpoint of this run's history; None before the first one was saved.
+
+    Raises UserError where the ledger says that there was one, and none is left.
+    """
+    rollbacks = rollbacks_of_ledger(rows)
+    found = find_newest_good(folder.checkpoints, warn, lambda meta: is_in_history(meta, rollbacks))
+    saved = [row["step"] for row in rows if row.get("kind") == "eval" or row.get("event") in _AFTER_A_SAVE]
+    if found is None and max(saved, default=0) > 0 and not list_checkpoints(folder.checkpoints):
+        done = max(row.get("step", 0) for row in rows)
+        raise UserError(
+            f"run folder {folder.path} has no checkpoint, though its metrics.jsonl records {done:,} steps; "
+            "put its checkpoints back, or give another --run_dir"
+        )
+    return found
+
+
+def _was_followed(config: Config, rows: list[dict]) -> bool:
+    """Has an earlier start of this run followed `--resume PATH` already? A batch script that is requeued repeats it."""
+    return any(row.get("resume_option") == resume_option(config) for row in rows)
+
+
 def find_start(
     config: Config, folder: RunFolder, index_fingerprint: str, last_step: int, warn: Callable[[str], None]
 ) -> Start:
@@ -60,11 +92,21 @@ def find_start(
 
     Raises UserError for a checkpoint of a different recipe or data set, or with more than `last_step` steps done.
     """
-    rollbacks = rollbacks_of_ledger(read_rows(folder.ledger))
-    found: tuple[Path, dict] | None
-    if config.resume in ("auto", "never"):
+    rows = list(read_rows(folder.ledger))
+    rollbacks = rollbacks_of_ledger(rows)
+    explicit = config.resume not in ("auto", "never")
+    scored = any(row.get("kind") == "eval" and row["step"] == last_step for row in rows)
+    if scored and not explicit and not list_checkpoints(folder.checkpoints):
+        return Start(meta={"step": last_step}, rollbacks=rollbacks)  # finished: nothing is trained
+    found: tuple[Path, dict] | None = None
+    if not explicit:
+        found = _newest(folder, rows, warn)
+    elif _was_followed(config, rows):
         found = find_newest_good(folder.checkpoints, warn, lambda meta: is_in_history(meta, rollbacks))
-    else:
+        if found is not None:
+            warn(f"--resume {config.resume} was followed by an earlier start; resuming from {found[0].name}")
+    went_back = explicit and found is None
+    if went_back:
         path = Path(config.resume).expanduser()
         try:
             found = path, verify_checkpoint(path)
@@ -73,7 +115,7 @@ def find_start(
     if found is None:
         return Start(rollbacks=rollbacks)
     check_fingerprints(*found, semantic_config(config), index_fingerprint)
-    start = Start(*found, rollbacks or rollbacks_of(found[1]))
+    start = Start(*found, rollbacks or rollbacks_of(found[1]), went_back)
     if start.step > last_step:
         raise UserError(
             f"{start.path} is at step {start.step}, past the end at {last_step}; "

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from pipeline.run_paths import META, checkpoint_name, list_checkpoints
 from pipeline.training.run_folder.snapshot import Snapshot
 
 FORMAT = 1
+_LEFTOVER = re.compile(r"\.step-\d{9,}\.(\d+|old)\.tmp")  # of starts that were killed
 
 
 class DamagedCheckpoint(Exception):
@@ -233,7 +235,8 @@ class CheckpointWriter:
     def _remove_leftovers(self) -> None:
         if self.folder.is_dir():
             for path in self.folder.glob(".step-*.tmp"):
-                shutil.rmtree(path, ignore_errors=True)
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def save(self, snapshot: Snapshot) -> None:
         """Start writing a snapshot; waits for the one before it."""

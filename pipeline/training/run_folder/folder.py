@@ -7,6 +7,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -20,6 +21,12 @@ from pipeline.redact import redact
 from pipeline.run_paths import END_MARKERS, RunPaths, list_checkpoints
 from pipeline.tracking.ledger import left_out_note
 from pipeline.training.run_folder.checkpoint import compare_semantic_config
+
+WRITTEN = "# Written by pipeline train at each start.\n"  #: the first line of our config.yaml
+#: what starts that were killed leave behind; see `pipeline.files.atomic_open`
+_LEFTOVER = re.compile(
+    r"\.(config\.yaml|metrics\.jsonl|interrupted|finished|failed|stop|writable)\.\d+(-[0-9a-f]{8})?\.tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,20 @@ class RunFolder(RunPaths):
             )
 
     def save_config(self, config: Config) -> None:
-        """Write `config.yaml` atomically. What a recipe says of itself may name its source: without credentials."""
+        """Write `config.yaml` atomically. What a recipe says of itself may name its source: without credentials.
+
+        `resume` is of one start, so it is not saved. A file that somebody else wrote is kept as `config.given.yaml`.
+        """
+        self._keep_given_config()
         about = json.loads(redact(json.dumps(config.about)))
-        atomic_write(self.config, to_yaml(dataclasses.replace(config, about=about)))
+        atomic_write(self.config, WRITTEN + to_yaml(dataclasses.replace(config, about=about, resume="auto")))
+
+    def _keep_given_config(self) -> None:
+        if not self.config.exists() or self.config.read_bytes().startswith((WRITTEN.encode(), b"run_dir:")):
+            return
+        names = ["config.given.yaml", *(f"config.given-{number}.yaml" for number in range(2, 1000))]
+        kept = next(self.path / name for name in names if not (self.path / name).exists())
+        self.config.rename(kept)
 
     def mark(self, name: str, **facts: object) -> None:
         """Write the marker `name` atomically; of interrupted, finished and failed only one stands."""
@@ -48,10 +66,12 @@ class RunFolder(RunPaths):
         facts = {"state": name, **facts, "time": time.time(), "host": socket.gethostname()}
         atomic_write(self.path / name, json.dumps(facts) + "\n")
 
-    def clear_marks(self) -> None:
-        """Remove the marks of the start before this one. A request to stop that was meant for this one stays."""
+    def clear_marks(self, but: tuple[str, ...] = ()) -> None:
+        """Remove the marks of the start before this one, except those in `but`. A request to stop that was meant for
+        this one stays."""
         for name in END_MARKERS:
-            (self.path / name).unlink(missing_ok=True)
+            if name not in but:
+                (self.path / name).unlink(missing_ok=True)
         if not is_for_this_start(self.stop):
             self.stop.unlink(missing_ok=True)
 
@@ -62,6 +82,9 @@ def make_run_folder(config: Config) -> RunFolder:
     if not config.run_dir:
         raise UserError("--run_dir is missing: give the folder where the run is to live, e.g. --run_dir runs/first")
     folder = RunFolder(Path(config.run_dir).expanduser().resolve())
+    for file in (folder.config, folder.ledger, folder.interrupted, folder.finished, folder.failed, folder.lock):
+        if file.is_dir():
+            raise UserError(f"{file} is a folder, and a run needs a file there; move it, or give another --run_dir")
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         probe = folder.path / f".writable.{os.getpid()}.tmp"
@@ -85,11 +108,11 @@ def open_run_folder(config: Config) -> RunFolder:
         raise UserError(
             f"--resume never: run folder {folder.path} has checkpoints; remove them or give another --run_dir"
         )
-    for leftover in folder.path.glob(".*.tmp"):  # of starts that were killed
-        if not leftover.name.startswith(".lock."):
+    for leftover in folder.path.glob(".*.tmp"):
+        if _LEFTOVER.fullmatch(leftover.name):
             leftover.unlink(missing_ok=True)
     folder.save_config(config)
-    folder.clear_marks()
+    folder.clear_marks(but=("finished",))  # that goes when a step is to be trained
     return folder
 
 

@@ -1,0 +1,32 @@
+"""What a run did after the checkpoint that `--resume PATH` goes back to: kept beside the run, not in its way."""
+
+import json
+from collections.abc import Callable
+
+from pipeline.files import atomic_write
+from pipeline.run_paths import RunPaths, checkpoint_name, list_checkpoints
+from pipeline.tracking.ledger import read_rows
+
+
+def set_aside(folder: RunPaths, step: int, say: Callable[[str], None]) -> None:
+    """Move checkpoints of steps after `step` into a folder `set-aside-after-step-...` of the run folder, and copy the
+    ledger's rows of those steps there. Rank 0 only. Nothing happens where there are none.
+
+    The rows come first: after a kill in between the run resumes from `step`, as no later checkpoint is left.
+    """
+    rows = [row for row in read_rows(folder.ledger) if row.get("kind") != "event" and row.get("step", 0) > step]
+    later = [path for found, path in list_checkpoints(folder.checkpoints) if found > step]
+    if not rows and not later:
+        return
+    name = f"set-aside-after-{checkpoint_name(step)}"
+    number = 1
+    while (folder.path / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    aside = folder.path / (name if number == 1 else f"{name}-{number}")
+    aside.mkdir()
+    if rows:
+        atomic_write(aside / folder.ledger.name, "".join(json.dumps(row) + "\n" for row in rows))
+    for path in later:
+        (aside / folder.checkpoints.name).mkdir(exist_ok=True)
+        path.rename(aside / folder.checkpoints.name / path.name)
+    say(f"going back to step {step}: {len(later)} later checkpoints and {len(rows)} rows of the ledger are in {aside}")

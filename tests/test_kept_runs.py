@@ -1,0 +1,150 @@
+"""What a run has done is kept: through mistaken starts, moved and copied folders, returns to older checkpoints."""
+
+import json
+import shutil
+
+import pytest
+import runs
+import yaml
+
+from pipeline.config import TrackingConfig
+from pipeline.dataset.index.scan import build_index
+from pipeline.tracking.wandb_view import WandbView
+
+SAVING = ["--checkpoint.every_steps", "2", "--checkpoint.keep", "9", "--train.max_steps", "6"]
+
+
+@pytest.fixture(scope="module")
+def root(synthetic_root):
+    build_index(synthetic_root)
+    return synthetic_root
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """A run that has done its 6 steps, with checkpoints at 2, 4 and 6."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    runs.call(root, run, *SAVING)
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def steps(folder, kind="train"):
+    return [row["step"] for row in runs.rows(folder, kind)]
+
+
+def saved(folder):
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("mistake", [["--optim.lr", "0.01"], ["--train.max_steps", "4"], ["--data.root", "nowhere"]])
+def test_a_refused_start_leaves_a_finished_run_finished(root, run, mistake):
+    before = json.loads((run / "finished").read_text())
+    runs.call(root, run, *SAVING, *mistake, expect=2)
+    assert json.loads((run / "finished").read_text()) == before
+    assert not (run / "failed").exists()
+
+
+def test_a_refused_start_leaves_an_interrupted_run_interrupted(root, run):
+    (run / "finished").rename(run / "interrupted")
+    runs.call(root, run, *SAVING, "--optim.lr", "0.01", expect=2)
+    assert (run / "interrupted").exists() and not (run / "failed").exists()
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(root, run):
+    shutil.rmtree(run / "checkpoints")
+    ledger = (run / "metrics.jsonl").read_bytes()
+    assert "already finished" in runs.call(root, run, *SAVING)
+    assert (run / "metrics.jsonl").read_bytes() == ledger and saved(run) == []
+
+
+def test_an_interrupted_run_without_checkpoints_is_refused(root, run):
+    shutil.rmtree(run / "checkpoints")
+    ledger = (run / "metrics.jsonl").read_bytes()
+    printed = runs.call(root, run, *SAVING[:-1], "9", expect=2)
+    assert "records 6 steps" in printed and "--run_dir" in printed
+    assert (run / "metrics.jsonl").read_bytes() == ledger
+
+
+def test_going_back_sets_later_steps_aside_and_the_ledger_has_no_hole(root, run):
+    back = ["--resume", str(run / "checkpoints/step-000000002")]
+    printed = runs.call(root, run, *SAVING[:-1], "3", *back)
+    aside = run / "set-aside-after-step-000000002"
+    assert str(aside) in printed and "2 later checkpoints" in printed
+    assert saved(aside) == [4, 6] and steps(aside) == [3, 4, 5, 6]
+    assert saved(run) == [2, 3] and steps(run) == [1, 2, 3]
+    runs.call(root, run, *SAVING)
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_from_a_path_counts_once(root, run, tmp_path):
+    """A batch script repeats its command after each interruption."""
+    other = tmp_path / "other"
+    start = ["--resume", str(run / "checkpoints/step-000000002")]
+    runs.call(root, other, *SAVING[:-1], "4", *start)
+    printed = runs.call(root, other, *SAVING, *start)
+    assert [row["step"] for row in runs.rows(other, "event") if row["event"] == "resumed"] == [2, 4]
+    assert steps(other) == [3, 4, 5, 6]
+    assert "resuming from step-000000004" in printed
+    assert yaml.safe_load((other / "config.yaml").read_text())["resume"] == "auto"
+
+
+def test_a_moved_run_is_resumed_where_it_lies(root, run, tmp_path):
+    old = yaml.safe_load((run / "config.yaml").read_text())["run_dir"]
+    shutil.move(old, f"{old}-kept")  # the fixture's folder, of which `run` is a copy
+    try:
+        argv = ["train", "--config", str(run / "config.yaml"), "--train.max_steps", "7"]
+        assert runs.main(argv) == 0
+        assert steps(run) == [1, 2, 3, 4, 5, 6, 7]
+        assert not runs.Path(old).exists()
+    finally:
+        shutil.move(f"{old}-kept", old)
+
+
+def test_a_config_written_by_hand_is_kept(root, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    text = "# found by a long search\n" + runs.TINY.read_text()
+    (run / "config.yaml").write_text(text)
+    for count in ("1", "2"):
+        runs.call(root, run, "--train.max_steps", count, recipe=str(run / "config.yaml"))
+    assert (run / "config.given.yaml").read_text() == text
+    assert not (run / "config.given-2.yaml").exists()
+
+
+def test_strange_files_stay_and_own_leftovers_go(root, run):
+    theirs = [run / ".notes.tmp", run / ".plot.12.tmp", run / "checkpoints/.step-notes.tmp"]
+    own = [run / ".config.yaml.123-0a1b2c3d.tmp", run / ".writable.99.tmp"]
+    for path in [*theirs[:2], *own]:
+        path.write_text("x")
+    theirs[2].mkdir()
+    runs.call(root, run, *SAVING[:-1], "7")
+    assert all(path.exists() for path in theirs) and not any(path.exists() for path in own)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "finished", "lock"])
+def test_a_folder_in_a_files_place_is_named(root, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    printed = runs.call(root, tmp_path / "run", expect=2)
+    assert str(tmp_path / "run" / name) in printed and "Traceback" not in printed
+
+
+def test_a_copy_becomes_a_wandb_run_of_its_own_and_a_moved_run_does_not(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+
+    def identify(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        view = WandbView(TrackingConfig(wandb="offline"), tmp_path / name, {}, {}, print)
+        view.close()
+        return (tmp_path / name / "wandb/run-id").read_text().split()[0]
+
+    first = identify("one")
+    assert identify("one") == first
+    shutil.copytree(tmp_path / "one", tmp_path / "copy", symlinks=True)
+    assert identify("copy") != first and identify("one") == first
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert identify("moved") == first
