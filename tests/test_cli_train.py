@@ -189,4 +189,4 @@ def test_evaluate_scores_the_best_checkpoint(finished, tmp_path):
     assert (found["step"], found["images"], found["val_top1"]) == (6, 24, recorded["val_top1"])
     assert found["val_loss"] == pytest.approx(recorded["val_loss"], rel=1e-6)
     done = subprocess.run([*command[:4], str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "is no run folder" in done.stderr
+    assert done.returncode == 2 and "is not a run folder" in done.stderr

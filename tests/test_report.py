@@ -66,7 +66,7 @@ def test_it_shows_the_run(finished, html):
     assert "Accuracy of each class" in html and "24 of 24 validation images" in html
     assert "Started 1 time." in html and "CPU," in html and "optim.lr" in html
     assert html.count("data:image/png") == 6  # two convolutions before, after, and their difference
-    assert "Where it looks" in html and html.count("data:image/jpeg") >= 8
+    assert "<h2>Grad-CAM</h2>" in html and html.count("data:image/jpeg") >= 8
 
 
 def test_it_is_self_contained_and_data_is_escaped(html):
@@ -184,7 +184,7 @@ def test_a_report_that_fails_does_not_fail_the_run(root, tmp_path):
 
 def test_bad_options_are_one_line(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def browse(html: str, folder, width: int = 1280) -> tuple[str, str]:

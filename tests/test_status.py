@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.config import RawConfig, TrainConfig, to_yaml
-from pipeline.insight.status.run_state import read_rare, read_state, read_tail
+from pipeline.insight.status.run_state import read_events_and_evals, read_state, read_tail
 from pipeline.progress import duration
 
 NOW = time.time()
@@ -142,7 +142,7 @@ def test_rare_rows_are_found_among_many(run):
     evaluate(run, 3000, 50.0)
     train(run, 3001, 3010)
     ledger = run / "metrics.jsonl"
-    assert [row["kind"] for row in read_rare(ledger)] == ["event", "eval"]
+    assert [row["kind"] for row in read_events_and_evals(ledger)] == ["event", "eval"]
     assert [row["step"] for row in read_tail(ledger)][-1] == 3010
 
 
@@ -170,7 +170,7 @@ def test_watch_shows_until_the_run_ends(run, capsys, monkeypatch):
 
 def test_no_run_folder_is_the_users_fault(tmp_path, capsys):
     assert main(["status", str(tmp_path / "nowhere")]) == 2
-    assert "no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_needs_neither_torch_nor_numpy(run):

@@ -47,7 +47,7 @@ def export(
     if target.suffix not in writers:
         raise UserError(f"{out}: the name says what to write; let it end in {', '.join(writers)}")
     if not folder.config.exists():
-        raise UserError(f"{run} is no run folder: it has no config.yaml; give the --run_dir of a run")
+        raise UserError(f"{run} is not a run folder: it has no config.yaml; give the --run_dir of a run")
     config = load_config(folder.config, verb="export")
     path, meta = find_checkpoint(folder, checkpoint)
     scores = next((row for row in read_rows(folder.ledger) if _is_score_of(row, meta["step"])), {})

@@ -77,7 +77,7 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     published = find_published(ask.model, ask.weights.removeprefix(PREFIX)) if ask.published else None
     folder = RunFolder(Path(ask.run).expanduser().resolve())
     if published is None and not folder.config.exists():
-        raise UserError(f"{ask.run} is no run folder: it has no config.yaml; give the --run_dir of a run")
+        raise UserError(f"{ask.run} is not a run folder: it has no config.yaml; give the --run_dir of a run")
     config = published_config(ask, published) if published else load_config(folder.config, verb="evaluate")
     config = relocated(config, ask.data_root, ask.batch_size, ask.device)
     sizes = parse_sizes(ask.sizes, config.data)

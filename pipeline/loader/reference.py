@@ -26,7 +26,7 @@ def cut_window(
 
 def decode_sample(
     data: np.ndarray,
-    window: np.ndarray,
+    window: np.ndarray | None,
     flip: bool,
     size: int,
     resize: int | None,
@@ -39,6 +39,7 @@ def decode_sample(
     with open_image(data.data) as opened:
         image = to_rgb(opened)
     if resize is None:
+        assert window is not None
         image = cut_window(image, window, flip, size, interpolation)
     else:
         width, height = image.size

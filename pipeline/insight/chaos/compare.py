@@ -1,4 +1,4 @@
-"""Is a run that was disturbed the same as one that was not? Each difference is a sentence."""
+"""Compares a run with injected faults to a reference run without any. Each difference is a sentence."""
 
 import json
 import shutil
@@ -11,12 +11,13 @@ import torch
 
 from pipeline.config import load_config
 from pipeline.dataset.index.index import locate_index, open_index
+from pipeline.errors import UserError
 from pipeline.loader.build import make_train_plan
 from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.run_folder.checkpoint import load_state, verify_checkpoint
 
-TIMES = ("images_per_s", "data_wait_fraction")  # what differs from run to run by nature
+TIMES = ("images_per_s", "data_wait_fraction")  # differ from run to run
 _EXPECTED = {"config.yaml", "metrics.jsonl", "finished", "checkpoints", "report", "wandb", "debug"}
 
 
@@ -42,9 +43,9 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if one == other else [where]
 
 
-def compare_weights(disturbed: Path, undisturbed: Path) -> list[str]:
+def compare_weights(faulted: Path, reference: Path) -> list[str]:
     """The last checkpoints: weights, buffers, optimizer."""
-    found = [list_checkpoints(RunPaths(run).checkpoints)[:1] for run in (disturbed, undisturbed)]
+    found = [list_checkpoints(RunPaths(run).checkpoints)[:1] for run in (faulted, reference)]
     if not all(found):
         return ["a run has no checkpoint"]
     (one_step, one), (other_step, other) = (entry[0] for entry in found)
@@ -56,14 +57,14 @@ def compare_weights(disturbed: Path, undisturbed: Path) -> list[str]:
     return [f"{len(differing)} tensors differ, the first {differing[0]}"] if differing else []
 
 
-def compare_ledgers(disturbed: Path, undisturbed: Path) -> list[str]:
-    """Every step once; each row, and each score, as in the other run."""
+def compare_ledgers(faulted: Path, reference: Path) -> list[str]:
+    """Every step once; each row, and each score, as in the reference run."""
     found = []
-    steps = [row["step"] for row in rows_of(disturbed, "train")]
+    steps = [row["step"] for row in rows_of(faulted, "train")]
     if steps != list(range(1, len(steps) + 1)):
         found.append("the ledger's steps have gaps or repeats")
     for kind in ("train", "eval"):
-        one, other = rows_of(disturbed, kind), rows_of(undisturbed, kind)
+        one, other = rows_of(faulted, kind), rows_of(reference, kind)
         if one != other:
             pairs = zip(one, other, strict=False)
             first = next((a["step"] for a, b in pairs if a != b), min(len(one), len(other)) + 1)
@@ -72,7 +73,7 @@ def compare_ledgers(disturbed: Path, undisturbed: Path) -> list[str]:
 
 
 def check_samples(run: Path) -> list[str]:
-    """Every sample once an epoch: the digest of each batch that was seen is that of the plan."""
+    """Every sample once an epoch: each batch's digest is that of the plan."""
     config = load_config(RunPaths(run).config)
     index = open_index(locate_index(config.data))
     plan = make_train_plan(index, config.data, config.train, config.augment)
@@ -82,28 +83,31 @@ def check_samples(run: Path) -> list[str]:
     for row in rows:
         ids, epochs, copies = plan.samples_at(row["step"] - 1, 0, plan.global_batch_size)
         if plan.digest(row["step"] - 1, ids) != row["batch_digest"]:
-            return [f"step {row['step']} saw another batch than planned"]
+            return [f"step {row['step']} has another batch than the plan"]
         for sample, number, copy in zip(ids.tolist(), (epochs // repeats).tolist(), copies.tolist(), strict=True):
             if (sample, copy) in seen.setdefault(number, set()):
-                return [f"sample {sample} came too often in epoch {number * repeats}"]
+                return [f"sample {sample} is too often in epoch {number * repeats}"]
             seen[number].add((sample, copy))
     whole = plan.epochs_done(len(rows)) // repeats
     return [f"epoch {i * repeats} lacks samples" for i in range(whole) if len(seen[i]) != plan.samples * repeats]
 
 
-def check_files(disturbed: Path, undisturbed: Path) -> list[str]:
-    """No stray file in the run folder or its checkpoints."""
-    found = [f"stray file {path.name}" for path in disturbed.iterdir() if path.name not in _EXPECTED]
-    one, other = ({path.name for path in (RunPaths(run).checkpoints).iterdir()} for run in (disturbed, undisturbed))
+def check_files(faulted: Path, reference: Path) -> list[str]:
+    """No unexpected file in the run folder or its checkpoints."""
+    found = [f"unexpected file {path.name}" for path in faulted.iterdir() if path.name not in _EXPECTED]
+    one, other = ({path.name for path in (RunPaths(run).checkpoints).iterdir()} for run in (faulted, reference))
     extra = {name for name in one if name.startswith(".") or not name.startswith("step-")}
-    found += [f"stray file checkpoints/{name}" for name in sorted(extra)]
+    found += [f"unexpected file checkpoints/{name}" for name in sorted(extra)]
     return found if len(one) == len(other) else [*found, f"{len(one)} checkpoints instead of {len(other)}"]
 
 
 def wandb_steps(run: Path) -> list[int]:
-    """The steps in the run's offline W&B files, as W&B's own tool reads them; a file torn by a kill up to the tear."""
+    """The steps in the run's offline W&B files, as W&B's own tool reads them; a file that a kill cut off is read
+    up to there. Raises UserError without that tool."""
     tool = Path(sys.executable).with_name("wandb")
     command = str(tool) if tool.exists() else shutil.which("wandb")
+    if command is None:
+        raise UserError("--wandb offline: the command wandb is not installed; install it, or give --wandb disabled")
     steps = []
     for file in sorted((RunPaths(run).wandb).glob("offline-run-*/run-*.wandb")):
         done = subprocess.run([command, "leet", "inspect", "--json", str(file)], capture_output=True, text=True)

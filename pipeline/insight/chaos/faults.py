@@ -1,4 +1,4 @@
-"""Real faults for a running training job: which there are, when they strike, and how a job's processes are found."""
+"""Faults for a running training job: their kinds, when each is injected, and how a job's processes are found."""
 
 import contextlib
 import os
@@ -11,38 +11,48 @@ from pathlib import Path
 
 from pipeline.run_paths import RunPaths
 
-WAYS = ("kill a rank", "kill torchrun", "kill all", "terminate", "suspend a rank")
+KINDS = ("kill a rank", "kill torchrun", "kill all", "terminate", "suspend a rank")
 PHASES = ("start-up", "training", "saving", "renaming", "pruning", "evaluating")
 
-LATEST = 15  # steps after the fault before it; each phase comes up within 12
+MAX_STEPS_APART = 15  # steps from one fault to the next; each phase comes up within 12
 
 
 @dataclass(frozen=True)
-class Disturbance:
-    """One fault. `delay`: seconds into the phase (start-up, renaming, pruning); `rows`: training rows to wait for;
-    `pause_s`: how long a suspended rank sleeps; `rank`: share of the ranks, 0 to 1."""
+class Fault:
+    """One fault.
 
-    way: str
+    Attributes:
+        kind: one of `KINDS`.
+        phase: one of `PHASES`; the fault is injected in it.
+        delay_s: seconds after the phase begins (start-up, renaming, pruning).
+        rows: training rows to wait for (training).
+        pause_s: how long a rank is suspended.
+        rank: which rank, as a fraction of the world size, 0 to 1.
+    """
+
+    kind: str
     phase: str
-    delay: float
+    delay_s: float
     rows: int
     pause_s: float
     rank: float
 
 
-def draw(generator: random.Random, count: int, start_s: float) -> list[Disturbance]:
-    """`count` disturbances; every way and every phase comes up equally often, in random order and at random moments.
-    start_s: how long a start takes."""
-    ways = [WAYS[i % len(WAYS)] for i in range(count)]
+def draw_faults(generator: random.Random, count: int, start_s: float) -> list[Fault]:
+    """`count` faults; every kind and every phase is equally frequent, in random order and at random moments.
+
+    start_s: how long a start takes, in seconds.
+    """
+    kinds = [KINDS[i % len(KINDS)] for i in range(count)]
     phases = [PHASES[i % len(PHASES)] for i in range(count)]
-    generator.shuffle(ways)
+    generator.shuffle(kinds)
     generator.shuffle(phases)
     made = []
-    for way, phase in zip(ways, phases, strict=True):
+    for kind, phase in zip(kinds, phases, strict=True):
         span = start_s if phase == "start-up" else 0.02 if phase in ("renaming", "pruning") else 0.0
         made.append(
-            Disturbance(
-                way,
+            Fault(
+                kind,
                 phase,
                 generator.uniform(0, span),
                 generator.randint(1, 5),
@@ -64,7 +74,8 @@ def descendants(pid: int) -> list[int]:
                 continue  # it ended meanwhile
             if fields[0] != "Z":
                 children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, waiting = [], [pid]
+    found: list[int] = []
+    waiting = [pid]
     while waiting:
         below = sorted(children.get(waiting.pop(0), []))
         found += below
@@ -91,20 +102,20 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def strike(launcher: int, what: Disturbance) -> bool:
-    """Let the fault happen. True if it is one that ends the job."""
+def inject(launcher: int, fault: Fault) -> bool:
+    """Inject a fault. Returns True if it is one that ends the job."""
     below = ranks(launcher)
-    victim = below[int(what.rank * len(below))] if below else launcher
-    if what.way == "suspend a rank":
+    victim = below[int(fault.rank * len(below))] if below else launcher
+    if fault.kind == "suspend a rank":
         send(victim, signal.SIGSTOP)
-        time.sleep(what.pause_s)  # this is the fault itself
+        time.sleep(fault.pause_s)  # this is the fault itself
         send(victim, signal.SIGCONT)
         return False
-    if what.way == "terminate":
+    if fault.kind == "terminate":
         send(launcher, signal.SIGTERM)
-    elif what.way == "kill a rank":
+    elif fault.kind == "kill a rank":
         send(victim, signal.SIGKILL)
-    elif what.way == "kill torchrun":
+    elif fault.kind == "kill torchrun":
         send(launcher, signal.SIGKILL)
     else:
         for pid in [launcher, *descendants(launcher)]:
@@ -112,49 +123,50 @@ def strike(launcher: int, what: Disturbance) -> bool:
     return True
 
 
-class Moment:
-    """When a disturbance is due, judged from the run folder alone.
+class Trigger:
+    """When a fault is due, judged from the run folder alone.
 
     Args:
-        what: the disturbance.
+        fault: its phase is "training" in the end where the phase that was drawn did not come up.
         run: the run folder.
         last_step: () -> the step of the ledger's last training row; 0 without any.
-        evaluates: () -> is an evaluation under way?
+        is_evaluating: () -> is an evaluation under way?
     """
 
-    def __init__(self, what: Disturbance, run: Path, last_step: Callable[[], int], evaluates: Callable[[], bool]):
-        self.what, self.checkpoints = what, RunPaths(run).checkpoints
-        self.last_step, self.evaluates = last_step, evaluates
-        self.begun, self.first = time.monotonic(), None
+    def __init__(self, fault: Fault, run: Path, last_step: Callable[[], int], is_evaluating: Callable[[], bool]):
+        self.fault, self.checkpoints = fault, RunPaths(run).checkpoints
+        self.last_step, self.is_evaluating = last_step, is_evaluating
+        self.begun = time.monotonic()
+        self.first: int | None = None  # the last step when the training phase began
         self.known = self._saved()
         self.reached: float | None = None
-        self.latest = last_step() + LATEST
+        self.deadline_step = last_step() + MAX_STEPS_APART
 
     def _saved(self) -> set[str]:
         return {path.name for path in self.checkpoints.glob("step-*")}
 
     def _in_phase(self) -> bool:
-        phase = self.what.phase
+        phase = self.fault.phase
         if phase == "start-up":
             return True
         if phase == "training":
             if self.first is None:
                 self.first = self.last_step()
-            return self.last_step() >= self.first + self.what.rows
+            return self.last_step() >= self.first + self.fault.rows
         if phase == "saving":
             return any(not path.name.endswith(".old.tmp") for path in self.checkpoints.glob(".step-*.tmp"))
         if phase == "evaluating":
-            return self.evaluates()
+            return self.is_evaluating()
         new = self._saved() - self.known
         if phase == "renaming":
             return bool(new) or any(self.checkpoints.glob(".step-*.tmp/meta.json"))
         return bool(new) or any(self.checkpoints.glob(".step-*.old.tmp"))
 
     def is_due(self) -> bool:
-        """Has the phase been reached, and the delay passed? Or has it been missed (a start-up quicker than thought)?"""
-        if self.last_step() >= self.latest:
-            self.what = replace(self.what, phase="training")
+        """Has the phase begun, and the delay passed? Or did it not come up (a start-up quicker than expected)?"""
+        if self.last_step() >= self.deadline_step:
+            self.fault = replace(self.fault, phase="training")
             return True
         if self.reached is None and self._in_phase():
-            self.reached = self.begun if self.what.phase == "start-up" else time.monotonic()
-        return self.reached is not None and time.monotonic() >= self.reached + self.what.delay
+            self.reached = self.begun if self.fault.phase == "start-up" else time.monotonic()
+        return self.reached is not None and time.monotonic() >= self.reached + self.fault.delay_s

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.command import parse_numbers, split_options
 from pipeline.config import Config, parse_config
@@ -14,6 +15,9 @@ from pipeline.insight.status.run_state import median_step_s, read_tail
 from pipeline.progress import duration
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import is_start, read_rows
+
+if TYPE_CHECKING:
+    from pipeline.insight.estimate.memory import Trace
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -83,7 +87,7 @@ def measured_rate(options: Options) -> tuple[float, str, int] | None:
 
 
 def estimate(config: Config, options: Options) -> dict:
-    """All that the verb shows, as plain values. Bytes are in MiB, times in seconds, FLOPs of one image."""
+    """The results as plain values. Bytes are in MiB, times in seconds, FLOPs of one image."""
     from pipeline.insight.estimate.memory import MIB, Tracer, by_kind, optimizer_states, step_memory, weight_bytes
     from pipeline.model.sizes import check_image_sizes
 
@@ -125,7 +129,7 @@ def estimate(config: Config, options: Options) -> dict:
         "optimizer_mib": memory.optimizer_mib,
         "kept_mib": memory.kept_mib,
         "image_mib": memory.image_mib,
-        "passing_mib": memory.passing_mib,
+        "transient_mib": memory.transient_mib,
         "images_at_once": at_once,
         "local_batch": local,
         "card_mib_by_batch": {n: memory.card_mib(n) for n in batches},
@@ -168,13 +172,13 @@ def estimate(config: Config, options: Options) -> dict:
 
 
 def scale(config: Config, options: Options, facts: dict, roofline_s: float | None) -> dict:
-    """What `scaling` predicts. roofline_s: a step of one GPU by its roofline, if nothing is measured.
+    """The prediction of `scaling`. roofline_s: a step of one GPU by its roofline, if nothing is measured.
 
-    Raises UserError where nothing tells the time of a step.
+    Raises UserError where the time of a step is unknown.
     """
     from pipeline.insight.estimate.scaling import Links, parse_scale, scaling_facts
 
-    sizes = parse_scale(options.scale)
+    sizes = parse_scale(options.scale or "")
     if min(options.node_gpus, options.inside_gb_s, options.outside_gb_s) <= 0 or options.latency_us < 0:
         raise UserError("--node_gpus, --inside_gb_s and --outside_gb_s must be above 0, --latency_us 0 or more")
     if "images_per_s" in facts:
@@ -196,8 +200,8 @@ def scale(config: Config, options: Options, facts: dict, roofline_s: float | Non
     )
 
 
-def roofline_epoch_s(step, card: Card, images: int, world_size: int) -> float:
-    """The shortest an epoch can take: every kernel at the card's peak, no waiting for data or for other ranks."""
+def roofline_epoch_s(step: "Trace", card: Card, images: int, world_size: int) -> float:
+    """The shortest an epoch can take: every kernel at the card's peak, no wait for data or for other ranks."""
     return step.seconds(card.half_tflops, card.tflops, card.gb_s) / step.images * images / world_size
 
 
@@ -206,7 +210,7 @@ def _flops(value: float) -> str:
 
 
 def render(facts: dict) -> str:
-    """The page that a person reads."""
+    """The results as text."""
     from pipeline.insight.estimate.memory import CONTEXT_MIB, SLACK
 
     layout = ", channels_last" if facts["channels_last"] else ""
@@ -226,7 +230,7 @@ def render(facts: dict) -> str:
         f"  {facts['optimizer_mib']:10,.2f}  optimizer ({facts['optimizer']})",
         f"  {facts['kept_mib']:10,.2f}  kept for backward, whatever the batch",
         f"  {facts['image_mib']:10,.2f}  kept for backward, each image",
-        f"  {facts['passing_mib']:10,.2f}  in passing, each image",
+        f"  {facts['transient_mib']:10,.2f}  transient, each image",
         f"  {CONTEXT_MIB:10,.2f}  CUDA context and workspaces, and {SLACK:.0%} on all above for the allocator (fitted)",
         "",
         "  images at once  " + " ".join(f"{n:>8,}" for n in facts["card_mib_by_batch"]),

@@ -1,7 +1,7 @@
-"""What a training step takes, found by tracing the real one with tensors that have shapes and no data.
+"""Memory and FLOPs of a training step, found by tracing it with fake tensors, which have shapes and no data.
 
-The very network, loss, autocast and autograd graph of a run are used, so nothing here knows about layers: a tensor
-counts as kept for backward because autograd asked to keep it. No GPU is needed and nothing is allocated.
+Network, loss, autocast and autograd graph are those of a run, so nothing here depends on kinds of layers: a tensor
+counts as kept for backward because autograd saves it. No GPU is needed and nothing is allocated.
 """
 
 import collections
@@ -9,6 +9,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,12 +39,14 @@ for _here, _there in (
     _FLOPS[getattr(_aten, _here)] = flop_registry[getattr(_aten, _there)]
 
 
-def _convolution_backward_flops(grad, images, weight, *rest, out_val=None) -> int:
+def _convolution_backward_flops(
+    grad: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, *rest: Any, out_val: Any = None
+) -> int:
     """Each of the gradients of input and weight takes what the forward pass took. (torch's own count forgets that in a
     grouped convolution a filter sees its group's channels alone: 14 times too much for EfficientNet-B0.)"""
     _, _, _, _, transposed, _, _, wanted = rest
-    places = images if transposed else grad
-    return 2 * places.numel() * weight[0].numel() * sum(wanted[:2])
+    positions = images if transposed else grad
+    return 2 * positions.numel() * weight[0].numel() * sum(wanted[:2])
 
 
 _FLOPS[_aten.convolution_backward] = _convolution_backward_flops
@@ -76,7 +79,7 @@ class StepMemory:
 
     weights: with buffers, and their average if there is one; optimizer: its state; kept: for backward, however many
     images (autocast's copies of the weights, BatchNorm's batch statistics); image_mib: for backward, of each image;
-    passing_mib: of each image, what lives besides at the worst moment (gradients of activations, the image itself).
+    transient_mib: of each image, what is alive beside that at the peak (gradients of activations, the image itself).
     """
 
     weights_mib: float
@@ -84,7 +87,7 @@ class StepMemory:
     optimizer_mib: float
     kept_mib: float
     image_mib: float
-    passing_mib: float
+    transient_mib: float
     images: int
 
     @property
@@ -93,7 +96,7 @@ class StepMemory:
 
     def allocated_mib(self, images: int) -> float:
         """What tensors take with this many images at once: what torch.cuda.max_memory_allocated counts."""
-        return self.fixed_mib + (self.image_mib + self.passing_mib) * images
+        return self.fixed_mib + (self.image_mib + self.transient_mib) * images
 
     def card_mib(self, images: int) -> float:
         """What the card shows as used."""
@@ -106,7 +109,7 @@ class StepMemory:
     def most_images(self, card_mib: float) -> int:
         """How many images at once fit a card; 0 if not even one does."""
         left = (card_mib - CONTEXT_MIB) / (1 + SLACK) - self.fixed_mib
-        return max(0, int(left // (self.image_mib + self.passing_mib)))
+        return max(0, int(left // (self.image_mib + self.transient_mib)))
 
 
 @dataclass
@@ -176,33 +179,36 @@ def build_fake(config: Config, num_classes: int, conv_bias: bool = False) -> Nor
     return network
 
 
-class _Watch(TorchDispatchMode):
-    """Notes each operation, and how many bytes are alive; `own` are the parameters' and buffers' storages."""
+class _Recorder(TorchDispatchMode):
+    """Records each operation, and how many bytes are alive; `own` are the parameters' and buffers' storages."""
 
     def __init__(self, trace: Trace, own: set[int], stack: list[str]):
         super().__init__()
         self.trace, self.own, self.stack = trace, own, stack
-        self.alive, self.seen, self.forward = 0, set(), True
+        self.alive, self.forward = 0, True
+        self.seen: set[int] = set()
 
-    def _forget(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.alive -= size
 
-    def _note(self, tensor: torch.Tensor) -> None:
+    def _record(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self.seen and key not in self.own:
             self.seen.add(key)
             self.alive += size
             self.trace.peak = max(self.trace.peak, self.alive)
-            weakref.finalize(storage, self._forget, key, size).atexit = False
+            weakref.finalize(storage, self._free, key, size).atexit = False
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         for tensor in outputs:
-            self._note(tensor)
+            self._record(tensor)
         if not _is_kernel(func):
             return out
         read = args[1:] if func._overloadpacket in _OVERWRITING else args
@@ -244,7 +250,7 @@ class Tracer:
                 trace.layers[stack[-1]].kept += storage.nbytes()
             return tensor
 
-        with self.fake, self._naming(trace, stack), _Watch(trace, own, stack) as watch:
+        with self.fake, self._naming(trace, stack), _Recorder(trace, own, stack) as recorder:
             batch = torch.empty(images, size, size, 3, dtype=torch.uint8)
             targets = torch.zeros(images, dtype=torch.int64)
             with (
@@ -253,13 +259,13 @@ class Tracer:
             ):
                 loss = make_loss(self.config, self.model)(self.network(batch), targets)
             kept.clear()  # backward frees them as it goes
-            watch.forward = False
+            recorder.forward = False
             loss.backward()
         return trace
 
     @contextlib.contextmanager
     def _naming(self, trace: Trace, stack: list[str]) -> Iterator[None]:
-        """While this lasts, the last of `stack` is the module that is at work."""
+        """Inside, the last of `stack` is the module that runs."""
         hooks = []
         for name, module in self.network.named_modules():
             label = name.removeprefix("model").removeprefix(".")
@@ -274,7 +280,7 @@ class Tracer:
                 hook.remove()
 
 
-def _leave(trace: Trace, stack: list[str], out) -> None:
+def _leave(trace: Trace, stack: list[str], out: Any) -> None:
     shapes = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
     trace.layers[stack.pop()].shape = tuple(shapes[0].shape[1:]) if shapes else ()
 
@@ -290,9 +296,9 @@ def estimate_step(config: Config, num_classes: int, images: int) -> StepMemory:
 
 
 def step_memory(tracer: Tracer, images: int) -> StepMemory:
-    """What one image more adds, found from two traces.
+    """The memory of a step over `images` at once, from two traces, which tell what one image more adds.
 
-    torch.compile may need less; a larger evaluation batch is not looked at.
+    torch.compile may need less; a larger evaluation batch is not included.
     """
     few, more = tracer.trace(2), tracer.trace(4)
     image, peak = (more.kept - few.kept) / 2, (more.peak - few.peak) / 2
@@ -303,7 +309,7 @@ def step_memory(tracer: Tracer, images: int) -> StepMemory:
         optimizer_mib=optimizer_states(tracer.config) * trained / MIB,
         kept_mib=(few.kept - 2 * image) / MIB,
         image_mib=image / MIB,
-        passing_mib=max(0.0, peak - image) / MIB,
+        transient_mib=max(0.0, peak - image) / MIB,
         images=images,
     )
 
@@ -317,7 +323,7 @@ def by_kind(layers: dict[str, Layer]) -> list[tuple[str, int, int, int, int]]:
     """(kind, modules, parameters, forward FLOPs, kept bytes) summed by kind of module, the largest kept first."""
     sums: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0, 0])
     for layer in layers.values():
-        for place, value in enumerate((1, layer.parameters, layer.flops, layer.kept)):
-            sums[layer.kind][place] += value
-    rows = [(kind, *values) for kind, values in sums.items() if any(values[1:])]
+        for column, value in enumerate((1, layer.parameters, layer.flops, layer.kept)):
+            sums[layer.kind][column] += value
+    rows = [(kind, v[0], v[1], v[2], v[3]) for kind, v in sums.items() if any(v[1:])]
     return sorted(rows, key=lambda row: -row[4])

@@ -11,8 +11,8 @@ alone, and
   by s sqrt(2 ln n).
 
 What the ranks of a node share (cores that decode, power, a file system) is in no term. The spread of 5 % is fitted to
-the two published results that `PUBLISHED` holds: without it the model is too good by 16 and 6 points, with it by 6
-and 2.
+the two published results that `PUBLISHED` holds: without it the model is too optimistic by 16 and 6 percentage
+points, with it by 6 and 2.
 """
 
 import math
@@ -128,7 +128,7 @@ def scaling_facts(
     images: int,
     bucket_bytes: float,
 ) -> dict:
-    """All that is predicted, as plain values; times in seconds."""
+    """The predictions as plain values; times in seconds."""
     rows = []
     for gpus in sizes:
         p = predict(gpus, alone_s, gradient_bytes, links, bucket_bytes)
@@ -159,7 +159,7 @@ def scaling_facts(
 
 
 def scaling_lines(facts: dict) -> list[str]:
-    """The table that a person reads."""
+    """The predictions as a table."""
     from pipeline.progress import duration
 
     links = facts["links"]

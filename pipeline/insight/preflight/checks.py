@@ -10,7 +10,13 @@ from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 from pipeline.insight.preflight.check_result import FAIL, PASS, WARN, CheckResult
 from pipeline.insight.preflight.node_facts import nearest_existing
-from pipeline.insight.status.run_state import median_step_s, newest_checkpoint, read_marker, read_rare, read_tail
+from pipeline.insight.status.run_state import (
+    median_step_s,
+    newest_checkpoint,
+    read_events_and_evals,
+    read_marker,
+    read_tail,
+)
 from pipeline.progress import duration
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import is_start
@@ -255,20 +261,20 @@ def check_time(
     rows = read_tail(ledger) if ledger and ledger.exists() else []
     step_s = median_step_s(rows, config.train.global_batch_size)
     limit = f"a time limit of {duration(limit_s)}" if limit_s else "no time limit"
-    there, source = world_size, ""
-    if step_s is not None:
-        starts = [row for row in read_rare(ledger) if is_start(row)]
-        there = starts[-1].get("world_size", world_size) if starts else world_size
+    measured_on, source = world_size, ""
+    if ledger is not None and step_s is not None:
+        starts = [row for row in read_events_and_evals(ledger) if is_start(row)]
+        measured_on = starts[-1].get("world_size", world_size) if starts else world_size
     elif bench is not None:
-        images_per_s, there = bench
+        images_per_s, measured_on = bench
         step_s, source = config.train.global_batch_size / images_per_s, " (from --bench)"
     else:
         unknown = "the time of a step is known once some are done, or from --bench"
         return CheckResult(PASS, "time", f"{left:,} steps; {unknown}; {limit}")
-    step_s *= there / world_size  # a larger world shares the same batch
+    step_s *= measured_on / world_size  # a larger world shares the same batch
     text = f"{left:,} steps of {step_s:.3g} s{source}: {duration(left * step_s)}"
-    if there != world_size:
-        text += f" (at the speed of {there} process{'es' if there > 1 else ''})"
+    if measured_on != world_size:
+        text += f" (at the speed of {measured_on} process{'es' if measured_on > 1 else ''})"
     if limit_s is None or left * step_s < limit_s:
         return CheckResult(PASS, "time", f"{text}, {limit}")
     times = int(-(-left * step_s // limit_s))

@@ -1,5 +1,6 @@
-"""What one machine knows about itself: its GPUs, its versions, and whether it can read the data and write the run
-folder. Under Slurm every node of a job says it, as one JSON line, and `preflight` puts the lines together. No torch.
+"""Facts about one machine: its GPUs, its versions, and whether it can read the data and write the run folder.
+
+Under Slurm every node of a job prints them as one JSON line, and `preflight` compares the lines. Does not import torch.
 """
 
 import importlib.metadata
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +63,7 @@ def cuda_works() -> bool:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what decides about results and speed, without importing any of it; None: not installed."""
+    """Versions of what determines results and speed, without importing any of it; None: not installed."""
     found = {"Python": platform.python_version(), "CUDA": cuda_builds().get("torch")}
     for name in ("torch", "torchvision"):
         try:
@@ -80,7 +82,7 @@ def nearest_existing(folder: Path) -> Path:
 
 
 def probe_folder(folder: Path) -> str | None:
-    """Why a run can't live in `folder`, or None. What is missing of it is not made."""
+    """Why a run can't be written into `folder`, or None. Missing folders are not made."""
     existing = nearest_existing(folder)
     probe = existing / f".probe.{socket.gethostname()}.{os.getpid()}"
     try:
@@ -93,7 +95,14 @@ def probe_folder(folder: Path) -> str | None:
 
 def probe_data(data: DataConfig) -> dict:
     """Open the index, look at every shard, read some samples. `problem` is None if all is well."""
-    facts = {"problem": None, "indexed": False, "fingerprint": None, "shards": 0, "images": None, "read_s": None}
+    facts: dict[str, Any] = {
+        "problem": None,
+        "indexed": False,
+        "fingerprint": None,
+        "shards": 0,
+        "images": None,
+        "read_s": None,
+    }
     root = Path(data.root).expanduser()
     if not data.root or not root.is_dir():
         return facts | {

@@ -31,7 +31,7 @@ def thin(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
     return [sum(x for x, _ in run) / len(run) for run in runs], [sum(y for _, y in run) / len(run) for run in runs]
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
 
 

@@ -1,10 +1,11 @@
-"""The verb `report`: a run, or several side by side, as one page that opens anywhere, also while they go on."""
+"""The verb `report`: a run, or several side by side, as one self-contained HTML page, also while they train."""
 
 import dataclasses
 import os
 import time
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,27 +17,26 @@ from pipeline.insight.report.network_page import ON_CPU, network_sections
 from pipeline.progress import duration
 from pipeline.tracking.ledger import better_scores, is_start, left_out_note
 
-COLOURS = 6
+if TYPE_CHECKING:
+    from pipeline.insight.report.run_record import Record
+
+COLORS = 6  # of the page
 
 
-def charts(records: list) -> str:
+def charts(records: list["Record"]) -> str:
     """Loss and accuracy against epochs and hours, learning rate, speed. One run: training and validation in two
     colors; several: a color each."""
     alone = len(records) == 1
     drawn = []
     binary = any(record.config.optim.loss == "bce" for record in records)
-    unit = (
-        "training: as in the settings (BCE is of another size); validation: cross-entropy"
-        if binary
-        else "cross-entropy"
-    )
+    unit = "training: the run's loss (BCE has another scale); validation: cross-entropy" if binary else "cross-entropy"
     pairs = [("Loss", "loss", "val_loss", unit), ("Accuracy", "top1", "val_top1", "top-1, percent")]
     for title, train, val, unit in pairs:
         for against in ("epochs", "hours of training"):
             series = []
             for number, record in enumerate(records):
                 name = "" if alone else f"{record.name}: "
-                color, again = number % COLOURS, number >= COLOURS
+                color, again = number % COLORS, number >= COLORS
                 x = record.column("epoch") if against == "epochs" else record.hours
                 x_eval = record.column("epoch", "eval") if against == "epochs" else record.eval_hours()
                 series.append(Series(f"{name}training", x, record.column(train), color, True, again))
@@ -59,8 +59,8 @@ def charts(records: list) -> str:
                 record.name,
                 record.column("epoch"),
                 [factor * y for y in record.column(column)],
-                number % COLOURS,
-                dashed=number >= COLOURS,
+                number % COLORS,
+                dashed=number >= COLORS,
             )
             for number, record in enumerate(records)
         ]
@@ -68,7 +68,7 @@ def charts(records: list) -> str:
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 
-def headline(record) -> str:
+def headline(record: "Record") -> str:
     """The large figures."""
     best = better_scores(record.best) if record.best else None
     averaged = ", averaged weights" if best and best["averaged"] else ""
@@ -82,7 +82,7 @@ def headline(record) -> str:
     return page.facts(items)
 
 
-def history(record) -> str:
+def history(record: "Record") -> str:
     """Starts, interruptions and ends; on what hardware."""
     rows = []
     for event in record.events:
@@ -97,13 +97,13 @@ def history(record) -> str:
     return f"<p>{text}</p>" + page.table(["UTC", "what", "step", "host", "processes", "more"], rows, {2})
 
 
-def settings(record) -> str:
+def settings(record: "Record") -> str:
     about = [[key, value] for key, value in record.config.about.items()]
     inside = page.table(["setting", "value"], [[key, value] for key, value in record.settings.items()])
     return (page.table(["recipe", ""], about) if about else "") + page.fold("All settings", inside)
 
 
-def comparison(records: list) -> str:
+def comparison(records: list["Record"]) -> str:
     """Results side by side, and the settings that differ."""
     rows = []
     for record in records:
@@ -135,7 +135,7 @@ def distinct_names(folders: list[Path]) -> list[str]:
 
 
 def write_report(runs: list[str], out: Path | None, data_root: str | None, device: str, most: int | None) -> Path:
-    """Write the page and return its place. Raises UserError for a folder that is no run, or can't be written."""
+    """Write the page and return its place. Raises UserError for a folder that is not a run, or can't be written."""
     from pipeline.insight.report.run_record import read_record
 
     records = [read_record(run) for run in runs]
@@ -173,23 +173,23 @@ def write_report(runs: list[str], out: Path | None, data_root: str | None, devic
     return target
 
 
-def describe(record) -> str:
-    """A sentence on the recipe."""
+def describe(record: "Record") -> str:
+    """A sentence about the recipe."""
     config = record.config
     what = config.about.get("what")
     sizes = f"{config.data.image_size} px, global batch {config.train.global_batch_size}, {config.train.precision}"
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return f"{f'{what}. ' if what else ''}{sizes}. Page of {made}."
+    return f"{f'{what}. ' if what else ''}{sizes}. Written {made}."
 
 
 def main(argv: list[str]) -> int:
     parser = make_parser("pipeline report", "One self-contained page of a run, or of several side by side.")
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--out", type=str, help="file to write; default: RUN/report/index.html (several: compare.html)")
-    parser.add_argument("--data_root", type=str, help="where the data lies now; default: where the run had it")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where to compute")
+    parser.add_argument("--data_root", type=str, help="the data set's folder now; default: the run's")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="device for the predictions")
     parser.add_argument(
-        "--images", type=int, help=f"validation images to look at; default: all with CUDA, otherwise {ON_CPU:,}"
+        "--images", type=int, help=f"validation images to classify; default: all with CUDA, otherwise {ON_CPU:,}"
     )
     options = parser.parse_args(normalize(argv, set()))
     if options.device == "cuda":

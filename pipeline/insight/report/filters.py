@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-COLUMNS = 8  # of the grid, as in the lectures
+COLUMNS = 8  # of the grid
 TILE = 49  # pixels of a kernel's side on the picture, about
-MOST = 96  # tiles of a picture: a vision transformer's 768 patches of 32 x 32 would fill a wall
+MOST = 96  # tiles of a picture: a vision transformer has 768 patches of 32 x 32
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def grad_cam(network: nn.Module, images: torch.Tensor, targets: torch.Tensor) ->
         return None
     maps: list[torch.Tensor] = []
 
-    def note(module, inputs, output):
+    def record_map(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
         if (
             isinstance(output, torch.Tensor)
             and output.dim() == 4
@@ -97,7 +97,7 @@ def grad_cam(network: nn.Module, images: torch.Tensor, targets: torch.Tensor) ->
         ):
             maps.append(output)
 
-    hooks = [module.register_forward_hook(note) for module in network.modules()]
+    hooks = [module.register_forward_hook(record_map) for module in network.modules()]
     try:
         with torch.enable_grad():
             logits = network(images)

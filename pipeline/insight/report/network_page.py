@@ -1,7 +1,8 @@
-"""The part of a run's page that needs the weights: kernels, what they say of validation images, where they look."""
+"""The part of a run's page that requires the weights: kernels, predictions for validation images, Grad-CAM."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,11 +10,21 @@ from pipeline.errors import UserError
 from pipeline.insight.report import page
 from pipeline.insight.report.colormap import inferno
 
-ON_CPU = 1000  # validation images that are looked at where there is no GPU
-CLASSES, PAIRS, MISTAKES, LOOKS = 100, 20, 24, 8  # most that is shown of each
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pipeline.config import Config
+    from pipeline.dataset.index.index import Index
+    from pipeline.insight.report.predictions import Predictions
+    from pipeline.insight.report.run_record import Networks, Record
+
+SavePicture = Callable[[str, np.ndarray], None]  #: (name, uint8 [h, w, 3]): writes a picture beside the page
+ON_CPU = 1000  # validation images that are classified where there is no GPU
+CLASSES, PAIRS, MISTAKES, CAMS = 100, 20, 24, 8  # the largest number that is shown of each
 
 
-def parameters(model) -> str:
+def parameters(model: "nn.Module") -> str:
     """Every tensor's shape, and the sum."""
     rows = [[name, " x ".join(map(str, p.shape)), f"{p.numel():,}"] for name, p in model.named_parameters()]
     total = sum(p.numel() for p in model.parameters())
@@ -22,7 +33,7 @@ def parameters(model) -> str:
     )
 
 
-def kernels(networks, save) -> Iterator[str]:
+def kernels(networks: "Networks", save: SavePicture) -> Iterator[str]:
     from pipeline.insight.report.filters import before_after
 
     if networks.before is None:
@@ -37,20 +48,20 @@ def kernels(networks, save) -> Iterator[str]:
         yield f'<div class="pictures">{"".join(shown)}</div>'
 
 
-def class_names(index) -> list[str]:
+def class_names(index: "Index") -> list[str]:
     return [
         f"{words.split(',')[0]}" if words else synset for synset, words in zip(index.synsets, index.words, strict=True)
     ]
 
 
-def answers(said, names: list[str], index, config) -> Iterator[str]:
-    """Per-class accuracy, confusions, and the surest mistakes."""
+def accuracy(found: "Predictions", names: list[str], index: "Index", config: "Config") -> Iterator[str]:
+    """Accuracy of each class, confusions, and the most confident mistakes."""
     from pipeline.insight.report.predictions import load_image
 
-    note = "" if len(said.ids) == said.whole else ", evenly spread"
-    lost = f"; {said.unreadable} could not be read" if said.unreadable else ""
-    yield f"<p>{len(said.ids):,} of {said.whole:,} validation images{note}: top-1 {said.top1:.2f} %{lost}.</p>"
-    share, count = said.by_class(len(names))
+    note = "" if len(found.ids) == found.total else ", evenly spread"
+    lost = f"; {found.unreadable} could not be read" if found.unreadable else ""
+    yield f"<p>{len(found.ids):,} of {found.total:,} validation images{note}: top-1 {found.top1:.2f} %{lost}.</p>"
+    share, count = found.by_class(len(names))
     order = [i for i in np.argsort(np.where(np.isnan(share), np.inf, share), kind="stable") if count[i]]
     rows = [[names[i], f"{share[i]:.1f} %", page.Bar(share[i]), int(count[i])] for i in order]
     head = ["class", "top-1", "", "images"]
@@ -58,17 +69,17 @@ def answers(said, names: list[str], index, config) -> Iterator[str]:
     yield page.table(head, rows[: CLASSES // 5], {1, 3})
     if len(rows) > CLASSES // 5:
         yield page.fold(f"All {len(rows)} classes", page.table(head, rows, {1, 3}))
-    confused = [[names[a], names[b], n] for a, b, n in said.confusions(PAIRS)]
+    confused = [[names[a], names[b], n] for a, b, n in found.confusions(PAIRS)]
     if confused:
         yield "<h3>Most confused</h3>"
-        yield page.table(["is", "taken for", "images"], confused, {2})
+        yield page.table(["is", "predicted as", "images"], confused, {2})
     shots = []
-    for place in said.mistakes(MISTAKES):
-        picture = load_image(index, config, int(said.ids[place]))
+    for position in found.mistakes(MISTAKES):
+        picture = load_image(index, config, int(found.ids[position]))
         if picture is not None:
-            label, guess = names[said.labels[place]], names[said.guesses[place]]
-            text = f"<b>{escape(guess)}</b> {100 * said.sure[place]:.0f} %<br>is {escape(label)}"
-            shots.append(f"<div>{page.image(small(picture), f'{label} taken for {guess}', 'JPEG')}{text}</div>")
+            label, predicted = names[found.labels[position]], names[found.predicted[position]]
+            text = f"<b>{escape(predicted)}</b> {100 * found.confidence[position]:.0f} %<br>is {escape(label)}"
+            shots.append(f"<div>{page.image(small(picture), f'{label} predicted as {predicted}', 'JPEG')}{text}</div>")
     if shots:
         yield "<h3>Most confident mistakes</h3>"
         yield f'<div class="shots">{"".join(shots)}</div>'
@@ -84,45 +95,54 @@ def small(picture: np.ndarray, side: int = 192) -> np.ndarray:
     return picture.repeat(side // height, 0).repeat(side // height, 1)
 
 
-def looks(network, said, names: list[str], index, config, device, save) -> Iterator[str]:
-    """Grad-CAM of validation images: half of them right, half wrong."""
+def grad_cams(
+    network: "nn.Module",
+    found: "Predictions",
+    names: list[str],
+    index: "Index",
+    config: "Config",
+    device: "torch.device",
+    save: SavePicture,
+) -> Iterator[str]:
+    """Grad-CAM of validation images: half of them classified correctly, half not."""
     import torch
     from PIL import Image
 
     from pipeline.insight.report.filters import grad_cam
     from pipeline.insight.report.predictions import load_image
 
-    right = np.flatnonzero(said.labels == said.guesses)
-    right = right[np.unique(np.linspace(0, len(right) - 1, LOOKS // 2).astype(int))] if len(right) else right
-    chosen = [*right, *said.mistakes(LOOKS - len(right))]
-    pictures = [load_image(index, config, int(said.ids[place])) for place in chosen]
-    chosen = [place for place, picture in zip(chosen, pictures, strict=True) if picture is not None]
-    pictures = [picture for picture in pictures if picture is not None]
-    if not pictures:
+    right = np.flatnonzero(found.labels == found.predicted)
+    right = right[np.unique(np.linspace(0, len(right) - 1, CAMS // 2).astype(int))] if len(right) else right
+    chosen = [*right, *found.mistakes(CAMS - len(right))]
+    loaded = [(position, load_image(index, config, int(found.ids[position]))) for position in chosen]
+    readable = [(position, picture) for position, picture in loaded if picture is not None]
+    if not readable:
         return
-    guesses = torch.from_numpy(said.guesses[chosen]).to(device)
-    heat = grad_cam(network, torch.from_numpy(np.stack(pictures)).to(device), guesses)
+    chosen, pictures = [position for position, _ in readable], [picture for _, picture in readable]
+    targets = torch.from_numpy(found.predicted[chosen]).to(device)
+    heat = grad_cam(network, torch.from_numpy(np.stack(pictures)).to(device), targets)
     if heat is None:
         yield '<p class="none">Grad-CAM is for convolutional networks with a feature map of more than one pixel.</p>'
         return
     shots = []
-    for place, picture, one in zip(chosen, pictures, heat, strict=True):
+    for position, picture, one in zip(chosen, pictures, heat, strict=True):
         size = picture.shape[1::-1]
         wide = np.asarray(Image.fromarray((255 * one).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)) / 255
         laid = (0.45 * picture + 0.55 * inferno(wide)).astype(np.uint8)
-        label, guess = names[said.labels[place]], names[said.guesses[place]]
-        both = page.image(small(picture), label, "JPEG") + page.image(small(laid), f"Grad-CAM of {guess}", "JPEG")
-        verdict = "right" if label == guess else f"is {escape(label)}"
-        shots.append(
-            f'<div><div class="pair">{both}</div><b>{escape(guess)}</b> {100 * said.sure[place]:.0f} %, {verdict}</div>'
-        )
+        label, predicted = names[found.labels[position]], names[found.predicted[position]]
+        both = page.image(small(picture), label, "JPEG") + page.image(small(laid), f"Grad-CAM of {predicted}", "JPEG")
+        verdict = "right" if label == predicted else f"is {escape(label)}"
+        text = f"<b>{escape(predicted)}</b> {100 * found.confidence[position]:.0f} %, {verdict}"
+        shots.append(f'<div><div class="pair">{both}</div>{text}</div>')
         save(f"grad-cam-{len(shots)}", np.concatenate([picture, laid], axis=1))
-    yield "<p>Each image beside what speaks for the network's guess, from dark to bright (Grad-CAM).</p>"
+    yield "<p>Each image beside its Grad-CAM map: the brighter, the more a region counts for the predicted class.</p>"
     yield f'<div class="shots pairs">{"".join(shots)}</div>'
 
 
-def network_sections(record, data_root: str | None, device_name: str, most: int | None, save) -> Iterator[str]:
-    """What needs the weights; where something is missing, a sentence says what."""
+def network_sections(
+    record: "Record", data_root: str | None, device_name: str, most: int | None, save: SavePicture
+) -> Iterator[str]:
+    """The sections that require the weights; where something is missing, a sentence says what."""
     import torch
 
     from pipeline.dataset.index.left_out import describe
@@ -144,14 +164,14 @@ def network_sections(record, data_root: str | None, device_name: str, most: int 
     yield f"<h2>The network at step {networks.step:,}{', averaged weights' if networks.averaged else ''}</h2>"
     yield parameters(networks.after)
     yield from kernels(networks, save)
-    yield "<h2>What it says of the validation images</h2>"
+    yield "<h2>Predictions for validation images</h2>"
     if index is None:
         yield f'<p class="none">Not shown: {escape(missing)}</p>'
         return
     if describe(index.left_out):
         yield f"<p>Left out of the data set: {escape(describe(index.left_out))}.</p>"
     try:
-        places = class_positions(index.synsets, networks.classes, networks.outputs, str(index.root))
+        outputs = class_positions(index.synsets, networks.classes, networks.outputs, str(index.root))
     except UserError as error:
         yield f'<p class="none">Not shown: {escape(str(error))}</p>'
         return
@@ -160,14 +180,14 @@ def network_sections(record, data_root: str | None, device_name: str, most: int 
     most = most if most is not None else (None if cuda else ON_CPU)
     data, train = record.config.data, record.config.train
     network = Normalized(networks.after, data.mean, data.std, train.channels_last).to(device).eval()
-    said = predict(network, index, record.config, device, most, places)
-    if not len(said.ids):
+    found = predict(network, index, record.config, device, most, outputs)
+    if not len(found.ids):
         yield '<p class="none">Not shown: no validation image can be read</p>'
         return
     known = networks.classes or []
     names = [*known, *(f"output {number}" for number in range(len(known), networks.outputs))]
-    for place, name in zip(places.tolist(), class_names(index), strict=True):
-        names[place] = name
-    yield from answers(said, names, index, record.config)
-    yield "<h2>Where it looks</h2>"
-    yield from looks(network, said, names, index, record.config, device, save)
+    for output, name in zip(outputs.tolist(), class_names(index), strict=True):
+        names[output] = name
+    yield from accuracy(found, names, index, record.config)
+    yield "<h2>Grad-CAM</h2>"
+    yield from grad_cams(network, found, names, index, record.config, device, save)

@@ -1,6 +1,7 @@
-"""One self-contained HTML page: everything is in it, nothing is asked of a network, no script runs, data is escaped."""
+"""One self-contained HTML page: nothing is loaded from a network, no script runs, and data is escaped."""
 
 import base64
+from collections.abc import Collection
 from html import escape
 from io import BytesIO
 
@@ -71,7 +72,7 @@ def page(title: str, body: list[str]) -> str:
 
 
 def facts(items: list[tuple[str, str]]) -> str:
-    """[(what, value)] as a row of large figures."""
+    """[(label, value)] as a row of large figures."""
     return (
         '<ul class="facts">'
         + "".join(f"<li><b>{escape(v)}</b><span>{escape(k)}</span></li>" for k, v in items)
@@ -79,13 +80,13 @@ def facts(items: list[tuple[str, str]]) -> str:
     )
 
 
-def table(head: list[str], rows: list[list], numeric: set[int] = frozenset()) -> str:
-    """Plain values, escaped; the columns in `numeric` are set to the right; a `Bar` is drawn."""
+def table(head: list[str], rows: list[list], numeric: Collection[int] = ()) -> str:
+    """Plain values, escaped; the columns in `numeric` are aligned to the right; a `Bar` is drawn."""
 
-    def cell(place: int, value, tag: str) -> str:
+    def cell(column: int, value: object, tag: str) -> str:
         if isinstance(value, Bar):
             return f'<td class="bar"><i style="width:{max(0.0, min(100.0, value.percent)):.1f}%"></i></td>'
-        return f"<{tag}{' class=n' if place in numeric else ''}>{escape(str(value))}</{tag}>"
+        return f"<{tag}{' class=n' if column in numeric else ''}>{escape(str(value))}</{tag}>"
 
     lines = ["<tr>" + "".join(cell(i, name, "th") for i, name in enumerate(head)) + "</tr>"]
     lines += ["<tr>" + "".join(cell(i, value, "td") for i, value in enumerate(row)) + "</tr>" for row in rows]
@@ -101,7 +102,7 @@ class Bar(float):
 
 
 def fold(summary: str, inside: str) -> str:
-    """Something long behind a line that opens it."""
+    """Long content, folded behind a line that opens it."""
     return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
 
 
@@ -115,6 +116,6 @@ def encode(picture: np.ndarray, kind: str = "PNG") -> bytes:
 
 
 def image(picture: np.ndarray, about: str, kind: str = "PNG") -> str:
-    """A picture inside the page. about: what a reader who can't see it is told."""
+    """A picture inside the page. about: its alternative text."""
     data = base64.b64encode(encode(picture, kind)).decode()
     return f'<img src="data:image/{kind.lower()};base64,{data}" alt="{escape(about, quote=True)}">'

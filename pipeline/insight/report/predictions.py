@@ -1,4 +1,4 @@
-"""What a trained network says of validation images: per class, its confusions, and its most confident mistakes."""
+"""Predictions of a trained network for validation images: by class, confusions, and the most confident mistakes."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,46 +18,54 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of n validation images: ids int64 [n] (positions in the index), labels, guesses int64 [n], sure: the guess's
-    probability [n]. unreadable: images left out. whole: of how many these are a sample."""
+    """Predictions for n validation images.
+
+    Attributes:
+        ids: int64 [n], positions in the index.
+        labels: int64 [n], the true classes.
+        predicted: int64 [n], the predicted classes.
+        confidence: float [n], probability of the predicted class.
+        unreadable: number of images that could not be read.
+        total: size of the split that the n images were taken from.
+    """
 
     ids: np.ndarray
     labels: np.ndarray
-    guesses: np.ndarray
-    sure: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
     unreadable: int
-    whole: int
+    total: int
 
     @property
     def top1(self) -> float:
         """Percent."""
-        return 100 * float((self.labels == self.guesses).mean())
+        return 100 * float((self.labels == self.predicted).mean())
 
     def by_class(self, classes: int) -> tuple[np.ndarray, np.ndarray]:
-        """(percent right, images) of each class, [classes]; NaN without images."""
+        """(top-1 in percent, images) of each class, [classes]; NaN without images."""
         count = np.bincount(self.labels, minlength=classes)
-        right = np.bincount(self.labels[self.labels == self.guesses], minlength=classes)
+        correct = np.bincount(self.labels[self.labels == self.predicted], minlength=classes)
         with np.errstate(invalid="ignore"):
-            return 100 * right / count, count
+            return 100 * correct / count, count
 
     def confusions(self, most: int) -> list[tuple[int, int, int]]:
-        """(label, guess, images), the most frequent first."""
-        wrong = self.labels != self.guesses
-        pairs, counts = np.unique(np.stack([self.labels[wrong], self.guesses[wrong]]), axis=1, return_counts=True)
+        """(label, predicted class, images), the most frequent first."""
+        wrong = self.labels != self.predicted
+        pairs, counts = np.unique(np.stack([self.labels[wrong], self.predicted[wrong]]), axis=1, return_counts=True)
         order = np.argsort(-counts, kind="stable")[:most]
         return [(int(pairs[0, i]), int(pairs[1, i]), int(counts[i])) for i in order]
 
     def mistakes(self, most: int) -> np.ndarray:
-        """Positions in these arrays of the wrong guesses, the surest first."""
-        wrong = np.flatnonzero(self.labels != self.guesses)
-        return wrong[np.argsort(-self.sure[wrong], kind="stable")][:most]
+        """Positions in these arrays of the wrong predictions, the most confident first."""
+        wrong = np.flatnonzero(self.labels != self.predicted)
+        return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:most]
 
 
-def spread(whole: int, most: int | None) -> np.ndarray:
-    """`most` positions of 0 ... whole - 1, evenly spread; all of them for None."""
-    if most is None or most >= whole:
-        return np.arange(whole)
-    return np.unique(np.linspace(0, whole - 1, most).round().astype(np.int64))
+def spread(total: int, most: int | None) -> np.ndarray:
+    """`most` positions of 0 ... total - 1, evenly spread; all of them for None."""
+    if most is None or most >= total:
+        return np.arange(total)
+    return np.unique(np.linspace(0, total - 1, most).round().astype(np.int64))
 
 
 def load_image(index: Index, config: Config, sample: int) -> np.ndarray | None:
@@ -74,13 +82,16 @@ def load_image(index: Index, config: Config, sample: int) -> np.ndarray | None:
 def predict(
     network: nn.Module, index: Index, config: Config, device: torch.device, most: int | None, outputs: np.ndarray
 ) -> Predictions:
-    """Ask `network` (uint8 images in, logits out) about validation images, evenly spread over the classes.
+    """Classify validation images, evenly spread over the classes, with `network` (uint8 images in, logits out).
 
-    outputs: the network's output for each class of the index, int64 [n]; labels and guesses are outputs.
+    outputs: the network's output for each class of the index, int64 [n]; labels and predicted classes are outputs.
     """
     split = index.splits["val"]
     chosen = spread(len(split), most)
-    ids, guesses, sure, unreadable = [], [], [], 0
+    ids: list[int] = []
+    predicted: list[np.ndarray] = []
+    confidence: list[np.ndarray] = []
+    unreadable = 0
     with ThreadPoolExecutor(cores_per_rank(1)) as pool, torch.inference_mode():
         for first in range(0, len(chosen), BATCH):
             samples = chosen[first : first + BATCH].tolist()
@@ -94,16 +105,16 @@ def predict(
                 logits = network(batch)
             best = logits.float().softmax(1).max(1)
             ids += [sample for sample, _ in good]
-            guesses.append(best.indices.cpu().numpy())
-            sure.append(best.values.cpu().numpy())
-    places = np.array(ids, np.int64)
-    labels = outputs[split.records["label"][places]].astype(np.int64)
+            predicted.append(best.indices.cpu().numpy())
+            confidence.append(best.values.cpu().numpy())
+    positions = np.array(ids, np.int64)
+    labels = outputs[split.records["label"][positions]].astype(np.int64)
     empty = np.zeros(0)
     return Predictions(
-        places,
+        positions,
         labels,
-        np.concatenate(guesses) if guesses else empty.astype(np.int64),
-        np.concatenate(sure) if sure else empty,
+        np.concatenate(predicted) if predicted else empty.astype(np.int64),
+        np.concatenate(confidence) if confidence else empty,
         unreadable,
         len(split),
     )

@@ -1,4 +1,4 @@
-"""A run as `report` shows it: its ledger in columns, its settings, its starts, and its network before and after."""
+"""The data of a run's report: its ledger in columns, its settings, its starts, and its network before and after."""
 
 import math
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder
 
 
-def number(value) -> float:
-    """A ledger's value as a float; NaN for what is none (the ledger writes NaN and infinity as words)."""
+def number(value: object) -> float:
+    """A ledger's value as a float; NaN for what is not a number (the ledger writes NaN and infinity as words)."""
     return float(value) if isinstance(value, float | int) else math.nan
 
 
@@ -55,10 +55,10 @@ class Record:
 
 
 def read_record(run: str) -> Record:
-    """Read a run folder, also of a run that is going on. Raises UserError if it is none."""
+    """Read a run folder, also of a run that is still training. Raises UserError if it is not one."""
     folder = RunFolder(Path(run).expanduser().resolve())
     if not folder.config.exists():
-        raise UserError(f"{run} is no run folder: it has no config.yaml; give the --run_dir of a run")
+        raise UserError(f"{run} is not a run folder: it has no config.yaml; give the --run_dir of a run")
     config = load_config(folder.config, verb="report")
     rows: dict[str, list[dict]] = {"train": [], "eval": [], "event": []}
     for row in read_rows(folder.ledger):
@@ -74,8 +74,17 @@ def read_record(run: str) -> Record:
 
 @dataclass
 class Networks:
-    """The network as it began and as it is (bare torchvision modules), and the step of the latter. averaged: it is the
-    average of the weights. classes: of its outputs, where the checkpoint says them. missing: why `before` is None."""
+    """The network with its initial and with its trained weights (torchvision modules).
+
+    Attributes:
+        before: with its initial weights; None if they can't be made again.
+        after: with a checkpoint's weights.
+        step: of that checkpoint.
+        averaged: `after` has the averaged weights (EMA).
+        outputs: how many classes it has.
+        classes: synsets of its outputs, where the checkpoint has them.
+        missing: why `before` is None.
+    """
 
     before: nn.Module | None
     after: nn.Module
@@ -87,29 +96,30 @@ class Networks:
 
 
 def open_index_of(record: Record, data_root: str | None) -> Index:
-    """The run's data set. Raises UserError where it is not here."""
+    """The run's data set. Raises UserError where it is missing."""
     if not (data_root or record.config.data.root):
         raise UserError("the run has no data.root; give --data_root")
     return open_index(locate_index(record.config.data, data_root))
 
 
 def load_networks(record: Record) -> Networks:
-    """The initial weights follow from the seed alone; the trained ones are the best checkpoint's, or the last's: those
-    that scored better there, as they are or averaged. Raises UserError where there is no checkpoint yet."""
+    """The network with its initial weights, which follow from the seed, and with a checkpoint's: the best one's, or the
+    last one's; raw or averaged, whichever scored better. Raises UserError where there is no checkpoint yet."""
     try:
         path, meta = find_checkpoint(record.folder, "best")
     except UserError:
         path, meta = find_checkpoint(record.folder, "last")
     scores = next((row for row in record.evals if row["step"] == meta["step"]), None)
-    averaged = bool(scores) and better_scores(scores)["averaged"] and "ema.pt" in meta["files"]
+    averaged = scores is not None and better_scores(scores)["averaged"] and "ema.pt" in meta["files"]
     part = "ema" if averaged else "model"
     state = load_state(path, [part])[part]
     config = record.config.model
     outputs = count_outputs(config.name, state)
     torch.manual_seed(record.config.train.seed)
-    before, missing = build_model(config, outputs).requires_grad_(True), ""
+    initial, missing = build_model(config, outputs).requires_grad_(True), ""
+    before: nn.Module | None = initial
     try:
-        start_from(before, config)
+        start_from(initial, config)
     except (UserError, TransientError) as error:
         before, missing = None, f"the initial weights can't be made again: {error}"
     after = build_model(config, outputs)

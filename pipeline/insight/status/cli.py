@@ -33,9 +33,9 @@ def query_slurm(job: str | None) -> dict[str, str] | None:
 
 
 def render(state: RunState, slurm: dict[str, str] | None) -> str:
-    """The table that a person reads."""
+    """The state as a table."""
 
-    def number(value, form: str, unit: str = "") -> str:
+    def number(value: float | None, form: str, unit: str = "") -> str:
         return "?" if value is None else format(value, form) + unit
 
     share = f" ({100 * state.step / state.last_step:.0f} %)" if state.last_step else ""
