@@ -39,4 +39,5 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 ruff format --check .
 ruff check .
 lint-imports
+mypy
 exec python -m pytest -m "$marks" "$@"

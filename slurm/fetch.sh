@@ -37,7 +37,7 @@ progress() { # what `pipeline fetch` has noted as written
 main() { # OPTION ...: of `pipeline fetch`
     load
     # shellcheck disable=SC2034 # of lib/run_folder.sh
-    PROGRESS_DIR=$DATA_ROOT
+    PROGRESS_DIR=$DATA_ROOT/.fetch
     count_requeues
     run_step 1 "$PYTHON" -m pipeline fetch "$DATA_ROOT" "$@"
     leave $?

@@ -254,13 +254,19 @@ def test_means_go_with_googlenets_and_inceptions_weights(synthetic_root, tmp_pat
 def test_export_says_what_is_wrong(imported, tmp_path, capsys):
     assert main(["export", str(imported), str(tmp_path / "model.h5")]) == 2
     assert ".safetensors" in capsys.readouterr().err
-    assert main(["export", str(imported), str(tmp_path / "model.pth")]) == 2
+    assert main(["export", str(imported), str(tmp_path / "model.pth"), "--checkpoint", "best"]) == 2
     assert "--checkpoint last" in capsys.readouterr().err
     assert main(["import", "nowhere.pth", str(tmp_path / "run")]) == 2
     assert "no such file" in capsys.readouterr().err
     torch.save({0: torch.ones(1)}, tmp_path / "numbers.pth")
     assert main(["import", str(tmp_path / "numbers.pth"), str(tmp_path / "run")]) == 2
     assert "holds no state_dict" in capsys.readouterr().err
+
+
+def test_a_run_with_no_evaluation_exports_its_newest_checkpoint_and_says_so(imported, tmp_path, capsys):
+    assert main(["export", str(imported), str(tmp_path / "model.pth")]) == 0
+    assert "has no evaluation, so there is no best checkpoint; the newest one is used" in capsys.readouterr().out
+    assert (tmp_path / "model.pth").exists()
 
 
 def test_a_network_that_asks_for_its_modules_versions_goes_all_the_way(synthetic_root, tmp_path, capsys):

@@ -35,6 +35,7 @@ class OptimConfig:
     """lamb, lars: give the layer-wise rate to tensors without weight decay too; default: they take the plain step, as
     in timm and apex."""
     weight_decay: float = 1e-4
+    """Weight decay of the weights; see norm_weight_decay and bias_weight_decay for normalisation layers and biases."""
     norm_weight_decay: float = 0.0
     """Weight decay of normalisation layers and, unless bias_weight_decay is given, of biases."""
     bias_weight_decay: float | None = None
@@ -59,6 +60,7 @@ class OptimConfig:
     l2: float = 0.0
     """Adds l2 / 2 * sum w^2 over all trained parameters to the loss."""
     label_smoothing: float = 0.0
+    """Probability that the target distribution spreads evenly over all classes (Szegedy et al. 2016)."""
 
 
 def check_optim(c: OptimConfig) -> Iterator[Check]:

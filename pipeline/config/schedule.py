@@ -37,6 +37,7 @@ class ScheduleConfig:
     step_every: Time | None = None
     """step: the rate is multiplied by gamma whenever so much time has passed, instead of at the milestones."""
     gamma: float = 0.1
+    """step, multistep: factor of the rate at each milestone, or every step_every."""
     power: float = 2.0
     """polynomial: the rate falls as (share of the run that is left) ** power."""
     per_epoch: bool = False

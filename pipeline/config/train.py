@@ -21,7 +21,9 @@ class TrainConfig:
     eval_every_epochs: float = runtime_field(1.0)
     """Evaluate whenever this many epochs are done, and at the end."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Data type of the network's arithmetic: bf16 and fp16 by autocast; weights stay fp32."""
     channels_last: bool = runtime_field(True)
+    """Memory format NHWC for images and weights."""
     compile: bool = runtime_field(False)
     """torch.compile the model."""
     cuda_graphs: bool = runtime_field(False)
@@ -35,9 +37,11 @@ class TrainConfig:
     """Profile so many steps, after the first three of a start: a trace, and on CUDA a snapshot of the memory, in
     run_dir/profile."""
     seed: int = 0
+    """Determines initial weights, order of the samples and augmentation."""
     max_steps: int | None = runtime_field(None)
     """Stop after this many steps in all, in the midst of the schedule; default: to its end."""
     device: Literal["auto", "cuda", "cpu"] = runtime_field("auto")
+    """Where to train; auto: on the GPUs, or on the CPU of a machine without any."""
     hang_timeout_s: float = runtime_field(600.0)
     """Seconds without progress after which a rank counts as hung: it is named, and the job ends for a restart."""
     deterministic: bool = runtime_field(False)

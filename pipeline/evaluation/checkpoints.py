@@ -42,15 +42,21 @@ class ScoredNetwork:
 
 
 def find_checkpoint(folder: RunFolder, name: str) -> tuple[Path, dict]:
-    """The verified checkpoint folder that "best", "last", a step, a folder's name or a path means, and its meta. Raises
-    UserError."""
+    """The verified checkpoint folder that "best", "last", a step, a folder's name or a path means, and its meta.
+
+    "auto": the best one, or the last one of a run with no evaluation, after a line that says so. Raises UserError.
+    """
+    if name == "auto":
+        name = "best" if _best_step(folder) is not None else "last"
+        if name == "last":
+            print(f"{folder.path} has no evaluation, so there is no best checkpoint; the newest one is used")
     if name == "last":
         found = find_newest_good(folder.checkpoints, warn=print)
         if found is None:
             raise UserError(f"{folder.checkpoints} holds no good checkpoint; train first")
         return found
     if name == "best":
-        step = best_step(row for row in read_rows(folder.ledger) if row.get("kind") == "eval")
+        step = _best_step(folder)
         if step is None:
             raise UserError(f"{folder.ledger} holds no evaluation yet; give --checkpoint last")
         path = folder.checkpoint(step)
@@ -64,6 +70,11 @@ def find_checkpoint(folder: RunFolder, name: str) -> tuple[Path, dict]:
         return path, verify_checkpoint(path)
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; give another --checkpoint") from error
+
+
+def _best_step(folder: RunFolder) -> int | None:
+    """The step with the highest top-1; None where nothing was evaluated."""
+    return best_step(row for row in read_rows(folder.ledger) if row.get("kind") == "eval")
 
 
 def normalized(model: nn.Module, config: Config, world: World) -> nn.Module:

@@ -27,7 +27,7 @@ OPSET = 18
 def export(
     run: str,
     out: str,
-    checkpoint: str = "best",
+    checkpoint: str = "auto",
     weights: Literal["auto", "raw", "ema"] = "auto",
     data_root: str | None = None,
 ) -> int:
@@ -38,7 +38,8 @@ def export(
     Args:
         run: the run folder.
         out: file ending in .pth, .pt, .safetensors or .onnx.
-        checkpoint: best (highest top-1 so far), last, a step, or a checkpoint folder.
+        checkpoint: best (highest top-1 so far), last, a step, or a checkpoint folder; auto: best, or last where the run
+            has no evaluation.
         weights: raw: as they were trained; ema: their average; auto: what scored better, the average where neither did.
         data_root: where the data lies now, for the classes' names; default: where the run had it.
     """

@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         help="Start each worker as a new interpreter, rather than fork it from a process with all imports done.",
     )
 
+    next(a for a in parser._actions if a.dest == "training_script_args").help = "Arguments of the program."
+
     def error(message: str) -> NoReturn:
         complain(parser.prog, f"{message} (see pipeline launch --help)")
         sys.exit(EXIT_USER)

@@ -1,7 +1,7 @@
 """The training loops that `bench step` compares: this project's, and a bare one as in a tutorial."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,20 +19,21 @@ if TYPE_CHECKING:
     from pipeline.training.loop import Trainer
 
 
-class ResidentStream:
+class ResidentStream(Stream):
     """A loader without cost: ids and labels of this rank's training stream, and in every batch the same images, which
     are on the device."""
 
     def __init__(self, stream: Stream, world: World, size: int):
         assert isinstance(stream.plan, TrainPlan)
-        self.plan, self.source, self.rank, self.world_size = stream.plan, stream.source, world.rank, world.size
+        self.plan: TrainPlan = stream.plan
+        self.source, self.rank, self.world_size = stream.source, world.rank, world.size
         self.labels, self.device = stream.labels, world.device
         count = self.plan.global_batch_size // world.size
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
-        self.images, self.inner = images.to(self.device), stream
+        self.images, self._stream = images.to(self.device), stream
 
-    def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Generator[Batch, None, None]:
         count = len(self.images)
         for step in range(start, stop):
             ids, *_ = self.plan.samples_at(step, self.rank * count, (self.rank + 1) * count)
@@ -40,7 +41,7 @@ class ResidentStream:
             yield Batch(self.images, targets.to(self.device), torch.from_numpy(ids).to(self.device))
 
     def close(self) -> None:
-        self.inner.close()
+        self._stream.close()
 
 
 def make_data(folder: Path, images: int, size: int = 32) -> Path:

@@ -76,6 +76,8 @@ def quiet(config: Config, folder: str) -> Config:
 
 def measure(config: Config, world: "World", steps: int, rounds: int, save_every_minutes: float | None) -> dict | None:
     """Time the parts in turn, and print and return the bottleneck. Collective; None on ranks other than 0."""
+    from torch.nn.parallel import DistributedDataParallel
+
     from pipeline.insight.bench.loops import ResidentStream, open_trainer, wait_for
     from pipeline.tracking.ledger import read_rows
 
@@ -83,7 +85,7 @@ def measure(config: Config, world: "World", steps: int, rounds: int, save_every_
     trainer = open_trainer(config, world)
     stream, step = trainer.train_stream, trainer.train_step
     (batch,) = ResidentStream(stream, world, config.data.image_size).batches(0, 1)
-    alone = step.exchanging is step.network
+    exchanging = step.exchanging if isinstance(step.exchanging, DistributedDataParallel) else None
     seen: dict[str, list[float]] = {}
 
     def timed(name: str, action: Callable[[], None], counts: bool, units: int = steps) -> None:
@@ -97,7 +99,7 @@ def measure(config: Config, world: "World", steps: int, rounds: int, save_every_
 
     def compute() -> None:
         for _ in range(steps):
-            with contextlib.nullcontext() if alone else step.exchanging.no_sync():
+            with exchanging.no_sync() if exchanging is not None else contextlib.nullcontext():
                 step(batch, 0.0)
 
     def compute_and_exchange() -> None:
@@ -112,7 +114,7 @@ def measure(config: Config, world: "World", steps: int, rounds: int, save_every_
         counts = number > 0
         timed("loader", functools.partial(load, number * steps), counts)
         timed("compute", compute, counts)
-        if not alone:
+        if exchanging is not None:
             step.optimizer.state.clear()  # each rank's momentum is of its own gradients now
             timed("compute, exchange", compute_and_exchange, counts)
         timed("run", lambda: trainer.train_until(trainer.step + steps), counts)
