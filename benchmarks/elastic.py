@@ -243,10 +243,8 @@ def table(trials: list[dict], cases: list[Case]) -> dict:
             print(f"  ratio {medians['pipeline launch'] / medians['torchrun']:.2f}")
     loads = [trial["load"] for trial in trials]
     same = sum(trial["same_batches_and_rates"] for trial in trials)
-    print(
-        f"\nload {min(loads)} to {max(loads)}, median {statistics.median(loads)}; in {same} of {len(trials)} trials every"
-    )
-    print("step is there once, with the batches and learning rates of a run without a loss")
+    print(f"\nload {min(loads)} to {max(loads)}, median {statistics.median(loads)}")
+    print(f"in {same} of {len(trials)} trials: every step once, with the batches and rates of a run without a loss")
     return found
 
 
