@@ -21,6 +21,7 @@ from pipeline.errors import (
     UserError,
     complain,
     exit_code_of,
+    permission_problem,
 )
 from pipeline.redact import redact
 
@@ -110,6 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, TransientError) as error:
         complain(f"pipeline {verb}", error)
         return exit_code_of(error)
+    except PermissionError as error:  # of a path that was asked for: Path.exists() and the like raise it, too
+        complain(f"pipeline {verb}", permission_problem(error))
+        return EXIT_USER
     except BrokenPipeError:
         if not reader_has_left():
             raise

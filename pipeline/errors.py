@@ -43,6 +43,12 @@ class GpuFault(TransientError):
     """A GPU, or its link, failed as only another one can mend."""
 
 
+def permission_problem(error: PermissionError) -> UserError:
+    """One line on a file or folder that this account may not enter, read or write."""
+    where = error.filename or "a file or folder"
+    return UserError(f"{where}: {error.strerror} for this account; ask its owner for access, or give another path")
+
+
 def exit_code_of(error: UserError | TransientError) -> int:
     """The exit code that an error asks for."""
     if isinstance(error, UserError):

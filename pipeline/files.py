@@ -1,10 +1,34 @@
 """Atomic writes: a file is complete or absent, after a power failure too."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+FREE = "free some space"  #: the remedy for what `why_full` says
+
+
+def why_full(error: OSError, path: Path | str) -> str:
+    """What ENOSPC or EDQUOT means for a file at `path`: "disk full", "no inode left ..." or "quota exceeded ..."."""
+    if error.errno == errno.EDQUOT:
+        return "quota exceeded (see: quota -s, or lfs quota)"
+    place = next((place for place in (Path(path), *Path(path).absolute().parents) if place.is_dir()), Path("/"))
+    try:
+        stat = os.statvfs(place)
+    except OSError:
+        return "disk full"
+    if stat.f_files and not stat.f_favail and stat.f_bavail:
+        free = stat.f_bavail * stat.f_frsize / 1e9
+        return f"no inode left for another file, though {free:,.1f} GB are free (see: df -i {place})"
+    return "disk full"
+
+
+def reason_of(error: OSError, path: Path | str) -> str:
+    """Why `path` could not be written, in words: `why_full`, or what the operating system says."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return why_full(error, path) if full else error.strerror or str(error)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.errors import TransientError, UserError
+from pipeline.files import FREE, why_full
 
 BLOCK = 4096  #: bytes that a file's size is rounded up to, as most file systems do
 
@@ -14,7 +15,7 @@ BLOCK = 4096  #: bytes that a file's size is rounded up to, as most file systems
 def explain(error: OSError, path: Path | str) -> UserError | TransientError:
     """One line for a file system's error: UserError for a full disk or a missing permission, else TransientError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"disk full while writing {path}; free some space and run the same command again")
+        return UserError(f"{why_full(error, path)} while writing {path}; {FREE} and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
         return UserError(f"can't write {path} ({error.strerror}); fix that or give another folder")
     return TransientError(f"can't write {path} ({error.strerror or error})")

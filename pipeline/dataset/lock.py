@@ -10,7 +10,8 @@ from typing import IO
 
 from pipeline.errors import UserError
 
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without locks
+#: of a file system without locks
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY, errno.EPERM)
 
 
 def try_lock(file: IO) -> bool:

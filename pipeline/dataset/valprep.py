@@ -4,12 +4,15 @@ The result is the layout of the well-known valprep.sh: a folder for each of the 
 image is moved by one rename, so a kill at any moment leaves every image complete; the same command resumes.
 """
 
+import errno
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
+from pipeline.dataset.index.left_out import is_foreign
 from pipeline.dataset.index.listing import IMAGE_SUFFIXES
 from pipeline.errors import UserError
 from pipeline.progress import Progress
@@ -65,6 +68,29 @@ def read_val_labels(root: Path) -> tuple[dict[str, str], Path]:
     return labels, source
 
 
+def _folders(folder: Path) -> list[Path]:
+    """The folder and all below it, also those that an archive brought along; no leftovers of other programs."""
+    found = [folder]
+    for place in found:  # grows meanwhile
+        below = (path for path in place.iterdir() if not is_foreign(path.name) and path.is_dir())
+        seen = {path.resolve() for path in found}
+        found += sorted(path for path in below if path.resolve() not in seen)
+    return found
+
+
+def _move(path: Path, target: Path) -> None:
+    """Rename; where a link leads to another disk, copy and remove."""
+    try:
+        path.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        part = target.with_name(f".{target.name}.part")
+        shutil.copy2(path, part)
+        part.replace(target)
+        path.unlink()
+
+
 def sort_val(root: Path, quiet: bool = True) -> SortResult:
     """Move each validation image into its class's folder; what lies right stays.
 
@@ -75,15 +101,15 @@ def sort_val(root: Path, quiet: bool = True) -> SortResult:
     labels, source = read_val_labels(root)
     moves, already = [], 0
     try:
-        homes = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        homes = _folders(folder)
         for home in homes:
             for path in home.iterdir():
-                if path.suffix.lower() not in IMAGE_SUFFIXES:
+                if is_foreign(path.name) or path.suffix.lower() not in IMAGE_SUFFIXES:
                     continue
                 if path.stem not in labels:
                     raise UserError(f"image {path} has no label in {source}; remove it or fetch the list again")
                 synset = labels[path.stem]
-                if home.name == synset:
+                if home == folder / synset:
                     already += 1
                 else:
                     moves.append((path, folder / synset / path.name))
@@ -95,12 +121,12 @@ def sort_val(root: Path, quiet: bool = True) -> SortResult:
         with Progress("Sorting", len(moves), "images", quiet=quiet or not moves) as progress:
             for path, target in sorted(moves):
                 if path.parent == folder or not target.exists():
-                    path.replace(target)
+                    _move(path, target)
                 else:
                     path.unlink()  # a misplaced copy of what lies right
                 progress.advance()
-        for home in homes[1:]:
-            if imagenet.SYNSET.fullmatch(home.name) and not any(home.iterdir()):
+        for home in sorted(homes[1:], reverse=True):  # the deepest first
+            if not home.is_symlink() and not any(home.iterdir()):
                 home.rmdir()  # emptied by a move
     except OSError as error:
         raise UserError(

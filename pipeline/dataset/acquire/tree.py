@@ -1,8 +1,10 @@
 """The tree that members are written into: each file complete or absent; and which exist already."""
 
+import errno
 import functools
 import itertools
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,10 +48,27 @@ class TreeWriter:
             if folder not in self._folders:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 self._folders.add(folder)
-            os.replace(part, final)  # noqa: PTH105
+            self._place(part, final)
         except OSError as error:
             raise explain(error, final) from error
         return size
+
+    def _place(self, part: str, final: str) -> None:
+        """Give a file its name; where a link has led to another disk, by way of a copy there."""
+        try:
+            os.replace(part, final)  # noqa: PTH105
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            folder, _, name = final.rpartition("/")
+            beside = f"{folder}/.{name}.{os.getpid()}-{part.rpartition('/')[2]}.part"
+            try:
+                shutil.copyfile(part, beside)
+                with open(beside, "rb") as file:  # noqa: PTH123
+                    os.fsync(file.fileno())  # the journal's flush is of the disk of ROOT
+                os.replace(beside, final)  # noqa: PTH105
+            finally:
+                Path(beside).unlink(missing_ok=True)
 
 
 class ExistingFiles:

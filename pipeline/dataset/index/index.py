@@ -21,7 +21,7 @@ import xxhash
 from pipeline.config import DataConfig
 from pipeline.dataset.index.left_out import LeftOut
 from pipeline.errors import UserError
-from pipeline.files import atomic_open, atomic_write
+from pipeline.files import atomic_open, atomic_write, reason_of
 
 RECORD = np.dtype(
     [
@@ -204,9 +204,8 @@ def write_index(
         meta["left_out"] = left_out or {}
         atomic_write(folder / MAIN_FILE, json.dumps(meta, indent=1))
     except OSError as error:
-        raise UserError(
-            f"can't write the index into {folder} ({error.strerror}); choose another folder for it"
-        ) from error
+        reason = reason_of(error, folder)
+        raise UserError(f"can't write the index into {folder} ({reason}); choose another folder for it") from error
     _remove_stale(folder, meta)
     return open_index(folder)
 

@@ -32,7 +32,7 @@ from pipeline.dataset.lock import locked
 from pipeline.dataset.names import tell_apart, twin_of
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError
-from pipeline.files import atomic_write
+from pipeline.files import atomic_write, reason_of
 from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
@@ -163,8 +163,8 @@ def _locked_folder(folder: Path) -> Iterator[None]:
             stack.enter_context(locked(folder / LOCK, f"{folder}: another process is indexing; waiting for it"))
         except OSError as error:
             raise UserError(
-                f"can't write the index into {folder} ({error.strerror}); choose another folder with "
-                "--data.index DIR (train) or --out DIR (index)"
+                f"can't write the index into {folder} ({reason_of(error, folder)}); choose another folder with "
+                "--data.index DIR (train, preflight), --index DIR (pack, verify, bench) or --out DIR (index)"
             ) from error
         yield
 

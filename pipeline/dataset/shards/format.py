@@ -24,7 +24,7 @@ from pipeline.dataset.index.index import RECORD, RESTART, Index, index_folder, p
 from pipeline.dataset.lock import try_lock
 from pipeline.dataset.shards.restart import MAGIC, make_entry, table_name
 from pipeline.errors import UserError
-from pipeline.files import atomic_open, atomic_write
+from pipeline.files import atomic_open, atomic_write, reason_of
 
 STATE = ".packing"  #: folder below the destination: records of the complete shards, until they are merged
 BLOCK = tarfile.BLOCKSIZE
@@ -169,8 +169,9 @@ class ShardWriter:
             file.close()  # another process has just finished it
 
     def _explain(self, error: OSError) -> UserError:
+        reason = reason_of(error, self.path)
         return UserError(
-            f"can't write {self.path} ({error.strerror}); fix that or give another folder, and run the command again"
+            f"can't write {self.path} ({reason}); fix that or give another folder, and run the command again"
         )
 
     def _member(self, name: str, data: bytes) -> int:

@@ -46,7 +46,7 @@ from pipeline.dataset.shards.reencode import reencode
 from pipeline.dataset.shards.transcode import find_program, transcode
 from pipeline.dataset.workers import map_in_order, read_ahead
 from pipeline.errors import UserError
-from pipeline.files import atomic_write
+from pipeline.files import atomic_write, reason_of
 from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
@@ -147,12 +147,11 @@ def parse_part(part: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _open_source(root: Path, part: str | None, processes: int | None) -> Index:
+def _open_source(root: Path, folder: Path, part: str | None, processes: int | None) -> Index:
     if part is None:
-        return build_index(root, processes=processes)
-    folder = index_folder(root)
+        return build_index(root, folder, processes)
     if not has_index(folder):  # many parts must not scan the same tree at once
-        raise UserError(f"{root} has no index yet; run first: pipeline index {root}")
+        raise UserError(f"{folder} holds no index yet; run first: pipeline index {root}")
     return open_index(folder)
 
 
@@ -180,7 +179,7 @@ def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
             )
         atomic_write(dest / PACKED, json.dumps(marker, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"can't write into {dest} ({error.strerror}); give another folder") from error
+        raise UserError(f"can't write into {dest} ({reason_of(error, dest)}); give another folder") from error
     return False
 
 
@@ -210,6 +209,7 @@ def pack_tree(
     part: str | None = None,
     processes: int | None = None,
     quiet: bool = True,
+    source_index: Path | None = None,
 ) -> Index | None:
     """Pack `root` into `dest`; the index of the shards, or None where only a part was written.
 
@@ -218,11 +218,12 @@ def pack_tree(
         dest: a new or empty folder, or one that the same command began.
         part: "I/N": write only every N-th shard, and no index.
         processes: default: every core that this process may use.
+        source_index: folder of the index of `root`; default `ROOT/index`.
 
     Raises UserError for unreadable images (if so told), images changed since indexing, and a folder that won't do.
     """
-    (turn, parts), folder = parse_part(part), index_folder(root)
-    index, selected = _open_source(root, part, processes), read_selected(root)
+    (turn, parts), folder = parse_part(part), source_index or index_folder(root)
+    index, selected = _open_source(root, folder, part, processes), read_selected(root)
     unreadable = read_unreadable(folder)
     bad = [entry["file"] for entries in unreadable.values() for entry in entries]
     if bad and options.unreadable == "refuse":
@@ -270,6 +271,7 @@ def pack(
     part: str | None = None,
     processes: int | None = None,
     restart: Literal["auto"] | int | None = None,
+    index: str | None = None,
 ) -> int:
     """Write a data root as WebDataset tar shards with an index. Run the same command again to resume.
 
@@ -286,9 +288,11 @@ def pack(
         processes: number of processes; default: all cores.
         restart: add restart markers to the JPEGs, without loss, so that training reads and decodes only the part of an
             image that it crops. MCUs a restart interval, or auto (8). Requires the program jpegtran.
+        index: folder of the index of ROOT, for a root that can't be written; default ROOT/index.
     """
     options = Options(short_side, quality, shard_mb, resize_val, unreadable, seed, parse_restart(restart))
-    made = pack_tree(Path(root), Path(dest), options, part, processes, quiet=False)
+    source_index = Path(index).expanduser() if index else None
+    made = pack_tree(Path(root), Path(dest), options, part, processes, quiet=False, source_index=source_index)
     if made is None:
         print(f"{dest}: part {part} is written; when all parts are, run the same command without --part")
         return 0

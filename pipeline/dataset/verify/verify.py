@@ -44,9 +44,10 @@ def find_split_folders(root: Path) -> dict[str, Path]:
         return places
 
 
-def open_baseline(root: Path) -> Index | None:
-    """The index of `root`, its own content checked; None where there is none. UserError where it is damaged."""
-    folder = index_folder(root)
+def open_baseline(root: Path, folder: Path | None = None) -> Index | None:
+    """The index of `root`, in `folder` or `ROOT/index`, its own content checked; None where there is none. UserError
+    where it is damaged."""
+    folder = folder or index_folder(root)
     if not has_index(folder):
         return None
     index = open_index(folder)
@@ -120,6 +121,7 @@ def verify_root(
     processes: int | None = None,
     quiet: bool = True,
     before: Report | None = None,
+    index: Path | None = None,
 ) -> Report:
     """Look at everything in `root`.
 
@@ -128,13 +130,14 @@ def verify_root(
         decode: decode every image again; else a digest that agrees with the index proves an image.
         processes: default: every core that this process may use.
         before: a report after which only what it found broken was fetched again: the rest is not read twice.
+        index: folder of its index; default `ROOT/index`.
 
     Raises UserError where there is no data set, or where its index or lists are damaged.
     """
     root = root.resolve()
     if not root.is_dir():
         raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds train/ and val/")
-    report = Report(root, read_expected(root), open_baseline(root))
+    report = Report(root, read_expected(root), open_baseline(root, index))
     listed = {split: set(hash_ids(report.expected.ids(split)).tolist()) for split in report.expected.counts}
     again = None if before is None else {(named.split, named.stem) for named in before.broken()}
     counts_of: dict[str, SplitCounts] = {}
@@ -208,12 +211,18 @@ def repair_root(report: Report, decode: bool, processes: int | None, quiet: bool
     if report.mislabeled:
         valprep.sort_val(report.root)
     if report.index is not None:
-        build_index(report.root, processes=processes)
-    return verify_root(report.root, decode, processes, quiet, before=report)
+        build_index(report.root, report.index.folder, processes)
+    folder = report.index.folder if report.index is not None else None
+    return verify_root(report.root, decode, processes, quiet, before=report, index=folder)
 
 
 def verify(
-    root: str, json: str | None = None, repair: bool = False, decode: bool = False, processes: int | None = None
+    root: str,
+    json: str | None = None,
+    repair: bool = False,
+    decode: bool = False,
+    processes: int | None = None,
+    index: str | None = None,
 ) -> int:
     """Is this data set complete and correct? Counts, classes, labels and every image's bytes; exit code 0 if so.
 
@@ -223,8 +232,12 @@ def verify(
         repair: fetch what is missing or damaged again.
         decode: decode every image again, even where its bytes are those that were decoded when indexed.
         processes: number of processes; default: all cores.
+        index: folder of the index; default ROOT/index.
     """
-    report = verify_root(Path(root), decode, processes, quiet=False)
+    folder = Path(index).expanduser() if index else None
+    if folder is not None and not has_index(folder):
+        raise UserError(f"--index {folder} holds no index; build one with: pipeline index {root} --out {folder}")
+    report = verify_root(Path(root), decode, processes, quiet=False, index=folder)
     show(report)
     if repair and (report.broken() or report.mislabeled):
         number = len(report.broken()) + len(report.mislabeled)

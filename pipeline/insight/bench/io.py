@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from pipeline.dataset.index.index import Split
 
 
-def io(data: str, batch_size: int = 256, batches: int = 20, threads: str = "1,4,8,16", cold: bool = False) -> dict:
+def io(
+    data: str,
+    batch_size: int = 256,
+    batches: int = 20,
+    threads: str = "1,4,8,16",
+    cold: bool = False,
+    index: str | None = None,
+) -> dict:
     """How fast the training samples' bytes can be read, in the order in which a run reads them.
 
     Args:
@@ -24,13 +31,14 @@ def io(data: str, batch_size: int = 256, batches: int = 20, threads: str = "1,4,
         batches: batches for each number of threads.
         threads: numbers of reading threads to try.
         cold: drop the files from the operating system's page cache first.
+        index: folder of the index; default DATA/index.
     """
     from pipeline.dataset.index.index import index_folder, open_index
     from pipeline.loader.source import Source, UnreadableSample
     from pipeline.progress import Progress
 
     root = Path(data).expanduser()
-    split = open_index(index_folder(root)).splits["train"]
+    split = open_index(Path(index).expanduser() if index else index_folder(root)).splits["train"]
     numbers = parse_numbers("--threads", threads, "1,4,8")
     order = np.random.default_rng(0).permutation(len(split))
     found: dict[str, str] = {}

@@ -20,11 +20,19 @@ import numpy as np
 from pipeline.config import Config, DataConfig
 from pipeline.dataset.index.index import Split, has_index, locate_index, open_index
 from pipeline.dataset.index.left_out import describe
-from pipeline.errors import UserError
+from pipeline.errors import UserError, permission_problem
 from pipeline.gpu_facts import builds_problem, cuda_builds, driver_problem, granted_gpus, query_gpus, visible_gpus
 from pipeline.limits import available_cores
 
 SAMPLES = 16  # read and compared with their digests on every node
+_UNKNOWN: dict[str, Any] = {
+    "problem": None,
+    "indexed": False,
+    "fingerprint": None,
+    "shards": 0,
+    "images": None,
+    "read_s": None,
+}
 PACKAGES = {"DALI": "nvidia-dali-cuda", "NCCL": "nvidia-nccl-cu"}  # name -> how its distributions begin
 
 
@@ -83,7 +91,10 @@ def nearest_existing(folder: Path) -> Path:
 
 def probe_folder(folder: Path) -> str | None:
     """Why a run can't be written into `folder`, or None. Missing folders are not made."""
-    existing = nearest_existing(folder)
+    try:
+        existing = nearest_existing(folder)
+    except PermissionError as error:
+        return f"{error.filename} can't be entered ({error.strerror})"
     probe = existing / f".probe.{socket.gethostname()}.{os.getpid()}"
     try:
         probe.write_bytes(b"x" * 4096)
@@ -95,14 +106,14 @@ def probe_folder(folder: Path) -> str | None:
 
 def probe_data(data: DataConfig) -> dict:
     """Open the index, look at every shard, read some samples. `problem` is None if all is well."""
-    facts: dict[str, Any] = {
-        "problem": None,
-        "indexed": False,
-        "fingerprint": None,
-        "shards": 0,
-        "images": None,
-        "read_s": None,
-    }
+    try:
+        return _probe_data(data)
+    except PermissionError as error:
+        return {**_UNKNOWN, "problem": str(permission_problem(error))}
+
+
+def _probe_data(data: DataConfig) -> dict:
+    facts: dict[str, Any] = dict(_UNKNOWN)
     root = Path(data.root).expanduser()
     if not data.root or not root.is_dir():
         return facts | {
@@ -110,6 +121,10 @@ def probe_data(data: DataConfig) -> dict:
         }
     folder = locate_index(data)
     if not has_index(folder):
+        existing = nearest_existing(folder)
+        if not os.access(existing, os.W_OK | os.X_OK):
+            remedy = f"build it elsewhere, with: pipeline index {root} --out DIR, and give --data.index DIR"
+            facts["problem"] = f"no index, and {existing} can't be written: {remedy}"
         return facts
     facts["indexed"] = True
     try:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from pipeline.config import Config
 from pipeline.errors import GpuFault, TransientError, UserError
+from pipeline.files import FREE, why_full
 from pipeline.limits import available_memory
 from pipeline.run_paths import RunPaths
 from pipeline.training.ranks.launcher import without_launcher
@@ -95,6 +96,8 @@ def translate_error(error: BaseException, config: Config, world: World) -> str |
         return f"{when}: contact to the other ranks was lost: {world.watch.missing()}{_killed_for_memory()}"
     if isinstance(error, OSError) and number in _DISK:
         where = error.filename or config.run_dir
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            return f"{where} can't be written any more: {why_full(error, where)}; {FREE} and start again"
         return f"{where} can't be read or written any more ({error.strerror}); mend that and start again"
     return None
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import TrainConfig
-from pipeline.errors import TransientError, UserError
+from pipeline.errors import TransientError, UserError, permission_problem
 from pipeline.gpu_facts import sign_of_gpus, why_no_cuda
 from pipeline.limits import available_cores
 from pipeline.rank_info import RankInfo
@@ -73,6 +73,8 @@ class World(RankInfo):
             self.watch.phase("rank 0's part" + (f" ({name})" if name != "<lambda>" else ""), limit_s=limit_s)
             try:
                 answer = [("result", function())]
+            except PermissionError as error:
+                answer = [("user", str(permission_problem(error)))]
             except (UserError, TransientError) as error:
                 answer = [("user" if isinstance(error, UserError) else "broken", str(error))]
         with self.watch.collective("waiting for rank 0"):

@@ -1,0 +1,199 @@
+"""Disks and accounts as they are: folders of another user, read-only roots, links to other disks, full file systems.
+
+What root may do anyway is tried as another user, in a process of its own.
+"""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+from test_index import make_folder
+
+from pipeline.__main__ import main
+from pipeline.dataset import disk, lock
+from pipeline.dataset.index.scan import build_index
+from pipeline.files import why_full
+
+NOBODY = 65534
+# Without the right of root to enter and write everywhere; the account stays, and so does access to the interpreter.
+WITHOUT_RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+needs_setpriv = pytest.mark.skipif(
+    os.getuid() == 0 and shutil.which("setpriv") is None, reason="needs setpriv, or not to be root"
+)
+
+
+def as_another(*argv: object) -> subprocess.CompletedProcess:
+    """`pipeline ARGV` by an account that may not enter what it does not own."""
+    command = [sys.executable, "-m", "pipeline", *map(str, argv)]
+    if os.getuid() == 0:
+        command = [*WITHOUT_RIGHTS, *command]
+    return subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def pets(tmp_path):
+    names = ["1.png", "2.png", "3.png", "4.png"]
+    root = make_folder(tmp_path / "pets", {f"{split}/{kind}": names for split in ("train", "val") for kind in "ab"})
+    build_index(root)
+    yield root
+    for path in (tmp_path, *tmp_path.rglob("*")):  # else it can't be removed
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+def close(path: Path) -> None:
+    """Make a folder one that belongs to another user."""
+    if os.getuid() == 0:
+        os.chown(path, NOBODY, NOBODY)
+        path.chmod(0o700)
+    else:
+        path.chmod(0)
+
+
+@needs_setpriv
+@pytest.mark.parametrize("closed", ["pets", "pets/index", "pets/train", "pets/val/a"])
+def test_a_folder_of_another_user_is_one_line(pets, tmp_path, closed):
+    (pets / "train" / "new").mkdir()  # the index is out of date, so that all verbs look at the tree
+    shutil.copy(pets / "train/a/1.png", pets / "train/new/1.png")
+    close(tmp_path / closed)
+    verbs = [["index", pets], ["verify", pets], ["pack", pets, tmp_path / "out"]]
+    if closed == "pets":
+        verbs += [
+            ["valprep", pets],
+            ["train", "--config", runs.TINY, "--data.root", pets, "--run_dir", tmp_path / "run"],
+            ["preflight", "--config", runs.TINY, "--data.root", pets, "--run_dir", tmp_path / "run"],
+            ["evaluate", pets / "run"],
+            ["report", pets / "run"],
+            ["status", pets / "run"],
+            ["estimate", "--config", pets / "recipe.yaml"],
+            ["bench", "io", pets],
+            ["stage", pets, tmp_path / "staged"],
+            ["export", pets / "run", tmp_path / "out.pt"],
+        ]
+    for verb in verbs:
+        done = as_another(*verb)
+        assert "Traceback" not in done.stderr, (verb, done.stderr[-500:])
+        assert done.returncode == 2, (verb, done.stdout[-500:], done.stderr[-500:])
+        assert "ermission denied" in done.stdout + done.stderr, (verb, done.stderr)
+
+
+@needs_setpriv
+def test_an_image_without_permission_is_counted(pets):
+    shutil.rmtree(pets / "index")
+    image = pets / "train/a/1.png"
+    image.chmod(0)
+    if os.getuid() == 0:
+        os.chown(image, NOBODY, NOBODY)
+    done = as_another("index", pets)
+    assert done.returncode == 0 and "left out of train: 1 without permission (train/a/1.png)" in done.stdout
+
+
+@needs_setpriv
+def test_a_root_that_can_only_be_read(pets, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(pets / "index", elsewhere)
+    shutil.rmtree(elsewhere)
+    assert main(["index", str(pets), "--out", str(elsewhere)]) == 0
+    for path in (*pets.rglob("*"), pets):
+        if path.is_dir():
+            path.chmod(0o555)
+    config = ["--config", runs.TINY, "--data.root", pets, "--run_dir", tmp_path / "run"]
+    seen = as_another("preflight", *config)
+    assert seen.returncode == 2 and "FAIL  data" in seen.stdout and "--data.index DIR" in seen.stdout
+    assert as_another("preflight", *config, "--data.index", elsewhere).returncode == 0
+    refused = as_another("pack", pets, tmp_path / "shards")
+    assert refused.returncode == 2 and "--index DIR (pack" in refused.stderr
+    assert as_another("pack", pets, tmp_path / "shards", "--index", elsewhere).returncode == 0
+    assert "unchanged and readable" in as_another("verify", pets, "--index", elsewhere).stdout
+    bench = ["bench", "io", pets, "--batches", 1, "--batch_size", 2, "--threads", 1, "--json", tmp_path / "io.json"]
+    assert as_another(*bench, "--index", elsewhere).returncode == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+    def refuse(file, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with lock.locked(tmp_path / "lock", "busy", wait=False), (tmp_path / "lock").open() as file:
+        assert lock.try_lock(file)
+
+
+@pytest.mark.parametrize("linked", ["train", "val", "train/n99000000"])
+def test_fetch_writes_through_links_to_another_disk(synthetic_root, kaggle_zip, tmp_path, monkeypatch, linked):
+    """The folder behind the link is on a disk of its own: renaming into it fails as between two disks."""
+    data, big = tmp_path / "data", tmp_path / "big"
+    big.mkdir()
+    link = data / "ILSVRC/Data/CLS-LOC" / linked
+    link.parent.mkdir(parents=True)
+    link.symlink_to(big)
+    real = os.replace
+
+    def on_this_disk(path) -> bool:
+        return not os.path.realpath(path).startswith(str(big))
+
+    def replace(source, target):
+        if on_this_disk(source) != on_this_disk(target):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(Path, "replace", lambda self, target: replace(self, target))
+    assert main(["fetch", str(data), "--from", str(kaggle_zip)]) == 0
+    assert build_index(data).fingerprint == build_index(synthetic_root, tmp_path / "index").fingerprint
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_full_disks_say_what_is_full(tmp_path, monkeypatch):
+    def stat(bytes_free, inodes_free):
+        fields = {"f_files": 100, "f_favail": inodes_free, "f_bavail": bytes_free, "f_frsize": 4096}
+        return lambda _: type("Stat", (), fields)()
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "statvfs", stat(1 << 20, 0))
+    assert "no inode left for another file, though 4.3 GB are free (see: df -i" in why_full(full, tmp_path / "a/b")
+    assert "no inode left" in str(disk.explain(full, tmp_path / "a"))
+    monkeypatch.setattr(os, "statvfs", stat(0, 50))
+    assert why_full(full, tmp_path) == "disk full"
+    quota = OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert "quota exceeded (see: quota -s" in str(disk.explain(quota, tmp_path / "a"))
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="mounts a file system")
+def test_a_real_file_system_without_inodes(tmp_path):
+    """fetch, index and pack on a tmpfs of 30 inodes: one line that names the inodes."""
+    root = tmp_path / "set"
+    make_folder(root, {f"{split}/a": [f"{i}.png" for i in range(3)] for split in ("train", "val")})
+    script = f"""
+mount -t tmpfs -o nr_inodes=4,size=64m tmpfs {tmp_path}/small || exit 77
+touch {tmp_path}/small/1 {tmp_path}/small/2 {tmp_path}/small/3
+{sys.executable} -m pipeline index {root} --out {tmp_path}/small
+"""
+    (tmp_path / "small").mkdir()
+    command = ["unshare", "-m", "sh", "-c", script]
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("may not mount here")
+    assert done.returncode == 2 and "no inode left" in done.stderr, done.stderr
+
+
+def test_valprep_leaves_nothing_that_index_refuses(synthetic_root, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(synthetic_root, root)
+    before = build_index(root).fingerprint
+    val = root / "ILSVRC/Data/CLS-LOC/val"
+    inner = val / "ILSVRC2012_img_val/val"
+    inner.mkdir(parents=True)
+    for path in val.glob("*.JPEG"):
+        path.rename(inner / path.name)
+    (val / ".ipynb_checkpoints").mkdir()
+    shutil.copy(next(inner.glob("*.JPEG")), val / ".ipynb_checkpoints")
+    assert main(["valprep", str(root)]) == 0
+    assert not (val / "ILSVRC2012_img_val").exists()
+    assert len(list((val / ".ipynb_checkpoints").iterdir())) == 1
+    assert build_index(root).fingerprint == before
