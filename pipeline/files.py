@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+DISK_FULL = "disk full"
 FREE = "free some space"  #: the remedy for what `why_full` says
 
 
@@ -18,17 +19,17 @@ def why_full(error: OSError, path: Path | str) -> str:
     try:
         stat = os.statvfs(place)
     except OSError:
-        return "disk full"
+        return DISK_FULL
     if stat.f_files and not stat.f_favail and stat.f_bavail:
         free = stat.f_bavail * stat.f_frsize / 1e9
         return f"no inode left for another file, though {free:,.1f} GB are free (see: df -i {place})"
-    return "disk full"
+    return DISK_FULL
 
 
 def reason_of(error: OSError, path: Path | str) -> str:
     """Why `path` could not be written, in words: `why_full`, or what the operating system says."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return why_full(error, path) if full else error.strerror or str(error)
+    why = why_full(error, path) if error.errno in (errno.ENOSPC, errno.EDQUOT) else DISK_FULL
+    return error.strerror or str(error) if why == DISK_FULL else why
 
 
 @contextlib.contextmanager
