@@ -8,7 +8,10 @@ from typing import Literal
 
 from pipeline.config.fields import Check, at_least_zero, positive, runtime_field, share
 from pipeline.config.model import INPUT_SIZES
+from pipeline.config.networks import preprocessing_of
 from pipeline.errors import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  #: of ImageNet, as most published weights expect them
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class DataConfig:
     """Pixels that a validation image's shorter side is resized to before the crop; default: val_size * 256 / 224."""
     val_crop_ratio: float | None = None
     """The same as a share: val_resize is val_size / val_crop_ratio, rounded down (timm's crop_pct)."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """How images are resized (always with antialiasing), in training and validation."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """How images are resized (always with antialiasing), in training and validation; default: as timm says of its
+    network, else bilinear."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """RandomResizedCrop: smallest and largest share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -46,10 +50,12 @@ class DataConfig:
     this range, then crop image_size pixels at a random place (He et al. 2015)."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted from each channel (red, green, blue; 0 to 1), in the step."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Each channel is divided by this, in the step."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from each channel (red, green, blue; 0 to 1), in the step; default: what the network was made for,
+    else ImageNet's, 0.485, 0.456, 0.406."""
+    std: tuple[float, float, float] | None = None
+    """Each channel is divided by this, in the step; default: what the network was made for, else ImageNet's, 0.229,
+    0.224, 0.225."""
     threads: int | None = runtime_field(None)
     """Decoding threads of a rank; default: this rank's share of the cores."""
     prefetch: int = runtime_field(2)
@@ -59,11 +65,12 @@ class DataConfig:
     validation images (left out of the scores, which say so)."""
 
     def resolve(self, model: str = "") -> "ResolvedDataConfig":
-        """The same with every size as a number of pixels. model: the network's name, whose input size is the default.
+        """The same with every size as a number of pixels. model: the network's name, whose own values are defaults.
 
         Raises UserError for a val_crop_ratio that is impossible, or given beside val_resize.
         """
-        image_size = self.image_size or INPUT_SIZES.get(model, 224)
+        made_for = preprocessing_of(model)
+        image_size = self.image_size or made_for.get("image_size") or INPUT_SIZES.get(model, 224)
         val_size = self.val_size or image_size
         val_resize = self.val_resize or round(val_size * 256 / 224)
         ratio = self.val_crop_ratio
@@ -75,9 +82,16 @@ class DataConfig:
                     f"--data.val_crop_ratio is {ratio}: data.val_resize is {self.val_resize}; give one, the other null"
                 )
             val_resize = int(val_size / ratio)
+        elif self.val_resize is None and "val_crop_ratio" in made_for:
+            val_resize = int(val_size / made_for["val_crop_ratio"])
+        seen = {
+            "mean": self.mean or made_for.get("mean", MEAN),
+            "std": self.std or made_for.get("std", STD),
+            "interpolation": self.interpolation or made_for.get("interpolation", "bilinear"),
+        }
         sizes = {"image_size": image_size, "val_size": val_size, "val_resize": val_resize, "val_crop_ratio": None}
         given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return ResolvedDataConfig(**(given | sizes))
+        return ResolvedDataConfig(**(given | sizes | seen))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +101,9 @@ class ResolvedDataConfig(DataConfig):
     image_size: int
     val_size: int
     val_resize: int
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
     def size_at(self, epoch: int) -> int:
         """Pixels of a training image's side in an epoch (0: the first). Between the epochs of the ramp it grows

@@ -1,8 +1,8 @@
 """The group `model`: the network, its head, and what it starts from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pipeline.config.fields import Check, at_least_zero, below_one, positive
 
@@ -22,7 +22,10 @@ class ModelConfig:
     """The network."""
 
     name: str = "resnet152"
-    """A torchvision classification model."""
+    """A torchvision classification model; `timm:NAME`, one of timm; or `MODULE:FUNCTION`, a function of your own that
+    takes num_classes and returns a network."""
+    kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Further arguments of the network: {"width": 64}."""
     num_classes: int | None = None
     """Outputs of the head; default: the classes of the data set."""
     zero_init_residual: bool = False

@@ -74,6 +74,7 @@ def _load(target: Path, card: dict[str, Any]) -> nn.Module:
     """The network of a state_dict's file and its card alone."""
     state = read_state(target)
     blurpool = as_blurpool(pop_blurpool(state), str(target))
-    network = build_model(ModelConfig(name=card["model"], blurpool=blurpool), card["num_classes"])
+    config = ModelConfig(name=card["model"], kwargs=card["model_kwargs"], blurpool=blurpool)
+    network = build_model(config, card["num_classes"])
     load_whole(network, state)
     return network.eval()

@@ -101,7 +101,7 @@ def load_run(weights: str, checkpoint: str, config: Config, folder: RunFolder, w
     networks, outputs = {}, 0
     for name in there:
         state = load_state(path, [FILES[name]])[FILES[name]]
-        outputs = count_outputs(config.model.name, state)
+        outputs = count_outputs(config.model, state)
         model = build_model(config.model, outputs)
         load_whole(model, state)
         networks[name] = normalized(model, config, world)

@@ -6,16 +6,19 @@ import numpy as np
 
 from pipeline.dataset.imagenet import read_synset_words
 from pipeline.dataset.index.index import Index
+from pipeline.dataset.synsets import SYNSETS
 from pipeline.errors import UserError
 
 
 def class_positions(folders: Sequence[str], known: Sequence[str] | None, outputs: int, root: str) -> np.ndarray:
     """The output of each class folder, int64 [n].
 
-    By name where the network's classes are `known`; folders named 0, 1, ... (as in ImageNet-V2) are the outputs' own
-    numbers; as many folders as outputs, with nothing known, are in order. Raises UserError that names a folder that
-    fits nowhere.
+    By name where the network's classes are `known`, or are ImageNet's 1,000 and the folders have their names; folders
+    named 0, 1, ... (as in ImageNet-V2) are the outputs' own numbers; as many folders as outputs, with nothing known,
+    are in order. Raises UserError that names a folder that fits nowhere.
     """
+    if known is None and outputs == len(SYNSETS) and set(folders) <= set(SYNSETS):
+        known = SYNSETS
     if known is not None and set(folders) <= set(known):
         places = {name: number for number, name in enumerate(known)}
         return np.array([places[name] for name in folders], np.int64)
@@ -34,7 +37,9 @@ def class_positions(folders: Sequence[str], known: Sequence[str] | None, outputs
 
 def imagenet_classes(index: Index, outputs: int) -> list[str] | None:
     """The synsets in the order of ImageNet's published weights, as far as this data set can tell: from the archive's
-    mapping beside it, or because it holds them all."""
+    mapping beside it, because it holds them all, or by ImageNet's own list."""
+    if outputs == len(SYNSETS) and set(index.synsets) <= set(SYNSETS):
+        return list(SYNSETS)
     words = read_synset_words(index.root)
     if len(words) == outputs:
         return sorted(words)

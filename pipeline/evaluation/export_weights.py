@@ -55,7 +55,7 @@ def export(
     chosen = choose_weights(weights, scores, "ema.pt" in meta["files"], path)
     state = load_state(path, [FILES[chosen]])[FILES[chosen]]
     classes = read_classes(config, data_root)
-    outputs = count_outputs(config.model.name, state)
+    outputs = count_outputs(config.model, state)
     if classes and len(classes) > outputs:
         raise UserError(
             f"--data_root {data_root or config.data.root} has {len(classes)} classes, the network {outputs}; "
@@ -145,6 +145,7 @@ def describe(
     named = {f"val_{key}": f"val_{infix}{key}" for key in ("loss", "top1", "top5")}
     return {
         "model": config.model.name,
+        "model_kwargs": config.model.kwargs,
         "num_classes": outputs,
         "classes": classes,
         "preprocessing": {

@@ -3,18 +3,20 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from pipeline.command import run_command
-from pipeline.config import Config, ModelConfig, load_config, resolve_recipe, semantic_config, to_yaml
+from pipeline.config import Config, DataConfig, ModelConfig, load_config, resolve_recipe, semantic_config, to_yaml
+from pipeline.config.networks import is_torchvision, preprocessing_of
 from pipeline.dataset.index.index import Index, index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.class_map import imagenet_classes
-from pipeline.model.build import AUXILIARY_WEIGHTS, build_model, check_name, count_parameters
+from pipeline.model.build import AUXILIARY_WEIGHTS, build_model, count_parameters
 from pipeline.model.heads import find_heads
 from pipeline.model.legacy_checkpoint import convert_to_torchvision, guess_model_name, is_legacy
+from pipeline.model.networks import check_name
 from pipeline.model.weights import load_whole, pop_blurpool, read_state
 from pipeline.training.optim.optimizer import heads_for, make_optimizer
 from pipeline.training.run_folder.checkpoint import write_checkpoint
@@ -22,16 +24,23 @@ from pipeline.training.run_folder.folder import RunFolder
 
 
 def import_weights(
-    file: str, run: str, name: str | None = None, config: str = "resnet152-torchvision-v1", data_root: str | None = None
+    file: str,
+    run: str,
+    name: str | None = None,
+    config: str = "resnet152-torchvision-v1",
+    data_root: str | None = None,
+    kwargs: dict[str, Any] | None = None,
 ) -> int:
     """Make a run folder of weights from elsewhere: the original ResNet-152 script's resnet.pth, or torchvision's own.
 
     Args:
         file: state_dict as .pth, .pt or .safetensors; it is read without unpickling.
         run: the run folder to make; it must not be one yet.
-        name: torchvision's name of the network; default: ResNet-50, -101 or -152, by what the file holds.
+        name: of the network: torchvision's, timm:NAME, or MODULE:FUNCTION; default: ResNet-50, -101 or -152, by what
+            the file holds.
         config: recipe whose sizes and means go with the weights, unless FILE.json, as `export` writes it, has them.
         data_root: data set to score them on.
+        kwargs: further arguments of the network, as --model.kwargs has them.
     """
     folder = RunFolder(Path(run).expanduser().resolve())
     if folder.config.exists():
@@ -40,21 +49,31 @@ def import_weights(
     blurpool = pop_blurpool(state)
     name = name or guess_model_name(state)
     check_name(name, "--name")
-    legacy = is_legacy(state)
+    network = ModelConfig(name=name, kwargs=kwargs or {})
+    legacy = is_torchvision(name) and is_legacy(state)
     state = convert_to_torchvision(state) if legacy else state
     settings = load_config(Path(resolve_recipe(config)), ["--model.name", name], verb="import")
-    head = next((key for key in state if key.rpartition(".")[0] in find_heads(name) and key.endswith("weight")), None)
+    head = next(
+        (key for key in state if key.rpartition(".")[0] in find_heads(network) and key.endswith("weight")), None
+    )
     if head is None:
-        raise UserError(f"{file} has no head of {name} ({', '.join(find_heads(name))}); give --name")
-    model_config = ModelConfig(name=name, num_classes=len(state[head]), blurpool=as_blurpool(blurpool, file))
-    data = dataclasses.replace(settings.data, root=data_root or "", **preprocessing_of(Path(file).expanduser(), name))
-    settings = dataclasses.replace(settings, model=model_config, data=data, run_dir=str(folder.path))
+        raise UserError(f"{file} has no head of {name} ({', '.join(find_heads(network))}); give --name")
+    model_config = dataclasses.replace(network, num_classes=len(state[head]), blurpool=as_blurpool(blurpool, file))
+    data = dataclasses.replace(settings.data, root=data_root or "", **preprocessing_with(Path(file).expanduser(), name))
+    train = dataclasses.replace(settings.train, precision="fp32")  # scored as published weights are
+    settings = dataclasses.replace(settings, model=model_config, data=data, train=train, run_dir=str(folder.path))
     model = build_model(model_config, len(state[head]))
     load_strictly(model, state, file, name)
     index = open_index(index_folder(Path(data_root).expanduser())) if data_root else None
     facts = {"index_fingerprint": index.fingerprint, "classes": classes_for(index, len(state[head]))} if index else {}
     write_run(folder, settings, model, facts)
-    what = "the original script's layout, biases folded into BatchNorm" if legacy else "torchvision's layout"
+    what = (
+        "the original script's layout, biases folded into BatchNorm"
+        if legacy
+        else "as they were"
+        if not is_torchvision(name)
+        else "torchvision's layout"
+    )
     print(f"{folder.path}: {name}, {count_parameters(model):,} parameters, {len(state[head])} classes; {what}")
     weights = folder.checkpoint(0)
     print(f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {weights}")
@@ -69,7 +88,7 @@ def as_blurpool(kind: str, file: str) -> Literal["none", "convs", "all"]:
     return known[kind]
 
 
-def preprocessing_of(file: Path, name: str) -> dict:
+def preprocessing_with(file: Path, name: str) -> dict:
     """Options of `data` that belong to weights: those of the card that `export` writes beside them; for GoogLeNet and
     Inception v3 without one the means and deviations of torchvision's weights, 0.5; {}: the recipe's."""
     card = file.with_name(file.name + ".json")
@@ -80,7 +99,12 @@ def preprocessing_of(file: Path, name: str) -> dict:
             return {"mean": tuple(map(float, said["mean"])), "std": tuple(map(float, said["std"])), **sizes}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{card} is no card of an export ({error!r}); mend or remove it") from error
-    return {"mean": (0.5,) * 3, "std": (0.5,) * 3} if name in AUXILIARY_WEIGHTS else {}
+    if name in AUXILIARY_WEIGHTS:
+        return {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    if not preprocessing_of(name):
+        return {}
+    seen = DataConfig().resolve(name)
+    return {key: getattr(seen, key) for key in ("image_size", "val_size", "val_resize", "mean", "std", "interpolation")}
 
 
 def load_strictly(model: torch.nn.Module, state: dict, file: str, name: str) -> None:

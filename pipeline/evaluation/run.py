@@ -141,6 +141,9 @@ class Result:
     def facts(self) -> dict:
         scores = self.evaluation.scores
         named = {"weights": self.weights, "size": self.size, "resize": self.resize, **dataclasses.asdict(scores)}
+        if self.evaluation.among is not None:  # only the data set's own classes compete
+            own = self.evaluation.among.scores
+            named |= {"own_classes": len(self.folders), "own_top1": own.val_top1, "own_top5": own.val_top5}
         return named | {
             "images_per_s": round(scores.images / self.seconds, 1),
             "unreadable": self.evaluation.unreadable,
@@ -174,7 +177,15 @@ def score_all(
                 begun = time.perf_counter()
                 try:
                     found = evaluate(
-                        network, stream, world, config.train.precision, stop, subject.outputs, flip, ask.ten_crop
+                        network,
+                        stream,
+                        world,
+                        config.train.precision,
+                        stop,
+                        subject.outputs,
+                        flip,
+                        ask.ten_crop,
+                        sorted(positions.tolist()) if index.num_classes < subject.outputs else None,
                     )
                 finally:
                     stream.close()

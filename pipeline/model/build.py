@@ -1,6 +1,4 @@
-"""Any torchvision classification model by name, with a head for the data set's classes."""
-
-import difflib
+"""A classification network by name, with a head for the data set's classes."""
 
 import torch
 import torchvision
@@ -8,9 +6,11 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from pipeline.config import INPUT_SIZES, ModelConfig
+from pipeline.config.networks import preprocessing_of
 from pipeline.errors import UserError
 from pipeline.model.drops import tie_drops
 from pipeline.model.heads import drop_before_head, find_heads, freeze
+from pipeline.model.networks import check_name, convert_sync_batchnorm, make_network
 from pipeline.model.regularize import add_blurpool, add_stochastic_depth
 from pipeline.model.weights import is_published
 
@@ -19,27 +19,13 @@ from pipeline.model.weights import is_published
 AUXILIARY_WEIGHTS = {"googlenet": 0.3, "inception_v3": 0.4}
 
 
-def model_names() -> list[str]:
-    """The classification models of the installed torchvision."""
-    return torchvision.models.list_models(module=torchvision.models)
-
-
-def check_name(name: str, option: str = "--model.name") -> None:
-    """Raises UserError, of this option, for a model that torchvision does not know."""
-    names = model_names()
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "torchvision.models.list_models() lists them"
-        raise UserError(f"{option} {name} is no torchvision classification model; {hint}")
-
-
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     """The model with fresh weights, drawn from torch's global generator.
 
     num_classes: outputs of the head. Takes float [B, 3, H, W], gives logits [B, num_classes]; in training GoogLeNet and
     Inception v3 give a tuple, the logits first and then the auxiliary heads'. `start_from` loads `config.weights`. Its
     attribute `drop_keys` holds the keys that drop-out and stochastic depth follow; None where nothing is dropped.
-    Raises UserError for a name that torchvision does not know, or an option that the model has no use for.
+    Raises UserError for a name that is not known, or an option that the model has no use for.
     """
     check_name(config.name)
     extra: dict[str, object] = {}
@@ -48,21 +34,21 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         extra["transform_input"] = transforms_input(config)
     if config.name.startswith("vit_"):
         extra["image_size"] = native_image_size(config)
-    model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
+    model = make_network(config, num_classes, **extra)
     if config.zero_init_residual:
         zero_init_residual(model)
     if config.head_init_std is not None:
-        init_heads(model, config.name, config.head_init_std)
+        init_heads(model, config, config.head_init_std)
     if config.sync_batchnorm:  # before any hook is on a layer that this replaces
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model, config.name)
     if config.stochastic_depth:
         add_stochastic_depth(model, config.name, config.stochastic_depth)
     if config.blurpool != "none":
         add_blurpool(model, config.name, config.blurpool == "all")
     if config.dropout:
-        drop_before_head(model, config.name, config.dropout)
+        drop_before_head(model, config, config.dropout)
     if config.freeze:
-        freeze(model, config.name, config.freeze)
+        freeze(model, config, config.freeze)
     model.drop_keys = tie_drops(model)
     return model
 
@@ -80,7 +66,10 @@ def native_image_size(config: ModelConfig) -> int:
         known = torchvision.models.get_model_weights(config.name)
         if config.weights in known.__members__:
             return known[config.weights].meta["min_size"][0]
-    return INPUT_SIZES.get(config.name, 224)
+    asked = config.kwargs.get("img_size", config.kwargs.get("image_size"))
+    if isinstance(asked, int):
+        return asked
+    return preprocessing_of(config.name).get("image_size") or INPUT_SIZES.get(config.name, 224)
 
 
 def auxiliary_weight(config: ModelConfig) -> float:
@@ -103,9 +92,9 @@ def zero_init_residual(model: nn.Module) -> None:
         nn.init.zeros_(block.bn3.weight if isinstance(block, Bottleneck) else block.bn2.weight)
 
 
-def init_heads(model: nn.Module, name: str, std: float) -> None:
+def init_heads(model: nn.Module, config: ModelConfig, std: float) -> None:
     """Draw the weights of all heads, auxiliary ones too, from a Gaussian; biases become 0."""
-    for head in find_heads(name):
+    for head in find_heads(config):
         nn.init.normal_(model.get_parameter(f"{head}.weight"), std=std)
         bias = model.get_submodule(head).bias
         if isinstance(bias, torch.Tensor):

@@ -6,7 +6,7 @@ import torchvision
 from torchvision.transforms import InterpolationMode
 
 from pipeline.errors import UserError
-from pipeline.model.build import check_name
+from pipeline.model.networks import check_name
 
 PREFIX = "torchvision:"
 

@@ -4,19 +4,21 @@ from collections.abc import Iterable
 from functools import cache
 
 import torch
-import torchvision
 from torch import nn
 
 from pipeline.config import Config, ModelConfig
+from pipeline.config.networks import is_torchvision
 from pipeline.errors import UserError
-from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight, check_name, native_image_size
-from pipeline.model.meta_init import meta_init
+from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight, native_image_size
+from pipeline.model.networks import blank_images, check_name, check_output, make_without_data
 
 
 def check_image_sizes(config: Config) -> None:
     """Raises UserError, with the remedy, if the network is unknown, or can't take the run's images."""
     check_name(config.model.name)
     data, probe = config.data, SizeProbe(config.model)
+    if not is_torchvision(config.model.name):
+        check_output(config.model, data.val_size, config.model.num_classes or 1000)
     for size in data.sizes():
         if not probe.accepts(size, training=True):
             option = "start_size" if size == data.start_size else "image_size"
@@ -59,7 +61,8 @@ class SizeProbe:
     asked for, which it takes."""
 
     def __init__(self, config: ModelConfig):
-        self.name, self.native_size = config.name, native_image_size(config)
+        self.config, self.native_size = config, native_image_size(config)
+        self.name = config.name
         self.heads = auxiliary_weight(config) > 0
         self.accepts = cache(self._accepts)
         self._network = cache(self._build)
@@ -70,18 +73,17 @@ class SizeProbe:
         )
         if self.name.startswith("vit_"):
             extra["image_size"] = self.native_size
-        with meta_init():
-            return torchvision.models.get_model(self.name, weights=None, **extra)
+        return make_without_data(self.config, 1000, **extra)
 
     def _accepts(self, size: int, training: bool) -> bool:
         """Can it compute size x size pixels? training: with its auxiliary heads, if it has any."""
-        if size == self.native_size:
+        if size == self.native_size and is_torchvision(self.name):
             return True
         network = self._network(self.heads and training).eval()
         network.training = training  # of the whole, which asks the heads then; not of BatchNorm, which averages
         try:
             with torch.no_grad():
-                network(torch.empty(2, 3, size, size, device="meta"))
+                network(blank_images(network, 2, size))
         except (RuntimeError, ValueError, AssertionError):  # a layer with nothing left to see; a vision transformer
             return False
         return True
@@ -91,7 +93,7 @@ class SizeProbe:
         network = self._network(self.heads).train()
         try:
             with torch.no_grad():
-                network(torch.empty(1, 3, size, size, device="meta"))
+                network(blank_images(network, 1, size))
         except ValueError:  # torch's word for it
             return False
         return True

@@ -15,6 +15,7 @@ import torchvision
 from torch import nn
 
 from pipeline.config import ModelConfig
+from pipeline.config.networks import is_torchvision
 from pipeline.errors import TransientError, UserError
 from pipeline.model.heads import find_heads
 
@@ -36,7 +37,7 @@ def start_from(model: nn.Module, config: ModelConfig) -> None:
             f"--model.weights {config.weights} belongs to a network with BlurPool; "
             f"give --model.blurpool {blurpool}, without which it is another network"
         )
-    load_body(model, state, config.name, config.weights)
+    load_body(model, state, config, config.weights)
 
 
 def mark_blurpool(state: dict[str, torch.Tensor], blurpool: str) -> None:
@@ -63,6 +64,10 @@ def is_published(config: ModelConfig) -> bool:
 
 def published_state(config: ModelConfig) -> dict[str, torch.Tensor]:
     """torchvision's weights by name ("DEFAULT", "IMAGENET1K_V1", ...), downloaded once and checked by their hash."""
+    if not is_torchvision(config.name):
+        raise UserError(
+            f"--model.weights {config.weights} is no file, which {config.name} needs; names are torchvision's"
+        )
     known = torchvision.models.get_model_weights(config.name)
     if config.weights not in known.__members__:
         names = ", ".join(["DEFAULT", *known.__members__])
@@ -160,11 +165,11 @@ def load_whole(model: nn.Module, state: dict[str, torch.Tensor], strict: bool = 
     model.load_state_dict(versioned, strict=strict)
 
 
-def load_body(model: nn.Module, state: dict[str, torch.Tensor], name: str, source: str) -> None:
+def load_body(model: nn.Module, state: dict[str, torch.Tensor], config: ModelConfig, source: str) -> None:
     """Load `state` strictly, but for the heads: one for another number of classes is left fresh, as are auxiliary arms
     that one side has not. Raises UserError that names what does not fit."""
-    own = model.state_dict()
-    heads = find_heads(name)
+    own, name = model.state_dict(), config.name
+    heads = find_heads(config)
     usable: OrderedDict[str, torch.Tensor] = OrderedDict()
     wrong: list[str] = []
     for key, value in state.items():

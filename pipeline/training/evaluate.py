@@ -1,5 +1,6 @@
 """Evaluation: every validation image exactly once over all ranks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -64,6 +65,7 @@ class Evaluation:
     """Sums over all images, float64: [4], [BINS, 3] and [classes, 3] as in `Tally`.
 
     unreadable: file -> reason of the images that could not be read now; missing: how many the index left out before.
+    among: the same where only some classes compete, if that was asked for.
     """
 
     sums: np.ndarray
@@ -71,6 +73,7 @@ class Evaluation:
     classes: np.ndarray
     unreadable: dict[str, str] = field(default_factory=dict)
     missing: int = 0
+    among: "Evaluation | None" = None
 
     @property
     def scores(self) -> Scores:
@@ -116,9 +119,11 @@ def evaluate(
     classes: int,
     flip: bool = False,
     crops: bool = False,
+    among: Sequence[int] | None = None,
 ) -> Evaluation | None:
     """Score `network` (uint8 images in, logits of `classes` classes out) on all batches of a validation stream; see
-    `predict`. Collective. Returns None on all ranks if any of them was asked to stop meanwhile.
+    `predict`. among: classes; also score with the logits of these alone. Collective. Returns
+    None on all ranks if any of them was asked to stop meanwhile.
 
     Images that can't be read are left out and named in the result. Raises TransientError where they are more than the
     stream tolerates, over all ranks, or all.
@@ -128,7 +133,8 @@ def evaluate(
     network.eval()
     with world.watch.collective("the exchange of buffers"):
         share_buffers(network, world)
-    tally = Tally(classes, world.device)
+    tally, own_tally = Tally(classes, world.device), Tally(classes, world.device)
+    few = None if among is None else torch.tensor(among, device=world.device)
     steps = stream.plan.steps(world.size)
     batches = stream.batches(0, steps)
     try:
@@ -147,11 +153,16 @@ def evaluate(
                 first[1:] = batch.ids[1:] != batch.ids[:-1]
                 targets = targets[first]
             tally.add(logits, targets)
+            if few is not None:
+                others = torch.ones(classes, dtype=torch.bool, device=logits.device)
+                others[few] = False
+                own_tally.add(logits.masked_fill(others, -torch.inf), targets)
     finally:
         batches.close()
         network.train(was_training)
     unreadable = _unreadable_of_all(stream, world)
-    found = replace(tally.over(world), unreadable=unreadable, missing=stream.missing)
+    of_few = None if few is None else own_tally.over(world)
+    found = replace(tally.over(world), among=of_few, unreadable=unreadable, missing=stream.missing)
     if len(unreadable) > stream.max_unreadable or (unreadable and not found.scores.images):
         name, reason = next(iter(unreadable.items()))
         raise TransientError(

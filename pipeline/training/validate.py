@@ -4,7 +4,10 @@ What a single option may be is checked by `pipeline.config`. The rules here also
 device, the network or the data set.
 """
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from pipeline.config import Config, ModelConfig
+from pipeline.config.networks import is_torchvision
 from pipeline.errors import UserError
 from pipeline.loader.build import check_shares
 from pipeline.model.build import build_model
@@ -39,8 +42,18 @@ def check_network(config: Config, world_size: int, device_type: str) -> None:
             "--model.sync_batchnorm requires GPUs (PyTorch has no SyncBatchNorm for CPUs); "
             "give --model.sync_batchnorm false"
         )
-    with meta_init():
-        build_model(config.model, config.model.num_classes or 1000)
+    try:
+        with meta_init():
+            model = build_model(config.model, config.model.num_classes or 1000)
+    except RuntimeError:
+        if is_torchvision(config.model.name):
+            raise
+        model = build_model(config.model, config.model.num_classes or 1000)  # one that reads its own values
+    if config.evaluation.recalibrate_batches and not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise UserError(
+            f"--evaluation.recalibrate_batches {config.evaluation.recalibrate_batches}: {config.model.name} has no "
+            "BatchNorm; give 0"
+        )
 
 
 def check_classes(model: ModelConfig, data_classes: int) -> None:

@@ -112,7 +112,7 @@ def bare(
     train = TrainConfig(precision=precision, **options)
     device = compute_device(train.device)
     torch.backends.cudnn.benchmark = True
-    data, optim = DataConfig(), OptimConfig()
+    data, optim = DataConfig().resolve(), OptimConfig()
     network = build_model(replace(ModelConfig(), name=model), 1000)
     network = Normalized(network, data.mean, data.std, train.channels_last).to(device).train()
     forward = torch.compile(network) if train.compile else network

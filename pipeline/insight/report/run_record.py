@@ -114,7 +114,7 @@ def load_networks(record: Record) -> Networks:
     part = "ema" if averaged else "model"
     state = load_state(path, [part])[part]
     config = record.config.model
-    outputs = count_outputs(config.name, state)
+    outputs = count_outputs(config, state)
     torch.manual_seed(record.config.train.seed)
     initial, missing = build_model(config, outputs).requires_grad_(True), ""
     before: nn.Module | None = initial

@@ -60,7 +60,7 @@ def heads_for(config: Config) -> tuple[str, ...]:
     """The heads' names, where the optimizer treats them otherwise than the rest; () where it does not."""
     optim = config.optim
     differs = optim.body_lr_factor != 1 or optim.layer_decay != 1 or optim.agc is not None
-    return find_heads(config.model.name) if differs else ()
+    return find_heads(config.model) if differs else ()
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, heads: tuple[str, ...] = ()) -> torch.optim.Optimizer:

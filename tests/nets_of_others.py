@@ -1,0 +1,69 @@
+"""Networks of one's own for tests, as a user would bring them."""
+
+import torch
+from torch import nn
+
+
+def tiny(num_classes: int, width: int = 8) -> nn.Module:
+    """No attribute is called fc or classifier, no BatchNorm, two dropouts."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, 2),
+        nn.GroupNorm(1, width),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(width, num_classes),
+    )
+
+
+tiny.default_cfg = {"input_size": (3, 40, 40), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_pct": 0.8}
+
+
+def lite0(num_classes: int) -> nn.Module:
+    """EfficientNet-Lite0 (Google 2020) by the package efficientnet-lite-pytorch."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    return EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes)
+
+
+lite0.default_cfg = {
+    "input_size": (3, 224, 224),
+    "mean": (127 / 255,) * 3,
+    "std": (128 / 255,) * 3,
+    "crop_pct": 0.875,
+    "interpolation": "bilinear",
+}
+
+
+def headless(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def number(num_classes: int) -> int:
+    return num_classes
+
+
+def no_classes(width: int = 8) -> nn.Module:
+    return tiny(10, width)
+
+
+class Pairs(nn.Module):
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.network = tiny(num_classes)
+
+    def forward(self, images: torch.Tensor) -> dict:
+        return {"logits": self.network(images)}
+
+
+def mean_of_squares(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A loss of one's own."""
+    if not targets.is_floating_point():
+        targets = nn.functional.one_hot(targets, logits.shape[1])
+    return (logits.float().softmax(1) - targets).square().sum(1).mean()
+
+
+def not_a_scalar(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return logits
