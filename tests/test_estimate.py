@@ -9,7 +9,8 @@ from torch import nn
 from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.insight.estimate.gpus import find_card
-from pipeline.insight.estimate.memory import MIB, Tracer, optimizer_states, step_memory
+from pipeline.insight.estimate.memory import MIB, optimizer_states, step_memory
+from pipeline.insight.estimate.trace import Tracer
 from pipeline.model.build import build_model
 
 #: images at once -> MiB that an RTX A6000 showed (ResNet-152 with convolution biases, fp32)
@@ -85,7 +86,7 @@ def test_a_hand_counted_layer_chain(monkeypatch):
             nn.Flatten(),
         )
 
-    monkeypatch.setattr("pipeline.insight.estimate.memory.build_model", chain)
+    monkeypatch.setattr("pipeline.insight.estimate.trace.build_model", chain)
     memory = step_memory(Tracer(small("--train.precision", "fp32", "--data.image_size", "32"), 4), 8)
     pixels = 32 * 32
     image, first, normed, logits = 3 * pixels, 8 * pixels, 8 * pixels, 4  # first: before BatchNorm; normed: after ReLU
@@ -102,7 +103,7 @@ def test_a_hand_counted_roofline(monkeypatch):
         conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         return nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-    monkeypatch.setattr("pipeline.insight.estimate.memory.build_model", chain)
+    monkeypatch.setattr("pipeline.insight.estimate.trace.build_model", chain)
     images = 4
     trace = Tracer(small("--train.precision", "fp32", "--data.image_size", "32"), 8).trace(images)
     image, maps, weight, channels = 3 * images * 32 * 32, 8 * images * 32 * 32, 8 * 3 * 9, 8

@@ -138,7 +138,7 @@ def _measure(
 def roofline_s(model: str, size: int, batch: int, precision: Precision, ceilings: dict[str, float]) -> float:
     """The least time of a step at these ceilings: each kernel by itself, its FLOPs or its bytes, the slower of both."""
     from pipeline.config import DataConfig, ModelConfig, RawConfig, TrainConfig
-    from pipeline.insight.estimate.memory import Tracer
+    from pipeline.insight.estimate.trace import Tracer
 
     config = RawConfig(data=DataConfig(image_size=size), model=ModelConfig(name=model), train=TrainConfig()).resolve()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))

@@ -17,7 +17,7 @@ from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import is_start, read_rows
 
 if TYPE_CHECKING:
-    from pipeline.insight.estimate.memory import Trace
+    from pipeline.insight.estimate.trace import Trace
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -88,7 +88,8 @@ def measured_rate(options: Options) -> tuple[float, str, int] | None:
 
 def estimate(config: Config, options: Options) -> dict:
     """The results as plain values. Bytes are in MiB, times in seconds, FLOPs of one image."""
-    from pipeline.insight.estimate.memory import MIB, Tracer, by_kind, optimizer_states, step_memory, weight_bytes
+    from pipeline.insight.estimate.memory import MIB, optimizer_states, step_memory, weight_bytes
+    from pipeline.insight.estimate.trace import Tracer, by_kind
     from pipeline.model.sizes import check_image_sizes
 
     batches = parse_numbers("--batches", options.batches, "36,48,64")

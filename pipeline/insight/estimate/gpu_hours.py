@@ -6,7 +6,7 @@ from pipeline.config import Config
 from pipeline.config.time import epochs_of
 from pipeline.dataset.imagenet import CLASSES, TRAIN_IMAGES
 from pipeline.insight.estimate.gpus import find_card
-from pipeline.insight.estimate.memory import Tracer
+from pipeline.insight.estimate.trace import Tracer
 
 TRACED_IMAGES = 16  # images of a traced step: enough for the weights' share of the traffic to be small
 

@@ -76,11 +76,6 @@ class Watchdog:
         """Seconds of a clock that stands still while this process is stopped."""
         return time.monotonic() - self._stopped_s
 
-    @property
-    def stopped_s(self) -> float:
-        """Seconds for which this process was stopped by somebody since it began to watch."""
-        return self._stopped_s
-
     # --- said by the training thread
 
     def phase(self, what: str, step: int | None = None, limit_s: float | None = None) -> None:
