@@ -58,6 +58,11 @@ VERBS = {
         "main",
         "would this job run? Asked before it is queued; needs no GPU",
     ),
+    "qualify": (
+        "pipeline.insight.qualify.cli",
+        "main",
+        "is this node fit to train? Numerics, resuming, speed, each against a bound",
+    ),
     "status": ("pipeline.insight.status.cli", "main", "how a run stands, also while it runs"),
     "report": ("pipeline.insight.report.cli", "main", "a run, or several, as one page with its curves and pictures"),
     "resend": ("pipeline.tracking.resend", "main", "a run's whole history to W&B, from its metrics.jsonl"),

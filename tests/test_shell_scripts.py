@@ -8,7 +8,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(
-    [ROOT / ".ci/run", *ROOT.glob("scripts/*.sh"), *ROOT.glob("slurm/**/*.sh"), *ROOT.glob("slurm/*.env.example")]
+    [
+        ROOT / ".ci/run",
+        *ROOT.glob("scripts/*.sh"),
+        *ROOT.glob("benchmarks/*.sh"),
+        *ROOT.glob("slurm/**/*.sh"),
+        *ROOT.glob("slurm/*.env.example"),
+    ]
 )
 
 

@@ -1,0 +1,145 @@
+"""`pipeline qualify`: on a CPU its parts run and are judged; a crash or a hang of a part is a row."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import nvidia_smi
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.insight.qualify import cli, speed
+from pipeline.insight.qualify.page import render
+from pipeline.insight.qualify.parts import PARTS, Part
+from pipeline.insight.qualify.rows import Settings
+
+
+@pytest.fixture(autouse=True)
+def outside_a_job(monkeypatch):
+    for name in ("SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def qualify(tmp_path: Path, *options: str) -> tuple[int, dict]:
+    code = main(["qualify", "--device", "cpu", "--out", str(tmp_path / "q"), *options])
+    return code, json.loads((tmp_path / "q/qualify.json").read_text())
+
+
+def verdicts(found: dict, part: str) -> dict[str, str]:
+    return {row["what"]: row["verdict"] for row in found["parts"][part]}
+
+
+def test_a_node_without_a_gpu(tmp_path, capsys):
+    code, found = qualify(tmp_path, "--minutes", "1", "--parts", "node,numerics,pixels")
+    assert code == 0 and found["failed"] == 0 and found["device"] == "cpu"
+    assert verdicts(found, "numerics") == {
+        "float64 on the CPU": "info",
+        **{f"{precision}, {way}": "pass" for precision in ("fp32", "bf16") for way in ("eager", "DDP of one")},
+    }
+    assert verdicts(found, "node")["open files"] in ("pass", "FAIL")
+    assert verdicts(found, "pixels")["augmentation on the GPU"] == "skipped"
+    page = (tmp_path / "q/index.html").read_text()
+    assert "bf16, DDP of one" in page and "<script" not in page
+    assert "pass    fp32, eager" in capsys.readouterr().out  # said as it goes
+
+
+@pytest.mark.slow
+def test_runs_that_are_repeated_killed_and_resumed(tmp_path):
+    code, found = qualify(tmp_path, "--minutes", "10", "--parts", "repeat and resume,checkpoints")
+    rows = found["parts"]["repeat and resume"]
+    assert code == 0 and [row["verdict"] for row in rows] == ["pass"] * 3, rows
+    assert len(found["parts"]["checkpoints"]) == 2
+
+
+CRASHING = """
+import os, signal, time
+from pipeline.insight.qualify.rows import Row
+def crash(settings):
+    yield Row("before", "1")
+    os.kill(os.getpid(), signal.SIGSEGV)
+def hang(settings):
+    yield Row("before", "1")
+    time.sleep(600)
+def broken(settings):
+    yield Row("before", "1")
+    raise ValueError("no such kernel <image>")
+"""
+
+
+@pytest.fixture
+def run_bad(tmp_path, monkeypatch):
+    """Run a part of `CRASHING`, whose module is put into the package's path of the child."""
+    package = tmp_path / "site/pipeline_qualify_bad"
+    package.mkdir(parents=True)
+    (package / "sitecustomize.py").write_text(
+        "import pipeline.insight.qualify as package, pipeline.insight.qualify.parts as parts\n"
+        f"package.__path__.append({str(package)!r})\n"
+        "parts.PARTS += tuple(parts.Part(name, 'bad.' + name, 0.1) for name in ('crash', 'hang', 'broken'))\n"
+    )
+    (package / "bad.py").write_text(CRASHING)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package), os.environ.get("PYTHONPATH", ""), str(Path.cwd())]))
+
+    def run(name: str, seconds: float = 60.0, cut: bool = False):
+        scratch = tmp_path / name
+        scratch.mkdir()
+        return cli.run_part(Part(name, f"bad.{name}", 0.1), Settings("cpu", 0, "", scratch, seconds), cut)
+
+    return run
+
+
+def test_a_crash_a_hang_and_an_error_are_rows(run_bad):
+    before, crash = run_bad("crash")
+    assert before.what == "before" and crash.verdict == "FAIL" and f"signal {signal.SIGSEGV.value}" in crash.value
+    before, error = run_bad("broken")
+    assert before.what == "before" and error.verdict == "FAIL" and "no such kernel" in error.value
+    before, hang = run_bad("hang", 6.0)
+    assert before.what == "before" and hang.verdict == "FAIL" and "not done within 6 s" in hang.value
+
+
+def test_a_failure_is_the_exit_code_and_stands_on_the_page(tmp_path, monkeypatch):
+    nvidia_smi.install(tmp_path / "bin", monkeypatch, 2, driver_version="470.82.01")
+    code, found = qualify(tmp_path, "--parts", "node")
+    assert code == 2 and verdicts(found, "node")["driver"] == "FAIL" and found["gpus"] == 2
+    assert "not qualified" in (tmp_path / "q/index.html").read_text()
+
+
+def test_each_node_of_a_job_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n17")
+    assert main(["qualify", "--device", "cpu", "--out", str(tmp_path), "--parts", "node"]) in (0, 2)
+    assert json.loads((tmp_path / "n17/qualify.json").read_text())["node"] == "n17"
+
+
+def test_what_is_found_is_escaped():
+    content = {"node": "<b>", "device": "cpu", "gpus": 0, "failed": 1, "seconds": 1.0, "time": "now"}
+    content["parts"] = {"a": [{"what": "<i>", "value": "<script>", "bound": "", "verdict": "FAIL"}]}
+    page = render(content)
+    assert "<script>" not in page and "&lt;script&gt;" in page and "<b>:" not in page
+
+
+def test_the_loader_and_idle_time_of_a_gpu_are_judged():
+    result = {"images_per_s": 900.0, "verdict": "", "loader_images_per_s": 1250.0, "step_images_per_s": 1000.0}
+    rows = list(speed.judge_training({**result, "shares": {"data": 0.02}}, on_gpu=True))
+    assert [row.verdict for row in rows] == ["info", "FAIL", "pass"]
+    rows = list(speed.judge_training({**result, "loader_images_per_s": 1310.0, "shares": {"data": 0.04}}, on_gpu=True))
+    assert [row.verdict for row in rows] == ["info", "pass", "FAIL"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--minutes", "0"], ["--minutes 0"]),
+        (["--data.root", "/nowhere/at/all"], ["/nowhere/at/all", "no such folder"]),
+        (["--parts", "numeric"], ["--parts numeric", "numerics"]),
+        (["--device", "tpu"], ["--device tpu"]),
+        (["--whatever"], ["--whatever"]),
+    ],
+)
+def test_bad_options_are_one_line(capsys, options, words):
+    assert main(["qualify", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+
+
+def test_the_time_is_shared_out():
+    assert sum(part.share for part in PARTS) == pytest.approx(1.0)
