@@ -1,6 +1,6 @@
 """How long a job stands still after a node is lost: `pipeline launch` beside torchrun's defaults, phase by phase.
 
-    python benchmarks/elastic.py [--rounds 3] [--json FILE]
+    python benchmarks/elastic.py [--rounds 3] [--timeout 240] [--json FILE]
 
 Each launcher on this machine stands for a node with one rank on the CPU. One is killed (SIGKILL, with all that it has
 started); the seconds from there count until the ranks that are left have ended (the loss is noticed), until the first
@@ -37,7 +37,6 @@ from pipeline.tracking.ledger import is_start, read_rows
 
 GLOBAL_BATCH_SIZE = 24  # 1, 2, 3 and 4 ranks divide it
 STEPS_BEFORE = 30  # with all nodes, before one is killed
-TIMEOUT_S = 240.0
 POLL_S = 0.005
 PHASES = ("noticed", "new rank", "resumed", "first step")
 
@@ -67,7 +66,8 @@ LAUNCHERS = {
 class Trial:
     """One run that loses a node."""
 
-    def __init__(self, work: Path, name: str, case: Case, launcher: str):
+    def __init__(self, work: Path, name: str, case: Case, launcher: str, timeout_s: float):
+        self.timeout_s = timeout_s
         self.case, self.run, self.log = case, work / name, work / f"{name}.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -106,11 +106,11 @@ class Trial:
         return found
 
     def wait_for(self, condition: Callable[[], object]) -> float:
-        """The time at which `condition` came true. Raises TransientError after `TIMEOUT_S`."""
-        deadline = time.monotonic() + TIMEOUT_S
+        """The time at which `condition` came true. Raises TransientError after `timeout_s`."""
+        deadline = time.monotonic() + self.timeout_s
         while not condition():
             if time.monotonic() > deadline:
-                raise TransientError(f"nothing happened for {TIMEOUT_S:.0f} s; see {self.log}")
+                raise TransientError(f"the job did not get there within {self.timeout_s:.0f} s; see {self.log}")
             time.sleep(POLL_S)
         return time.monotonic()
 
@@ -185,7 +185,7 @@ def reference_facts(work: Path, steps: int) -> list[tuple]:
     return facts_by_step(list(read_rows(run / "metrics.jsonl")))
 
 
-def elastic(rounds: int, cases: list[Case]) -> dict:
+def elastic(rounds: int, cases: list[Case], timeout_s: float) -> dict:
     """Print the table; the same as plain values, with every trial."""
     work = Path(tempfile.mkdtemp(prefix="bench-elastic-"))
     trials: list[dict] = []
@@ -199,7 +199,7 @@ def elastic(rounds: int, cases: list[Case]) -> dict:
                         name = f"{len(trials)}"
                         load = os.getloadavg()[0]
                         found: dict = {"case": case.name, "launcher": launcher, "round": number, "load": round(load, 2)}
-                        with Trial(work, name, case, launcher) as trial:
+                        with Trial(work, name, case, launcher, timeout_s) as trial:
                             try:
                                 found |= {
                                     "seconds": {k: round(v, 2) for k, v in trial.lose_a_node().items()},
@@ -229,7 +229,7 @@ def table(trials: list[dict], cases: list[Case]) -> dict:
                 t["seconds"] for t in trials if (t["case"], t["launcher"]) == (case.name, launcher) and not t["problem"]
             ]
             if not own:
-                lines[launcher] = "no trial went through"
+                lines[launcher] = "; ".join(sorted({trial["problem"] for trial in tried}))
                 continue
             spreads = {phase: Spread.of([seconds[phase] for seconds in own]) for phase in PHASES}
             found.setdefault(case.name, {})[launcher] = {phase: s.as_dict(2) for phase, s in spreads.items()}
@@ -251,11 +251,12 @@ def table(trials: list[dict], cases: list[Case]) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="trials of each case and launcher")
-    parser.add_argument("--only", choices=[case.name for case in CASES], help="one case")
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="some cases")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds after which a trial has failed")
     parser.add_argument("--json", type=Path, help="file for the result")
     given = parser.parse_args()
-    cases = [case for case in CASES if given.only in (None, case.name)]
-    result = elastic(given.rounds, cases)
+    cases = [case for case in CASES if given.only is None or case.name in given.only]
+    result = elastic(given.rounds, cases, given.timeout)
     write_result(given.json or default_path("elastic"), "elastic", ["python", *sys.argv], result)
     good = all(trial["problem"] is None and trial["same_batches_and_rates"] for trial in result["trials"])
     return EXIT_OK if good else EXIT_RETRY
