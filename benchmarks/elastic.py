@@ -225,9 +225,8 @@ def table(trials: list[dict], cases: list[Case]) -> dict:
     for case in cases:
         lines, medians = {}, {}
         for launcher in LAUNCHERS:
-            own = [
-                t["seconds"] for t in trials if (t["case"], t["launcher"]) == (case.name, launcher) and not t["problem"]
-            ]
+            tried = [t for t in trials if (t["case"], t["launcher"]) == (case.name, launcher)]
+            own = [trial["seconds"] for trial in tried if not trial["problem"]]
             if not own:
                 lines[launcher] = "; ".join(sorted({trial["problem"] for trial in tried}))
                 continue

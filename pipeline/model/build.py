@@ -49,7 +49,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         drop_before_head(model, config, config.dropout)
     if config.freeze:
         freeze(model, config, config.freeze)
-    model.drop_keys = tie_drops(model)
+    model.drop_keys = tie_drops(model)  # type: ignore[assignment]  # an attribute that is no module
     return model
 
 

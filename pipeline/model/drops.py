@@ -5,6 +5,7 @@ It depends neither on a generator's state nor on the number of ranks. Without ke
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -144,6 +145,8 @@ _SHARED = {
 def tie_drops(model: nn.Module) -> DropKeys | None:
     """Replace the model's own dropout and stochastic depth layers by hooks, number all drops from the input on, and
     give them one `DropKeys`. None: nothing is ever dropped."""
+    block: Any
+    module: Any
     for block in model.modules():
         name, ends = _SHARED.get(type(block), ("", ()))
         if ends and getattr(block, name).p > 0:  # each branch has its own draws
@@ -151,7 +154,7 @@ def tie_drops(model: nn.Module) -> DropKeys | None:
                 getattr(block, end).register_forward_hook(Drop(getattr(block, name).p, rows=True))
             getattr(block, name).p = 0.0
     for module in model.modules():
-        if type(module).__name__ == "DropPath" and getattr(module, "drop_prob", 0):  # timm's stochastic depth
+        if type(module).__name__ == "DropPath" and getattr(module, "drop_prob", None):  # timm's stochastic depth
             module.register_forward_hook(Drop(module.drop_prob, rows=True))
             module.drop_prob = 0.0
         if isinstance(module, nn.Dropout | StochasticDepth) and module.p > 0:
