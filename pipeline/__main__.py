@@ -24,6 +24,7 @@ from pipeline.errors import (
     permission_problem,
 )
 from pipeline.redact import redact
+from pipeline.training.ranks import stop_request
 
 #: verb -> (module, function taking the arguments after the verb and returning an exit code, one line of help)
 VERBS = {
@@ -152,6 +153,7 @@ def run() -> None:
     def tell(*error: Any) -> None:
         sys.stderr.write(redact("".join(traceback.format_exception(*error))))
 
+    stop_request.process_is_ours = True
     sys.excepthook = tell
     threading.excepthook = lambda found: tell(*found[:3])
     atexit.register(leave)  # registered first, so it is called last

@@ -4,9 +4,9 @@
 `TransientError` is something that broke underneath (a node, a disk, a server): trying again may help.
 """
 
-import os
 import sys
 
+from pipeline.rank_env import own_rank
 from pipeline.redact import redact
 
 EXIT_OK = 0  #: finished; or nothing was left to do
@@ -17,6 +17,9 @@ EXIT_GPU_FAULT = 71  #: a GPU failed: trying again may help, but not on this nod
 EXIT_NODE_LOST = 69  #: too few nodes are left, or came: start the job again (EX_UNAVAILABLE); `pipeline launch`
 EXIT_STORE_LOST = 68  #: the host of the rendezvous is gone: start the job again (EX_NOHOST); `pipeline launch`
 EXIT_REGROUP = 76  #: saved for a change of membership; said by a worker to `pipeline launch`, never by that
+
+
+_BY_RANKS = ("pipeline train", "pipeline evaluate", "pipeline bench")  # which several ranks run together
 
 
 class UserError(ValueError):
@@ -58,7 +61,7 @@ def exit_code_of(error: UserError | TransientError) -> int:
 
 def complain(who: str, error: UserError | TransientError | str) -> None:
     """Print the one line on stderr, once a job where all ranks would say the same."""
-    rank = os.environ.get("RANK", "0")
+    rank = str(own_rank()) if who in _BY_RANKS else "0"
     own = not isinstance(error, str) and not error.on_all_ranks
     if rank == "0" or own:
         line = redact(f"{who}: {f'rank {rank}: ' if own and rank != '0' else ''}{error}")

@@ -19,7 +19,7 @@ processes=$((gpus > 0 ? gpus : 2))
 python -m pipeline synth "$data" --classes 4 --train-per-class 64 --val-per-class 16 --size 128
 
 # As an operator would start it; the same command again continues the run.
-train=(torchrun --nproc-per-node="$processes" --rdzv-backend=c10d --rdzv-endpoint=localhost:0
+train=(torchrun --nproc-per-node="$processes" --rdzv-backend=c10d --rdzv-endpoint=localhost:0 --local-addr=127.0.0.1
     -m pipeline train --config smoke --data.root "$data" --run_dir "$run" --tracking.print_every_s 5)
 
 steps_done() { grep -c '"kind": "train"' "$run/metrics.jsonl" 2>/dev/null || true; }

@@ -4,13 +4,21 @@ from typing import Literal
 
 from pipeline.errors import UserError
 from pipeline.imports import importing
-from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun
+from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun, join_srun_tasks
 
 
 def evaluate(argv: list[str]) -> int:
     """`pipeline evaluate RUN`: score a checkpoint; alone or under torchrun."""
     die_with_torchrun()
+    join_srun_tasks()
     stop = StopRequest()
+    try:
+        return _evaluate(argv, stop)
+    finally:
+        stop.restore_handlers()
+
+
+def _evaluate(argv: list[str], stop: StopRequest) -> int:
     from pipeline.command import run_command
 
     with importing():

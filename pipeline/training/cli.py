@@ -6,19 +6,28 @@ from pathlib import Path
 
 from pipeline.errors import TransientError, UserError
 from pipeline.imports import importing
+from pipeline.rank_env import own_rank
 from pipeline.redact import redact
 from pipeline.run_paths import RunPaths
-from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun
+from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun, join_srun_tasks
 
 
 def _is_rank_zero() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return own_rank() == 0
 
 
 def train(argv: list[str]) -> int:
     """`pipeline train`: one rank of a run; see `pipeline.training.loop`."""
     die_with_torchrun()
+    join_srun_tasks()
     stop = StopRequest()
+    try:
+        return _train(argv, stop)
+    finally:
+        stop.restore_handlers()
+
+
+def _train(argv: list[str], stop: StopRequest) -> int:
     from pipeline.config import parse_config
 
     config = parse_config(argv)
@@ -36,7 +45,7 @@ def train(argv: list[str]) -> int:
         from pipeline.training.run_folder.lock import RunLock
         from pipeline.training.setup import prepare_run
 
-    world = start_world(config.train)
+    world = start_world(config.train, stop)
     lock = RunLock(paths.path)
 
     def before_exit(message: str) -> None:

@@ -1,5 +1,6 @@
 """The data set of a run: its index opened on every rank, built first by rank 0 where it is missing."""
 
+import contextlib
 import math
 import socket
 import time
@@ -12,15 +13,19 @@ from pipeline.config import DataConfig
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
 from pipeline.dataset.index.scan import build_index, tell_left_out
 from pipeline.errors import TransientError, UserError
+from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
 
 _VISIBLE_AFTER_S = 60
 
 
-def open_data(data: DataConfig, world: World, say: Callable[[str], None], to_score: bool = False) -> Index:
+def open_data(
+    data: DataConfig, world: World, say: Callable[[str], None], to_score: bool = False, stop: StopRequest | None = None
+) -> Index:
     """The index of data.root. Collective. Raises UserError where there is no data set.
 
-    to_score: a validation split alone will do; see `build_index`.
+    to_score: a validation split alone will do; see `build_index`. stop: a request ends the building of an index at
+    once, by KeyboardInterrupt; what was scanned is kept.
     """
 
     def build() -> Path:
@@ -30,7 +35,8 @@ def open_data(data: DataConfig, world: World, say: Callable[[str], None], to_sco
         folder = Path(data.index).expanduser() if data.index else None
         if not has_index(locate_index(data)) and root.is_dir() and not to_score:
             say(f"no index at {locate_index(data)}: building it (once)")
-        made = build_index(root, folder, to_score=to_score)
+        with stop.raising() if stop is not None else contextlib.nullcontext():
+            made = build_index(root, folder, to_score=to_score)
         for line in tell_left_out(made):
             say(line)
         return made.folder

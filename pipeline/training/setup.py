@@ -25,7 +25,7 @@ from pipeline.training.run_folder.folder import RunFolder, mark_finished, open_r
 from pipeline.training.run_folder.local import LocalSnapshots, local_snapshots, publish_newest
 from pipeline.training.start import Start, find_start
 from pipeline.training.step import TrainStep
-from pipeline.training.validate import check_classes, validate
+from pipeline.training.validate import check_classes, validate, warn_of_few_images
 
 
 def _nothing_to_confirm() -> None:
@@ -102,12 +102,15 @@ def prepare_run(
     folder: RunFolder = world.on_rank_zero(lambda: open_run_folder(config))
     if world.local_rank == 0:  # one rank a node: a network file system may show the file late on other nodes
         stop.watch(folder.stop)
-    index = open_data(config.data, world, console.say)
+    index = open_data(config.data, world, console.say, stop=stop)
     refuse_differences({"the data set's fingerprint": index.fingerprint}, world)
     classes = config.model.num_classes or index.num_classes
     check_classes(config.model, index.num_classes)
     check_labels(index, classes)
     plan = make_train_plan(index, config.data, config.train, config.augment)
+    few = warn_of_few_images(plan.samples, config.train.global_batch_size)
+    if few:
+        console.warn(few)
     steps_per_epoch = plan.samples / config.train.global_batch_size
     schedule = Schedule(config.schedule, peak_lr(config.optim, config.train.global_batch_size), steps_per_epoch)
     last_step = min(schedule.total_steps, config.train.max_steps or schedule.total_steps)

@@ -62,3 +62,13 @@ def check_classes(model: ModelConfig, data_classes: int) -> None:
         raise UserError(
             f"--model.num_classes {model.num_classes}: the data set has {data_classes} classes; give at least that"
         )
+
+
+def warn_of_few_images(images: int, global_batch_size: int) -> str | None:
+    """A line for a data set that is smaller than a batch; None for a larger one."""
+    if images >= global_batch_size:
+        return None
+    return (
+        f"the data set has {images:,} training images, fewer than --train.global_batch_size {global_batch_size:,}: "
+        "each step sees every image, some of them again, and an epoch is less than a step; give a smaller batch"
+    )

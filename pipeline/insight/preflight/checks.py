@@ -108,10 +108,15 @@ def check_data(facts: dict, config: Config) -> CheckResult:
             "data",
             f"no index, so the run would first scan all images; build it before: pipeline index {config.data.root}",
         )
+    from pipeline.training.validate import warn_of_few_images
+
     counts = " + ".join(f"{count:,} {name}" for name, count in facts["images"].items())
     text = f"{counts} images, {facts['classes']} classes, {facts['shards'] or 'no'} shards, {facts['fingerprint'][:12]}"
     if facts.get("left_out"):
         return CheckResult(WARN, "data", f"{text}; left out of {facts['left_out']}")
+    few = warn_of_few_images(facts["images"].get("train", 0), config.train.global_batch_size)
+    if few:
+        return CheckResult(WARN, "data", f"{text}: {few}")
     return CheckResult(PASS, "data", text)
 
 

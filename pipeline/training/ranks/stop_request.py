@@ -4,19 +4,37 @@ A request is only noted here. It rides on the next step's report to all ranks, s
 whichever rank or node was told first.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from pipeline.files import read_note
+from pipeline.rank_env import adopt_srun_tasks, own_rank
 from pipeline.training.ranks.launcher import current_launch
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # <sys/prctl.h>
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+process_is_ours = False  #: set by a process whose whole life is one verb; see `StopRequest.restore_handlers`
+
+
+def join_srun_tasks() -> None:
+    """Several tasks of srun, without torchrun, become the ranks of one job. Raises UserError where they can't."""
+    try:
+        done = adopt_srun_tasks()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if done and own_rank() == 0:
+        print(done, flush=True)
 
 
 class StopRequest:
@@ -30,17 +48,48 @@ class StopRequest:
         self.regroup = False
         self.since = 0.0
         self._file: Path | None = None
-        if install:
+        self._before: dict[int, Any] = {}  # signal -> the handler that was there
+        self._raises = False
+        if install and threading.current_thread() is threading.main_thread():  # only that one may have handlers
             for number in _SIGNALS:
-                signal.signal(number, self._note)
-            signal.signal(signal.SIGUSR2, self._note_usr2)
+                self._install(number, self._note)
+            self._install(signal.SIGUSR2, self._note_usr2)
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(signal.SIGHUP, self._note)
+                self._install(signal.SIGHUP, self._note)
+
+    def _install(self, number: int, handler: Callable[[int, Any], None]) -> None:
+        self._before[number] = signal.signal(number, handler)
+
+    def restore_handlers(self) -> None:
+        """Put back the handlers that were there before, for a program or notebook that called `main`. A process of our
+        own keeps these to its end: a second signal must not kill it while it leaves."""
+        if not process_is_ours:
+            for number, handler in self._before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before.clear()
 
     def _note(self, number: int, _frame: object) -> None:
-        if self.reason is not None and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C twice, then a third: the user won't wait
+        first = self.reason is None
         self.ask(signal.Signals(number).name)
+        if number == signal.SIGINT and own_rank() == 0:
+            word = "stopping; saving at the end of this step" if first else "saving; Ctrl-C once more ends it at once"
+            os.write(2, f"\n{word}\n".encode())  # print is not for signal handlers
+        if not first and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C twice, then a third: the user won't wait
+        if self._raises:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """For work that keeps what is done by itself, and where there is nothing to save: a request ends it at once, by
+        KeyboardInterrupt."""
+        if self:
+            raise KeyboardInterrupt
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
 
     def _note_usr2(self, number: int, _frame: object) -> None:
         if current_launch() is None:

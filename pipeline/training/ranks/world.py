@@ -17,8 +17,12 @@ from pipeline.config import TrainConfig
 from pipeline.errors import TransientError, UserError, permission_problem
 from pipeline.gpu_facts import sign_of_gpus, why_no_cuda
 from pipeline.limits import available_cores
+from pipeline.rank_env import find_leftovers, has_launcher
 from pipeline.rank_info import RankInfo
+from pipeline.training.ranks.launcher import current_launch
 from pipeline.training.ranks.open_files import raise_limit
+from pipeline.training.ranks.rendezvous import meet_at_store
+from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.watchdog import Watchdog
 
 END_TIMEOUT = timedelta(seconds=30)  # of the wait for all ranks before a process ends
@@ -130,11 +134,19 @@ def _of_this_node(message: str, local_rank: int) -> UserError:
     return error
 
 
-def start_world(train: TrainConfig) -> World:
-    """Join the process group that torchrun describes, or one of this process alone."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
+    """Join the process group that torchrun or srun describes, or one of this process alone.
+
+    Raises UserError for variables of a launcher that is not there.
+    """
+    leftovers = find_leftovers()
+    if leftovers:
+        raise UserError(leftovers)
+    rank, size, local_rank, local_size = 0, 1, 0, 1
+    if has_launcher():
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _device(train.device, local_rank)
     raise_limit()
     backend = "gloo"
@@ -148,6 +160,8 @@ def start_world(train: TrainConfig) -> World:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     place: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    if size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and current_launch() is None:
+        place = {"store": meet_at_store(rank, size, train.hang_timeout_s, stop), "rank": rank, "world_size": size}
     # The watch comes first, and can tell who hangs; unlike torch it knows when this process was suspended.
     limit = max(timedelta(seconds=1.5 * train.hang_timeout_s + 30), SUSPENDED)
     try:

@@ -1,0 +1,185 @@
+"""Starts in every kind of shell: leftovers of launchers, srun alone, notebooks, small data, interruptions."""
+
+import os
+import signal
+import subprocess
+import threading
+
+import pytest
+import runs
+from launching import free_port
+
+from pipeline import rank_env
+from pipeline.__main__ import main
+from pipeline.dataset.index.scan import build_index
+from pipeline.training.data import open_data
+from pipeline.training.ranks.stop_request import StopRequest
+from pipeline.training.ranks.world import World
+
+PIPED = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+ONE_STEP = ["--train.max_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def root(synthetic_root):
+    build_index(synthetic_root)
+    return synthetic_root
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """No launcher's variables."""
+    for name in [*rank_env.NAMES, "LOCAL_RANK", *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"RANK": "1"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "8"},
+        {"RANK": "one"},
+        {"WORLD_SIZE": "2", "MASTER_ADDR": "h"},
+    ],
+)
+def test_variables_left_over_are_named_with_the_remedy(root, tmp_path, bare, left):
+    for name, value in left.items():
+        bare.setenv(name, value)
+    printed = runs.call(root, tmp_path / "run", *ONE_STEP, expect=2)
+    assert all(f"{name}={value}" in printed for name, value in left.items() if name != "MASTER_ADDR")
+    assert "torchrun" in printed and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_verbs_speak_whatever_the_rank(bare, capsys):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        bare.setenv(name, value)
+    assert main(["status", "nowhere"]) == 2
+    assert "nowhere is no run folder" in capsys.readouterr().err
+
+
+def test_rank_zero_of_one_trains_alone(root, tmp_path, bare):
+    bare.setenv("RANK", "0")
+    bare.setenv("LOCAL_RANK", "3")
+    runs.call(root, tmp_path / "run", *ONE_STEP)
+
+
+def tasks(environments, root, run):
+    command = runs.command(root, run, *ONE_STEP)
+    started = [
+        subprocess.Popen(
+            command, env=runs.environment() | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for own in environments
+    ]
+    return [(task.communicate(timeout=120)[0], task.returncode) for task in started]
+
+
+def test_tasks_of_srun_become_the_ranks_of_one_run(root, tmp_path, bare):
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    step |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    ended = tasks([step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in (0, 1)], root, tmp_path / "run")
+    assert [code for _, code in ended] == [0, 0], ended
+    assert "srun started 2 tasks without torchrun" in ended[0][0]
+    assert [row["world_size"] for row in runs.rows(tmp_path / "run", "event") if "world_size" in row] == [2]
+
+
+def test_a_batch_script_is_no_task_of_srun(bare):
+    """sbatch sets SLURM_PROCID and SLURM_NTASKS for the script itself, which is one process."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}.items():
+        bare.setenv(name, value)
+    assert rank_env.adopt_srun_tasks() is None and "RANK" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [("node3", "node3"), ("a,b", "a"), ("node[03-07,9],x", "node03"), ("n[1,4]", "n1"), ("x,node[1-2]", "x"), ("", "")],
+)
+def test_the_first_node_of_a_step(names, first):
+    assert rank_env._first_node(names) == first
+
+
+def test_ranks_without_a_launcher_meet_and_heed_a_signal_while_they_wait(root, tmp_path, bare):
+    own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = runs.command(root, tmp_path / "run", *ONE_STEP)
+    for rank in ("0", "1"):
+        waiting = subprocess.Popen(
+            command,
+            env=runs.environment() | own | {"RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert "waiting at 127.0.0.1" in waiting.stdout.readline()
+        waiting.send_signal(signal.SIGTERM)
+        output, _ = waiting.communicate(timeout=30)
+        assert waiting.returncode == 75 and "Traceback" not in output
+    ended = tasks([own | {"RANK": rank} for rank in ("0", "1")], root, tmp_path / "run")
+    assert [code for _, code in ended] == [0, 0], ended
+
+
+def test_a_program_gets_its_signal_handlers_back(root, tmp_path):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    argv = runs.command(root, tmp_path / "run", *ONE_STEP)
+    assert main(argv[argv.index("pipeline") + 1 :]) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_thread_may_train(root, tmp_path):
+    argv = runs.command(root, tmp_path / "run", *ONE_STEP)
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(argv[argv.index("pipeline") + 1 :])))
+    thread.start()
+    thread.join(120)
+    assert codes == [0]
+
+
+def test_fewer_images_than_a_batch_are_said(root, tmp_path, capsys):
+    few = ["--train.global_batch_size", "200", *ONE_STEP]
+    assert "warning: the data set has 96 training images, fewer than --train.global_batch_size 200" in runs.call(
+        root, tmp_path / "run", *few
+    )
+    main(["preflight", "--config", str(runs.TINY), "--data.root", str(root), "--run_dir", str(tmp_path / "new"), *few])
+    line = next(line for line in capsys.readouterr().out.splitlines() if " data " in line)
+    assert line.startswith("WARN") and "96" in line and "200" in line
+
+
+def test_a_stop_request_ends_the_building_of_an_index_at_once(synthetic_root, tmp_path, monkeypatch):
+    """The signal comes from inside the scan, so that it surely comes in its midst."""
+    from pipeline.config import DataConfig
+    from pipeline.dataset.index import scan
+
+    stop = StopRequest()
+    try:
+        real = scan.inspect_all
+
+        def inspect(paths):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(paths)
+
+        monkeypatch.setattr(scan, "inspect_all", inspect)
+        data = DataConfig(root=str(synthetic_root), index=str(tmp_path / "index")).resolve()
+        with pytest.raises(KeyboardInterrupt):
+            scan_here = World()
+            monkeypatch.setattr(World, "on_rank_zero", lambda self, build, limit_s=None: build())
+            open_data(data, scan_here, lambda _: None, stop=stop)
+        assert not (tmp_path / "index/index.json").exists() and (tmp_path / "index/scan.journal").exists()
+        assert stop.reason == "SIGTERM"
+    finally:
+        stop.restore_handlers()
+
+
+def test_the_first_interrupt_says_what_happens(root, tmp_path):
+    run = tmp_path / "run"
+    code, output = runs.stop_when(
+        lambda: len(runs.rows(run, "train")) >= 2, signal.SIGINT, root, run, "--schedule.epochs", "4000"
+    )
+    assert code == 75 and "stopping; saving at the end of this step" in output
+
+
+def test_quickstart_needs_no_address_of_the_own_host_name():
+    script = (runs.Path(__file__).parents[1] / "scripts/quickstart.sh").read_text()
+    assert "--local-addr=127.0.0.1" in script
