@@ -19,6 +19,7 @@ from pipeline.errors import TransientError
 from pipeline.loader import build
 from pipeline.loader.plan import EvalPlan, Planned
 from pipeline.loader.resize import Resizer, decoded_windows
+from pipeline.loader.source import UnreadableSample
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
 from pipeline.rank_info import RankInfo
 
@@ -259,6 +260,30 @@ def test_a_data_root_that_is_gone_is_no_bad_sample(own_root):
     own_root.rename(own_root.with_name("elsewhere"))
     with pytest.raises(TransientError, match="is gone"):
         list(stream.batches(0, 1))
+    stream.close()
+
+
+def test_a_folder_that_a_network_file_system_shows_late_is_waited_for(own_root, monkeypatch):
+    """Its files are no unreadable samples: the folder is there at the second look."""
+    index = build_index(own_root)
+    stream, _ = streams(index, "reference")
+    folder = stream.source.split.path(0).parent
+    hidden = folder.with_name("not-yet")
+    folder.rename(hidden)
+    waits = []
+
+    def show(seconds):
+        waits.append(seconds)
+        if hidden.exists():
+            hidden.rename(folder)
+
+    monkeypatch.setattr("pipeline.loader.source.time.sleep", show)
+    assert len(stream.source.read(0)) and waits
+    folder.joinpath(stream.source.split.path(1).name).unlink()
+    waits.clear()
+    with pytest.raises(UnreadableSample):  # the folder is there, the file is not: at once
+        stream.source.read(1)
+    assert not waits
     stream.close()
 
 

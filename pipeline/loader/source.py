@@ -117,7 +117,8 @@ class Source:
                     raise
                 if not self.split.root.is_dir():
                     raise TransientError(f"data root {self.split.root} is gone: {error}") from error
-                if wait is None or getattr(error, "errno", None) not in _TRANSIENT:
+                late = isinstance(error, FileNotFoundError) and not self._sees_folder(sample_id)
+                if wait is None or not (late or getattr(error, "errno", None) in _TRANSIENT):
                     raise UnreadableSample(sample_id, str(error)) from error
                 time.sleep(wait)
             finally:
@@ -127,6 +128,14 @@ class Source:
         if xxhash.xxh3_64_intdigest(data) != digest:
             raise UnreadableSample(sample_id, "its bytes have changed since it was indexed")
         return np.frombuffer(data, np.uint8)
+
+    def _sees_folder(self, sample_id: int) -> bool:
+        """Does this node see the folder of a sample's file? A network file system may show a new one late: listing the
+        folder above asks its server anew."""
+        folder = self.split.path(sample_id).parent
+        with contextlib.suppress(OSError):
+            os.listdir(folder.parent)
+        return folder.is_dir()
 
     def _prepared(self, row: tuple[int, int, int, int, int], prepare: Prepare) -> np.ndarray:
         data = self._checked(*row)

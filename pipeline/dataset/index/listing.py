@@ -15,6 +15,7 @@ from pipeline.dataset import imagenet
 from pipeline.dataset.index.left_out import (
     DEAD_LINKS,
     FOREIGN,
+    FOREIGN_NAMES,
     LOOPS,
     NO_CLASS,
     Tally,
@@ -73,7 +74,7 @@ class _Walk:
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
-                if is_foreign(name):
+                if name[0] == "." or name in FOREIGN_NAMES:  # `is_foreign`, 1.28 M times
                     self.pass_over(FOREIGN, entry.path)
                 elif entry.is_dir():
                     folders.append(name)
