@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.left_out import count_images
 from pipeline.dataset.index.scan import build_index, read_unreadable
 from pipeline.dataset.shards import format as shards
 from pipeline.dataset.shards import pack
@@ -221,6 +222,9 @@ def test_unreadable_images_are_left_out_when_told(damaged, tmp_path):
     made = pack_tree(damaged, tmp_path / "x", Options(unreadable="skip"))
     assert len(made.splits["train"]) == 20
     assert made.fingerprint == build_index(damaged).fingerprint
+    assert count_images(made.left_out, "train") == len(read_unreadable(build_index(damaged).folder)["train"])
+    again = pack_tree(tmp_path / "x", tmp_path / "y", Options())  # shards of shards: still missing
+    assert again.left_out == made.left_out
 
 
 def test_unreadable_images_are_saved_as_far_as_they_go(damaged, tmp_path, capsys):
@@ -230,6 +234,7 @@ def test_unreadable_images_are_saved_as_far_as_they_go(damaged, tmp_path, capsys
     notes = {note["file"]: note["done"] for note in json.loads((tmp_path / "x/unreadable.json").read_text())["train"]}
     assert sorted(notes) == sorted(listed)
     assert sorted(notes.values()) == ["left out"] * 3 + ["re-encoded"]
+    assert count_images(open_index(tmp_path / "x/index").left_out, "train") == 3
     for name, done in notes.items():
         assert f"{name}: {done}" in out
     saved = Path(next(name for name, done in notes.items() if done == "re-encoded")).stem

@@ -80,6 +80,11 @@ def count_images(left_out: LeftOut, split: str) -> int:
     return sum(left_out.get(split, {}).get(reason, {"count": 0})["count"] for reason in _IMAGES)
 
 
+def only_images(left_out: LeftOut) -> LeftOut:
+    """The part of it that `count_images` counts."""
+    return {split: {reason: n for reason, n in found.items() if reason in _IMAGES} for split, found in left_out.items()}
+
+
 def describe(left_out: LeftOut, splits: Iterable[str] | None = None) -> str:
     """ "train: 3 unreadable (train/cat/a.png, ...), 1 foreign leftovers (...); val: ..."; empty where all is in."""
     parts = []

@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from pipeline.dataset.index.index import RECORD, RESTART, Index, index_folder, pack_names, write_index
+from pipeline.dataset.index.left_out import UNREADABLE, LeftOut, Tally
 from pipeline.dataset.lock import try_lock
 from pipeline.dataset.shards.restart import MAGIC, make_entry, table_name
 from pipeline.errors import UserError
@@ -252,9 +253,12 @@ def _read_records(dest: Path, split: str, number: int) -> _Part:
 
 
 def merge_shards(
-    dest: Path, classes: Sequence[tuple[str, str]], shards: dict[str, int]
+    dest: Path, classes: Sequence[tuple[str, str]], shards: dict[str, int], left_out: LeftOut | None = None
 ) -> tuple[Index, dict[str, list[dict]]]:
-    """Make the index of all shards (split -> how many); every one must be complete. Returns its notes by split, too."""
+    """Make the index of all shards (split -> how many); every one must be complete. Returns its notes by split, too.
+
+    left_out: images that the source's index left out and the shards do not hold; those of the notes are added.
+    """
     splits: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
     notes, restart = {}, {}
     for split, number in shards.items():
@@ -270,7 +274,15 @@ def merge_shards(
     files: dict[str, Sequence[str]] = {
         split: [shard_name(split, i) for i in range(number)] for split, number in shards.items()
     }
-    return write_index(index_folder(dest), dest, classes, splits, shards=files, restart=restart), notes
+    lost = {split: dict(left_out[split]) if left_out and split in left_out else {} for split in shards}
+    for split, of_split in notes.items():
+        tally = Tally()
+        for note in of_split:
+            if note.get("done") == "left out":
+                tally.add(UNREADABLE, note["file"])
+        lost[split] = (Tally(lost[split]) + tally).reasons
+    made = write_index(index_folder(dest), dest, classes, splits, shards=files, left_out=lost, restart=restart)
+    return made, notes
 
 
 def remove_records(dest: Path) -> None:

@@ -20,6 +20,7 @@ from pipeline.command import run_command
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.decode import decode_fully
 from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, open_index, safe_join
+from pipeline.dataset.index.left_out import only_images
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
 from pipeline.dataset.selected import read_selected
 from pipeline.dataset.shards.format import (
@@ -183,12 +184,16 @@ def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
     return False
 
 
-def _finish(root: Path, dest: Path, index: Index, shards: dict[str, int], selected: dict | None) -> Index:
+def _finish(
+    root: Path, dest: Path, index: Index, shards: dict[str, int], selected: dict | None, options: Options
+) -> Index:
     """Merge the shards' records into the index, take the archive's lists along, and mark the folder as complete."""
     for folder in (dest, index_folder(dest)):
         for path in folder.glob(".*.tmp"):  # what killed runs left
             path.unlink()
-    made, notes = merge_shards(dest, list(zip(index.synsets, index.words, strict=True)), shards)
+    saved = options.unreadable == "reencode" and bool(index.folders)  # as far as they go: the notes tell
+    classes = list(zip(index.synsets, index.words, strict=True))
+    made, notes = merge_shards(dest, classes, shards, None if saved else only_images(index.left_out))
     for name in LISTS:
         if (root / name).is_file():
             (dest / name).parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +261,7 @@ def pack_tree(
         return open_index(index_folder(dest))
     if part is not None:
         return None
-    return _finish(root, dest, index, {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}, selected)
+    return _finish(root, dest, index, {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}, selected, options)
 
 
 def pack(
