@@ -265,7 +265,7 @@ def test_a_moved_data_root_keeps_its_index(pets, tmp_path, monkeypatch):
     monkeypatch.chdir(pets.parent)
     build_index(Path("pets"))
     shutil.move(pets, tmp_path / "moved")
-    monkeypatch.setattr(scan, "list_split", None)
+    monkeypatch.setattr(scan, "list_places", None)
     index = build_index(tmp_path / "moved")
     assert index.splits["train"].path(0).is_file()
 

@@ -8,7 +8,6 @@ import csv
 import re
 from pathlib import Path
 
-from pipeline.dataset.names import dead_link
 from pipeline.errors import UserError
 
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1_000
@@ -48,10 +47,12 @@ SYNSET = re.compile(r"n\d{8}")
 
 
 def find_list(root: Path, name: str) -> Path | None:
-    """One of the archive's lists: in `root`, or above it where `root` is the archive's inner `.../CLS-LOC` folder."""
+    """One of the archive's lists: in `root`, or above it where `root` is the archive's `ILSVRC`, `ILSVRC/Data` or
+    `ILSVRC/Data/CLS-LOC`."""
     homes = [root]
-    if root.parts[-len(CLS_LOC.parts) :] == CLS_LOC.parts:
-        homes.append(root.parents[len(CLS_LOC.parts) - 1])
+    for depth in range(1, len(CLS_LOC.parts) + 1):
+        if root.parts[-depth:] == CLS_LOC.parts[:depth]:
+            homes.append(root.parents[depth - 1])
     return next((home / name for home in homes if (home / name).is_file()), None)
 
 
@@ -93,34 +94,3 @@ def read_val_solution(path: Path) -> dict[str, str]:
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path}: not a CSV text file ({error}); fetch the file again") from error
     return labels
-
-
-def find_scored(root: Path) -> dict[str, Path]:
-    """As `find_splits`; where `root` holds no train/, {"val": folder}: its val/ or test/, or `root` itself, a folder
-    with one folder a class (as ImageNet-V2 comes). Raises UserError where `root` is no folder."""
-    if not root.is_dir():
-        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds the images")
-    if (root / CLS_LOC).is_dir() or (root / "train").is_dir():
-        return find_splits(root)
-    return {"val": next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), root)}
-
-
-def find_splits(root: Path) -> dict[str, Path]:
-    """Where the training and validation images of `root` lie: {"train": folder, "val": folder}.
-
-    `root` may be a Kaggle root (`ILSVRC/Data/CLS-LOC/...`), or hold `train/` and `val/`, or `train/` and `test/`.
-    Raises UserError where there is no such thing.
-    """
-    if not root.is_dir():
-        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds train/ and val/")
-    base = root / CLS_LOC if (root / CLS_LOC).is_dir() else root
-    for name in ("train", "val", "validation"):
-        gone = dead_link(base / name)
-        if gone is not None:
-            raise UserError(f"{gone}; mount what holds it, or mend the link")
-    if not (base / "train").is_dir():
-        raise UserError(f"data root {root} holds no train/ folder; expected train/CLASS/IMAGE and val/CLASS/IMAGE")
-    for name in ("val", "validation") + (("test",) if base == root else ()):
-        if (base / name).is_dir():
-            return {"train": base / "train", "val": base / name}
-    raise UserError(f"data root {root} holds train/ but neither val/ nor test/; put the validation images into val/")

@@ -14,6 +14,8 @@ from pipeline.command import run_command
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.left_out import is_foreign
 from pipeline.dataset.index.listing import IMAGE_SUFFIXES
+from pipeline.dataset.layouts.find import find_val_folder
+from pipeline.dataset.layouts.labels import TINY_LIST, find_val_labels
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 
@@ -31,16 +33,6 @@ class SortResult:
     source: Path
 
 
-def find_val_folder(root: Path) -> Path:
-    """The folder with the validation images of `root`. UserError where there is none."""
-    if not root.is_dir():
-        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds ILSVRC/ or val/")
-    for folder in (root / imagenet.CLS_LOC / "val", root / "val"):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"data root {root} holds no validation images; expected {root / imagenet.CLS_LOC / 'val'}")
-
-
 def read_val_annotations(folder: Path) -> dict[str, str]:
     """Image id -> synset of the first object, from the validation images' XML files. UserError where one has none."""
     labels = {}
@@ -52,19 +44,24 @@ def read_val_annotations(folder: Path) -> dict[str, str]:
     return labels
 
 
-def read_any_val_labels(root: Path) -> tuple[dict[str, str], Path]:
-    """(image id -> synset, its source): from the CSV, else from the annotations; empty where there is neither."""
-    solution = imagenet.find_list(root.resolve(), imagenet.VAL_SOLUTION)
-    if solution is not None:
-        return imagenet.read_val_solution(solution), solution
+def read_any_val_labels(root: Path, folder: Path | None = None) -> tuple[dict[str, str], Path]:
+    """(image id -> class, its source): from a list (`layouts.labels`), else from the archive's annotations; empty where
+    there is neither. folder: the validation images; default: ROOT/val."""
+    root = root.resolve()
+    found = find_val_labels(root, folder or root / "val")
+    if found is not None:
+        return found.labels, found.source
     return read_val_annotations(root / ANNOTATIONS), root / ANNOTATIONS
 
 
-def read_val_labels(root: Path) -> tuple[dict[str, str], Path]:
+def read_val_labels(root: Path, folder: Path) -> tuple[dict[str, str], Path]:
     """`read_any_val_labels`; UserError where there are none."""
-    labels, source = read_any_val_labels(root)
+    labels, source = read_any_val_labels(root, folder)
     if not labels:
-        raise UserError(f"{root} holds neither {imagenet.VAL_SOLUTION} nor {ANNOTATIONS}; fetch one of them")
+        raise UserError(
+            f"{root} holds neither {imagenet.VAL_SOLUTION} nor {ANNOTATIONS} (both of Kaggle), nor {TINY_LIST} "
+            "(Tiny-ImageNet), nor ILSVRC2012_devkit_t12 (image-net.org); put one of them there"
+        )
     return labels, source
 
 
@@ -98,7 +95,7 @@ def sort_val(root: Path, quiet: bool = True) -> SortResult:
     fetched later. Raises UserError for an image without a label, before anything is moved.
     """
     folder = find_val_folder(root)
-    labels, source = read_val_labels(root)
+    labels, source = read_val_labels(root, folder)
     moves, already = [], 0
     try:
         homes = _folders(folder)

@@ -13,13 +13,15 @@ from pipeline.command import run_command
 from pipeline.dataset.acquire import cifar10, kaggle
 from pipeline.dataset.acquire.acquisition import UNPACKED, Acquisition, Options
 from pipeline.dataset.acquire.manifest import ALL, Manifest, read_manifest
+from pipeline.dataset.acquire.official import OfficialFiles, find_official, unpack_official
 from pipeline.dataset.acquire.remote import ArchiveChangedError, LocalFile, Patience, RemoteFile
 from pipeline.dataset.acquire.selection import SPLITS, Selection, parse_classes
-from pipeline.dataset.acquire.tree import STATE
+from pipeline.dataset.acquire.tree import STATE, ExistingFiles
 from pipeline.dataset.acquire.zip_directory import NotAnArchiveError
 from pipeline.dataset.disk import check_space, explain
 from pipeline.dataset.imagenet import CLS_LOC
 from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_current, open_index
+from pipeline.dataset.layouts.foreign import describe_contents
 from pipeline.dataset.lock import locked
 from pipeline.dataset.shards.plan import Options as PackOptions
 from pipeline.errors import EXIT_INTERRUPTED, TransientError, UserError
@@ -52,7 +54,8 @@ def fetch(
             n01440764,n01443537.
         via: ranges reads the members straight from the server; zip downloads the whole archive first (requires twice
             the space), for servers without byte ranges.
-        from_file: unpack this zip or tar.gz instead of downloading (also: --from FILE).
+        from_file: unpack this zip or tar.gz instead of downloading, or the folder with image-net.org's own tar files
+            (also: --from FILE).
         pack: write the members straight into tar shards (as pipeline pack makes them), without a tree.
         shard_mb: megabytes of a shard.
         index: decode every image and build the index at the end.
@@ -71,18 +74,34 @@ def fetch(
     manifest = Manifest(
         competition=None if from_file else competition, file=from_file and str(Path(from_file).absolute())
     )
+    official = find_official(Path(from_file).absolute()) if from_file else None
+    if official is not None:
+        selection = official.select(selection)
+        if pack:
+            raise UserError(
+                f"--from {from_file}: the tar files of image-net.org are unpacked first; leave --pack out, then: "
+                f"pipeline pack {dest} SHARDS"
+            )
+    elif from_file and Path(from_file).is_dir():
+        raise describe_contents(Path(from_file)) or UserError(
+            f"--from {from_file} is a folder without the tar files of image-net.org; give an archive, or index the "
+            f"folder: pipeline index {from_file}"
+        )
     with _terminated_like_interrupted(), _locked_root(root):
         try:
             _check_kind(root, packing)
             if not _is_done(root, selection, index):
-                _fetch_until_complete(root, manifest, selection, options, via, packing)
+                if official is None:
+                    _fetch_until_complete(root, manifest, selection, options, via, packing)
+                else:
+                    _unpack_official(official, root, manifest, selection)
                 _finish(root, index)
         except KeyboardInterrupt:
             print("pipeline fetch: interrupted; run the same command again to resume", file=sys.stderr)
             return EXIT_INTERRUPTED
         except OSError as error:
             raise explain(error, error.filename or root) from error
-    print(_describe(root))
+    print(_describe(root, verified=official is None or (index and selection.split == "all")))
     return 0
 
 
@@ -101,10 +120,27 @@ def repair(root: Path, members: list[str], options: Options | None = None) -> No
         raise UserError(f"{root} was not fetched by this program (no fetch.json), so it has no source to repair from")
     if (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards, which are not repaired by the image; remove them and fetch again")
+    official = find_official(Path(manifest.file)) if manifest.file else None
     with _locked_root(root):
+        if official is not None:
+            present = ExistingFiles(root)
+            for found in filter(None, map(present.find, members)):
+                (root / found[0]).unlink()
+            unpack_official(official, root, manifest.to_selection())
+            _sort_val(root)
+            return
         with _opened(root, manifest, options, "ranges", stop) as source:
             Acquisition(root, source, options, stop).repair(members, manifest.to_selection())
         _sort_val(root)
+
+
+def _unpack_official(files: OfficialFiles, root: Path, manifest: Manifest, selection: Selection) -> None:
+    earlier = read_manifest(root)
+    if earlier is not None:
+        manifest.selected, manifest.whole, manifest.images = earlier.selected, earlier.whole, earlier.images
+    manifest.add(selection)
+    manifest.write(root)
+    unpack_official(files, root, selection)
 
 
 def _check_kind(root: Path, packing: PackOptions | None) -> None:
@@ -213,12 +249,12 @@ def _read_own_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def _describe(root: Path) -> str:
+def _describe(root: Path, verified: bool) -> str:
     manifest = _read_own_manifest(root)
     counts = " and ".join(f"{manifest.images[split]:,} {split}" for split in SPLITS if split in manifest.images)
     classes = {len(chosen) for chosen in manifest.whole.values() if chosen != ALL}
     part = f" of {max(classes)} classes" if classes else ""
-    return f"{root}: complete and verified: {counts} images{part}"
+    return f"{root}: complete{' and verified' if verified else ''}: {counts} images{part}"
 
 
 @contextlib.contextmanager

@@ -6,12 +6,13 @@ detects by some thousand `stat` calls, and no walk, that no file was added or re
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.dataset import imagenet
+from pipeline.dataset.imagenet import SYNSET
 from pipeline.dataset.index.left_out import (
     DEAD_LINKS,
     FOREIGN,
@@ -22,11 +23,15 @@ from pipeline.dataset.index.left_out import (
     by_suffix,
     is_foreign,
 )
+from pipeline.dataset.layouts.labels import EXPECTED, ValLabels, find_val_labels
 from pipeline.dataset.names import dead_link, tell_apart, twin_of
 from pipeline.errors import UserError
 
 #: Suffixes, lower case, that count as images: those of torchvision's ImageFolder.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+#: Folders of validation images that are no class: where archives unpack to.
+FLAT_FOLDERS = ("images", "ILSVRC2012_img_val", "val", "val_images")
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,40 @@ def _check_names(names: list[str], root: Path) -> None:
             raise UserError(f"file name {os.fsencode(name)!r} in {root} is not UTF-8; rename the file") from None
 
 
+def _find_labels(root: Path, folder: Path, flat: list[str], folders: list[str]) -> ValLabels | None:
+    """The list of a validation folder's labels, where it has images or folders that may need it."""
+    known = SYNSET.fullmatch
+    return find_val_labels(root, folder) if flat or not all(map(known, folders)) else None
+
+
+def _is_flat(name: str, images: list[str], listed: ValLabels) -> bool:
+    """Does a folder hold images of many classes, which the list tells, such as `images` of Tiny-ImageNet?"""
+    return (
+        name in FLAT_FOLDERS
+        and name not in listed.classes
+        and all(PurePosixPath(image).stem in listed.labels for image in images)
+    )
+
+
+def list_places(folders: Sequence[Path], root: Path, empty_ok: bool = False) -> Listing:
+    """The images of a split that lies in one folder or in several, as `list_split` lists each."""
+    listings = [list_split(folder, root, empty_ok) for folder in folders]
+    if len(listings) == 1:
+        return listings[0]
+    classes = sorted({name for listing in listings for name in listing.classes})
+    rows = sorted(
+        (classes.index(listing.classes[label]), part, i)
+        for part, listing in enumerate(listings)
+        for i, label in enumerate(listing.labels.tolist())
+    )
+    left_out = sum((listing.left_out for listing in listings), Tally())
+    mtimes = {name: mtime for listing in listings for name, mtime in listing.mtimes.items()}
+    names = [listings[part].names[i] for _, part, i in rows]
+    return Listing(names, classes, np.array([label for label, _, _ in rows], np.int32), mtimes, left_out)
+
+
 def list_split(folder: Path, root: Path, empty_ok: bool = False) -> Listing:
-    """The images of one split, in class folders, or flat where the archive's list tells their classes.
+    """The images of one split, in class folders, or flat where a list beside them tells their classes.
 
     Raises UserError where there are neither, for an empty class folder (both unless `empty_ok`), and for a flat image
     without a label.
@@ -149,29 +186,31 @@ def list_split(folder: Path, root: Path, empty_ok: bool = False) -> Listing:
         _check_classes(folder, folders)
         names: list[str] = []
         synsets: list[str] = []
+        unlabeled = [os.path.relpath(folder / name, root) for name in flat]
+        listed = None if folder.name == "train" else _find_labels(root, folder, flat, folders)
         for synset in folders:
             of_class = walk.tree(folder / synset)
             if not of_class and not empty_ok:
                 raise _empty_class(folder / synset)
+            if listed is not None and _is_flat(synset, of_class, listed):
+                unlabeled += of_class
+                continue
             names += of_class
             synsets += [synset] * len(of_class)
-        solution = imagenet.find_list(root, imagenet.VAL_SOLUTION)
-        unlabeled = [os.path.relpath(folder / name, root) for name in flat]
-        if unlabeled and solution is not None and folder.name != "train":
-            walk.record_mtime(solution)
-            found = imagenet.read_val_solution(solution)
-            unlisted = [file for file in flat if Path(file).stem not in found]
+        if unlabeled and listed is not None:
+            walk.record_mtime(listed.source)
+            unlisted = [name for name in unlabeled if PurePosixPath(name).stem not in listed.labels]
             if unlisted:
                 raise UserError(
-                    f"image {folder / unlisted[0]} has no row in {solution}; remove it or fetch the CSV again"
+                    f"image {root / unlisted[0]} has no row in {listed.source}; remove it or fetch that list again"
                 )
             names += unlabeled
-            synsets += (found[Path(file).stem] for file in flat)
+            synsets += (listed.labels[PurePosixPath(name).stem] for name in unlabeled)
             unlabeled = []
     except OSError as error:
         raise UserError(f"can't read {error.filename} ({error.strerror}); fix that or give another root") from error
     if not names and not empty_ok:
-        remedy = f"or {imagenet.VAL_SOLUTION} beside it" if unlabeled and folder.name != "train" else "instead"
+        remedy = f"or {EXPECTED}" if unlabeled and folder.name != "train" else "instead"
         what = "images but no class folders" if unlabeled else "no class folders"
         raise UserError(f"{folder} holds {what}; expected {folder}/CLASS/IMAGE {remedy}".removesuffix(" instead"))
     for name in unlabeled:

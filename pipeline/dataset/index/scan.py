@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.command import run_command
-from pipeline.dataset import imagenet
 from pipeline.dataset.index.decode import ScannedFile, inspect_all
 from pipeline.dataset.index.index import (
     PACKED,
@@ -27,7 +26,10 @@ from pipeline.dataset.index.index import (
     write_index,
 )
 from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, describe, kind_of
-from pipeline.dataset.index.listing import Listing, list_split
+from pipeline.dataset.index.listing import Listing, list_places
+from pipeline.dataset.layouts.find import find_layout
+from pipeline.dataset.layouts.foreign import refuse_tars
+from pipeline.dataset.layouts.words import read_words
 from pipeline.dataset.lock import locked
 from pipeline.dataset.names import tell_apart, twin_of
 from pipeline.dataset.workers import map_in_order
@@ -188,31 +190,35 @@ def build_index(
     to_score: bool = False,
     recheck: bool = False,
 ) -> Index:
-    """Scan `root` (see `imagenet.find_splits`) and write its index; an index that is still valid is only opened.
+    """Scan `root` (see `layouts.find_layout`) and write its index; an index that is still valid is only opened.
 
     Args:
         root: data root.
         folder: where the index goes; default `ROOT/index`.
         processes: default: every core that this process may use.
-        to_score: a validation split alone is enough (`imagenet.find_scored`); where the root is that split, the index
+        to_score: a validation split alone is enough (see there); where the root is that split, the index
             goes beside it, to `ROOT.index`.
         recheck: also look whether the files that it left out are mended.
 
     Raises UserError for a tree that is not in class folders, an empty class, or a folder that can't be written.
     """
     known = (root / PACKED).exists() or has_index(index_folder(root))
-    alone = to_score and not known and imagenet.find_scored(root) == {"val": root}
-    folder = folder or (root.resolve().with_name(f"{root.resolve().name}.index") if alone else index_folder(root))
+    folder = folder or (index_folder(root) if known else _default_folder(root, to_score))
     previous = _open_previous(folder)
     if previous is not None and not previous.folders:  # packed shards: there is no tree to scan
         return previous
     if previous is None and (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards without a sound index; run the same pack command again")
-    root = root.resolve()
-    places = (imagenet.find_scored if to_score else imagenet.find_splits)(root)
+    layout = find_layout(root.resolve(), to_score)
+    root = layout.root
+    if layout.note:
+        print(layout.note, file=sys.stderr, flush=True)
+    if layout.tars:
+        raise refuse_tars({split: tars.kind for split, tars in layout.tars.items()}, root)
+    places = layout.folders
 
     def is_valid(index: Index) -> bool:
-        if index.root != root or not is_current(index, places.values()):
+        if index.root != root or not is_current(index, layout.places()):
             return False
         entries = [entry for of_split in read_unreadable(folder).values() for entry in of_split] if recheck else []
         return all(_is_still_unreadable(root, entry) for entry in entries)
@@ -226,15 +232,27 @@ def build_index(
         return _scan(root, places, folder, previous, processes or available_cores())
 
 
-def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | None, processes: int) -> Index:
-    listings = {split: list_split(place, root) for split, place in places.items()}
+def _default_folder(root: Path, to_score: bool) -> Path:
+    """Where the index of a root without one goes: into it; but never into a split, where it would be a class."""
+    layout = find_layout(root.resolve(), to_score)
+    if layout.folders == {"val": (root.resolve(),)}:
+        return layout.root.with_name(f"{layout.root.name}.index")
+    return index_folder(layout.root if root.resolve() in layout.places() else root)
+
+
+def _scan(
+    root: Path, places: dict[str, tuple[Path, ...]], folder: Path, previous: Index | None, processes: int
+) -> Index:
+    listings = {split: list_places(place, root) for split, place in places.items()}
     whole = next(iter(listings))  # the split that every class is in: train, or the only one
     classes = listings[whole].classes
     unknown = sorted(set(listings["val"].classes) - set(classes))
     if unknown:
         twin = twin_of(unknown[0], classes)
         remedy = "add or remove it" if twin is None else f"it is {tell_apart(unknown[0], twin)}"
-        raise UserError(f"{places['val']} has the class '{unknown[0]}' that {places[whole]} does not have; {remedy}")
+        raise UserError(
+            f"{places['val'][0]} has the class '{unknown[0]}' that {places[whole][0]} does not have; {remedy}"
+        )
     splits: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
     bad, done = {}, False
     journal = ScanJournal(folder / JOURNAL)
@@ -243,13 +261,15 @@ def _scan(root: Path, places: dict[str, Path], folder: Path, previous: Index | N
             known = PreviousScan(previous, split, journal)
             records, names, bad[split] = scan_split(root, split, listing, known, journal, processes)
             if not len(records):
-                raise UserError(f"{places[split]} has no readable image; fetch it again")
+                raise UserError(f"{places[split][0]} has no readable image; fetch it again")
             records["label"] = np.searchsorted(classes, listing.classes)[records["label"]]
             missing = np.setdiff1d(np.arange(len(classes)), records["label"])
             if split == whole and len(missing):
-                raise UserError(f"class '{classes[missing[0]]}' has no readable image in {places[split]}; see {folder}")
+                raise UserError(
+                    f"class '{classes[missing[0]]}' has no readable image in {places[split][0]}; see {folder}"
+                )
             splits[split] = records, names
-        words = imagenet.read_synset_words(root)
+        words = read_words(root)
         noted = {name: mtime for listing in listings.values() for name, mtime in listing.mtimes.items()}
         atomic_write(folder / UNREADABLE, json.dumps(bad, indent=1))
         named = [(name, words.get(name, name)) for name in classes]

@@ -3,6 +3,7 @@
 Two references: the archive's own lists (which images), and the index (which bytes).
 """
 
+import itertools
 import json as json_format
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ import xxhash
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.index import Index, has_index, index_folder, is_current, is_sound, open_index
-from pipeline.dataset.index.listing import list_split
+from pipeline.dataset.index.listing import list_places
 from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.layouts.find import find_layout
 from pipeline.dataset.verify.check import (
     MISSING,
     Finding,
@@ -32,13 +34,15 @@ from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
 
-def find_split_folders(root: Path) -> dict[str, Path]:
+def find_split_folders(root: Path) -> dict[str, tuple[Path, ...]]:
     """The folders of the splits that `root` has; unlike for training, one may be enough."""
     try:
-        return imagenet.find_splits(root)
+        return find_layout(root).folders
     except UserError:
         base = root / imagenet.CLS_LOC if (root / imagenet.CLS_LOC).is_dir() else root
-        places = {split: base / split for split in ("train", "val") if (base / split).is_dir()}
+        places: dict[str, tuple[Path, ...]] = {
+            split: (base / split,) for split in ("train", "val") if (base / split).is_dir()
+        }
         if not places:
             raise
         return places
@@ -68,7 +72,7 @@ def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[NamedSample
     known: dict[str, set[str]] = {}
     synsets = index.synsets if index is not None else ()
     places = {} if index is not None and not index.folders else find_split_folders(root)
-    current = index is not None and is_current(index, places.values())
+    current = index is not None and is_current(index, itertools.chain(*places.values()))
     for name, split in index.splits.items() if index is not None else ():
         labels = split.records["label"]
         seen = known.setdefault(name, set())
@@ -82,7 +86,7 @@ def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[NamedSample
             entries = read_unreadable(index.folder).get(name, [])
             files = ((entry["file"], entry["class"]) for entry in entries)
         else:
-            listing = list_split(place, root, empty_ok=True)
+            listing = list_places(place, root, empty_ok=True)
             of_file = zip(listing.names, listing.labels.tolist(), strict=True)
             files = ((path, listing.classes[label]) for path, label in of_file if path not in known.get(name, ()))
         for path, synset in files:

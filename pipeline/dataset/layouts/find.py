@@ -1,0 +1,227 @@
+"""Where a data root's splits lie: folders of images or tar files; also where it is a level too high or low."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.dataset.imagenet import CLS_LOC, SYNSET
+from pipeline.dataset.layouts.foreign import describe_contents, describe_file
+from pipeline.dataset.names import dead_link
+from pipeline.errors import UserError
+
+OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}  #: of image-net.org
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation")
+_PART = re.compile(r"(train|val)\.X\d*")  # of ImageNet-100: train.X1 to train.X4, val.X
+_WORDS = {
+    "train": re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)"),
+    "val": re.compile(r"(^|[^a-z])(val|valid|validation|eval)([^a-z]|$)"),
+    "test": re.compile(r"(^|[^a-z])test([^a-z]|$)"),
+}
+_OTHER_TARS = re.compile(r"ILSVRC20\d\d_(bbox|img_test|img_train_t3|devkit|dogs)\w*\.tar")
+_MANY = 100  # folders, above which no data root is looked for below them
+
+
+@dataclass(frozen=True)
+class TarFiles:
+    """The tar files of a split, sorted.
+
+    kind: "nested": a tar of one tar a class (`ILSVRC2012_img_train.tar`); "classes": the tars of one class each;
+    "flat": images whose labels are in a list (`ILSVRC2012_img_val.tar`); "samples": WebDataset shards.
+    """
+
+    kind: str
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A data root that was taken: the folders or the tar files of each split ("train", "val"; to score, "val" alone).
+
+    note: one line that says what was taken instead of the folder that was given; empty where that is the same.
+    """
+
+    root: Path
+    folders: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    tars: dict[str, TarFiles] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def splits(self) -> list[str]:
+        return [split for split in ("train", "val") if split in self.folders or split in self.tars]
+
+    def places(self) -> list[Path]:
+        """Every folder and tar file of the splits."""
+        places = [path for folders in self.folders.values() for path in folders]
+        return places + [path for tars in self.tars.values() for path in tars.files]
+
+
+def find_layout(root: Path, to_score: bool = False) -> Layout:
+    """The layout of the data root `root`, or of the one folder just above or below it that is a data root.
+
+    to_score: a validation split alone is enough; where `root` holds no train/, it may be that split itself, a folder a
+    class (as ImageNet-V2 comes).
+
+    Raises UserError for anything else, in one line that says what `root` holds and what to do.
+    """
+    if root.is_file():
+        raise describe_file(root)
+    if not root.is_dir():
+        wanted = "the images" if to_score else "train/ and val/"
+        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds {wanted}")
+    own = _look(root)
+    if "train" in own.splits:
+        if "val" not in own.splits:
+            bare = not any(path for folder in own.folders.get("train", ()) for path in _folders(folder))
+            foreign = describe_contents(root) if bare and "train" in own.folders else None
+            if foreign is not None:
+                raise foreign
+            what = own.tars["train"].files[0].name if "train" in own.tars else "train/"
+            where = (
+                f"put {OFFICIAL['val']} beside it"
+                if what in OFFICIAL.values()
+                else "put the validation images into val/"
+            )
+            raise UserError(f"data root {root} holds {what} but neither val/ nor test/; {where}")
+        return own
+    if to_score and own.splits:
+        return own
+    for above in _above(root):
+        layout = _look(above)
+        if len(layout.splits) == 2 and not (to_score and above == root.parent and root.name in VAL_NAMES):
+            return _taken(layout, root)
+    below = _below(root)
+    if len(below) == 1:
+        return _taken(below[0], root)
+    if to_score:
+        return Layout(root, {"val": (root,)})
+    if below:
+        some = ", ".join(layout.root.name for layout in below[:4])
+        raise UserError(f"data root {root} holds {len(below)} data sets ({some}{', ...' * (len(below) > 4)}); give one")
+    raise describe_contents(root) or UserError(
+        f"data root {root} holds no train/ folder; expected train/CLASS/IMAGE and val/CLASS/IMAGE"
+    )
+
+
+def find_val_folder(root: Path) -> Path:
+    """The folder with the validation images of `root`, for those that write into it. UserError where there is none."""
+    if root.is_file():
+        raise describe_file(root)
+    if not root.is_dir():
+        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds ILSVRC/ or val/")
+    for here in [root, *_above(root), *(layout.root for layout in _below(root))]:
+        folders = _look(here, with_test=False).folders.get("val", ())
+        if len(folders) == 1:
+            return folders[0]
+    if root.name in VAL_NAMES:
+        return root
+    raise describe_contents(root) or UserError(
+        f"data root {root} holds no validation images; expected {root / CLS_LOC / 'val'} or {root / 'val'}"
+    )
+
+
+def _taken(layout: Layout, given: Path) -> Layout:
+    return Layout(layout.root, layout.folders, layout.tars, f"{given} is no data root itself: taking {layout.root}")
+
+
+def _above(root: Path) -> Iterator[Path]:
+    """Data roots that `root` may be a part of: above ILSVRC, ILSVRC/Data or .../CLS-LOC, or above train or val."""
+    for depth in range(1, len(CLS_LOC.parts) + 1):
+        if root.parts[-depth:] == CLS_LOC.parts[:depth]:
+            yield root.parents[depth - 1]
+    for inner in (CLS_LOC.relative_to("ILSVRC"), Path("CLS-LOC")):
+        if (root / inner).is_dir():
+            yield root / inner
+    if root.name in (*TRAIN_NAMES, *VAL_NAMES):
+        yield root.parent
+
+
+def _below(root: Path) -> list[Layout]:
+    """The data roots one level below `root`, or else two."""
+    level = [root]
+    for _ in range(2):
+        level = [path for folder in level for path in _folders(folder)]
+        found = [layout for layout in map(_look, level) if len(layout.splits) == 2]
+        if found or len(level) > _MANY:
+            return found
+    return []
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir() and entry.name[0] not in ".@")
+    except PermissionError:
+        return []
+
+
+def _look(root: Path, with_test: bool = True) -> Layout:
+    """The splits that lie directly in `root`."""
+    base = root / CLS_LOC if (root / CLS_LOC).is_dir() else root
+    for name in (*TRAIN_NAMES, *VAL_NAMES):
+        gone = dead_link(base / name)
+        if gone is not None:
+            raise UserError(f"{gone}; mount what holds it, or mend the link")
+    folders: dict[str, tuple[Path, ...]] = {}
+    tars: dict[str, TarFiles] = {}
+    shards = _find_shards(root)
+    for split, names in (("train", TRAIN_NAMES), ("val", VAL_NAMES)):
+        folder = next((base / name for name in names if (base / name).is_dir()), None)
+        official, parts = root / OFFICIAL[split], _find_parts(root, split)
+        if folder is not None and (inside := _tars_of(folder)):
+            tars[split] = inside
+        elif folder is not None:
+            folders[split] = (folder,)
+        elif parts:
+            folders[split] = parts
+        elif official.is_file():
+            tars[split] = TarFiles("nested" if split == "train" else "flat", (official,))
+        elif split in shards:
+            tars[split] = TarFiles("samples", shards[split])
+    if with_test and "val" not in folders and "val" not in tars and base == root:
+        if (root / "test").is_dir():
+            inside = _tars_of(root / "test")
+            tars |= {"val": inside} if inside else {}
+            folders |= {} if inside else {"val": (root / "test",)}
+        elif "test" in shards:
+            tars["val"] = TarFiles("samples", shards["test"])
+    return Layout(root, folders, tars)
+
+
+def _find_parts(root: Path, split: str) -> tuple[Path, ...]:
+    """The folders of a split of ImageNet-100."""
+    found = [path for path in _folders(root) if (part := _PART.fullmatch(path.name)) and part[1] == split]
+    return tuple(found)
+
+
+def _tars_of(folder: Path) -> TarFiles | None:
+    """The tar files of a split's folder, where it holds these and no other folder or image."""
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir() or entry.name.lower().endswith((".jpeg", ".jpg", ".png")):
+                return None
+            if entry.name.endswith(".tar"):
+                names.append(entry.name)
+    files = tuple(folder / name for name in sorted(names))
+    if not files:
+        return None
+    return TarFiles("classes" if all(SYNSET.fullmatch(path.stem) for path in files) else "samples", files)
+
+
+def _find_shards(root: Path) -> dict[str, tuple[Path, ...]]:
+    """Tar files in `root` by the split that their names tell of."""
+    found: dict[str, list[Path]] = {}
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.endswith(".tar") and entry.name[0] != ".")
+    for name in names:
+        if name in OFFICIAL.values() or _OTHER_TARS.fullmatch(name):
+            continue
+        split = next((split for split, word in _WORDS.items() if word.search(name.lower())), None)
+        if split is not None:
+            found.setdefault(split, []).append(root / name)
+    return {split: tuple(files) for split, files in found.items()}
