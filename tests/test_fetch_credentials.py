@@ -4,10 +4,14 @@ Every run is searched for the key, the token and the signed address's signature 
 """
 
 import json
+import os
 
 import pytest
 from fetching import QUICK, fetch
 from kaggle_server import KEY, TOKEN, USER, Faults, KaggleServer
+
+from pipeline.dataset.acquire.credentials import prepare_credentials
+from pipeline.errors import UserError
 
 SETTINGS = "https://www.kaggle.com/settings"
 
@@ -90,3 +94,35 @@ def test_verbose_client_prints_no_secret(kaggle_zip, tmp_path):
         done = fetch(tmp_path / "data", env, *QUICK, "--classes", "1", "--split", "val")
     assert done.code == 0, done.err
     assert "Authorization" not in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("kaggle.json", b"", "is empty"),
+        ("kaggle.json", b'{"username": "somebody", "key":', "is cut or no JSON"),
+        ("kaggle.json", b'["somebody", "key"]', "holds a list"),
+        ("kaggle.json", b'{"username": "somebody"}', "no text under 'key'"),
+        ("access_token", b" \n", "is empty"),
+        ("access_token", b'{"username": "a", "key": "b"}', "holds JSON"),
+    ],
+)
+def test_a_broken_credentials_file_is_named(tmp_path, monkeypatch, name, content, says):
+    (tmp_path / ".kaggle").mkdir()
+    (tmp_path / ".kaggle" / name).write_bytes(content)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UserError, match=says):
+        prepare_credentials()
+
+
+@pytest.mark.parametrize("folder", [".kaggle", "elsewhere"])
+def test_a_token_with_a_byte_order_mark_or_in_the_configuration_folder_is_found(tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "access_token").write_bytes(b"\xef\xbb\xbf" + TOKEN.encode() + b"\r\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "")
+    assert prepare_credentials().token == str(tmp_path / folder / "access_token")
+    assert os.environ["KAGGLE_API_TOKEN"] == TOKEN

@@ -20,6 +20,8 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
+from pipeline.dataset.acquire.connection import PROXY_USER, explain_connection
+from pipeline.dataset.acquire.credentials import Found, prepare_credentials
 from pipeline.dataset.acquire.remote import BUSY, REFUSED, Address, Backoff, Patience, parse_retry_after
 from pipeline.dataset.disk import explain
 from pipeline.errors import TransientError, UserError
@@ -95,6 +97,7 @@ class Kaggle:
         """The client's own `KaggleApi`, authenticated as it does it: access token, then kaggle.json, then OAuth."""
         for name in ("VERBOSE", "VERBOSE_OUTPUT"):  # they make the client print headers and hold whole bodies
             os.environ.pop(name, None)
+        found = prepare_credentials()
         backoff = Backoff(self.patience, self.stop)
         with _bounded_waits(self.patience.stall_s):
             try:
@@ -102,6 +105,8 @@ class Kaggle:
                     import kaggle  # it authenticates on import
             except ImportError as error:
                 raise UserError("the kaggle package is missing; install it: pip install 'kaggle>=2.2.5'") from error
+            except requests.RequestException as error:
+                raise TransientError(f"Kaggle can't be reached ({explain_connection(error)})") from None
             except OSError as error:
                 raise UserError(
                     f"the kaggle client can't use its folder ({error}); set KAGGLE_CONFIG_DIR to one that it can write"
@@ -117,6 +122,7 @@ class Kaggle:
                     raise self._no_credentials(Path(api.config)) from None
                 except requests.RequestException as error:
                     self._judge(error, backoff)
+            _say_which(found, api.config_values[api.CONFIG_NAME_AUTH_METHOD])
         return api
 
     def _no_credentials(self, config: Path) -> UserError:
@@ -128,12 +134,13 @@ class Kaggle:
         """Raise what `error` of an API call means for the user, or wait for the next try."""
         response = error.response
         if response is None:
+            reason = explain_connection(error)
             if not self._reached and time.monotonic() - self._begin > FIRST_CONTACT_S:
                 raise TransientError(
-                    f"Kaggle can't be reached ({type(error).__name__}); is this machine on the internet, and a proxy "
+                    f"Kaggle can't be reached ({reason}); is this machine on the internet, and a proxy "
                     "named in https_proxy if it needs one?"
                 ) from None
-            backoff.wait("Kaggle", f"can't be reached ({type(error).__name__})")
+            backoff.wait("Kaggle", f"can't be reached ({reason})")
             return
         self._reached = True
         status, from_storage = response.status_code, bool(response.history)
@@ -143,6 +150,8 @@ class Kaggle:
                 print(f"Kaggle answered {status} and asks to wait {asked:.0f} s", file=sys.stderr, flush=True)
             who = "Kaggle's storage refuses a freshly signed address" if from_storage else "Kaggle"
             backoff.wait(who, f"it answered {status}", asked)
+        elif status == 407:
+            raise UserError(PROXY_USER)
         elif status == 401:
             raise UserError(f"Kaggle does not accept the credentials (401); {HOW_TO}") from None
         elif status == 403:
@@ -245,6 +254,20 @@ def _check_version() -> None:
     version = importlib.metadata.version("kaggle")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < NEEDED:
         raise UserError(f"kaggle {version} can corrupt a partial zip; upgrade it: pip install 'kaggle>=2.2.5'")
+
+
+def _say_which(found: Found, method: str) -> None:
+    """Two credentials are two accounts, perhaps: say which one was used."""
+    if found.token is None or found.key is None:
+        return
+    if method.endswith("ACCESS_TOKEN"):
+        print(
+            f"two Kaggle credentials found: using the access token of {found.token}, not {found.key}", file=sys.stderr
+        )
+    else:
+        print(
+            f"the access token of {found.token} is not accepted (wrong or expired): using {found.key}", file=sys.stderr
+        )
 
 
 def _warn_of_readable_credentials(config: Path) -> None:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError as Urllib3Error
 
+from pipeline.dataset.acquire.connection import PROXY_USER, explain_connection
 from pipeline.errors import TransientError, UserError
 
 BUFFER = 1 << 18
@@ -160,7 +161,7 @@ class RemoteFile:
         try:
             response = self.session().get(address.url, headers=headers, stream=True, timeout=timeout)
         except (requests.RequestException, Urllib3Error, OSError) as error:
-            raise _TryAgain(f"can't connect ({type(error).__name__})") from error
+            raise _TryAgain(f"can't connect ({explain_connection(error)})") from error
         try:
             self._judge(response, address, start)
         except BaseException:
@@ -176,6 +177,8 @@ class RemoteFile:
             raise _TryAgain(f"the address was refused ({status})", 0.0)
         if status in BUSY:
             raise _TryAgain(f"the server answered {status}", parse_retry_after(headers.get("Retry-After")))
+        if status == 407:
+            raise UserError(PROXY_USER)
         changed = ArchiveChangedError(f"{address.host}: {self.name} was replaced while it was read")
         etag = headers.get("ETag", "")
         if status == 416:
