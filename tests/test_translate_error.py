@@ -15,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import nvidia_smi
 import pytest
 import runs
 import torch
 
 from pipeline.config import RawConfig, TrainConfig, load_config, to_yaml
 from pipeline.dataset.index.scan import build_index
-from pipeline.errors import TransientError, UserError
+from pipeline.errors import GpuFault, TransientError, UserError, exit_code_of
 from pipeline.loader.source import Source
 from pipeline.training.ranks import translate_error as translation
 from pipeline.training.ranks.translate_error import largest_fitting_batch, translate_error, translating_errors
@@ -51,6 +52,39 @@ def test_host_memory(monkeypatch):
     line = broken(lambda: torch.empty(1 << 50))
     assert "out of host memory on rank 0: 4194304.0 GiB asked for" in line and "GiB are free; " in line
     assert "Unable to allocate" in broken(lambda: np.empty(1 << 58, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: misaligned address",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "NCCL watchdog: Xid 79: GPU has fallen off the bus",
+    ],
+)
+def test_a_fault_of_a_gpu_names_host_card_and_step(tmp_path, monkeypatch, text):
+    """The card by UUID and serial number, which an operator looks for; it is not tried again in place."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    nvidia_smi.install(tmp_path / "bin", monkeypatch, 4)
+    world = World(1, 2, 1, 2, torch.device("cuda", 1))
+    world.watch.names[:] = ["rank 0 (n16, GPU 0, pid 6)", "rank 1 (n17, GPU 1, pid 7)"]
+    world.watch.step = 4711
+    with pytest.raises(GpuFault) as error, translating_errors(RawConfig(run_dir="/nowhere").resolve(), world):
+        raise RuntimeError(f"{text}\nCUDA kernel errors might be asynchronously reported")
+    line = str(error.value)
+    assert "\n" not in line and text in line
+    assert all(word in line for word in ("n17", "GPU-00001aaa", "serial 1652923000001", "step 4711", "nvidia-smi"))
+    assert exit_code_of(error.value) == 71
+
+
+def test_no_memory_for_cuda_itself(tmp_path, monkeypatch):
+    nvidia_smi.install(tmp_path / "bin", monkeypatch, 1)
+    line = translate_error(RuntimeError("CUDA error: out of memory\n..."), RawConfig().resolve(), WORLD)
+    assert line.startswith("out of GPU memory on rank 0") and "another process" in line
 
 
 def test_gpu_memory(monkeypatch):

@@ -58,12 +58,16 @@ def _train(argv: list[str], stop: StopRequest) -> int:
         lock.acquire()
 
     world.watch.folder, world.watch.before_exit = paths.debug if config.run_dir else None, before_exit
+    failed = True
     try:
         start_watchdog(world)
         with translating_errors(config, world):
             refuse_differences(program_and_settings(config, world), world)
             world.on_rank_zero(take_run_folder)
-            return loop.train(prepare_run(config, world, stop, lock.confirm))
+            code = loop.train(prepare_run(config, world, stop, lock.confirm))
+            world.wait_for_rank_zero()
+        failed = False
+        return code
     except (UserError, TransientError) as error:
         if lock.held:
             mark_failed(config.run_dir, error)
@@ -72,7 +76,7 @@ def _train(argv: list[str], stop: StopRequest) -> int:
         raise
     finally:
         lock.release()
-        world.close()
+        world.close(failed)
 
 
 def mark_failed(run_dir: str, error: UserError | TransientError) -> None:

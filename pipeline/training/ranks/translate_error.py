@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pipeline.config import Config
 from pipeline.errors import GpuFault, TransientError, UserError
 from pipeline.files import FREE, why_full
+from pipeline.gpu_facts import query_gpus, visible_gpus
 from pipeline.limits import available_memory
 from pipeline.run_paths import RunPaths
 from pipeline.training.ranks.launcher import without_launcher
@@ -28,11 +29,15 @@ SMALL_SHM = 256 * MIB  # NCCL takes about 10 MiB for each pair of GPUs
 _ESTIMATE_LIMIT_S, _LIMIT_S = 120.0, 300.0
 _HOST_MEMORY = re.compile(r"DefaultCPUAllocator: .*?(\d+) bytes")
 _NO_THREAD = "can't start new thread"  # no room for its stack, mostly
+_NO_CONTEXT = "CUDA error: out of memory"  # of CUDA, not of torch's allocator
 _GPU_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)")
 #: what only another GPU, or a reset of this one, mends
 _GPU_FAULT = re.compile(
     r"uncorrectable (ECC|NVLink)|hardware stack error|fallen off the bus|GPU is lost|CUDA error: unknown error|"
-    r"CUDA-capable device\(s\) is/are busy or unavailable|XID \d+",
+    r"CUDA-capable device\(s\) is/are busy or unavailable|XID \d+|CUDA error: (an illegal memory access|"
+    r"unspecified launch failure|misaligned address|an illegal instruction|"
+    r"invalid program counter|the launch timed out)|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|"
+    r"CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)",
     re.IGNORECASE,
 )
 _CONTACT_LOST = re.compile(
@@ -75,9 +80,19 @@ def translate_error(error: BaseException, config: Config, world: World) -> str |
     number = getattr(error, "errno", None)
     text = str(error)
     if is_gpu_fault(error):
-        return f"GPU fault on {world.watch.names[world.rank]}: {first_line(error)}; see nvidia-smi -q -d ECC"
+        when = "before the first step" if world.watch.step is None else f"step {world.watch.step}"
+        gpu = name_gpu(world.local_rank)
+        return (
+            f"GPU fault on {world.watch.names[world.rank]}{gpu}, {when}: {first_line(error)}; see nvidia-smi -q -d ECC "
+            "and dmesg (NVRM: Xid)"
+        )
     if _out_of_memory(error):
         return _memory(error, world)
+    if _NO_CONTEXT in text:
+        return (
+            f"out of GPU memory on {world.watch.names[world.rank]}{name_gpu(world.local_rank)}: none is left for CUDA "
+            "itself; does another process use this GPU? See nvidia-smi"
+        )
     if number in (errno.EMFILE, errno.ENFILE):
         return (
             f"too few file handles: this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files; "
@@ -120,6 +135,17 @@ def _killed_for_memory() -> str:
 def is_gpu_fault(error: BaseException) -> bool:
     """Did a GPU or its link fail, such that the same GPU should not be tried again?"""
     return isinstance(error, RuntimeError) and _GPU_FAULT.search(str(error)) is not None
+
+
+def name_gpu(local_rank: int) -> str:
+    """UUID and serial number of this rank's GPU, as a part of a sentence. By nvidia-smi: after a fault CUDA answers
+    nothing in this process."""
+    gpus = visible_gpus(query_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if local_rank >= len(gpus):
+        return ""
+    gpu = gpus[local_rank]
+    known = ", ".join(part for part in (gpu.uuid, f"serial {gpu.serial}" if gpu.serial else "") if part)
+    return f" ({known})" if known else ""
 
 
 def first_line(error: BaseException) -> str:

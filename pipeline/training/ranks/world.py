@@ -96,9 +96,21 @@ class World(RankInfo):
         with contextlib.suppress(RuntimeError):  # late, or gone
             dist.all_reduce(torch.zeros(1), async_op=True).wait(timeout=END_TIMEOUT)
 
-    def close(self) -> None:
+    def wait_for_rank_zero(self) -> None:
+        """Wait until rank 0 has done what it does alone at the end: the report, the last checkpoint, W&B.
+
+        Collective, and required before `close`: NCCL's groups are destroyed by all ranks together, and a rank that came
+        early would count as hung.
+        """
+        if self.size > 1:
+            with self.watch.collective("waiting for rank 0's report and last checkpoint"):
+                dist.barrier(group=self.long_timeout_group)
+
+    def close(self, failed: bool = False) -> None:
+        """Leave the process group. failed: this rank broke; the others may be anywhere, so nobody waits for them."""
         self.watch.phase("leaving the other ranks", limit_s=_LEAVE_S)
-        dist.destroy_process_group()
+        if not (failed and self.device.type == "cuda"):
+            dist.destroy_process_group()
         self.watch.close()
 
 
