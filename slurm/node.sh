@@ -39,7 +39,13 @@ settings() {
     TMPDIR=$(mktemp -d) && export TMPDIR # the launcher leaves files behind
     options=()
     if [[ -n ${SLURM_GPUS_ON_NODE:-} ]] && nvidia-smi --list-gpus >/dev/null 2>&1; then
-        options+=(--numa-binding=node)
+        if [[ ! -d /sys/devices/system/node/node1 ]]; then
+            : # one NUMA node: all cores are as near
+        elif command -v numactl >/dev/null; then
+            options+=(--numa-binding=node)
+        else
+            echo "$node has no numactl: ranks are not bound to the cores beside their GPU; have it installed" >&2
+        fi
     fi
     find_network
 }
