@@ -49,6 +49,9 @@ class ModelConfig:
     weights: str | None = None
     """Start from trained weights: torchvision's published ones by name (DEFAULT, IMAGENET1K_V1, ...), or a file. A head
     for other classes starts fresh."""
+    keep_head: bool = False
+    """With weights: keep their head also where the data set has as many but other classes; default: it starts
+    fresh."""
     freeze: str | None = None
     """Parameters that are not trained: "body" (all but the head), or patterns of names: "conv1.*,layer1.*"."""
 

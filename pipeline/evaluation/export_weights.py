@@ -54,7 +54,7 @@ def export(
     scores = next((row for row in read_rows(folder.ledger) if _is_score_of(row, meta["step"])), {})
     chosen = choose_weights(weights, scores, "ema.pt" in meta["files"], path)
     state = load_state(path, [FILES[chosen]])[FILES[chosen]]
-    classes = read_classes(config, data_root)
+    classes = read_classes(config, data_root, meta.get("classes"))
     outputs = count_outputs(config.model, state)
     if classes and len(classes) > outputs:
         raise UserError(
@@ -109,8 +109,29 @@ def choose_weights(wanted: str, scores: dict, averaged: bool, path: Path) -> str
     return "ema" if averaged and better else "raw"
 
 
-def read_classes(config: Config, data_root: str | None) -> list[dict] | None:
-    """[{synset, words}] in label order, or None where the data set is not here."""
+def read_classes(config: Config, data_root: str | None, known: list[str] | None) -> list[dict] | None:
+    """[{synset, words}] in label order, or None where nothing says them.
+
+    known: the classes that the checkpoint was trained on; the data set adds its words, and must not have others. Raises
+    UserError for a `data_root` that has.
+    """
+    there = _classes_here(config, data_root)
+    if known is None:
+        return there
+    if there is not None and set(known) <= {entry["synset"] for entry in there}:
+        words = {entry["synset"]: entry["words"] for entry in there}
+        return [{"synset": name, "words": words[name]} for name in known]
+    if data_root and there is not None:
+        strange = next((entry["synset"] for entry in there if entry["synset"] not in known), None)
+        if strange is not None:
+            raise UserError(
+                f"--data_root {data_root} has the class '{strange}', which the run was not trained on; its classes are "
+                f"like '{known[0]}'. Leave --data_root out, or give the data set that it was trained on"
+            )
+    return [{"synset": name, "words": name} for name in known]
+
+
+def _classes_here(config: Config, data_root: str | None) -> list[dict] | None:
     folder = locate_index(config.data, data_root)
     if not (data_root or config.data.root) or not has_index(folder):
         if data_root:

@@ -80,6 +80,9 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
         raise UserError(f"{ask.run} is not a run folder: it has no config.yaml; give the --run_dir of a run")
     config = published_config(ask, published) if published else load_config(folder.config, verb="evaluate")
     config = relocated(config, ask.data_root, ask.batch_size, ask.device)
+    root = Path(config.data.root).expanduser()
+    if folder is not None and not root.is_dir():
+        raise UserError(f"the run's data is not at {root} on this machine; give --data_root DIR, where it lies here")
     sizes = parse_sizes(ask.sizes, config.data)
     if ask.recalibrate is not None and ask.recalibrate < 0:
         raise UserError(f"--recalibrate {ask.recalibrate}: give a number of training batches, or 0 for none")

@@ -1,12 +1,11 @@
 """Starting from trained weights: torchvision's published ones by name, or a file. Never unpickles."""
 
-import argparse
 import contextlib
 import json
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,72 @@ from torch import nn
 from pipeline.config import ModelConfig
 from pipeline.config.networks import is_torchvision
 from pipeline.errors import TransientError, UserError
-from pipeline.model.heads import find_heads
+from pipeline.model.heads import find_heads, is_auxiliary
+from pipeline.model.weight_entries import find_state, plain_names, safe_globals
 
 _BLURPOOL = "pipeline.blurpool."  # beginning of the key that marks a state_dict
 _DOTTED = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 
 
-def start_from(model: nn.Module, config: ModelConfig) -> None:
+def start_from(
+    model: nn.Module,
+    config: ModelConfig,
+    classes: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    place: Path | None = None,
+) -> None:
     """Load what `config.weights` names into a model; heads for other classes keep their fresh weights.
+
+    Args:
+        model: the network.
+        config: names the weights.
+        classes: of the data set; a head of as many but other classes starts fresh, unless `config.keep_head`.
+        say: prints what was taken, in one line.
+        place: the file or checkpoint folder that is meant, where `config.weights` is a run folder.
 
     Raises UserError for a name or a file that does not fit, TransientError where the download fails.
     """
     if config.weights is None:
         return
-    state = published_state(config) if is_published(config) else read_state(Path(config.weights).expanduser())
+    entry, known = "", None
+    if is_published(config):
+        state, known = published_state(config), _published_classes(config, classes)
+    else:
+        state, entry, known = read_weights(place or Path(config.weights).expanduser())
     blurpool = pop_blurpool(state)
     if blurpool not in ("none", config.blurpool):
         raise UserError(
             f"--model.weights {config.weights} belongs to a network with BlurPool; "
             f"give --model.blurpool {blurpool}, without which it is another network"
         )
-    load_body(model, state, config, config.weights)
+    other = classes is not None and known is not None and list(known) != list(classes)
+    fresh = load_body(model, state, config, config.weights, fresh_heads=other and not config.keep_head)
+    source = f"{config.weights}" + (f" ({place.name})" if place else "") + (f", entry '{entry}'" if entry else "")
+    say(f"weights from {source}: {len(state)} tensors; {_tell_head(fresh, classes, known, other)}")
+
+
+def _tell_head(fresh: list[str], classes: Sequence[str] | None, known: Sequence[str] | None, other: bool) -> str:
+    """What became of the head, in words."""
+    if fresh and other and known is not None and classes is not None:
+        return f"the head {', '.join(fresh)} starts fresh: it is for {_few(known)}, the data set has {_few(classes)}"
+    if fresh:
+        return f"the head {', '.join(fresh)} starts fresh: it is for another number of classes"
+    if other:
+        return "the head is kept (model.keep_head), though its classes are others"
+    if known is None:
+        return "the head is kept: it has as many outputs, the weights do not say of which classes"
+    return "the head is kept: it is for the same classes"
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{len(names)} classes ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+
+
+def _published_classes(config: ModelConfig, classes: Sequence[str] | None) -> Sequence[str] | None:
+    """torchvision's categories, unless the data set is ImageNet, whose folders are synsets."""
+    if classes is None or config.weights is None or all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return None
+    return torchvision.models.get_model_weights(config.name)[config.weights].meta["categories"]
 
 
 def mark_blurpool(state: dict[str, torch.Tensor], blurpool: str) -> None:
@@ -83,12 +127,19 @@ def published_state(config: ModelConfig) -> dict[str, torch.Tensor]:
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """A state_dict from a .pth, .pt or .safetensors file, or from a checkpoint folder; see `pop_blurpool`. Raises
     UserError."""
+    return read_weights(path)[0]
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, list[str] | None]:
+    """(as `read_state`, the entry of the file that was taken, the classes of its outputs: None where nothing says
+    them). Raises UserError."""
     if path.is_dir():
-        state = read_state(path / "model.pt")
+        state, entry, classes = read_weights(path / "model.pt")
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no meta.json: weights alone
-            settings = json.loads((path / "meta.json").read_bytes()).get("semantic_config", {})
-            mark_blurpool(state, settings.get("model.blurpool", "none"))
-        return state
+            meta = json.loads((path / "meta.json").read_bytes())
+            mark_blurpool(state, meta.get("semantic_config", {}).get("model.blurpool", "none"))
+            classes = meta.get("classes") or None
+        return state, entry, classes
     if not path.is_file():
         raise UserError(f"no weights at {path}: no such file; give a .pth, .pt or .safetensors file")
     try:
@@ -97,8 +148,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
             state = load_file(path)
         else:
-            # argparse.Namespace: beside the weights in what torchvision's references save
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals(safe_globals()):
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         OSError,
@@ -115,23 +165,28 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is no file of weights that can be read safely ({reason}); "
             "save it anew with torch.save(model.state_dict(), FILE)"
         ) from error
-    for key in ("model", "state_dict"):  # as torchvision's references save, and timm
-        if isinstance(state, dict) and isinstance(inner := state.get(key), dict):
-            state = inner
-    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
-    if not named or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    found, entry = find_state(state)
+    if found is None:
         raise UserError(f"{path} holds no state_dict (name -> tensor); save model.state_dict()")
-    return renamed(state)
+    return renamed(found), entry, _classes_of_card(path)
+
+
+def _classes_of_card(path: Path) -> list[str] | None:
+    """The classes that the card of an export says, FILE.json."""
+    try:
+        classes = json.loads(path.with_name(path.name + ".json").read_bytes())["classes"]
+        return [entry["synset"] for entry in classes] or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The names that torchvision's networks have today, of those in older files: DenseNet's layers had dots in theirs
-    (as the published files still have), and DataParallel puts "module." before all."""
-    wrapped = all(key.startswith("module.") for key in state)
-    new = OrderedDict(
-        (_DOTTED.sub(r"\1\2", key.removeprefix("module.") if wrapped else key), state[key]) for key in state
-    )
-    if not wrapped:
+    (as the published files still have), and wrappers put their own before them (see `plain_names`)."""
+    names = list(state)
+    plain = plain_names(names)
+    new = OrderedDict((_DOTTED.sub(r"\1\2", name), state[key]) for key, name in zip(names, plain, strict=True))
+    if plain == names:
         set_versions(new, get_versions(state))
     return new
 
@@ -165,9 +220,13 @@ def load_whole(model: nn.Module, state: dict[str, torch.Tensor], strict: bool = 
     model.load_state_dict(versioned, strict=strict)
 
 
-def load_body(model: nn.Module, state: dict[str, torch.Tensor], config: ModelConfig, source: str) -> None:
+def load_body(
+    model: nn.Module, state: dict[str, torch.Tensor], config: ModelConfig, source: str, fresh_heads: bool = False
+) -> list[str]:
     """Load `state` strictly, but for the heads: one for another number of classes is left fresh, as are auxiliary arms
-    that one side has not. Raises UserError that names what does not fit."""
+    that one side has not; all heads with `fresh_heads`. Returns the names of the heads that are fresh. Raises UserError
+    that names what does not fit."""
+    fresh: list[str] = []
     own, name = model.state_dict(), config.name
     heads = find_heads(config)
     usable: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -177,8 +236,12 @@ def load_body(model: nn.Module, state: dict[str, torch.Tensor], config: ModelCon
             if not key.lower().startswith("aux"):
                 wrong.append(f"{key} is not in {name}")
         elif value.shape != own[key].shape:
-            if key.rpartition(".")[0] not in heads:
+            if key.rpartition(".")[0] in heads:
+                fresh.append(key.rpartition(".")[0])
+            else:
                 wrong.append(f"{key} is {list(value.shape)} there and {list(own[key].shape)} in {name}")
+        elif fresh_heads and key.rpartition(".")[0] in heads:
+            fresh.append(key.rpartition(".")[0])
         else:
             usable[key] = value
     missing = [key for key in own if key not in state and not key.lower().startswith("aux")]
@@ -188,3 +251,4 @@ def load_body(model: nn.Module, state: dict[str, torch.Tensor], config: ModelCon
         raise UserError(f"{source} does not fit --model.name {name}: {'; '.join(wrong[:3])}{more}")
     set_versions(usable, get_versions(state))
     load_whole(model, usable, strict=False)
+    return [head for head in dict.fromkeys(fresh) if not is_auxiliary(head)]

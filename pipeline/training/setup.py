@@ -20,6 +20,7 @@ from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 from pipeline.training.ranks.consistency import refuse_differences
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
+from pipeline.training.run_folder.best import place_of_weights
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder, mark_finished, open_run_folder
 from pipeline.training.run_folder.local import LocalSnapshots, local_snapshots, publish_newest
@@ -81,7 +82,8 @@ class RunSetup:
         torch.manual_seed(self.config.train.seed)
         model = build_model(self.config.model, self.classes)
         if start.path is None:
-            self.world.on_rank_zero(lambda: start_from(model, self.config.model))
+            config, classes, say = self.config.model, self.index.synsets, self.console.say
+            self.world.on_rank_zero(lambda: start_from(model, config, classes, say, place_of_weights(config)))
         with self.world.watch.collective("sending rank 0's weights to all ranks"):
             train_step = TrainStep(model, self.config, self.world, self.schedule.warmup_steps)
         if start.path is not None:

@@ -202,13 +202,23 @@ def compare_semantic_config(there: dict, here: dict, whose: str) -> None:
     known when `whose` was written counts as its default."""
     defaults = {name: value for name, value in settings_of(RawConfig().resolve()).items() if name in here}
     there = defaults | rename_flat(there)
+    names = there.keys() | here.keys()
+    lengthened = there.get("schedule.epochs") != here.get("schedule.epochs")
+    if lengthened:  # what follows from the length, and was not typed
+        names -= {"schedule.reference_epochs"}
     differing = [
         f"{name} is {there.get(name)} there and {here.get(name)} here"
-        for name in sorted(there.keys() | here.keys())
+        for name in sorted(names)
         if there.get(name) != here.get(name)
     ]
     if differing:
-        raise UserError(f"{whose} is of another recipe: {'; '.join(differing)}; give the same, or another --run_dir")
+        remedy = "give the same, or another --run_dir (options that docs/options.md marks 'may change' are free)"
+        if lengthened:
+            remedy += (
+                ". The learning rates follow from the run's length, so it can't be made longer in place; to train on "
+                "from its weights: --model.weights RUN_FOLDER with another --run_dir"
+            )
+        raise UserError(f"{whose} is of another recipe: {'; '.join(differing)}; {remedy}")
 
 
 class CheckpointWriter:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config, load_config, semantic_config, to_yaml
+from pipeline.config import Config, ResolvedDataConfig, load_config, semantic_config, to_yaml
 from pipeline.errors import UserError
 from pipeline.files import atomic_write, read_note
 from pipeline.redact import redact
@@ -49,7 +49,10 @@ class RunFolder(RunPaths):
         """
         self._keep_given_config()
         about = json.loads(redact(json.dumps(config.about)))
-        atomic_write(self.config, WRITTEN + to_yaml(dataclasses.replace(config, about=about, resume="auto")))
+        atomic_write(
+            self.config,
+            WRITTEN + to_yaml(dataclasses.replace(config, about=about, resume="auto", data=_absolute(config.data))),
+        )
 
     def _keep_given_config(self) -> None:
         if not self.config.exists() or self.config.read_bytes().startswith((WRITTEN.encode(), b"run_dir:")):
@@ -74,6 +77,13 @@ class RunFolder(RunPaths):
                 (self.path / name).unlink(missing_ok=True)
         if not is_for_this_start(self.stop):
             self.stop.unlink(missing_ok=True)
+
+
+def _absolute(data: ResolvedDataConfig) -> ResolvedDataConfig:
+    """The same with the places of the data as they are found from any folder."""
+    root = str(Path(data.root).expanduser().absolute()) if data.root else data.root
+    index = str(Path(data.index).expanduser().absolute()) if data.index else data.index
+    return dataclasses.replace(data, root=root, index=index)
 
 
 def make_run_folder(config: Config) -> RunFolder:
