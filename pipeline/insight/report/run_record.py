@@ -15,6 +15,7 @@ from pipeline.model.build import build_model
 from pipeline.model.heads import count_outputs
 from pipeline.model.weights import load_whole, start_from
 from pipeline.tracking.ledger import best_step, better_scores, read_rows
+from pipeline.training.run_folder.best import place_of_weights
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder
 
@@ -119,7 +120,7 @@ def load_networks(record: Record) -> Networks:
     initial, missing = build_model(config, outputs).requires_grad_(True), ""
     before: nn.Module | None = initial
     try:
-        start_from(initial, config)
+        start_from(initial, config, meta.get("classes"), place=place_of_weights(config))
     except (UserError, TransientError) as error:
         before, missing = None, f"the initial weights can't be made again: {error}"
     after = build_model(config, outputs)
