@@ -7,17 +7,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.api import evaluate, load_config, read_ledger, train
     from pipeline.loader.eval_loader import EvalLoader
     from pipeline.loader.train_loader import TrainLoader
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "evaluate": "pipeline.api",
+    "load_config": "pipeline.api",
+    "read_ledger": "pipeline.api",
+    "train": "pipeline.api",
     "EvalLoader": "pipeline.loader.eval_loader",
     "TrainLoader": "pipeline.loader.train_loader",
 }
 
-__all__ = ["EvalLoader", "TrainLoader"]
+__all__ = ["EvalLoader", "TrainLoader", "evaluate", "load_config", "read_ledger", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -154,9 +154,10 @@ def tie_drops(model: nn.Module) -> DropKeys | None:
                 getattr(block, end).register_forward_hook(Drop(getattr(block, name).p, rows=True))
             getattr(block, name).p = 0.0
     for module in model.modules():
-        if type(module).__name__ == "DropPath" and getattr(module, "drop_prob", None):  # timm's stochastic depth
-            module.register_forward_hook(Drop(module.drop_prob, rows=True))
-            module.drop_prob = 0.0
+        share = getattr(module, "drop_prob", 0.0) if type(module).__name__ == "DropPath" else 0.0  # timm's
+        if isinstance(share, float) and share > 0:
+            module.register_forward_hook(Drop(share, rows=True))
+            setattr(module, "drop_prob", 0.0)  # noqa: B010 - no type declares it
         if isinstance(module, nn.Dropout | StochasticDepth) and module.p > 0:
             module.register_forward_hook(Drop(module.p, isinstance(module, StochasticDepth)))
             module.p = 0.0

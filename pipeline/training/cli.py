@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import TransientError, UserError
 from pipeline.imports import importing
@@ -10,6 +11,9 @@ from pipeline.rank_env import own_rank
 from pipeline.redact import redact
 from pipeline.run_paths import RunPaths
 from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun, join_srun_tasks
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 
 def _is_rank_zero() -> bool:
@@ -30,7 +34,11 @@ def train(argv: list[str]) -> int:
 def _train(argv: list[str], stop: StopRequest) -> int:
     from pipeline.config import parse_config
 
-    config = parse_config(argv)
+    return train_config(parse_config(argv), stop)
+
+
+def train_config(config: "Config", stop: StopRequest) -> int:
+    """One rank of a run. Returns the exit code."""
     paths = RunPaths(Path(config.run_dir).expanduser().resolve())
     from pipeline.training.ranks.watchdog import record_flights
 

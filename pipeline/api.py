@@ -1,0 +1,103 @@
+"""The package from Python: what the commands `train` and `evaluate` do, without a command line.
+
+Run a script with these under `python` or `torchrun`, as `pipeline train` itself.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, parse_config
+from pipeline.errors import EXIT_OK, TransientError, UserError
+from pipeline.run_paths import RunPaths
+from pipeline.tracking.ledger import read_rows
+from pipeline.training.ranks.stop_request import StopRequest
+
+_trained: list[str] = []  # by this process: the ranks have met, and can't meet again
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+
+
+def load_config(recipe: str | Path, options: Mapping[str, Any] | None = None) -> Config:
+    """A recipe's name or file, or a run's config.yaml, with options as on the command line:
+    `load_config("resnet152", {"data.root": "/data/imagenet", "run_dir": "runs/first"})`.
+
+    Raises UserError in one line for what is unknown or impossible.
+    """
+    arguments = ["--config", str(recipe)]
+    for name, value in (options or {}).items():
+        text = str(value) if isinstance(value, str | Path) else json.dumps(value)
+        arguments.append(f"--{name}={text}")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = parse_config(arguments)
+    except SystemExit:
+        line = said.getvalue().strip().splitlines()[-1]
+        raise UserError(line.removeprefix("pipeline train: ").removesuffix(" (see pipeline train --help)")) from None
+    return config
+
+
+def train(config: Config) -> bool:
+    """Train a run, or resume it: one rank, as `pipeline train`. Returns whether it is finished; False: it was asked to
+    stop (SIGTERM, SIGUSR1, Ctrl-C, a stop file) and has saved, and the same call resumes.
+
+    Signal handlers are set while it trains, and put back. Raises UserError for what you can mend, TransientError for
+    what broke underneath.
+    """
+    from pipeline.training.cli import train_config
+
+    _trained.append(config.run_dir)
+    with _stop_request() as stop:
+        train_config(config, stop)
+    return RunPaths(Path(config.run_dir).expanduser()).finished.exists()
+
+
+def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
+    """Score a run's checkpoint on the whole validation set: one rank, as `pipeline evaluate`, whose options are named
+    as there (checkpoint, weights, data_root, sizes, flip, batch_size, device, ...).
+
+    Returns val_loss, val_top1 and val_top5 (percent), images, ... of the first network and size, and all of them under
+    "results"; {} on ranks other than 0. Raises UserError, and TransientError where it was asked to stop.
+    """
+    from pipeline.evaluation.run import Request, evaluate_run
+
+    if _trained and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("under torchrun evaluate in a process of its own, not after train(): pipeline evaluate RUN")
+    unknown = options.keys() - Request.__dataclass_fields__.keys()
+    if unknown or "json" in options:
+        raise UserError(f"unknown option {min(unknown or {'json'})}; see: pipeline evaluate --help")
+    with tempfile.TemporaryDirectory(prefix="evaluate-") as folder, _stop_request() as stop:
+        file = Path(folder) / "scores.json"
+        code = evaluate_run(Request(run=str(run), json=str(file), **options), stop)
+        if stop or code != EXIT_OK:
+            raise TransientError("the evaluation was asked to stop")
+        return json.loads(file.read_text()) if file.exists() else {}
+
+
+def read_ledger(run: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, also while it trains, ready for `pandas.DataFrame`. kind: only "train", "eval"
+    or "event". Raises UserError where there is no run."""
+    paths = RunPaths(Path(run).expanduser())
+    if not paths.ledger.exists():
+        raise UserError(f"{run} has no metrics.jsonl; give a run folder")
+    return [row for row in read_rows(paths.ledger) if kind is None or row.get("kind") == kind]
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[StopRequest]:
+    """A stop request that listens to signals (in the main thread, where Python allows it), with the handlers put back
+    at the end."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _SIGNALS} if main else {}
+    try:
+        yield StopRequest(install=main)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
