@@ -17,11 +17,15 @@ def _to(pattern: str) -> Callable[[str], bool]:
 
 #: (does a file of this name belong to it?, what it is called, what to do; {root}: the folder, {file}: the file)
 _FORMATS: list[tuple[Callable[[str], bool], str, str]] = [
-    (_to(r".*\.parquet"), "Hugging Face parquet files", "pack them into shards: pipeline pack {root} DEST"),
+    (
+        _to(r".*\.parquet"),
+        "Hugging Face parquet files",
+        "write each image into a folder of its class (train/CLASS/NAME.JPEG, val/CLASS/NAME.JPEG)",
+    ),
     (
         _to(r".*\.arrow"),
         "Hugging Face Arrow files",
-        "write them as parquet (Dataset.to_parquet, a file a split), then: pipeline pack FOLDER DEST",
+        "write each image into a folder of its class (train/CLASS/NAME.JPEG, val/CLASS/NAME.JPEG)",
     ),
     (
         _to(r"ILSVRC2012_img_(train|val)\.tar"),
