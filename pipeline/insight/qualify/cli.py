@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.command import split_options
+from pipeline.command import make_parser, split_options, summary
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.files import atomic_write
 from pipeline.gpu_facts import query_gpus, visible_gpus
@@ -41,6 +41,12 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        parser = make_parser("pipeline qualify", summary(Options))
+        parser.add_class_arguments(Options, as_group=False)
+        parser.add_argument("--data.root", type=str, help="Data set with an index; default: generated images.")
+        parser.print_help()
+        return EXIT_OK
     root, argv = _take_root(argv)
     options, rest = split_options(Options, "qualify", argv)
     if rest:
