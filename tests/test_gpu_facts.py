@@ -153,7 +153,7 @@ def test_auto_refuses_the_cpu_where_there_is_a_device_file(tmp_path, monkeypatch
 def test_a_fault_of_one_node_is_said_by_its_first_rank_alone(without_cuda, smi, monkeypatch, capsys):
     smi(8, driver_version="550.54.15")
     for rank, local_rank in ((8, 0), (9, 1)):
-        for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 16)):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 16), ("MASTER_ADDR", "n1"), ("MASTER_PORT", 1)):
             monkeypatch.setenv(name, str(value))
         with pytest.raises(UserError) as found:
             world._device("cuda", local_rank)
