@@ -48,7 +48,8 @@ def meet_at_store(rank: int, size: int, limit_s: float, stop: StopRequest | None
         )
     except (dist.DistError, RuntimeError) as error:
         raise TransientError(
-            f"rank {rank} of {size} can't open {host}:{port} ({str(error).splitlines()[0][:150]})"
+            f"rank {rank} of {size} can't open {host}:{port} ({str(error).splitlines()[0][:150]}); "
+            "if the port is taken, give another with --rdzv-endpoint or --master-port"
         ) from error
     store.set(f"arrived/{rank}", "1")
     while True:
