@@ -9,9 +9,10 @@ from torch import nn
 from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.insight.estimate.gpus import find_card
-from pipeline.insight.estimate.memory import MIB, optimizer_states, step_memory
+from pipeline.insight.estimate.memory import MIB, step_memory
 from pipeline.insight.estimate.trace import Tracer
 from pipeline.model.build import build_model
+from pipeline.training.optim.optimizer import values_per_parameter
 
 #: images at once -> MiB that an RTX A6000 showed (ResNet-152 with convolution biases, fp32)
 MEASURED = {1: 2460, 2: 2638, 36: 8576, 48: 10930, 64: 13854, 80: 18166, 96: 20558, 120: 23884, 128: 25118, 256: 49140}
@@ -162,7 +163,7 @@ def test_channels_last_keeps_the_same_bytes():
 )
 def test_optimizer_states_are_counted(options, states):
     config = small(*options)
-    assert optimizer_states(config) == states
+    assert values_per_parameter(config.optim) == states
     memory = step_memory(Tracer(config, 10), 8)
     assert memory.optimizer_mib == states * memory.gradients_mib
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from pipeline.model.depth import layer_numbers
 from pipeline.model.heads import find_heads
 from pipeline.model.meta_init import meta_init
 from pipeline.training.optim.clipping import adaptive_gradient_clip, clip_norm
-from pipeline.training.optim.optimizer import make_optimizer, parameter_groups
+from pipeline.training.optim.optimizer import OPTIMIZERS, make_optimizer, parameter_groups
 
 
 def layer(weights: list[float], bias: float = 0.5) -> nn.Linear:
@@ -73,7 +75,16 @@ def test_lars_takes_the_papers_steps():
         assert model.bias.item() == pytest.approx(bias, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "lars"])
+def test_the_choices_of_the_option_are_those_that_can_be_built():
+    """In the configuration, the registry and the documentation."""
+    choices = typing.get_args(typing.get_type_hints(OptimConfig)["name"])
+    assert set(choices) == set(OPTIMIZERS)
+    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    section = page.partition("## Optimizers and losses")[2].partition("\n## ")[0]
+    assert all(f"`{name}`" in section for name in choices)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_update_is_left_out_on_the_devices_own_judgement(name):
     """With found_inf, a step on NaN changes nothing, first or later; what follows is as if it had not been."""
     config = OptimConfig(name=name, weight_decay=0.1, adapt_all=name in ("lamb", "lars"))

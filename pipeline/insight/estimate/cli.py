@@ -88,7 +88,7 @@ def measured_rate(options: Options) -> tuple[float, str, int] | None:
 
 def estimate(config: Config, options: Options) -> dict:
     """The results as plain values. Bytes are in MiB, times in seconds, FLOPs of one image."""
-    from pipeline.insight.estimate.memory import MIB, optimizer_states, step_memory, weight_bytes
+    from pipeline.insight.estimate.memory import MIB, checkpoint_bytes, step_memory, weight_bytes
     from pipeline.insight.estimate.trace import Tracer, by_kind
     from pipeline.model.sizes import check_image_sizes
 
@@ -112,7 +112,6 @@ def estimate(config: Config, options: Options) -> dict:
     memory = step_memory(tracer, at_once)
     step = tracer.trace(at_once)
     trained = sum(p.numel() for p in tracer.model.parameters() if p.requires_grad)
-    weights = weight_bytes(tracer.model)
     facts = {
         "model": config.model.name,
         "classes": classes,
@@ -134,8 +133,8 @@ def estimate(config: Config, options: Options) -> dict:
         "images_at_once": at_once,
         "local_batch": local,
         "card_mib_by_batch": {n: memory.card_mib(n) for n in batches},
-        "weights_file_mib": weights / MIB,
-        "checkpoint_mib": (weights * (2 if config.ema.decay else 1) + 4 * trained * optimizer_states(config)) / MIB,
+        "weights_file_mib": weight_bytes(tracer.model) / MIB,
+        "checkpoint_mib": checkpoint_bytes(tracer.model, config) / MIB,
         "training_images": images,
         "world_size": world_size,
     }

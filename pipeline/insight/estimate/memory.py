@@ -6,6 +6,7 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.insight.estimate.trace import Tracer
+from pipeline.training.optim.optimizer import values_per_parameter
 
 MIB = 1 << 20
 CONTEXT_MIB = 1500.0  # the CUDA context, and the libraries' code and workspaces
@@ -52,11 +53,6 @@ class StepMemory:
         return max(0, int(left // (self.image_mib + self.transient_mib)))
 
 
-def optimizer_states(config: Config) -> int:
-    """Values that the optimizer keeps for each trained parameter."""
-    return 2 if config.optim.name in ("adamw", "lamb") else int(config.optim.momentum > 0)
-
-
 def estimate_step(config: Config, num_classes: int, images: int) -> StepMemory:
     """The memory of a step over `images` at once; see `step_memory`."""
     return step_memory(Tracer(config, num_classes), images)
@@ -73,7 +69,7 @@ def step_memory(tracer: Tracer, images: int) -> StepMemory:
     return StepMemory(
         weights_mib=weight_bytes(tracer.model) * (2 if tracer.config.ema.decay else 1) / MIB,
         gradients_mib=trained / MIB,
-        optimizer_mib=optimizer_states(tracer.config) * trained / MIB,
+        optimizer_mib=values_per_parameter(tracer.config.optim) * trained / MIB,
         kept_mib=(few.kept - 2 * image) / MIB,
         image_mib=image / MIB,
         transient_mib=max(0.0, peak - image) / MIB,
@@ -84,3 +80,10 @@ def step_memory(tracer: Tracer, images: int) -> StepMemory:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+def checkpoint_bytes(model: nn.Module, config: Config) -> int:
+    """Bytes of a checkpoint: weights, their average if there is one, and the optimizer's state, in float32."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    copies = 2 if config.ema.decay else 1
+    return weight_bytes(model) * copies + 4 * trained * values_per_parameter(config.optim)

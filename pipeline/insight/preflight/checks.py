@@ -182,15 +182,14 @@ def _check_space(run_dir: Path, config: Config, data: dict, checkpoint: tuple[in
 
 
 def estimate_checkpoint(config: Config, classes: int) -> int:
-    """Bytes of a checkpoint: weights, their average if there is one, and the optimizer's state, in float32."""
-    from pipeline.insight.estimate.memory import optimizer_states, weight_bytes
+    """Bytes of a checkpoint of the run."""
+    from pipeline.insight.estimate.memory import checkpoint_bytes
     from pipeline.model.build import build_model
     from pipeline.model.meta_init import meta_init
 
     with meta_init():
         model = build_model(config.model, config.model.num_classes or classes)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return weight_bytes(model) * (2 if config.ema.decay else 1) + 4 * trained * optimizer_states(config)
+    return checkpoint_bytes(model, config)
 
 
 def check_wandb(config: Config) -> CheckResult:

@@ -1,6 +1,6 @@
 """The optimizer, with weight decay by module type and learning rates by depth."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -63,19 +63,47 @@ def heads_for(config: Config) -> tuple[str, ...]:
     return find_heads(config.model) if differs else ()
 
 
+def _sgd(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    for parameter in (p for group in groups for p in group["params"] if config.momentum):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)  # a first step may be left out
+    return optimizer
+
+
+def _adamw(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _lamb(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    return LAMB(groups, 0.0, config.betas, config.eps, config.adapt_all)
+
+
+def _lars(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    return LARS(groups, 0.0, config.momentum, config.trust_coefficient, config.adapt_all)
+
+
+#: One entry for each choice of `OptimConfig.name`: builds the optimizer from parameter groups, with a rate of 0.
+OPTIMIZERS: dict[str, Callable[[list[dict], OptimConfig], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adamw": _adamw,
+    "lamb": _lamb,
+    "lars": _lars,
+}
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig, heads: tuple[str, ...] = ()) -> torch.optim.Optimizer:
     """The configured optimizer; its learning rate is set anew at every step by the schedule.
 
     torch's are fused, since only then an update can be left out on the device's own judgement (`TrainStep`).
     """
-    groups = parameter_groups(model, config, heads)
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-    if config.name == "lamb":
-        return LAMB(groups, 0.0, config.betas, config.eps, config.adapt_all)
-    if config.name == "lars":
-        return LARS(groups, 0.0, config.momentum, config.trust_coefficient, config.adapt_all)
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-    for parameter in (p for group in groups for p in group["params"] if config.momentum):
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)  # a first step may be left out
-    return optimizer
+    return OPTIMIZERS[config.name](parameter_groups(model, config, heads), config)
+
+
+def values_per_parameter(config: OptimConfig) -> int:
+    """Values that the optimizer keeps for each trained parameter, counted after a step of a small layer."""
+    layer = nn.Linear(2, 3, bias=False)
+    optimizer = make_optimizer(layer, config)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    kept = optimizer.state[layer.weight].values()
+    return sum(isinstance(value, torch.Tensor) and value.shape == layer.weight.shape for value in kept)
