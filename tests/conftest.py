@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.synthetic.archive import write_kaggle_zip
 from pipeline.dataset.synthetic.generate import Settings, generate_tree
 
@@ -27,6 +28,13 @@ def synthetic_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("synthetic") / "imagenet"
     generate_tree(root, SYNTHETIC)
     return root
+
+
+@pytest.fixture(scope="session")
+def root(synthetic_root) -> Path:
+    """`synthetic_root` with its index."""
+    build_index(synthetic_root)
+    return synthetic_root
 
 
 @pytest.fixture(scope="session")

@@ -10,16 +10,9 @@ import pytest
 import runs
 
 import pipeline
-from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "examples/ten_lines.py"
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 def test_the_ten_lines(root, tmp_path):

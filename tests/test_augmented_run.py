@@ -34,12 +34,6 @@ STEPS = 7  # an epoch is full after 5 steps; then images have 32 px a side inste
 
 
 @pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
-
-
-@pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """tests/tiny.yaml with everything on."""
     import yaml

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from pipeline.config import EmaConfig, TrainConfig, from_dict, parse_config
-from pipeline.dataset.index.scan import build_index
 from pipeline.tracking.ledger import best_step, read_rows
 from pipeline.training.evaluate import Evaluation, Tally, predict
 from pipeline.training.optim.ema import WeightAverage, effective_decay
@@ -16,12 +15,6 @@ from pipeline.training.recalibrate import keeping_buffers, recalibrate
 
 OPTIONS = ["--ema.decay", "0.5", "--ema.batch_size", "20", "--ema.every_steps", "2", "--schedule.warmup_epochs", "4ba"]
 OPTIONS += ["--evaluation.flip", "--evaluation.recalibrate_batches", "2", "--train.eval_every_epochs", "1"]
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 @pytest.fixture(scope="module")

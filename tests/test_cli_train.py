@@ -15,12 +15,6 @@ from pipeline.training.run_folder.checkpoint import verify_checkpoint
 
 
 @pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
-
-
-@pytest.fixture(scope="module")
 def finished(root, tmp_path_factory):
     """A finished run of 6 steps with a checkpoint every 2."""
     run = tmp_path_factory.mktemp("finished") / "run"

@@ -12,16 +12,9 @@ import pytest
 import runs
 from launching import Job, descendants, kill, rank_pids, training, wait_for
 
-from pipeline.dataset.index.scan import build_index
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_NODE_LOST, EXIT_STORE_LOST
 
 ENDLESS = ["--schedule.epochs", "100000", "--train.global_batch_size", "24"]
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 def elastic(folder: Path, root: Path, nnodes: str, *options: str, nproc: int = 1, launch: tuple[str, ...] = ()) -> Job:

@@ -15,18 +15,11 @@ from torchvision.transforms.functional import five_crop, resize
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
-from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.evaluation.class_map import class_positions
 from pipeline.loader.plan import EvalPlan, FiveCropPlan
 from pipeline.loader.reference import ReferenceDecoder
 from pipeline.loader.stream import EncodedBatch
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 @pytest.fixture(scope="module")

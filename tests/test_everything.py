@@ -3,16 +3,8 @@
 import pytest
 import runs
 
-from pipeline.dataset.index.scan import build_index
-
 RECIPE = str(runs.TINY.with_name("everything.yaml"))
 LAST = 8  # after 96 images an epoch, in batches of 20, ends inside step 5; averaged at 3 and 6, cut at 4
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 def assert_same_runs(cut, whole) -> None:

@@ -12,15 +12,7 @@ import pytest
 import runs
 from launching import descendants, kill
 
-from pipeline.dataset.index.scan import build_index
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 def plain_loop(root, folder, processes, epochs=3):

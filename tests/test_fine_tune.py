@@ -19,12 +19,6 @@ STILL = [*SMALL, "--optim.lr", "1e-12", "--optim.weight_decay", "0", "--train.ma
 
 
 @pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
-
-
-@pytest.fixture(scope="module")
 def run(root, tmp_path_factory):
     """Evaluated after 4 steps, and saved after 2 and 4."""
     folder = tmp_path_factory.mktemp("trained") / "run"

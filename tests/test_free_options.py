@@ -5,7 +5,6 @@ import shutil
 import pytest
 import runs
 
-from pipeline.dataset.index.scan import build_index
 from pipeline.tracking.ledger import read_rows
 
 STEPS = ["--checkpoint.every_steps", "3", "--train.precision", "fp32", "--optim.lr", "0.01"]
@@ -18,12 +17,6 @@ TOGGLED = {
         *("--data.threads", "1", "--data.prefetch", "3", "--guard.compare_every_steps", "1"),
     ): (),
 }
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,6 @@ from pipeline.training.step import NormalizeEraseMix
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_resumed_is_bit_identical_with_deterministic_kernels(root, tmp_path, precision):
     options = ["--train.precision", precision, "--train.deterministic", "--checkpoint.every_steps", "3"]

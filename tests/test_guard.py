@@ -10,7 +10,6 @@ import torch
 
 from pipeline.config import GuardConfig
 from pipeline.dataset.index.index import open_index
-from pipeline.dataset.index.scan import build_index
 from pipeline.errors import TransientError, UserError
 from pipeline.loader.plan import TrainPlan
 from pipeline.tracking.ledger import Ledger
@@ -21,12 +20,6 @@ from pipeline.training.ranks.step_stats import StepStats, Vote
 TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
 #: the first update throws the weights far out, and from the second on no loss is a number: going back heals it
 EXPLODING = [*TINY, "--optim.lr", "1e30", "--schedule.warmup_epochs", "0", "--guard.rollback_lr_factor", "1e-32"]
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 def stats(step, loss=1.0, norm=1.0, scale=1.0):

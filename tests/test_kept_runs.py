@@ -8,16 +8,9 @@ import runs
 import yaml
 
 from pipeline.config import TrackingConfig
-from pipeline.dataset.index.scan import build_index
 from pipeline.tracking.wandb_view import WandbView
 
 SAVING = ["--checkpoint.every_steps", "2", "--checkpoint.keep", "9", "--train.max_steps", "6"]
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 @pytest.fixture(scope="module")

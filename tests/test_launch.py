@@ -11,7 +11,6 @@ import runs
 from launching import Job, descendants, training, wait_for
 
 from pipeline.config import parse_config
-from pipeline.dataset.index.scan import build_index
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, UserError, exit_code_of
 from pipeline.launch.options import parse
 from pipeline.training.ranks.translate_error import is_gpu_fault
@@ -33,12 +32,6 @@ os._exit(int(code))
 def worker(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     return tmp_path / "worker.py"
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 def launch(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess:

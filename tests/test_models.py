@@ -9,7 +9,6 @@ import torchvision
 from torch import nn
 
 from pipeline.config import ModelConfig, OptimConfig, from_dict, parse_config
-from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.model.build import build_model
 from pipeline.model.heads import find_heads, frozen_norms
@@ -225,12 +224,6 @@ def test_penalties_as_the_slides_define_them():
     assert l2.item() == pytest.approx(plain + 0.1 / 2 * (9 + 9 + 4))
     l2.backward()
     assert layer.weight.grad.tolist() == [pytest.approx([-0.3, -0.3])]
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 def test_transfer_resumes_bit_identically(root, trained, tmp_path):

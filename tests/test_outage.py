@@ -13,7 +13,6 @@ import runs
 import wandb
 from wandb_server import KEY, WandbServer
 
-from pipeline.dataset.index.scan import build_index
 from pipeline.run_paths import list_checkpoints
 from pipeline.tracking import ledger as ledgers
 from pipeline.tracking.ledger import Ledger
@@ -24,12 +23,6 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 SMALL = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
 OPTIONS = [*SMALL, "--train.max_steps", "12", "--checkpoint.every_steps", "4"]
 _EXT4_IOC_SHUTDOWN, _WITHOUT_THE_LOG = 0x8004587D, 2  # <linux/fs/ext4/ext4.h>
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 @pytest.fixture

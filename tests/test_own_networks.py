@@ -13,7 +13,6 @@ from test_real_images import SAMPLES
 
 from pipeline.__main__ import main
 from pipeline.config import ModelConfig, load_config, parse_config
-from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.loader.build import dali_problem
 from pipeline.model.build import build_model
@@ -26,12 +25,6 @@ NETWORKS = {
     "own": ["--model.name", "nets_of_others:tiny", "--model.kwargs", '{"width": 12}'],
     "timm": ["--model.name", "timm:test_resnet", "--model.kwargs", '{"drop_path_rate": 0.1}'],
 }
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 def said(capsys, *argv, expect=0):

@@ -14,7 +14,6 @@ from torch import nn
 
 from pipeline.__main__ import main
 from pipeline.config import Config, parse_config, recipe_names, recipes_folder
-from pipeline.dataset.index.scan import build_index
 from pipeline.insight.recipes import recipes
 from pipeline.loader.windows import scale_jitter_windows
 from pipeline.model.build import build_model
@@ -134,12 +133,6 @@ def test_the_weight_decays_are_the_papers(name):
     assert sum(map(len, kinds)) == len(decays)
     found = [{decays[id(parameter)] for parameter in kind} for kind in kinds]
     assert found == [{decay} for decay in DECAYS[name]]
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 SMALL = ["--data.image_size", "32", "--data.val_size", "32", "--data.val_resize", "36", "--data.val_crop_ratio", "null"]

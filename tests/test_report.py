@@ -18,7 +18,6 @@ from PIL import Image
 from torch import nn
 
 from pipeline.__main__ import main
-from pipeline.dataset.index.scan import build_index
 from pipeline.insight.report.charts import Series, _label, line_chart, thin, ticks
 from pipeline.insight.report.cli import distinct_names
 from pipeline.insight.report.colormap import inferno
@@ -28,12 +27,6 @@ from pipeline.tracking.ledger import better_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = '<script>alert("x")</script><img src=http://example.com/x.png>'
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 @pytest.fixture(scope="module")

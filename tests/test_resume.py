@@ -14,12 +14,6 @@ from pipeline.loader.build import make_train_plan
 STEPS = 19  # 4 epochs of 96 images in batches of 20; epochs are full after 5, 10, 15 and 20 steps
 
 
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
-
-
 def how(precision, processes):
     """The options of a run. One kind of them exchanges compressed gradients, in several buckets."""
     exchange = ["--train.compress_gradients", "bf16", "--train.bucket_mb", "5"]

@@ -11,19 +11,12 @@ from launching import free_port
 
 from pipeline import rank_env
 from pipeline.__main__ import main
-from pipeline.dataset.index.scan import build_index
 from pipeline.training.data import open_data
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
 
 PIPED = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 ONE_STEP = ["--train.max_steps", "1"]
-
-
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
 
 
 @pytest.fixture

@@ -33,12 +33,6 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a sm
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
-
-
 def broken(function) -> str:
     """The one line that a rank ends with when `function` breaks."""
     with pytest.raises(TransientError) as error, translating_errors(RawConfig(run_dir="/nowhere").resolve(), WORLD):

@@ -123,12 +123,6 @@ def test_stragglers_are_told_once():
     assert told[WINDOW - 1] == Slow(2, pytest.approx(0.3), pytest.approx(0.1))
 
 
-@pytest.fixture(scope="module")
-def root(synthetic_root):
-    build_index(synthetic_root)
-    return synthetic_root
-
-
 def complaints(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("pipeline train: ")]
 

@@ -1,20 +1,19 @@
 """`EvalLoader`: validation batches, each image exactly once over all ranks, for a loop of your own."""
 
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 import torch
 
 from pipeline.config import AugmentConfig, Config, DataConfig
-from pipeline.dataset.index.index import Index
 from pipeline.loader.build import make_eval_stream
-from pipeline.loader.setup import Finisher, Reader, find_rank, make_config, open_root, with_root
+from pipeline.loader.loader_base import LoaderBase
+from pipeline.loader.setup import Reader, find_rank, make_config, with_root
 from pipeline.loader.stream import Stream
 
 
-class EvalLoader:
+class EvalLoader(LoaderBase):
     """The validation images of a data set: resized, cropped from the middle, and each exactly once over all ranks.
 
     ```python
@@ -36,6 +35,8 @@ class EvalLoader:
 
     Raises UserError (a ValueError) in one line for what can't be done, TransientError for what broke underneath.
     """
+
+    _to_score = True
 
     def __init__(
         self,
@@ -83,21 +84,6 @@ class EvalLoader:
         self._reader = Reader(self._open)
         self.local_batch_size = -(-batch_size // self.place.size)
 
-    @cached_property
-    def index(self) -> Index:
-        """The opened data set; its index is built first where there is none."""
-        return open_root(self.config.data, to_score=True)
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are delivered."""
-        return self.place.device
-
-    @property
-    def classes(self) -> list[str]:
-        """The classes' folder names, in the order of their labels."""
-        return list(self.index.synsets)
-
     @property
     def num_samples(self) -> int:
         """Images of all ranks together."""
@@ -113,19 +99,5 @@ class EvalLoader:
         for batch in self._reader.read(0, len(self)):
             yield (batch.images, batch.targets) if self.raw else self._finish(batch)
 
-    @cached_property
-    def _finish(self) -> Finisher:
-        return Finisher(self.config.data, AugmentConfig(), self.index.num_classes, self.place.device)
-
     def _open(self) -> Stream:
         return make_eval_stream(self.index, self.config.data, self.local_batch_size, self.place)
-
-    def close(self) -> None:
-        """End the threads that read and decode. The loader can be used again."""
-        self._reader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -9,25 +9,23 @@ from typing import Any, Literal, Self
 import torch
 
 from pipeline.config import AugmentConfig, Config, DataConfig, semantic_config
-from pipeline.dataset.index.index import Index
 from pipeline.errors import UserError
 from pipeline.loader.build import check_shares, make_train_plan, make_train_stream
+from pipeline.loader.loader_base import LoaderBase
 from pipeline.loader.plan import TrainPlan
 from pipeline.loader.setup import (
-    Finisher,
     Reader,
     as_argument,
     differences,
     find_rank,
     make_config,
-    open_root,
     with_root,
 )
 
 _FORMAT = 1
 
 
-class TrainLoader:
+class TrainLoader(LoaderBase):
     """The training batches of an image data set, as a pure function of (data set, settings, seed, step).
 
     ```python
@@ -129,28 +127,9 @@ class TrainLoader:
     # --- what there is
 
     @cached_property
-    def index(self) -> Index:
-        """The opened data set; its index is built first where there is none."""
-        return open_root(self.config.data)
-
-    @cached_property
     def plan(self) -> TrainPlan:
         """Which samples each step sees, and how they are cut."""
         return make_train_plan(self.index, self.config.data, self.config.train, self.config.augment)
-
-    @cached_property
-    def _finish(self) -> Finisher:
-        return Finisher(self.config.data, self.config.augment, self.num_classes, self.place.device)
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are delivered."""
-        return self.place.device
-
-    @property
-    def classes(self) -> list[str]:
-        """The classes' folder names, in the order of their labels."""
-        return list(self.index.synsets)
 
     @property
     def num_classes(self) -> int:
@@ -258,16 +237,6 @@ class TrainLoader:
         data = {name: value for name, value in semantic_config(c.data, "data.").items() if ".val_" not in name}
         train = {"train.global_batch_size": c.train.global_batch_size, "train.seed": c.train.seed}
         return data | semantic_config(c.augment, "augment.") | train
-
-    def close(self) -> None:
-        """End the threads that read and decode. The loader can be used again."""
-        self._reader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _policy(name: str) -> Literal["none", "randaugment", "randaugment-timm", "trivialaugment", "autoaugment"]:

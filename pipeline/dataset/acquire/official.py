@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.acquire.selection import BASE, Selection
+from pipeline.dataset.acquire.tarball import read_member
 from pipeline.dataset.acquire.tree import ExistingFiles, TreeWriter
 from pipeline.dataset.disk import check_space
 from pipeline.dataset.imagenet import SYNSET
@@ -21,7 +22,6 @@ from pipeline.progress import Progress
 
 KIT_FOLDER = "ILSVRC2012_devkit_t12/data"
 UNPACKED = 1.01  # bytes on disk for each byte of a tar, with what the file system adds
-CHUNK = 1 << 20
 PAGE = "https://image-net.org/download-images"
 
 
@@ -90,7 +90,7 @@ def unpack_official(files: OfficialFiles, root: Path, selection: Selection) -> N
                     for number, (name, opened, info) in enumerate(_images(path, tar, split)):
                         found = present.find(name)
                         if found is None or found[1] != info.size:
-                            writer.write(0, number, name, _read(opened, info))
+                            writer.write(0, number, name, read_member(opened, info))
                         progress.advance(info.size)
             except (tarfile.TarError, EOFError) as error:
                 raise TransientError(f"{path} is cut or damaged ({error}); download it again from {PAGE}") from error
@@ -120,14 +120,3 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if not info.isreg() or "/" in info.name or info.name.startswith(".") or not info.name.isprintable():
             raise UserError(f"{path} holds {info.name!r}, which is no plain file: archive refused")
         yield info
-
-
-def _read(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[bytes]:
-    file, left = tar.extractfile(info), info.size
-    assert file is not None
-    while left:
-        chunk = file.read(min(CHUNK, left))
-        if not chunk:
-            raise EOFError(f"{info.name} ends early")
-        left -= len(chunk)
-        yield chunk

@@ -121,7 +121,7 @@ class TarUnpacker:
                     raise UserError(f"{self.source.name} holds {info.name!r} of {info.size:,} bytes: archive refused")
                 found = present.find(info.name) if number in trusted else None
                 if found is None or found[1] != info.size:
-                    writer.write(0, number, info.name, _chunks(tar, info))
+                    writer.write(0, number, info.name, read_member(tar, info))
                     journal.add(number)
                 if split:
                     self.held[split].append(hash_name(info.name))
@@ -163,7 +163,8 @@ class TarUnpacker:
         return self._resolved
 
 
-def _chunks(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[bytes]:
+def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[bytes]:
+    """The bytes of a member, in chunks. Raises EOFError if the archive ends before them."""
     file, left = tar.extractfile(info), info.size
     assert file is not None
     while left:

@@ -1,0 +1,55 @@
+"""What the public loaders have in common: where they deliver, which classes there are, and their end."""
+
+from functools import cached_property
+from typing import Self
+
+import torch
+
+from pipeline.config import Config
+from pipeline.dataset.index.index import Index
+from pipeline.loader.setup import Finisher, Reader, open_root
+from pipeline.rank_info import RankInfo
+
+
+class LoaderBase:
+    """`TrainLoader` and `EvalLoader` set config, raw, place and _reader."""
+
+    config: Config
+    raw: bool
+    place: RankInfo
+    _reader: Reader
+    _to_score = False  #: validation images alone are enough
+
+    @cached_property
+    def index(self) -> Index:
+        """The opened data set; its index is built first where there is none."""
+        return open_root(self.config.data, self._to_score)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are delivered."""
+        return self.place.device
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes' folder names, in the order of their labels."""
+        return list(self.index.synsets)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data set."""
+        return self.index.num_classes
+
+    @cached_property
+    def _finish(self) -> Finisher:
+        return Finisher(self.config.data, self.config.augment, self.num_classes, self.device)
+
+    def close(self) -> None:
+        """End the threads that read and decode. The loader can be used again."""
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
