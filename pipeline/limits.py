@@ -13,6 +13,8 @@ _MOUNTS = Path("/proc/self/mountinfo")
 _USUAL = Path("/sys/fs/cgroup")  # where the groups are mounted, nearly everywhere
 _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" by a number near 2**63
 SPARE_FILES = 1024  #: open files that libraries, workers and connections may need
+MOST_FILES = 1 << 20  #: some programs look at every file that may be open
+_RANK_FILES = 256  # of a rank alone: libraries, images, shards, checkpoints, W&B
 
 
 def available_cores() -> int:
@@ -54,6 +56,12 @@ def open_files_limit(wanted: int) -> int:
     except (OSError, ValueError):
         return soft
     return most
+
+
+def files_needed(ranks: int) -> int:
+    """Files that a rank has open at most, among so many ranks: its two gloo groups are full meshes, with a connection
+    to each other rank."""
+    return _RANK_FILES + 2 * (ranks - 1)
 
 
 def _cpu_quotas() -> Iterator[float]:

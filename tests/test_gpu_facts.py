@@ -23,8 +23,8 @@ from pipeline.gpu_facts import (
 )
 from pipeline.insight.preflight.hardware import check_gpus, check_open_files
 from pipeline.insight.preflight.node_facts import gather_facts
+from pipeline.limits import files_needed
 from pipeline.training.ranks import world
-from pipeline.training.ranks.open_files import files_needed
 
 SLURM = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")
 

@@ -2,7 +2,7 @@
 
 from pipeline.config import Config
 from pipeline.insight.preflight.check_result import FAIL, PASS, WARN, CheckResult
-from pipeline.training.ranks.open_files import files_needed
+from pipeline.limits import files_needed
 
 
 def check_gpus(nodes: list[dict], config: Config) -> CheckResult:

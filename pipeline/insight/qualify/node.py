@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pipeline.gpu_facts import builds_problem, cuda_builds, driver_problem, query_gpus
 from pipeline.insight.qualify.rows import Row, Settings, judged, skipped
-from pipeline.limits import available_cores, memory_limit
-from pipeline.training.ranks.open_files import files_needed
+from pipeline.limits import available_cores, files_needed, memory_limit
 
 _SHM_MIB = 256
 _QUERY = ("ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.hw_slowdown", "pcie.link.gen.current")

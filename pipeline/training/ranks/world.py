@@ -16,11 +16,10 @@ import torch.distributed as dist
 from pipeline.config import TrainConfig
 from pipeline.errors import TransientError, UserError, permission_problem
 from pipeline.gpu_facts import sign_of_gpus, why_no_cuda
-from pipeline.limits import available_cores
+from pipeline.limits import MOST_FILES, available_cores, open_files_limit
 from pipeline.rank_env import find_leftovers, has_launcher
 from pipeline.rank_info import RankInfo
 from pipeline.training.ranks.launcher import current_launch
-from pipeline.training.ranks.open_files import raise_limit
 from pipeline.training.ranks.rendezvous import meet_at_store
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.watchdog import Watchdog
@@ -160,7 +159,7 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = _device(train.device, local_rank)
-    raise_limit()
+    open_files_limit(MOST_FILES)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
