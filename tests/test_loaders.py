@@ -18,7 +18,7 @@ from pipeline.dataset.shards.plan import Options
 from pipeline.errors import TransientError
 from pipeline.loader import build
 from pipeline.loader.plan import EvalPlan, Planned
-from pipeline.loader.resize import Resizer, decoded_windows
+from pipeline.loader.resize import Resizer
 from pipeline.loader.source import UnreadableSample
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
 from pipeline.rank_info import RankInfo
@@ -304,7 +304,7 @@ def test_no_validation_pixel_is_off_by_two_where_sums_lie_halfway():
     image = Image.merge("RGB", bands)
     plan = EvalPlan(np.array([500]), np.array([320]), 1, 256, 224)
     planned = plan.cut(np.array([0]), np.array([0]))
-    left, top, width, height = decoded_windows(planned)[0]
+    left, top, width, height = planned.windows[0].tolist()
     window = np.array(image)[top : top + height, left : left + width]
     resizer = Resizer(1)
     (found,) = resizer.start([window], planned).result()
@@ -322,7 +322,7 @@ def test_bicubic_validation_is_within_a_level_of_pils_two_passes(shape):
     image = Image.fromarray(pixels)
     plan = EvalPlan(np.array([width]), np.array([height]), 1, 144, 128, support=2)
     planned = plan.cut(np.array([0]), np.array([0]))
-    left, top, w, h = decoded_windows(planned)[0]
+    left, top, w, h = planned.windows[0].tolist()
     resizer = Resizer(1, "bicubic")
     (found,) = resizer.start([pixels[top : top + h, left : left + w]], planned).result()
     resizer.close()

@@ -18,8 +18,7 @@ import torch
 import xxhash
 
 from pipeline.dataset.index.pixels import as_ppm, dali_agrees
-from pipeline.loader.plan import Planned
-from pipeline.loader.resize import Resizer, Resizing, decoded_windows
+from pipeline.loader.resize import Resizer, Resizing
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
 
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|cannot allocate memory|can't start new thread", re.IGNORECASE)
@@ -37,6 +36,8 @@ class DaliDecoder:
 
     The size of the output comes with each batch: images may grow from one to the next.
     """
+
+    takes_parts = True
 
     def __init__(
         self,
@@ -78,17 +79,12 @@ class DaliDecoder:
             self._feed_failed = error
             raise
         self._handed.append(encoded)
-        windows, rois, flips = self._cut(encoded.planned)
+        windows, planned = encoded.windows(), encoded.planned
         boxes: tuple[np.ndarray, ...] = (windows[:, [1, 0]], windows[:, [3, 2]])  # axes in the order y, x
         if self.on_gpu:
-            sizes = np.full((len(flips), 2), encoded.planned.size, np.float32)
-            boxes += (rois[:, [1, 0]], rois[:, [3, 2]], flips, sizes)
+            sizes, rois = np.full((len(planned), 2), planned.size, np.float32), planned.rois.astype(np.float32)
+            boxes += (rois[:, [1, 0]], rois[:, [3, 2]], planned.flips.astype(np.int32), sizes)
         return encoded.data, *map(np.ascontiguousarray, boxes)
-
-    def _cut(self, planned: Planned) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Windows to decode int32 [B, 4], and for the GPU regions of them float32 [B, 4] and flips int32 [B]."""
-        windows = planned.windows if self.on_gpu else decoded_windows(planned)
-        return windows, planned.rois.astype(np.float32), planned.flips.astype(np.int32)
 
     def _build(self) -> Any:
         import nvidia.dali.fn

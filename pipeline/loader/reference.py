@@ -66,6 +66,7 @@ class ReferenceDecoder:
 
     def __init__(self, threads: int, prefetch: int = 2, resize: int | None = None, interpolation: str = "bilinear"):
         self.prefetch, self.resize, self.interpolation = prefetch, resize, interpolation
+        self.takes_parts = resize is None  # torchvision's validation transform resizes the whole image
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def prepare(self, data: np.ndarray) -> np.ndarray:
@@ -78,7 +79,7 @@ class ReferenceDecoder:
     def _submit(self, encoded: EncodedBatch) -> tuple[EncodedBatch, list[Future]]:
         p = encoded.planned
         origins = p.windows[:, :2] + p.rois[:, :2]
-        jobs = zip(encoded.data, p.windows, p.flips.tolist(), origins, strict=True)
+        jobs = zip(encoded.data, encoded.windows(), p.flips.tolist(), origins, strict=True)
         return encoded, [
             self.pool.submit(decode_sample, data, window, flip, p.size, self.resize, origin, self.interpolation)
             for data, window, flip, origin in jobs

@@ -21,25 +21,23 @@ _RESIZE = {  # as torch.nn.functional.interpolate, which takes no factors
 }
 
 
-def decoded_windows(planned: Planned) -> np.ndarray:
-    """What must be decoded, int32 [B, 4] (left, top, width, height), for `Resizer` to cut what is planned.
-
-    A window that is resized as a whole (training) is decoded as it is. One of which a region is resized (validation) is
-    decoded from the image's corner: so a pixel of the output lies where a pixel of the whole image, resized, lies.
-    """
-    windows = planned.windows
-    part = _is_part(planned)
-    if not part.any():
-        return windows
-    windows = windows.copy()
-    windows[part, 2:] += windows[part, :2]
-    windows[part, :2] = 0
-    return windows
-
-
 def _is_part(planned: Planned) -> np.ndarray:
     """bool [B]: is only a region of the window resized?"""
     return (planned.rois[:, :2] != 0).any(1) | (planned.rois[:, 2:] != planned.windows[:, 2:]).any(1)
+
+
+def _from_corner(window: torch.Tensor, left: int, top: int) -> torch.Tensor:
+    """The upper left part of an image, uint8 [top + h, left + w, 3], of which only the window [h, w, 3] has its pixels.
+
+    So a pixel of the output lies where a pixel of the whole image, resized, lies. The others are not looked at: a
+    window of which only a region is resized has a margin as wide as the filter reaches (`EvalPlan`).
+    """
+    if not left and not top:
+        return window
+    height, width, channels = window.shape
+    image = torch.empty((top + height, left + width, channels), dtype=window.dtype)
+    image[top:, left:] = window
+    return image
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,21 @@ class Resizer:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
 
     def start(self, windows: Sequence[Any], planned: Planned) -> Resizing:
-        """Begin with a batch. windows: of `decoded_windows`, a sequence of arrays uint8 [h, w, 3]."""
+        """Begin with a batch. windows: the planned ones, decoded, a sequence of arrays uint8 [h, w, 3]."""
         size = planned.size
         with torch.inference_mode(False):  # other threads fill it, and inference mode is a thread's own
             images = torch.empty((len(windows), size, size, 3), dtype=torch.uint8)
         part = _is_part(planned).tolist()
-        regions = planned.rois + np.tile(planned.windows[:, :2], 2)  # from the image's corner
+        corners = planned.windows[:, :2]
+        regions = planned.rois + np.tile(corners, 2)  # from the image's corner
 
         def work(first: int, last: int) -> None:
             for i in range(first, last):
                 window = torch.from_numpy(np.asarray(windows[i]))
-                image = self._cut_out(window, regions[i], size) if part[i] else self._whole(window, size)
+                if part[i]:
+                    image = self._cut_out(_from_corner(window, *corners[i].tolist()), regions[i], size)
+                else:
+                    image = self._whole(window, size)
                 images[i] = image.flip(1) if planned.flips[i] else image
 
         count = len(windows)

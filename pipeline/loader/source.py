@@ -2,29 +2,35 @@
 
 The check costs a hundredth of a decode. With it every loader detects a damaged, truncated or replaced file at its
 first use, whichever window is cropped from it.
+
+Of a sample with restart markers only the rows of MCUs that a window touches are read, and checked row by row; the
+decoder is given a small JPEG with the part that holds the window (`dataset/shards/restart.py`).
 """
 
 import contextlib
 import errno
 import os
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
 
 from pipeline.dataset.index.index import Split
+from pipeline.dataset.shards.restart import TABLE, Cut, TableError, plan_cut
 from pipeline.errors import TransientError
 from pipeline.limits import SPARE_FILES, open_files_limit
 
 _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
 _LOCAL_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # this process's limits, not the file's fault
 _RETRY_AFTER_S = (0.1, 1.0, 5.0)  # short failures of a network file system
-
+T = TypeVar("T")
 
 _FEWEST_SHARDS = 8  # kept open at once, however few files this process may open
 _SHARE = 4  # of the files that this process may open, each split's shards may be one in so many
@@ -55,6 +61,26 @@ class _OpenShard:
             os.close(self.descriptor)
 
 
+class Piece(NamedTuple):
+    """A JPEG that holds a window of a sample. data: uint8 [n]. left, top: where it begins in the sample, pixels."""
+
+    data: np.ndarray
+    left: int = 0
+    top: int = 0
+
+
+class Row(NamedTuple):
+    """Where a sample's bytes lie. table_size: 0 where it has no restart markers."""
+
+    sample_id: int
+    shard: int
+    offset: int
+    size: int
+    digest: int
+    table_offset: int = 0
+    table_size: int = 0
+
+
 class Source:
     """Reads the bytes of samples of a split; safe to use from several threads.
 
@@ -67,29 +93,38 @@ class Source:
         self.split = split
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self.threads = threads
-        self._shards: OrderedDict[int, _OpenShard] = OrderedDict()  # by the time of their last use
-        self._most_open = max(_FEWEST_SHARDS, open_files_limit(_SHARE * len(split.shards) + SPARE_FILES) // _SHARE)
+        self._shards: OrderedDict[tuple[int, str], _OpenShard] = OrderedDict()  # (shard, suffix), by their last use
+        files = len(split.shards) * (1 if split.restart is None else 2)
+        self._most_open = max(_FEWEST_SHARDS, open_files_limit(_SHARE * files + SPARE_FILES) // _SHARE)
         self._lock = threading.Lock()
+        self._without_table: set[int] = set()  # shards whose restart table does not fit
         self._busy: dict[int, tuple[float, int]] = {}  # thread -> (start time, sample id) of its read
 
-    def _shard(self, sample_id: int, number: int) -> _OpenShard:
-        """A shard, opened; those that were not used for longest are closed where too many would be open."""
+    def _shard(self, row: Row, suffix: str = "") -> _OpenShard:
+        """A shard or (suffix) a file beside it, opened; those that were not used for longest are closed where too many
+        would be open."""
+        key = row.shard, suffix
         with self._lock:
-            shard = self._shards.get(number)
+            shard = self._shards.get(key)
             if shard is None:
-                shard = self._shards[number] = _OpenShard(self.split.path(sample_id))
+                path = self.split.path(row.sample_id)
+                shard = self._shards[key] = _OpenShard(path.with_suffix(suffix) if suffix else path)
                 while len(self._shards) > self._most_open:
                     self._shards.popitem(last=False)
             else:
-                self._shards.move_to_end(number)
+                self._shards.move_to_end(key)
             return shard
 
-    def _read(self, sample_id: int, shard: int, offset: int, size: int) -> bytes:
-        if shard >= 0:
-            opened = self._shard(sample_id, shard)  # held: it may be dropped by other threads meanwhile
-            return os.pread(opened.descriptor, size, offset)
-        with open(self.split.path(sample_id), "rb") as file:  # noqa: PTH123 - the shorter way, for every sample
-            return file.read(size + 1)  # bounded: the file may have been replaced by an endless one
+    def _read_at(self, row: Row, start: int, size: int, suffix: str = "") -> bytes:
+        """Bytes of a shard, or of a file beside it."""
+        opened = self._shard(row, suffix)  # held: it may be dropped by other threads meanwhile
+        return os.pread(opened.descriptor, size, start)
+
+    def _read(self, row: Row) -> bytes:
+        if row.shard >= 0:
+            return self._read_at(row, row.offset, row.size)
+        with open(self.split.path(row.sample_id), "rb") as file:  # noqa: PTH123 - the shorter way, for every sample
+            return file.read(row.size + 1)  # bounded: the file may have been replaced by an endless one
 
     def read(self, sample_id: int, prepare: Prepare = _as_it_is) -> np.ndarray:
         """The sample's bytes, uint8 [size], or what `prepare` makes of them.
@@ -100,18 +135,21 @@ class Source:
         (row,) = self._rows(np.array([sample_id]))
         return self._prepared(row, prepare)
 
-    def _rows(self, sample_ids: np.ndarray) -> list[tuple[int, int, int, int, int]]:
-        """(sample id, shard, offset, size, digest) of each: the index is asked once for all, not a field at a time."""
+    def _rows(self, sample_ids: np.ndarray) -> list[Row]:
+        """The index is asked once for all, not a field at a time."""
         records = self.split.records[sample_ids]
-        fields = (records[name].tolist() for name in ("shard", "offset", "size", "digest"))
-        return list(zip(sample_ids.tolist(), *fields, strict=True))
+        fields = [records[name].tolist() for name in ("shard", "offset", "size", "digest")]
+        if self.split.restart is not None:
+            restart = self.split.restart[sample_ids]
+            fields += [restart[name].tolist() for name in ("table_offset", "table_size")]
+        return [Row(*row) for row in zip(sample_ids.tolist(), *fields, strict=True)]
 
-    def _checked(self, sample_id: int, shard: int, offset: int, size: int, digest: int) -> np.ndarray:
+    def _attempt(self, sample_id: int, read: Callable[[], T]) -> T:
+        """What `read` returns; its transient errors are retried."""
         for wait in (*_RETRY_AFTER_S, None):
             try:
                 self._busy[threading.get_ident()] = time.monotonic(), sample_id
-                data = self._read(sample_id, shard, offset, size)
-                break
+                return read()
             except (OSError, ValueError) as error:
                 if getattr(error, "errno", None) in _LOCAL_LIMITS:
                     raise
@@ -123,10 +161,14 @@ class Source:
                 time.sleep(wait)
             finally:
                 self._busy.pop(threading.get_ident(), None)
-        if len(data) != size:
-            raise UnreadableSample(sample_id, f"has {len(data)} bytes, {size} when it was indexed")
-        if xxhash.xxh3_64_intdigest(data) != digest:
-            raise UnreadableSample(sample_id, "its bytes have changed since it was indexed")
+        raise AssertionError  # the last attempt returns or raises
+
+    def _checked(self, row: Row) -> np.ndarray:
+        data = self._attempt(row.sample_id, lambda: self._read(row))
+        if len(data) != row.size:
+            raise UnreadableSample(row.sample_id, f"has {len(data)} bytes, {row.size} when it was indexed")
+        if xxhash.xxh3_64_intdigest(data) != row.digest:
+            raise UnreadableSample(row.sample_id, "its bytes have changed since it was indexed")
         return np.frombuffer(data, np.uint8)
 
     def _sees_folder(self, sample_id: int) -> bool:
@@ -137,16 +179,43 @@ class Source:
             os.listdir(folder.parent)
         return folder.is_dir()
 
-    def _prepared(self, row: tuple[int, int, int, int, int], prepare: Prepare) -> np.ndarray:
-        data = self._checked(*row)
+    def _prepared(self, row: Row, prepare: Prepare) -> np.ndarray:
+        data = self._checked(row)
         try:
             return prepare(data)
         except (OSError, ValueError) as error:
-            raise UnreadableSample(row[0], str(error)) from error
+            raise UnreadableSample(row.sample_id, str(error)) from error
 
-    def _read_part(
-        self, rows: list[tuple[int, int, int, int, int]], prepare: Prepare
-    ) -> list[np.ndarray | UnreadableSample]:
+    def _cut(self, row: Row, window: tuple[int, int, int, int]) -> Cut | None:
+        """How to cut the window out of a sample; None where the sample is to be read as a whole."""
+        if not row.table_size:
+            return None
+        try:
+            entry = self._attempt(row.sample_id, lambda: self._read_at(row, row.table_offset, row.table_size, TABLE))
+            return plan_cut(entry, row.digest, window)
+        except (TableError, UnreadableSample) as error:
+            if row.shard not in self._without_table:
+                self._without_table.add(row.shard)
+                print(
+                    f"warning: {self.split.shards[row.shard]}: restart table damaged or missing ({error}); its images "
+                    "are read as a whole, which is slower; check the data with: pipeline verify ROOT",
+                    file=sys.stderr,
+                )
+            return None
+
+    def _piece(self, row: Row, window: tuple[int, int, int, int], prepare: Prepare) -> Piece:
+        """The part of a sample that holds a window."""
+        cut = self._cut(row, window)
+        if cut is None:
+            return Piece(self._prepared(row, prepare))
+        start, size = row.offset + cut.start, cut.size
+        data = self._attempt(row.sample_id, lambda: self._read_at(row, start, size))
+        try:
+            return Piece(prepare(np.frombuffer(cut.assemble(data), np.uint8)), cut.left, cut.top)
+        except (OSError, ValueError) as error:
+            raise UnreadableSample(row.sample_id, str(error)) from error
+
+    def _read_part(self, rows: list[Row], prepare: Prepare) -> list[np.ndarray | UnreadableSample]:
         parts: list[np.ndarray | UnreadableSample] = []
         for row in rows:
             try:
@@ -162,6 +231,35 @@ class Source:
         size = max(1, -(-len(rows) // self.threads))
         chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
         parts = self.pool.map(self._read_part, chunks, [prepare] * len(chunks))
+        return [item for part in parts for item in part]
+
+    def _read_pieces(
+        self, rows: list[Row], windows: list[tuple[int, int, int, int]], prepare: Prepare
+    ) -> list[Piece | UnreadableSample]:
+        pieces: list[Piece | UnreadableSample] = []
+        for row, window in zip(rows, windows, strict=True):
+            try:
+                pieces.append(self._piece(row, window, prepare))
+            except UnreadableSample as error:
+                pieces.append(error)
+        return pieces
+
+    def read_windows(
+        self, sample_ids: np.ndarray, windows: np.ndarray, prepare: Prepare = _as_it_is
+    ) -> list[Piece | UnreadableSample]:
+        """As `read_batch`, but of samples with restart markers only a part that holds the window.
+
+        windows: int32 [B, 4], as in `Planned`. Inside its window every pixel of a part is the sample's.
+        """
+        rows, boxes = self._rows(sample_ids), [tuple(window) for window in windows.tolist()]
+        size = max(1, -(-len(rows) // self.threads))
+        firsts = range(0, len(rows), size)
+        parts = self.pool.map(
+            self._read_pieces,
+            (rows[i : i + size] for i in firsts),
+            (boxes[i : i + size] for i in firsts),
+            [prepare] * len(firsts),
+        )
         return [item for part in parts for item in part]
 
     def slowest(self) -> str:

@@ -7,7 +7,7 @@ the score.
 
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from pipeline.augment.apply import EraseAndMix, PixelOps, deliver
 from pipeline.errors import TransientError
 from pipeline.loader.plan import EvalPlan, Planned, TrainPlan
 from pipeline.loader.prefetch import prefetch_to_device
-from pipeline.loader.source import Source, UnreadableSample
+from pipeline.loader.source import Piece, Source, UnreadableSample
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,28 @@ class Batch:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Input of a decoder: the plan of a batch and, in the same order, each sample's bytes (uint8)."""
+    """Input of a decoder: the plan of a batch and, in the same order, each sample's bytes (uint8).
+
+    origins: int32 [B, 2], left and top, pixels, of the part of each sample that `data` holds; None: all are whole.
+    """
 
     step: int
     planned: Planned
     data: list[np.ndarray]
+    origins: np.ndarray | None = None
+
+    def windows(self) -> np.ndarray:
+        """The planned windows, int32 [B, 4], in the pixels of `data`."""
+        windows = self.planned.windows
+        if self.origins is None:
+            return windows
+        return np.concatenate([windows[:, :2] - self.origins, windows[:, 2:]], 1)
 
     def only(self, position: int) -> "EncodedBatch":
         """One sample of the batch, as a batch."""
-        return EncodedBatch(self.step, self.planned.only(position), self.data[position : position + 1])
+        here = slice(position, position + 1)
+        origins = None if self.origins is None else self.origins[here]
+        return EncodedBatch(self.step, self.planned.only(position), self.data[here], origins)
 
 
 class UndecodableSample(Exception):
@@ -60,7 +73,9 @@ class UndecodableSample(Exception):
 
 
 class Decoder(Protocol):
-    """`DaliDecoder` or `ReferenceDecoder`."""
+    """`DaliDecoder` or `ReferenceDecoder`. takes_parts: can it be given a part of a sample that holds its window?"""
+
+    takes_parts: bool
 
     def prepare(self, data: np.ndarray) -> np.ndarray:
         """What `decode` is to be given for a sample's bytes, uint8 [n]. Raises OSError or ValueError. Called by many
@@ -135,31 +150,48 @@ class Stream:
         )
 
     def _replace_unreadable(
-        self, step: int, planned: Planned, data: list[np.ndarray | UnreadableSample]
+        self,
+        step: int,
+        planned: Planned,
+        data: list[np.ndarray | UnreadableSample],
+        origins: np.ndarray | None = None,
     ) -> EncodedBatch:
         """Replace (training) or leave out (validation) the samples for which `data` holds an exception."""
         readable = {i: item for i, item in enumerate(data) if not isinstance(item, UnreadableSample)}
         if len(readable) == len(data):
-            return EncodedBatch(step, planned, list(readable.values()))
+            return EncodedBatch(step, planned, list(readable.values()), origins)
         ids = planned.ids.copy()
+        origins = None if origins is None else origins.copy()
         if isinstance(self.plan, EvalPlan):
             keep = np.array(list(readable), np.int64)
-            return EncodedBatch(step, self.plan.cut(ids[keep], planned.epochs[keep]), list(readable.values()))
+            origins = None if origins is None else origins[keep]
+            return EncodedBatch(step, self.plan.cut(ids[keep], planned.epochs[keep]), list(readable.values()), origins)
         for i in range(len(data)):
             if i not in readable:
                 ids[i], readable[i] = self._read_substitute(int(ids[i]))
-        return EncodedBatch(step, self.plan.with_ids(planned, ids), [readable[i] for i in range(len(data))])
+                if origins is not None:
+                    origins[i] = 0  # a substitute is read as a whole
+        return EncodedBatch(step, self.plan.with_ids(planned, ids), [readable[i] for i in range(len(data))], origins)
+
+    def _read(self, planned: Planned) -> tuple[list[np.ndarray | UnreadableSample], np.ndarray | None]:
+        """The bytes of each sample, or an exception; and, where some are parts, their origins (`EncodedBatch`)."""
+        if self.source.split.restart is None or not self.decoder.takes_parts:
+            return self.source.read_batch(planned.ids, self.decoder.prepare), None
+        pieces = self.source.read_windows(planned.ids, planned.windows, self.decoder.prepare)
+        data = [piece.data if isinstance(piece, Piece) else piece for piece in pieces]
+        corners = [(piece.left, piece.top) if isinstance(piece, Piece) else (0, 0) for piece in pieces]
+        return data, np.array(corners, np.int32).reshape(-1, 2)
 
     def _prepare(self, step: int) -> EncodedBatch:
         planned = self.plan.local(step, self.rank, self.world_size)
-        data = self.source.read_batch(planned.ids, self.decoder.prepare)
+        data, origins = self._read(planned)
         for i, sample_id in enumerate(planned.ids.tolist()):
             item = data[i]
             if sample_id in self._skip:
                 data[i] = UnreadableSample(sample_id, "on the blacklist")
             elif isinstance(item, UnreadableSample):
                 self._record_unreadable(sample_id, item.reason)
-        return self._replace_unreadable(step, planned, data)
+        return self._replace_unreadable(step, planned, data, origins)
 
     def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Generator[Batch]:
         """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`."""
@@ -207,11 +239,11 @@ class Stream:
         rescued = self.decoder.rescue(encoded.data[error.position])
         if rescued is not None:
             whole = [*encoded.data[: error.position], rescued, *encoded.data[error.position + 1 :]]
-            return EncodedBatch(encoded.step, encoded.planned, whole)
+            return replace(encoded, data=whole)
         self._record_unreadable(sample_id, error.reason)
         data: list[np.ndarray | UnreadableSample] = list(encoded.data)
         data[error.position] = UnreadableSample(sample_id, error.reason)
-        return self._replace_unreadable(encoded.step, encoded.planned, data)
+        return self._replace_unreadable(encoded.step, encoded.planned, data, encoded.origins)
 
     def _batch(self, images: torch.Tensor, encoded: EncodedBatch) -> Batch:
         planned = encoded.planned
