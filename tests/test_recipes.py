@@ -159,7 +159,7 @@ def test_the_list_has_lengths_results_and_the_hours_of_a_card(capsys, monkeypatc
     monkeypatch.setattr("pipeline.config.recipe_names", lambda: ["resnet50-dle-90", "smoke"])
     recipes(card="a100-80gb")
     listed = capsys.readouterr().out
-    assert "90 epochs, batch 2,048; at least 15 GPU-hours on a100-80gb" in listed and "77.12 top-1" in listed
+    assert "90 epochs, batch 2,048; at least 8 GPU-hours on a100-80gb" in listed and "77.12 top-1" in listed
     assert "5 epochs, batch 32\n" in listed
     assert main(["recipes", "--card", "abacus"]) == 2
     assert "--card abacus" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_other_verbs_speak_whatever_the_rank(bare, capsys):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         bare.setenv(name, value)
     assert main(["status", "nowhere"]) == 2
-    assert "nowhere is no run folder" in capsys.readouterr().err
+    assert "nowhere is not a run folder" in capsys.readouterr().err
 
 
 def test_rank_zero_of_one_trains_alone(root, tmp_path, bare):

@@ -1,5 +1,7 @@
 """A request to stop that comes before the training is there to hear it is heard; one of an earlier start is not."""
 
+import json
+
 import pytest
 import runs
 
@@ -31,7 +33,7 @@ def test_stop_file_at_the_start(tmp_path, monkeypatch, text, restart, stays):
     assert not (tmp_path / "interrupted").exists()
 
 
-def test_asked_while_all_is_loaded_there_is_no_warm_up(synthetic_root, tmp_path, monkeypatch):
+def test_asked_while_all_is_loaded_there_is_no_warm_up(root, tmp_path, monkeypatch):
     """Compiling the first step takes minutes that a job told to go does not have."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
@@ -39,6 +41,17 @@ def test_asked_while_all_is_loaded_there_is_no_warm_up(synthetic_root, tmp_path,
     run = tmp_path / "run"
     run.mkdir()
     (run / "stop").write_text("7.0 USR1 from Slurm")
-    printed = runs.call(synthetic_root, run, expect=75)
+    printed = runs.call(root, run, expect=75)
     assert "interrupted (7.0 USR1 from Slurm): step 0" in printed
     assert (run / "interrupted").exists() and not runs.rows(run, "train")
+
+
+def test_asked_before_the_index_is_built_the_marker_says_why(synthetic_root, tmp_path, monkeypatch):
+    """The batch script reads there that the job is to be queued again."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "stop").write_text("7.0 USR1 from Slurm")
+    runs.call(synthetic_root, run, "--data.index", str(tmp_path / "index"), expect=75)
+    assert json.loads((run / "interrupted").read_text())["reason"] == "7.0 USR1 from Slurm"

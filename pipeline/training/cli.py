@@ -49,7 +49,7 @@ def train_config(config: "Config", stop: StopRequest) -> int:
         from pipeline.training.ranks.consistency import program_and_settings, refuse_differences
         from pipeline.training.ranks.translate_error import translating_errors
         from pipeline.training.ranks.world import start_watchdog, start_world
-        from pipeline.training.run_folder.folder import make_run_folder
+        from pipeline.training.run_folder.folder import RunFolder, make_run_folder
         from pipeline.training.run_folder.lock import RunLock
         from pipeline.training.setup import prepare_run
 
@@ -81,6 +81,10 @@ def train_config(config: "Config", stop: StopRequest) -> int:
             mark_failed(config.run_dir, error)
         if error.on_all_ranks:
             world.wait_for_all()  # the first rank that is gone makes torchrun and Slurm end the others
+        raise
+    except KeyboardInterrupt:  # asked to stop where there was nothing to save
+        if lock.held and paths.path.is_dir():
+            RunFolder(paths.path).mark("interrupted", step=0, reason=stop.reason or "interrupted")
         raise
     finally:
         lock.release()

@@ -24,8 +24,8 @@ def open_data(
 ) -> Index:
     """The index of data.root. Collective. Raises UserError where there is no data set.
 
-    to_score: a validation split alone will do; see `build_index`. stop: a request ends the building of an index at
-    once, by KeyboardInterrupt; what was scanned is kept.
+    to_score: a validation split alone will do; see `build_index`. stop: a request ends the building of a missing
+    index at once, by KeyboardInterrupt; what was scanned is kept.
     """
 
     def build() -> Path:
@@ -33,9 +33,10 @@ def open_data(
             raise UserError("--data.root is missing: give the folder that holds train/ and val/")
         root = Path(data.root).expanduser()
         folder = Path(data.index).expanduser() if data.index else None
-        if not has_index(locate_index(data)) and root.is_dir() and not to_score:
+        missing = not has_index(locate_index(data))
+        if missing and root.is_dir() and not to_score:
             say(f"no index at {locate_index(data)}: building it (once)")
-        with stop.raising() if stop is not None else contextlib.nullcontext():
+        with stop.raising() if stop is not None and missing else contextlib.nullcontext():
             made = build_index(root, folder, to_score=to_score)
         for line in tell_left_out(made):
             say(line)
