@@ -153,7 +153,8 @@ def _time_plan(folder: Path, rounds: int) -> dict[str, list[float]]:
     import numpy as np
 
     from pipeline.config import DataConfig, TrainConfig
-    from pipeline.dataset.index.index import RECORD, open_index, write_index
+    from pipeline.dataset.index.index import RECORD, open_index
+    from pipeline.dataset.index.write import write_index
     from pipeline.loader.build import make_train_plan
 
     records = np.zeros(TRAIN_IMAGES, RECORD)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.__main__ import main
 from pipeline.config import parse_config
-from pipeline.dataset.acquire import cifar10
+from pipeline.dataset.acquire.sources import cifar10
 from pipeline.dataset.index.index import index_folder, open_index
 from pipeline.errors import UserError
 

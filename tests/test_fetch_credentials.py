@@ -10,7 +10,7 @@ import pytest
 from fetching import QUICK, fetch
 from kaggle_server import KEY, TOKEN, USER, Faults, KaggleServer
 
-from pipeline.dataset.acquire.credentials import prepare_credentials
+from pipeline.dataset.acquire.access.credentials import prepare_credentials
 from pipeline.errors import UserError
 
 SETTINGS = "https://www.kaggle.com/settings"

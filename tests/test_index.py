@@ -19,8 +19,9 @@ from PIL import Image
 from pipeline.__main__ import main
 from pipeline.dataset import lock
 from pipeline.dataset.index import decode, listing, scan
-from pipeline.dataset.index.index import RECORD, compute_fingerprint, open_index, write_index
+from pipeline.dataset.index.index import RECORD, compute_fingerprint, open_index
 from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.index.write import write_index
 from pipeline.dataset.synthetic.generate import Settings, generate_tree
 from pipeline.errors import TransientError, UserError
 

@@ -17,7 +17,8 @@ from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
 from pipeline.errors import TransientError
 from pipeline.loader import build
-from pipeline.loader.plan import EvalPlan, Planned
+from pipeline.loader.eval_plan import EvalPlan
+from pipeline.loader.plan import Planned
 from pipeline.loader.resize import Resizer
 from pipeline.loader.source import UnreadableSample
 from pipeline.loader.stream import EncodedBatch, UndecodableSample

@@ -10,7 +10,8 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from pipeline.config import AugmentConfig, DataConfig
-from pipeline.loader.plan import EvalPlan, TrainPlan, batch_digest
+from pipeline.loader.eval_plan import EvalPlan
+from pipeline.loader.plan import TrainPlan, batch_digest
 from pipeline.rng import hash_counter, splitmix64
 
 

@@ -11,7 +11,8 @@ import pytest
 import xxhash
 
 from pipeline.__main__ import main
-from pipeline.dataset.index.index import RECORD, open_index, write_index
+from pipeline.dataset.index.index import RECORD, open_index
+from pipeline.dataset.index.write import write_index
 from pipeline.dataset.shards.stage import locked_folder, stage_shards
 from pipeline.errors import UserError
 

@@ -12,8 +12,9 @@ import xxhash
 
 from pipeline.__main__ import main
 from pipeline.dataset import imagenet
-from pipeline.dataset.index.index import open_index, write_index
+from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.index.write import write_index
 from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
 from pipeline.dataset.synthetic.archive import write_kaggle_zip

@@ -9,7 +9,8 @@ from pipeline.dataset.index.index import Index
 from pipeline.dataset.index.left_out import count_images
 from pipeline.errors import UserError
 from pipeline.limits import available_cores
-from pipeline.loader.plan import EvalPlan, FiveCropPlan, TrainPlan
+from pipeline.loader.eval_plan import EvalPlan, FiveCropPlan
+from pipeline.loader.plan import TrainPlan
 from pipeline.loader.source import Source
 from pipeline.loader.stream import Decoder, Stream
 from pipeline.rank_info import RankInfo

@@ -15,7 +15,8 @@ import torch
 
 from pipeline.augment.apply import EraseAndMix, PixelOps, deliver
 from pipeline.errors import TransientError
-from pipeline.loader.plan import EvalPlan, Planned, TrainPlan
+from pipeline.loader.eval_plan import EvalPlan
+from pipeline.loader.plan import Planned, TrainPlan
 from pipeline.loader.prefetch import prefetch_to_device
 from pipeline.loader.source import Piece, Source, UnreadableSample
 

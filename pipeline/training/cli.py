@@ -40,7 +40,7 @@ def _train(argv: list[str], stop: StopRequest) -> int:
 def train_config(config: "Config", stop: StopRequest) -> int:
     """One rank of a run. Returns the exit code."""
     paths = RunPaths(Path(config.run_dir).expanduser().resolve())
-    from pipeline.training.ranks.watchdog import record_flights
+    from pipeline.training.ranks.flight_record import record_flights
 
     record_flights(paths.debug)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.command import run_command
-from pipeline.dataset.acquire import cifar10, kaggle
+from pipeline.dataset.acquire import kaggle
 from pipeline.dataset.acquire.acquisition import UNPACKED, Acquisition, Options
 from pipeline.dataset.acquire.manifest import ALL, Manifest, read_manifest
-from pipeline.dataset.acquire.official import OfficialFiles, find_official, unpack_official
 from pipeline.dataset.acquire.remote import ArchiveChangedError, LocalFile, Patience, RemoteFile
 from pipeline.dataset.acquire.selection import SPLITS, Selection, parse_classes
+from pipeline.dataset.acquire.sources import cifar10
+from pipeline.dataset.acquire.sources.official import OfficialFiles, find_official, unpack_official
 from pipeline.dataset.acquire.tree import STATE, ExistingFiles
 from pipeline.dataset.acquire.zip_directory import NotAnArchiveError
 from pipeline.dataset.disk import check_space, explain

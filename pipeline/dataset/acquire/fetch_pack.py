@@ -23,8 +23,9 @@ from pipeline.dataset.acquire.catalog import Catalog, iter_names
 from pipeline.dataset.acquire.selection import BASE, Selection
 from pipeline.dataset.disk import explain
 from pipeline.dataset.index.decode import decode_fully
-from pipeline.dataset.index.index import PACKED, RECORD, Index, Split, index_folder, pack_names
+from pipeline.dataset.index.index import PACKED, RECORD, Index, Split, index_folder
 from pipeline.dataset.index.scan import UNREADABLE
+from pipeline.dataset.index.write import pack_names
 from pipeline.dataset.shards.format import (
     BLOCK,
     Sample,

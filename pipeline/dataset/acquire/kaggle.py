@@ -20,8 +20,8 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
-from pipeline.dataset.acquire.connection import PROXY_USER, explain_connection
-from pipeline.dataset.acquire.credentials import Found, prepare_credentials
+from pipeline.dataset.acquire.access.connection import PROXY_USER, explain_connection
+from pipeline.dataset.acquire.access.credentials import Found, prepare_credentials
 from pipeline.dataset.acquire.remote import BUSY, REFUSED, Address, Backoff, Patience, parse_retry_after
 from pipeline.dataset.disk import explain
 from pipeline.errors import TransientError, UserError

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError as Urllib3Error
 
-from pipeline.dataset.acquire.connection import PROXY_USER, explain_connection
+from pipeline.dataset.acquire.access.connection import PROXY_USER, explain_connection
 from pipeline.errors import TransientError, UserError
 
 BUFFER = 1 << 18

@@ -15,18 +15,11 @@ import numpy as np
 
 from pipeline.command import run_command
 from pipeline.dataset.index.decode import ScannedFile, inspect_all
-from pipeline.dataset.index.index import (
-    PACKED,
-    RECORD,
-    Index,
-    has_index,
-    index_folder,
-    is_current,
-    open_index,
-    write_index,
-)
+from pipeline.dataset.index.index import PACKED, RECORD, Index, has_index, index_folder, is_current, open_index
 from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, describe, kind_of
 from pipeline.dataset.index.listing import Listing, list_places
+from pipeline.dataset.index.scan_journal import PreviousScan, ScanJournal
+from pipeline.dataset.index.write import write_index
 from pipeline.dataset.layouts.find import find_layout
 from pipeline.dataset.layouts.foreign import refuse_tars
 from pipeline.dataset.layouts.words import read_words
@@ -43,61 +36,6 @@ JOURNAL = "scan.journal"  #: results of an unfinished scan, one JSON array per l
 LOCK = ".lock"
 CHUNK = 64  # files a task
 SMALL = 2 * CHUNK  # files, below which starting processes costs more than it saves
-
-
-class ScanJournal:
-    """Results of a scan, by file, so that a killed scan resumes; a half-written last line is dropped."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.seen: dict[str, ScannedFile] = {}
-        whole = 0
-        if path.exists():
-            with path.open("rb") as file:
-                for line in file:
-                    try:
-                        name, *fields = json.loads(line)
-                        self.seen[name] = ScannedFile(*fields)
-                    except (ValueError, TypeError):
-                        break
-                    whole += len(line)
-        self.file = path.open("ab")
-        self.file.truncate(whole)
-
-    def add(self, names: list[str], found: list[ScannedFile]) -> None:
-        lines = (json.dumps([name, *seen]) + "\n" for name, seen in zip(names, found, strict=True))
-        self.file.write("".join(lines).encode())
-        self.file.flush()
-
-    def close(self, remove: bool) -> None:
-        self.file.close()
-        if remove:
-            self.path.unlink(missing_ok=True)
-
-
-class PreviousScan:
-    """Results of an earlier index and of a killed scan, for files whose size and time have not changed."""
-
-    def __init__(self, index: Index | None, split: str, journal: ScanJournal):
-        self.journal = journal.seen
-        self.split = index.splits.get(split) if index else None
-        self.numbers = {name: i for i, name in enumerate(self.split.iter_names())} if self.split else {}
-
-    def find(self, root: Path, name: str) -> ScannedFile | None:
-        seen = self.journal.get(name)
-        if self.split is not None and name in self.numbers:
-            record = self.split.records[self.numbers[name]]
-            size, mtime_ns, digest, width, height = (
-                int(record[key]) for key in ("size", "mtime_ns", "digest", "width", "height")
-            )
-            seen = ScannedFile(size, mtime_ns, digest, width, height)
-        if seen is None:
-            return None
-        try:
-            stat = os.stat(f"{root}/{name}")
-        except OSError:
-            return None
-        return seen if (stat.st_size, stat.st_mtime_ns) == (seen.size, seen.mtime_ns) else None
 
 
 def _chunks(items: list) -> Iterator[list]:

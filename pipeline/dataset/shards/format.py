@@ -20,8 +20,9 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from pipeline.dataset.index.index import RECORD, RESTART, Index, index_folder, pack_names, write_index
+from pipeline.dataset.index.index import RECORD, RESTART, Index, index_folder
 from pipeline.dataset.index.left_out import UNREADABLE, LeftOut, Tally
+from pipeline.dataset.index.write import pack_names, write_index
 from pipeline.dataset.lock import try_lock
 from pipeline.dataset.shards.restart import MAGIC, make_entry, table_name
 from pipeline.errors import UserError

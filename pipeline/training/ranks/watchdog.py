@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline.errors import EXIT_RETRY
 from pipeline.redact import redact
+from pipeline.training.ranks.flight_record import flight_record
 from pipeline.training.ranks.launcher import current_launch
 
 BEAT_S = 2.0  # between two signs of life
@@ -284,23 +285,3 @@ class Watchdog:
 
 def _place(mark: Mark) -> str:
     return mark.what if mark.step is None else f"step {mark.step}, {mark.what}"
-
-
-def flight_record() -> bytes:
-    """The last collectives of this process as torch's flight recorder has them, JSON; empty where there is none."""
-    from torch._C import _distributed_c10d as c10d
-
-    found = b""
-    for backend in ("nccl", "gloo"):
-        for name, options in (("_dump_fr_trace_json", {"backend": backend}), ("_dump_nccl_trace_json", {})):
-            dump = getattr(c10d, name, None)
-            with contextlib.suppress(RuntimeError, TypeError, ValueError):
-                found = max(found, dump(**options) if dump else b"", key=len)
-    return found
-
-
-def record_flights(folder: Path) -> None:
-    """Have torch keep the last collectives, and NCCL leave them in `folder` at a time-out. Before torch is used."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl-rank-"))

@@ -1,0 +1,82 @@
+"""One shard, written from an indexed tree or from other shards, by a process of its own."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from pipeline.dataset.index.decode import decode_fully
+from pipeline.dataset.index.index import Index, open_index, safe_join
+from pipeline.dataset.shards.format import Sample, ShardWriter, image_suffix
+from pipeline.dataset.shards.plan import Extra, Options, make_key, read_checked
+from pipeline.dataset.shards.reencode import reencode
+from pipeline.dataset.shards.transcode import transcode
+from pipeline.dataset.workers import read_ahead
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to write; everything that a process of its own needs."""
+
+    index: Path
+    fingerprint: str
+    dest: Path
+    split: str
+    number: int
+    items: np.ndarray
+    extras: tuple[Extra, ...]
+    twins: frozenset[int]
+    options: Options
+
+
+_open_once = functools.lru_cache(1)(open_index)
+
+
+def write_shard(task: Task) -> int:
+    """Write one shard; returns its number of items."""
+    index = _open_once(task.index)
+    if index.fingerprint != task.fingerprint:
+        raise UserError(f"index {task.index} changed during the run; run the same command again")
+    split, side = index.splits[task.split], task.options.side_of(task.split)
+    restart = task.options.restart
+    with ShardWriter(task.dest, task.split, task.number, restart is not None or split.restart is not None) as writer:
+        samples = [item for item in task.items.tolist() if item < len(split)]
+        read = read_ahead(lambda sample: read_checked(index, task.split, sample), samples)
+        for item in task.items.tolist():
+            if item >= len(split):
+                extra = task.extras[item - len(split)]
+                _save(writer, index, extra, item in task.twins, side, task.options)
+                continue
+            data, record, name = next(read), split.records[item], split.name(item)
+            width, height, original = int(record["width"]), int(record["height"]), split.identity(item)
+            if side is not None and min(width, height) > side:
+                data, width, height = reencode(data, side, task.options.quality)
+                original = xxhash.xxh3_64_intdigest(data), len(data)
+            if restart is not None:
+                data = transcode(data, restart) or data
+            label = int(record["label"])
+            key = name.rpartition(".")[0] if split.shards else make_key(index.synsets[label], name, item in task.twins)
+            writer.add(Sample(key, image_suffix(data, name), data, label, width, height, 2 * item + 1, original))
+    return len(task.items)
+
+
+def _save(writer: ShardWriter, index: Index, extra: Extra, is_twin: bool, side: int | None, options: Options) -> None:
+    """Add what can be seen of a damaged image, or note that nothing can."""
+    note = {"file": extra.name, "class": index.synsets[extra.label]}
+    try:
+        raw = safe_join(index.root, extra.name).read_bytes()
+        data, width, height = reencode(raw, side, options.quality, damaged=True)
+        decode_fully(data)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "nothing to decode"
+        writer.notes.append({**note, "done": "left out", "reason": reason})
+        return
+    writer.notes.append({**note, "done": "re-encoded"})
+    key = make_key(index.synsets[extra.label], extra.name, is_twin)
+    original = xxhash.xxh3_64_intdigest(data), len(data)
+    if options.restart is not None:
+        data = transcode(data, options.restart) or data
+    writer.add(Sample(key, "jpg", data, extra.label, width, height, extra.order, original))
