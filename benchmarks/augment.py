@@ -18,10 +18,11 @@ from torch import nn
 from torchvision.transforms import v2
 
 from pipeline.augment.apply import EraseAndMix, PixelOps
-from pipeline.augment.mixing import NormalizeEraseMix, soft_targets
+from pipeline.augment.mixing import apply_erase_mix, soft_targets
 from pipeline.augment.ops import apply_ops
 from pipeline.config import AugmentConfig
 from pipeline.loader.plan import TrainPlan
+from pipeline.model.build import Normalized
 
 CPU, CLASSES = torch.device("cpu"), 1000
 BILINEAR = {"interpolation": "bilinear"}
@@ -35,9 +36,15 @@ POLICIES = {
     "autoaugment": (AugmentConfig(policy="autoaugment", **BILINEAR), v2.AutoAugment(**BILINEAR)),
     "jitter": (AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1)), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)),
 }
-MIXED = AugmentConfig(erase=0.1, mixup=0.2, cutmix=1.0)
+MIXED = AugmentConfig(random_erase=0.1, mixup=0.2, cutmix=1.0)
 EVERYTHING = AugmentConfig(
-    policy="randaugment-timm", magnitude_std=0.5, jitter=(0.4,) * 3 + (0.1,), erase=0.1, repeats=3, mixup=0.2, cutmix=1
+    policy="randaugment-timm",
+    magnitude_std=0.5,
+    jitter=(0.4,) * 3 + (0.1,),
+    random_erase=0.1,
+    repeats=3,
+    mixup=0.2,
+    cutmix=1,
 )
 
 
@@ -102,15 +109,15 @@ def measure(batch: int, size: int, rounds: int) -> dict:
             return [transform(plane) for plane in planes]
 
         result["policy_ms_per_image"][name] = compare(ours, theirs if transform else None, rounds, batch)
-    plan, whole = make_plan(MIXED, batch, size), NormalizeEraseMix(nn.Identity(), (0.5,) * 3, (0.2,) * 3, True, 2)
-    normalize = NormalizeEraseMix(nn.Identity(), (0.5,) * 3, (0.2,) * 3, True, 2)
+    plan = make_plan(MIXED, batch, size)
+    normalize = Normalized(nn.Identity(), (0.5,) * 3, (0.2,) * 3, channels_last=True).normalize
     labels, step = torch.arange(batch), iter(range(10_000))
     erase, mix = v2.RandomErasing(0.1), [v2.MixUp(alpha=0.2, num_classes=CLASSES), v2.CutMix(num_classes=CLASSES)]
 
     def retouched():
         planned = plan.local(next(step))
         how = EraseAndMix.of(planned.augment_params, planned.mixing, CPU)
-        return whole(images, how), soft_targets(labels, how.shares, 2, CLASSES)
+        return apply_erase_mix(normalize(images), how, 2), soft_targets(labels, how.shares, 2, CLASSES)
 
     def torchvisions():
         pixels = torch.stack([erase(image) for image in normalize(images)])

@@ -1,6 +1,6 @@
 #!/bin/bash
 # ImageNet from a Kaggle account into DATA_ROOT, verified and indexed, on a node that reaches the internet; no GPU is
-# asked for. On a preemption, the time limit or a node's failure the job goes back to the queue and goes on with what
+# asked for. On a preemption, the time limit or a node's failure the job goes back to the queue and resumes with what
 # is missing. Submit from the project's folder:
 #
 #   sbatch --partition=transfer slurm/fetch.sh

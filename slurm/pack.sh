@@ -1,6 +1,6 @@
 #!/bin/bash
 # Pack DATA_ROOT into tar shards at SHARDS; no GPU is asked for. A shard that is whole is never written again, so a
-# job that was preempted or killed goes on where it was. Submit from the project's folder:
+# job that was preempted or killed resumes where it was. Submit from the project's folder:
 #
 #   sbatch slurm/pack.sh                                       one node
 #   DATA_ROOT=/scratch/imagenet SHARDS=/scratch/imagenet-320 sbatch slurm/pack.sh --short-side 320

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Train ResNet-152 on every GPU of the nodes asked for. On a preemption, the time limit or a node's failure the job
-# saves, goes back to the queue, and goes on at the step where it was. Submit from the project's folder:
+# saves, goes back to the queue, and resumes at its step. Submit from the project's folder:
 #
 #   sbatch slurm/resnet152.sh                                1 node x 8 GPUs
 #   sbatch --nodes=4 slurm/resnet152.sh                      4 nodes x 8 GPUs

@@ -56,14 +56,3 @@ class Pairs(nn.Module):
 
     def forward(self, images: torch.Tensor) -> dict:
         return {"logits": self.network(images)}
-
-
-def mean_of_squares(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """A loss of one's own."""
-    if not targets.is_floating_point():
-        targets = nn.functional.one_hot(targets, logits.shape[1])
-    return (logits.float().softmax(1) - targets).square().sum(1).mean()
-
-
-def not_a_scalar(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return logits

@@ -171,7 +171,7 @@ def test_a_slow_disk_holds_up_only_the_next_save(tmp_path):
         folder, warnings = disk / "checkpoints", []
         writer = CheckpointWriter(folder, 2, set, warnings.append)
         writer.save(Snapshot(1, large, META))
-        assert list_checkpoints(folder) == []  # training goes on meanwhile
+        assert list_checkpoints(folder) == []  # training continues meanwhile
         writer.save(Snapshot(2, large, META))
         assert steps(folder) == [1]  # the second waited for the first
         assert writer.close() and steps(folder) == [2, 1] and not warnings

@@ -1,4 +1,4 @@
-"""The file system of a whole run folder fails in mid-run: training goes on while it may, and no row is lost."""
+"""The file system of a whole run folder fails in mid-run: training continues while it may, and no row is lost."""
 
 import contextlib
 import fcntl

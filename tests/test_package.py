@@ -41,3 +41,11 @@ def test_each_constraint_once() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     names = [line.split("==")[0].lower().replace("_", "-") for line in lines if not line.startswith("#")]
     assert len(names) == len(set(names))
+
+
+def test_every_benchmark_can_be_started():
+    """What it imports is there, under that name."""
+    program = "import runpy, sys; [runpy.run_path(path, run_name='benchmark') for path in sys.argv[1:]]"
+    scripts = sorted(str(path) for path in (ROOT / "benchmarks").glob("*.py"))
+    done = subprocess.run([sys.executable, "-c", program, *scripts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

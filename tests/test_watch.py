@@ -111,7 +111,7 @@ def test_a_long_wait_is_said_and_its_end(monkeypatch, capsys):
     watch._say_if_long(watch._here())
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "warning: rank 0 has been in step 3, waiting for images for 31 s: reading /data/a.JPEG for 9 s"
-    assert lines[1].startswith("rank 0 goes on after") and len(lines) == 2
+    assert lines[1].startswith("rank 0 continued after") and len(lines) == 2
 
 
 def test_stragglers_are_told_once():

@@ -35,7 +35,7 @@ class EvaluationConfig:
     """Score the mean of the logits of each image and its mirror image (as FFCV)."""
     recalibrate_batches: int = 0
     """Before scoring, compute BatchNorm's statistics anew over so many of the last training batches, with the weights
-    as they are; training goes on with its own. 0: score with the running statistics."""
+    as they are; training continues with its own. 0: score with the running statistics."""
 
 
 def check_evaluation(c: EvaluationConfig) -> Iterator[Check]:

@@ -1,4 +1,4 @@
-"""The groups `guard`, `checkpoint` and `tracking`: how a run is watched over, saved and told of."""
+"""The groups `guard`, `checkpoint` and `tracking`: how a run is watched over, saved and reported."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class CheckpointConfig:
     keep: int = runtime_field(2)
     """Newest checkpoints kept, beside the best one."""
     outage_timeout_minutes: float = runtime_field(30.0)
-    """Training goes on for so long while the run folder can't be written, with its rows kept in memory; then the run
+    """Training continues for so long while the run folder can't be written, with its rows kept in memory; then the run
     ends with exit code 1, to be started again, perhaps elsewhere."""
 
 

@@ -29,7 +29,7 @@ class TrainConfig:
     cuda_graphs: bool = runtime_field(False)
     """With compile, on CUDA: record the step's kernels as graphs and replay them."""
     bucket_mb: float = runtime_field(25.0)
-    """MiB of gradients that are exchanged at once while the backward pass goes on. With more than two ranks the order
+    """MiB of gradients that are exchanged at once during the backward pass. With more than two ranks the order
     of sums follows from it."""
     compress_gradients: Literal["bf16"] | None = None
     """Exchange gradients in this type, half the bytes; default: as they are."""

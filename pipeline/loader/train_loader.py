@@ -207,7 +207,7 @@ class TrainLoader(LoaderBase):
     # --- saving and resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on after the batch that was yielded last: plain numbers and strings."""
+        """What `load_state_dict` needs to resume after the batch that was yielded last: plain numbers and strings."""
         return {
             "format": _FORMAT,
             "step": self.step,
@@ -216,7 +216,7 @@ class TrainLoader(LoaderBase):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was saved, whatever the number of ranks was then.
+        """Resume where `state` was saved, whatever the number of ranks was then.
 
         Raises UserError if the loader that saved it has other settings or another data set: its steps are others.
         """

@@ -1,7 +1,7 @@
 """The ledger, `metrics.jsonl`: one JSON object a line, and the truth about a run.
 
 Rows have a `kind`: "train" (one for each step, strictly rising, none twice, none missing), "eval" and "event". When a
-run goes on from step k, the rows of later steps are taken out first: they will be written again.
+run resumes at step k, the rows of later steps are taken out first: they will be written again.
 
 Rows that the disk refuses, or that go to a file which is no longer in its place, are kept in memory and written as soon
 as that ends.

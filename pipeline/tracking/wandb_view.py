@@ -99,7 +99,7 @@ class WandbView:
         }
         try:
             self.run = wandb.init(mode=mode, **arguments)
-        except Exception as error:  # whatever W&B raises, training goes on
+        except Exception as error:  # whatever W&B raises, training continues
             self.say(f"W&B: {type(error).__name__}: {_first_line(error)}; going on offline, {later}")
             try:
                 wandb.teardown()  # else the run's id counts as in use

@@ -43,7 +43,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def exchange_gradients(network: nn.Module, train: TrainConfig, device: torch.device) -> DistributedDataParallel:
-    """The network whose backward averages gradients over all ranks, bucket by bucket while it goes on. (A rank alone
+    """The network whose backward averages gradients over all ranks, bucket by bucket as it runs. (A rank alone
     has nothing to average, and is spared the copies into buckets.)"""
     sync: dict[str, Any] = {_SYNC_BUFFERS: False}
     exchanging = DistributedDataParallel(

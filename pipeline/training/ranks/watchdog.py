@@ -153,7 +153,7 @@ class Watchdog:
     def _say_if_long(self, mark: Mark) -> None:
         """Warn of a long wait of this rank's own, and say when it is over."""
         if self._said is not None and self._said[0] != self._since:
-            print(f"{self.names[self.rank]} goes on after {self._clock() - self._said[0]:.0f} s", file=sys.stderr)
+            print(f"{self.names[self.rank]} continued after {self._clock() - self._said[0]:.0f} s", file=sys.stderr)
             self._said, self._warned = None, WARN_AFTER_S
         if not mark.collective and mark.age_s > self._warned and mark.limit_s < math.inf:
             self._said, self._warned = (self._since, mark.what), 2 * mark.age_s

@@ -287,7 +287,7 @@ class CheckpointWriter:
             writing.result()
         except OSError as error:
             self.warn(
-                f"the checkpoint could not be written to {self.folder} ({error}); training goes on, "
+                f"the checkpoint could not be written to {self.folder} ({error}); training continues, "
                 "and the next save tries again"
             )
             return False

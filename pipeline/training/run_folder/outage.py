@@ -1,4 +1,4 @@
-"""A run folder that can't be written for a while: what is said of it, and how long training goes on."""
+"""A run folder that can't be written for a while: what is said of it, and how long training continues."""
 
 import time
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Outage:
         if now >= self._say_at:
             left = (self.wait_s - now + self._since) / 60
             self.warn(
-                f"step {step}: {reason}; training goes on and keeps its rows in memory, no checkpoint is saved; "
+                f"step {step}: {reason}; training continues and keeps its rows in memory, no checkpoint is saved; "
                 f"if that is not mended in {left:.3g} min (--checkpoint.outage_timeout_minutes), "
                 "the run ends with exit code 1"
             )
