@@ -3,7 +3,7 @@
 # Usage: scripts/test.sh [--fast | --all] [pytest's arguments]
 #   --fast      3 minutes: nothing that takes more than 1.5 s, no Slurm, no browser; installs nothing as root
 #   (default)   everything but the tests marked "long"
-#   --all       everything: clusters and elasticity as well
+#   --all       everything: clusters, elasticity and repeated kills as well
 # For example: scripts/test.sh --fast -k checkpoint
 set -euo pipefail
 cd "$(dirname "$0")/.."

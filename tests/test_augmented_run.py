@@ -57,7 +57,7 @@ def digests(run):
     return [row["batch_digest"] for row in runs.rows(run, "train")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resumed_is_bit_identical(root, recipe, undisturbed, tmp_path):
     """Cut inside the first epoch, and after the images have grown."""
     for steps in (3, 6, STEPS):
@@ -66,7 +66,7 @@ def test_resumed_is_bit_identical(root, recipe, undisturbed, tmp_path):
     runs.assert_same_state(runs.checkpoint_at(tmp_path / "cut", STEPS), runs.checkpoint_at(undisturbed, STEPS))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_one_two_ranks_see_the_same_batches(root, recipe, undisturbed, tmp_path):
     run = tmp_path / "run"
     runs.train(root, run, "--train.max_steps", "3", recipe=recipe, processes=2)

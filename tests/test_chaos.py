@@ -28,7 +28,7 @@ def test_a_phase_that_was_missed_holds_up_no_fault(tmp_path):
     assert trigger.is_due() and trigger.fault.phase == "training"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_job_ends_the_same_and_a_damaged_one_is_reported(tmp_path, capsys):
     figures = tmp_path / "figures.json"
     code = main(["chaos", str(tmp_path / "work"), "--kills", "2", "--seed", "1", "--json", str(figures)])

@@ -91,7 +91,7 @@ def test_a_lost_node_is_done_without_and_one_that_comes_is_taken_in(root, tmp_pa
     assert_one_run(tmp_path / "run", root, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_below_the_least_number_the_job_ends_and_the_next_start_resumes(root, tmp_path):
     with elastic(tmp_path, root, "2", launch=("--rejoin-timeout=1",)) as job:
         job.serve()
@@ -103,7 +103,7 @@ def test_below_the_least_number_the_job_ends_and_the_next_start_resumes(root, tm
         assert job.said("1 node left, 2 required")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_host_of_the_rendezvous_is_lost(root, tmp_path):
     with elastic(tmp_path, root, "1:2") as job:
         job.serve()
@@ -115,7 +115,7 @@ def test_the_host_of_the_rendezvous_is_lost(root, tmp_path):
         assert job.said("the host of the rendezvous, was lost; start the job again to resume")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_batch_that_three_do_not_divide_trains_on_two_with_a_spare(root, tmp_path):
     options = ["--schedule.epochs", "100000", "--train.global_batch_size", "16"]
     with elastic(tmp_path, root, "1:4", *options) as job:

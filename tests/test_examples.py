@@ -38,7 +38,7 @@ def log(folder):
     return [(int(step), digest, float(pixels), float(loss)) for step, digest, pixels, loss in parts]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plain_loop_is_killed_and_resumes_on_another_number_of_ranks(root, tmp_path):
     """The same batches, pixel for pixel, as without the kill."""
     undisturbed = plain_loop(root, tmp_path / "undisturbed", 1)

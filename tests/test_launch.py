@@ -126,7 +126,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_term_to_the_launcher_saves_and_the_same_command_finishes(root, tmp_path):
     run, length = tmp_path / "run", ["--schedule.epochs", "8"]
     program = training(root, run, *length)

@@ -44,7 +44,7 @@ def test_a_node_without_a_gpu(tmp_path, capsys):
     assert "pass    fp32, eager" in capsys.readouterr().out  # said as it goes
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_that_are_repeated_killed_and_resumed(tmp_path):
     code, found = qualify(tmp_path, "--minutes", "10", "--parts", "repeat and resume,checkpoints")
     rows = found["parts"]["repeat and resume"]

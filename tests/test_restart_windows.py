@@ -213,7 +213,7 @@ def test_batches_are_the_same_wherever_the_bytes_lie(roots, loader, monkeypatch)
         assert torch.equal(one.images, other.images) and torch.equal(one.images, third.images)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_on_one_resumes_on_the_others_bit_for_bit(roots, tmp_path):
     steps = 19  # of tests/tiny.yaml
     whole, moved = tmp_path / "whole", tmp_path / "moved"

@@ -55,7 +55,7 @@ def test_killed_twice_and_resumed_is_bit_identical(root, undisturbed, tmp_path, 
     assert scores[0] == scores[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_ranks_with_accumulation_resume_bit_identically(root, tmp_path):
     """With more than two ranks the order of a sum depends on the gradient buckets' layout, which must not depend on
     where the run was resumed."""
@@ -68,7 +68,7 @@ def test_four_ranks_with_accumulation_resume_bit_identically(root, tmp_path):
     runs.assert_same_state(runs.checkpoint_at(cut, 8), runs.checkpoint_at(whole, 8))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_elastic_two_one_two_ranks_see_the_same_batches(root, undisturbed, tmp_path):
     run = tmp_path / "run"
 

@@ -309,6 +309,11 @@ def told(request, tmp_path_factory):
             future.cancel()
 
 
-@pytest.mark.parametrize("name", STORIES)
+IN_EVERY_LANE = ("from_submission_to_the_end", "time_limit_term_requeue_and_a_killed_rank")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_EVERY_LANE else pytest.mark.long) for name in STORIES]
+)
 def test_story(told, name):
     told[name].result()

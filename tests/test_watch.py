@@ -127,7 +127,7 @@ def complaints(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("pipeline train: ")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_suspended_rank_ends_the_job_within_the_time_and_is_named(root, tmp_path):
     run = tmp_path / "run"
     options = [*TINY, "--train.hang_timeout_s", "4", "--train.max_steps", "1000000", "--schedule.epochs", "100000"]
