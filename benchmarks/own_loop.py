@@ -49,7 +49,7 @@ def stream_rounds(root: str, batch: int, steps: int, threads: int, raw: bool) ->
     augment = AugmentConfig() if raw else FINISHED
     data, index = DataConfig(root, threads=threads).resolve(), open_index(index_folder(Path(root)))
     plan = make_train_plan(index, data, TrainConfig(global_batch_size=batch), augment)
-    stream = make_train_stream(index, plan, data, RankInfo())
+    stream = make_train_stream(index, plan, data, RankInfo(), applies=augment)
     network = Normalized(torch.nn.Identity(), data.mean, data.std, channels_last=True)
     start = 0
 

@@ -6,7 +6,6 @@ Run a script with these under `python` or `torchrun`, as `pipeline train` itself
 import contextlib
 import io
 import json
-import os
 import signal
 import tempfile
 import threading
@@ -20,7 +19,6 @@ from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.ranks.stop_request import StopRequest
 
-_trained: list[str] = []  # by this process: the ranks have met, and can't meet again
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
@@ -53,7 +51,6 @@ def train(config: Config) -> bool:
     """
     from pipeline.training.cli import train_config
 
-    _trained.append(config.run_dir)
     with _stop_request() as stop:
         train_config(config, stop)
     return RunPaths(Path(config.run_dir).expanduser()).finished.exists()
@@ -68,8 +65,6 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
     """
     from pipeline.evaluation.run import Request, evaluate_run
 
-    if _trained and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("under torchrun evaluate in a process of its own, not after train(): pipeline evaluate RUN")
     unknown = options.keys() - Request.__dataclass_fields__.keys()
     if unknown or "json" in options:
         raise UserError(f"unknown option {min(unknown or {'json'})}; see: pipeline evaluate --help")

@@ -1,7 +1,9 @@
 """The package from Python."""
 
+import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,46 @@ def test_a_run_is_that_of_the_command(root, tmp_path):
     assert scores["images"] == 24 and scores["results"][0]["val_top1"] == scores["val_top1"]
     (row,) = pipeline.read_ledger(tmp_path / "own", "eval")
     assert scores["val_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+
+
+SEVERAL = """
+import sys, json
+import pipeline
+options = {"data.root": sys.argv[1], "run_dir": sys.argv[2], "train.device": "cpu"}
+for steps in (2, 3):
+    config = pipeline.load_config(sys.argv[3], options | {"train.max_steps": steps})
+    finished = pipeline.train(config)
+    first, second = (pipeline.evaluate(sys.argv[2], checkpoint="last", device="cpu") for _ in range(2))
+    assert finished and first["val_loss"] == second["val_loss"] if first else second == {}
+    if first:
+        print("SCORED", json.dumps([first["step"], first["images"], first["val_loss"]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True], ids=["c10d", "no launcher"])
+def test_train_and_evaluate_in_one_process_on_two_ranks(root, tmp_path, static):
+    """Twice, so that a second training meets, too: under torchrun, and by two processes that only know each other."""
+    script = tmp_path / "script.py"
+    script.write_text(SEVERAL)
+    arguments = [str(script), str(root), str(tmp_path / "run"), str(runs.TINY)]
+    if static:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        starts = [([sys.executable, *arguments], place | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    else:
+        starts = [([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *arguments], {})]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [subprocess.Popen(command, env=runs.environment() | own, **options) for command, own in starts]
+    printed = "".join(rank.communicate(timeout=200)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), printed
+    scored = [json.loads(line) for line in re.findall(r"^SCORED (.*)$", printed, re.M)]
+    evals = pipeline.read_ledger(tmp_path / "run", "eval")
+    assert [row["step"] for row in evals] == [2, 3], printed
+    assert [found[:2] for found in scored] == [[row["step"], 24] for row in evals]
+    assert [found[2] for found in scored] == pytest.approx([row["val_loss"] for row in evals], rel=1e-5)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

@@ -56,7 +56,7 @@ def test_augmentation_on_the_gpu_gives_the_cpus_pixels(root):
     changed, seen = {}, {}
     for name in ("cpu", "cuda"):
         device = torch.device(name, 0) if name == "cuda" else torch.device(name)
-        stream = build.make_train_stream(index, plan, config, World(0, 1, 0, 1, device))
+        stream = build.make_train_stream(index, plan, config, World(0, 1, 0, 1, device), applies=c)
         (batch,) = stream.batches(0, 1)
         stream.close()
         whole = NormalizeEraseMix(nn.Identity(), config.mean, config.std, True, c.mix_group).to(device)

@@ -103,7 +103,7 @@ def seen(index, step, world_size):
     whole = NormalizeEraseMix(nn.Identity(), data.mean, data.std, True, EVERYTHING.mix_group)
     parts = []
     for rank in range(world_size):
-        stream = build.make_train_stream(index, plan, data, RankInfo(rank, world_size))
+        stream = build.make_train_stream(index, plan, data, RankInfo(rank, world_size), applies=EVERYTHING)
         (batch,) = stream.batches(step, step + 1)
         images = apply_ops(batch.images, batch.pixel_ops, EVERYTHING.interpolation, None)
         targets = soft_targets(batch.targets, batch.erase_mix.shares, EVERYTHING.mix_group, 4)
@@ -130,7 +130,7 @@ def test_pixels_and_targets_are_the_same_for_any_world_size(index):
 def test_a_micro_batch_sees_its_part(index):
     data = DataConfig(loader="reference", image_size=32, val_size=32, val_resize=32).resolve()
     plan = build.make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
-    stream = build.make_train_stream(index, plan, data, RankInfo())
+    stream = build.make_train_stream(index, plan, data, RankInfo(), applies=EVERYTHING)
     (batch,) = stream.batches(0, 1)
     stream.close()
     pixels = torch.rand(24, 3, 32, 32)

@@ -9,10 +9,12 @@ import runs
 import torch
 
 from pipeline import EvalLoader, TrainLoader
-from pipeline.config import AugmentConfig, DataConfig, parse_config
+from pipeline.config import AugmentConfig, DataConfig, TrainConfig, parse_config
 from pipeline.dataset.index.index import index_folder
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
+from pipeline.loader.build import make_train_plan, make_train_stream
+from pipeline.rank_info import RankInfo
 from pipeline.training.optim.loss import ClassLoss
 from pipeline.training.step import NormalizeEraseMix
 
@@ -290,3 +292,19 @@ def test_validation_needs_no_training_images(root, tmp_path):
         shutil.copy(split.path(sample), folder)
     with EvalLoader(tmp_path / "photos", image_size=32, device="cpu") as loader:
         assert sum(len(targets) for _, targets in loader) == 24
+
+
+def test_a_stream_says_whose_augmentation_it_does_not_apply(root):
+    """A plan with an augmentation has other digests: nobody may read its batches without applying that."""
+    data, augment = DataConfig(str(root), image_size=32).resolve(), AugmentConfig(policy="randaugment", mixup=0.2)
+    index = build_index(root)
+    plan = make_train_plan(index, data, TrainConfig(global_batch_size=8), augment)
+    for applies in ({}, {"applies": AugmentConfig(policy="randaugment")}):
+        with pytest.raises(UserError, match=r"the plan augments \(policy randaugment, mixup 0.2\).*TrainLoader"):
+            make_train_stream(index, plan, data, RankInfo(), **applies)
+    stream = make_train_stream(index, plan, data, RankInfo(), applies=augment)
+    (batch,) = stream.batches(0, 1)
+    stream.close()
+    assert batch.pixel_ops is not None and batch.erase_mix is not None
+    repeated = make_train_plan(index, data, TrainConfig(global_batch_size=8), AugmentConfig(repeats=2))
+    make_train_stream(index, repeated, data, RankInfo()).close()  # the plan itself repeats

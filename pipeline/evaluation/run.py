@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.command import split_list
 from pipeline.config import Config, DataConfig, ModelConfig, RawConfig, ResolvedDataConfig, TrainConfig, load_config
+from pipeline.config.augment import UNAUGMENTED
 from pipeline.dataset.index.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.checkpoints import ScoredNetwork, load_published, load_run
@@ -210,7 +211,8 @@ def recalibrated(
     """BatchNorm's statistics anew over the last `count` training batches; False if any rank was asked to stop."""
     if subject.meta.get("index_fingerprint") != index.fingerprint:
         raise UserError(f"--recalibrate {count} needs the run's own data set, {index.root} is another; give 0")
-    plan = make_train_plan(index, config.data, config.train, config.augment)
+    plain = dataclasses.replace(UNAUGMENTED, repeats=config.augment.repeats)  # as `recalibrate` looks at them
+    plan = make_train_plan(index, config.data, config.train, plain)
     plan.reshuffle([made.to for made in rollbacks_of(subject.meta) if made.reshuffle])
     stream = make_train_stream(index, plan, config.data, world)
     step = subject.meta["step"]

@@ -1,5 +1,7 @@
 """From a configuration to the two streams of a run: training and validation."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -61,7 +63,8 @@ def check_shares(config: Config, world_size: int) -> None:
 def make_train_plan(
     index: Index, data: ResolvedDataConfig, train: TrainConfig, augment: AugmentConfig = UNAUGMENTED
 ) -> TrainPlan:
-    """The plan of a run: a function of the index, the recipe and the seed alone."""
+    """The plan of a run: a function of the index, the recipe and the seed alone. What `augment` changes beside the
+    samples' order is for the reader of the batches to apply: see `make_train_stream`."""
     records = index.splits["train"].records
     widths, heights = (np.ascontiguousarray(records[key], np.int64) for key in ("width", "height"))
     return TrainPlan(
@@ -77,6 +80,12 @@ def make_train_plan(
         sizes_change=len(data.sizes()) > 1,
         shorter_side=data.shorter_side,
     )
+
+
+def describe_augment(augment: AugmentConfig) -> str:
+    """The settings that differ from the defaults, as options are written: "policy randaugment, mixup 0.2"."""
+    pairs = ((item.name, getattr(augment, item.name), item.default) for item in dataclasses.fields(augment))
+    return ", ".join(f"{name} {value}" for name, value, default in pairs if value != default) or "nothing"
 
 
 def make_decoder(
@@ -98,8 +107,20 @@ def make_decoder(
     return ReferenceDecoder(threads, prefetch, resize, interpolation)
 
 
-def make_train_stream(index: Index, plan: TrainPlan, data: ResolvedDataConfig, place: RankInfo) -> Stream:
-    """The training batches of a rank."""
+def make_train_stream(
+    index: Index, plan: TrainPlan, data: ResolvedDataConfig, place: RankInfo, applies: AugmentConfig = UNAUGMENTED
+) -> Stream:
+    """The training batches of a rank: images cropped and flipped, and beside them what is to be done to them.
+
+    applies: the augmentation that the caller applies to each batch, by `apply_ops`, `apply_erase_mix` and
+    `soft_targets`. Raises UserError where the plan has another one: its digests would tell of an augmentation that no
+    pixel has seen. `TrainLoader` applies all of it.
+    """
+    if (plan.augment.draws or plan.augment.mixes) and applies != plan.augment:
+        raise UserError(
+            f"the plan augments ({describe_augment(plan.augment)}), and its reader does not apply that: "
+            "use pipeline.TrainLoader, or apply batch.pixel_ops and batch.erase_mix and give applies=plan.augment"
+        )
     return _make_stream(index, "train", plan, data, plan.global_batch_size // place.size, place)
 
 

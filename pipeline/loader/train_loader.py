@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import torch
 
 from pipeline.config import AugmentConfig, Config, DataConfig, semantic_config
+from pipeline.config.augment import UNAUGMENTED
 from pipeline.errors import UserError
 from pipeline.loader.build import check_shares, make_train_plan, make_train_stream
 from pipeline.loader.loader_base import LoaderBase
@@ -122,7 +123,11 @@ class TrainLoader(LoaderBase):
             raise UserError(as_argument(str(error))) from None
         self.step = 0  #: batches that were yielded, since the beginning of epoch 0; the index of the next one
         self._resumed_at = 0  # epochs are not begun before this step
-        self._reader = Reader(lambda: make_train_stream(self.index, self.plan, self.config.data, self.place))
+        self._reader = Reader(
+            lambda: make_train_stream(
+                self.index, self.plan, config.data, self.place, applies=UNAUGMENTED if raw else config.augment
+            )
+        )
 
     # --- what there is
 

@@ -39,7 +39,7 @@ def open_trainer(setup: RunSetup) -> "Trainer":
     """A trainer in the state of `setup.start`, with loaders and ledger open. The caller closes it. Collective."""
     config, world = setup.config, setup.world
     train_step = setup.make_train_step(setup.start)
-    train_stream = make_train_stream(setup.index, setup.plan, config.data, world)
+    train_stream = make_train_stream(setup.index, setup.plan, config.data, world, applies=config.augment)
     eval_stream = make_eval_stream(setup.index, config.data, config.train.local_eval_batch_size(world.size), world)
     recorder, profiler = None, None
     if world.is_rank_zero:

@@ -66,7 +66,7 @@ def _augmented(index: Index, name: str, augment: AugmentConfig) -> Row:
     plan = make_train_plan(index, config, TrainConfig(global_batch_size=64), augment)
     changed = []
     for device in (torch.device("cpu"), _gpu()):
-        stream = make_train_stream(index, plan, config, RankInfo(device=device))
+        stream = make_train_stream(index, plan, config, RankInfo(device=device), applies=augment)
         (batch,) = stream.batches(0, 1)
         stream.close()
         assert batch.pixel_ops is not None

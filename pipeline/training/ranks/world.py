@@ -4,7 +4,6 @@ import contextlib
 import os
 import socket
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,8 +18,7 @@ from pipeline.gpu_facts import sign_of_gpus, why_no_cuda
 from pipeline.limits import MOST_FILES, available_cores, open_files_limit
 from pipeline.rank_env import find_leftovers, has_launcher
 from pipeline.rank_info import RankInfo
-from pipeline.training.ranks.launcher import current_launch
-from pipeline.training.ranks.rendezvous import meet_at_store
+from pipeline.training.ranks.rendezvous import agree_on_name, find_store
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.watchdog import Watchdog
 
@@ -148,8 +146,10 @@ def _of_this_node(message: str, local_rank: int) -> UserError:
 def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
     """Join the process group that torchrun or srun describes, or one of this process alone.
 
-    Raises UserError for variables of a launcher that is not there.
+    Raises UserError for variables of a launcher that is not there, and where the process is in a group already.
     """
+    if dist.is_initialized():
+        raise UserError("torch.distributed is initialized already; call destroy_process_group() before")
     leftovers = find_leftovers()
     if leftovers:
         raise UserError(leftovers)
@@ -170,13 +170,11 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
         # Read when cuBLAS and NCCL are first used. NVLink SHARP sums in the switch, in an order of its own.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    place: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    if size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ and current_launch() is None:
-        place = {"store": meet_at_store(rank, size, train.hang_timeout_s, stop), "rank": rank, "world_size": size}
     # The watch comes first, and can tell who hangs; unlike torch it knows when this process was suspended.
     limit = max(timedelta(seconds=1.5 * train.hang_timeout_s + 30), SUSPENDED)
     try:
-        dist.init_process_group(backend, timeout=limit, **place)
+        store = find_store(rank, size, limit, train.hang_timeout_s, stop) if size > 1 else dist.HashStore()
+        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).strip().splitlines()[0][:200]
@@ -195,18 +193,13 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
 
 
 def _shared_store(size: int) -> dist.Store | None:
-    """A connection of its own to the store by which the ranks found each other; each start has its own keys.
-
-    Nothing in the environment is common to all ranks of a start and to no other: under torchrun old and new nodes count
-    restarts apart, and the store may outlive a start. So rank 0 names it.
-    """
+    """A connection of its own to the store by which the ranks found each other; each start has its own keys."""
     if size == 1:
         return None
-    name: list[Any] = [uuid.uuid4().hex]
-    dist.broadcast_object_list(name, src=0)
+    name = agree_on_name()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)
-    return dist.PrefixStore(f"watch/{name[0]}", store)
+    return dist.PrefixStore(f"watch/{name}", store)
 
 
 def start_watchdog(world: World) -> None:
