@@ -140,8 +140,8 @@ def reader_has_left() -> bool:
 
 
 def run() -> None:
-    """A process's life: one verb. It ends without the interpreter taking itself apart, which with torch loaded takes a
-    second that a job told to go may not have, and in which other threads may still abort it."""
+    """Run one verb and end the process. With torch loaded, the interpreter's own shutdown is skipped: it takes a second
+    that a job asked to stop may not have, and other threads may abort during it."""
     code: object = EXIT_RETRY
 
     def leave() -> None:
@@ -150,12 +150,12 @@ def run() -> None:
             sys.stderr.flush()
             os._exit(code if isinstance(code, int) else EXIT_OK if code is None else EXIT_RETRY)
 
-    def tell(*error: Any) -> None:
+    def print_traceback(*error: Any) -> None:
         sys.stderr.write(redact("".join(traceback.format_exception(*error))))
 
     stop_request.process_is_ours = True
-    sys.excepthook = tell
-    threading.excepthook = lambda found: tell(*found[:3])
+    sys.excepthook = print_traceback
+    threading.excepthook = lambda found: print_traceback(*found[:3])
     atexit.register(leave)  # registered first, so it is called last
     try:
         code = main()

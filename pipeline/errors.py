@@ -1,4 +1,4 @@
-"""The two ways a command can fail, and the exit codes by which a scheduler tells them apart.
+"""The two ways a command can fail, and the exit codes by which a scheduler distinguishes them.
 
 `UserError` is something that the user can mend: one line that names the thing, the value and the remedy.
 `TransientError` is something that broke underneath (a node, a disk, a server): trying again may help.
@@ -25,7 +25,7 @@ _BY_RANKS = ("pipeline train", "pipeline evaluate", "pipeline bench")  # which s
 class UserError(ValueError):
     """What the user asked for can't be done; the message is one line with thing, value and remedy.
 
-    `on_all_ranks`: all ranks of a job meet it alike, so only rank 0 says it.
+    `on_all_ranks`: every rank of a job meets the same error, so only rank 0 prints it.
     """
 
     on_all_ranks = True
@@ -34,7 +34,7 @@ class UserError(ValueError):
 class TransientError(RuntimeError):
     """Something underneath failed; the message is one line that names it. Trying again may help.
 
-    `on_all_ranks`: all ranks of a job meet it alike, so only rank 0 says it.
+    `on_all_ranks`: every rank of a job meets the same error, so only rank 0 prints it.
     """
 
     def __init__(self, message: str, on_all_ranks: bool = False):

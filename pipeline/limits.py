@@ -138,7 +138,7 @@ def _mounted(controller: str) -> Iterator[tuple[Path, PurePosixPath]]:
 
 
 def _at_usual_places(controller: str) -> Iterator[tuple[Path, PurePosixPath]]:
-    """The same where the table of mounts does not tell."""
+    """The same where the table of mounts does not say."""
     for controllers, path in _own_groups():
         inside = PurePosixPath(str(path).lstrip("/"))
         if not controllers:

@@ -150,7 +150,7 @@ def test_a_server_that_is_not_there_costs_seconds_and_one_line(tmp_path, monkeyp
         monkeypatch.setattr(wandb, "init", lambda **options: modes.append(options["mode"]) or real(**options))
         log_three(tmp_path / "run", TrackingConfig(), said)
     assert modes == ["offline"]
-    assert len(said) == 1 and "going on offline" in said[0] and "wandb sync" in said[0]
+    assert len(said) == 1 and "continuing offline" in said[0] and "wandb sync" in said[0]
 
 
 def test_a_setting_that_wandb_refuses_is_one_line(tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def test_a_server_that_works_gets_each_step_once_and_nothing_else(server, tmp_pa
 def test_a_server_that_fails_at_the_start(server, tmp_path, mode):
     server.mode, said = mode, []
     assert train(tmp_path, said) < 0.5
-    assert len(said) == 1 and "going on offline" in said[0]
+    assert len(said) == 1 and "continuing offline" in said[0]
     assert kept(tmp_path) == list(range(1, STEPS + 1))
 
 

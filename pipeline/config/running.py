@@ -12,7 +12,7 @@ class GuardConfig:
     """What is done about numbers that are none."""
 
     nonfinite: Literal["skip", "stop"] = runtime_field("skip")
-    """A loss or gradient that is NaN or infinite: leave that step's update out, on all ranks alike; or stop."""
+    """A loss or gradient that is NaN or infinite: skip that step's update, on every rank; or stop."""
     max_skipped: int = runtime_field(5)
     """Such steps in a row after which the run goes back to the last checkpoint before them."""
     max_rollbacks: int = runtime_field(2)

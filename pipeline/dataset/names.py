@@ -19,7 +19,7 @@ def twin_of(name: str, names: Iterable[str]) -> str | None:
     return next((other for other in names if other != name and unicodedata.normalize("NFC", other) == wanted), None)
 
 
-def tell_apart(name: str, other: str) -> str:
+def distinguish(name: str, other: str) -> str:
     """The rest of a sentence on two names that look the same."""
     return (
         f"written as {form(name)} ({name!a}), which looks like {form(other)} ({other!a}) and is another name;"

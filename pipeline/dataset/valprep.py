@@ -68,7 +68,7 @@ def read_val_labels(root: Path, folder: Path) -> tuple[dict[str, str], Path]:
 def _folders(folder: Path) -> list[Path]:
     """The folder and all below it, also those that an archive brought along; no leftovers of other programs."""
     found = [folder]
-    for place in found:  # grows meanwhile
+    for place in found:  # grows in the loop
         below = (path for path in place.iterdir() if not is_foreign(path.name) and path.is_dir())
         seen = {path.resolve() for path in found}
         found += sorted(path for path in below if path.resolve() not in seen)

@@ -31,12 +31,14 @@ def class_positions(folders: Sequence[str], known: Sequence[str] | None, outputs
             f"{root} has {len(folders):,} classes and the network {outputs:,} outputs, and nothing says which is "
             "which; put LOC_synset_mapping.txt into it, or give a data set with all classes"
         )
-    stranger = next(name for name in folders if name not in set(known))
-    raise UserError(f"{root} has the class '{stranger}', which the network has not; its classes are like '{known[0]}'")
+    unknown = next(name for name in folders if name not in set(known))
+    raise UserError(
+        f"{root} has the class '{unknown}', which the network does not have; its classes are like '{known[0]}'"
+    )
 
 
 def imagenet_classes(index: Index, outputs: int) -> list[str] | None:
-    """The synsets in the order of ImageNet's published weights, as far as this data set can tell: from the archive's
+    """The synsets in the order of ImageNet's published weights, as far as this data set says: from the archive's
     mapping beside it, because it holds them all, or by ImageNet's own list."""
     if outputs == len(SYNSETS) and set(index.synsets) <= set(SYNSETS):
         return list(SYNSETS)

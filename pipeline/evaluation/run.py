@@ -101,7 +101,7 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     if results is None:
         return interrupted_exit_code()
     if world.is_rank_zero:
-        tell(ask, results, subject, published)
+        print_scores(ask, results, subject, published)
     return EXIT_OK
 
 
@@ -225,7 +225,7 @@ def recalibrated(
         stream.close()
 
 
-def tell(ask: Request, results: list[Result], subject: ScoredNetwork, published: Published | None) -> None:
+def print_scores(ask: Request, results: list[Result], subject: ScoredNetwork, published: Published | None) -> None:
     """Print the scores, and write them where that was asked for."""
     where = {"checkpoint": str(subject.path), "step": subject.meta["step"]} if subject.path else {}
     facts = where | results[0].facts
@@ -247,7 +247,7 @@ def tell(ask: Request, results: list[Result], subject: ScoredNetwork, published:
         for row in (result.facts for result in results):
             scores = f"{row['val_loss']:8.4f} {row['val_top1']:8.3f} {row['val_top5']:8.3f} {row['val_ece']:7.3f}"
             print(f"  {row['weights']:<14} {row['size']:5} {row['resize']:7} {scores} {row['images']:9,}")
-    for line in _tell_left_out(results[0]):
+    for line in _left_out_lines(results[0]):
         print(line)
     try:
         if ask.json:
@@ -259,7 +259,7 @@ def tell(ask: Request, results: list[Result], subject: ScoredNetwork, published:
         raise UserError(f"{error.filename} can't be written ({error.strerror}); give another file") from error
 
 
-def _tell_left_out(result: Result) -> list[str]:
+def _left_out_lines(result: Result) -> list[str]:
     """What the scores are not of: how many, and the names of those that can't be read now."""
     scores, unreadable = result.evaluation.scores, result.evaluation.unreadable
     if not scores.left_out:

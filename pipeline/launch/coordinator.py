@@ -133,9 +133,9 @@ class Coordinator:
             for line in lines:
                 self._process(key, json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError):
-            self._doomed.append((key, "it does not speak as a launcher of this version does"))
+            self._doomed.append((key, "it is not a launcher of this version"))
         if len(connection.received) > _LONGEST:
-            self._doomed.append((key, "it does not speak as a launcher of this version does"))
+            self._doomed.append((key, "it is not a launcher of this version"))
 
     def _process(self, key: int, message: dict) -> None:
         kind = message["say"]

@@ -102,7 +102,7 @@ class Launcher:
 
     def connect(self, timeout_s: float) -> int | None:
         """Connect to the coordinator, and wait for it where it is not there yet. Returns an exit code where there is
-        nobody within `timeout_s`, or this launcher is told to stop."""
+        nobody within `timeout_s`, or this launcher is asked to stop."""
         begun, said = time.monotonic(), False
         hello = {"name": self.name, "ranks": self.options.nproc, "node_rank": self.options.node_rank}
         while True:
@@ -170,7 +170,7 @@ class Launcher:
         self.workers = Workers(
             program_of(self.options), envs, self.logs, self.options.torch.role, self.prefixes(order), self.numa
         )
-        self.stop_by = None  # a signal that came meanwhile is passed on to these
+        self.stop_by = None  # a signal that arrives before this is passed on to these
 
     def environment(self, order: dict[str, Any], local_rank: int) -> dict[str, str]:
         """What a worker finds in its environment: torchrun's names, and this package's own."""

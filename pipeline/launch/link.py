@@ -1,4 +1,4 @@
-"""A launcher's connection to the coordinator: what it says, and what it is told. A thread keeps it alive."""
+"""A launcher's connection to the coordinator: what it sends and receives. A thread keeps it alive."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import time
 
 from pipeline.launch.coordinator import BEAT_S, SILENT_S
 
-DEAF_S = 3 * SILENT_S  # without an answer for so long a launcher counts itself as cut off
+SILENCE_S = 3 * SILENT_S  # without an answer for so long a launcher counts itself as cut off
 
 
 class Link:
@@ -35,7 +35,7 @@ class Link:
             threading.Thread(target=work, name=f"link {work.__name__}", daemon=True).start()
 
     def say(self, kind: str, **facts: object) -> None:
-        """Tell the coordinator; a lost connection is told by `orders`."""
+        """Send to the coordinator; a lost connection is reported by `orders`."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps({"say": kind, **facts}).encode() + b"\n")
 
@@ -49,7 +49,7 @@ class Link:
             self.say("beat")
 
     def _listen(self) -> None:
-        received, heard, looked = b"", time.monotonic(), time.monotonic()
+        received, last_data, looked = b"", time.monotonic(), time.monotonic()
         while not self._closed.is_set():
             data = None
             try:
@@ -60,12 +60,12 @@ class Link:
                 data = b""
             now = time.monotonic()
             if data is None and now - looked > 2 * BEAT_S:  # this process was held up: an answer may be waiting
-                heard += now - looked
+                last_data += now - looked
             looked = now
-            if data == b"" or (data is None and now - heard > DEAF_S):
+            if data == b"" or (data is None and now - last_data > SILENCE_S):
                 break
             if data:
-                heard = now
+                last_data = now
                 *lines, received = (received + data).split(b"\n")
                 for line in lines:
                     order = json.loads(line)

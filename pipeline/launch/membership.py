@@ -2,7 +2,7 @@
 
 One process of a job decides, the one that hosts the store, so the job can't split into two worlds. The launchers of the
 nodes report to it and do what it says. Time is divided into rounds: in a round a fixed set of nodes trains, and the
-number of the round is the generation by which later worlds are told from earlier ones.
+number of the round is the generation that distinguishes later worlds from earlier ones.
 """
 
 import re
@@ -57,7 +57,7 @@ class Node:
     exit_code: int | None = None
     failure: str = ""
     training: bool = False
-    told: str = ""
+    notice: str = ""
 
     def order(self) -> tuple:
         """Nodes that trained before come first, in their order; then by --node-rank, then by name, n2 before n10."""
@@ -129,7 +129,7 @@ class Membership:
             self._stopped()
 
     def ask_to_stop(self, reason: str) -> None:
-        """Somebody asked a launcher to save and stop; its ranks tell the others at their next step."""
+        """Somebody asked a launcher to save and stop; its ranks inform the others at their next step."""
         self.asked_to_stop = self.asked_to_stop or reason
         if self.phase == "gathering":
             self.end(EXIT_INTERRUPTED)
@@ -232,7 +232,7 @@ class Membership:
         reason = "; ".join(self.changes)
         self.changes = []
         for place, node in enumerate(world):
-            node.place, node.told = place, ""
+            node.place, node.notice = place, ""
             facts = {"round": self.round, "group_rank": place, "group_size": len(world), "first_rank": first}
             self.send(node.key, {"do": "train", **facts, "world_size": total, "reason": reason})
             first += node.ranks
@@ -248,8 +248,8 @@ class Membership:
             if full
             else f"a global batch of {self.limits.batch_size} is not divisible by more ranks"
         )
-        if node.told != why:
-            node.told = why
+        if node.notice != why:
+            node.notice = why
             self.say(f"{node.name} waits as a spare: {why}")
             self.send(node.key, {"do": "wait"})
 

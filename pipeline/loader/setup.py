@@ -154,7 +154,7 @@ class Reader:
         self._batches: Generator[Batch] | None = None  # of the newest range
 
     def read(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps start..stop-1. Raises UserError where another range was begun meanwhile."""
+        """The batches of steps start..stop-1. Raises UserError where another range was begun since."""
         if start >= stop:
             return
         if self.stream is None:

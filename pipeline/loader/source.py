@@ -117,7 +117,7 @@ class Source:
 
     def _read_at(self, row: Row, start: int, size: int, suffix: str = "") -> bytes:
         """Bytes of a shard, or of a file beside it."""
-        opened = self._shard(row, suffix)  # held: it may be dropped by other threads meanwhile
+        opened = self._shard(row, suffix)  # held: other threads may drop it
         return os.pread(opened.descriptor, size, start)
 
     def _read(self, row: Row) -> bytes:

@@ -202,7 +202,7 @@ class Stream:
 
     def _batches(self, start: int, stop: int) -> Generator[Batch]:
         reading: dict[int, Future] = {}
-        handed: dict[int, EncodedBatch] = {}  # given to the decoder, not yet delivered; in order
+        in_decoder: dict[int, EncodedBatch] = {}  # given to the decoder, not yet delivered; in order
         repaired: dict[int, EncodedBatch] = {}  # to be given to the decoder again after it failed
 
         def feed(first: int) -> Iterator[EncodedBatch]:
@@ -212,7 +212,7 @@ class Stream:
                         reading[coming] = self._pool.submit(self._prepare, coming)
                 encoded = repaired.pop(step) if step in repaired else reading.pop(step).result()
                 if encoded.data:
-                    handed[step] = encoded
+                    in_decoder[step] = encoded
                     yield encoded
 
         position = start
@@ -220,14 +220,14 @@ class Stream:
             while position < stop:
                 try:
                     for images in self.decoder.decode(feed(position)):
-                        step = next(iter(handed))
+                        step = next(iter(in_decoder))
                         position = step + 1
-                        yield self._batch(images, handed.pop(step))
+                        yield self._batch(images, in_decoder.pop(step))
                     return
                 except UndecodableSample as error:
-                    handed[error.step] = self._without(handed[error.step], error)
-                    repaired.update(handed)
-                    handed.clear()
+                    in_decoder[error.step] = self._without(in_decoder[error.step], error)
+                    repaired.update(in_decoder)
+                    in_decoder.clear()
                     position = error.step
         finally:
             for future in reading.values():

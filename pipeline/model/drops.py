@@ -66,7 +66,7 @@ class DropKeys:
         return self._factors[wanted][place]
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """([layers, 1] int64: what tells the layers' draws apart; [layers, 1] float64: their shares), on the device."""
+        """([layers, 1] int64: the layers' keys; [layers, 1] float64: their shares), on the device."""
         if device not in self._constants:
             numbers = torch.tensor([[_layer_constant(number)] for number, _ in self._rows], device=device)
             shares = torch.tensor([[share] for _, share in self._rows], dtype=torch.float64, device=device)

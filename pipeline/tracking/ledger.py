@@ -141,7 +141,7 @@ class Ledger:
             return file.read(1) != b"\n"
 
     def append(self, row: dict) -> None:
-        """Add a row; it is handed to the operating system at once or, if that refuses (`refusal`), with a later one."""
+        """Add a row; it is written at once or, if the write fails (`refusal`), with a later row."""
         with self._turn:
             self._rest += _line(row)
             try:

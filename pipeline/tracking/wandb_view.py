@@ -85,7 +85,7 @@ class WandbView:
             self.say(f"W&B: offline ({plan.why}); {later}")
         problem = find_problem(plan) if mode == "online" else None
         if problem is not None:
-            self.say(f"W&B: {plan.url} {problem}; going on offline, {later}")
+            self.say(f"W&B: {plan.url} {problem}; continuing offline, {later}")
             mode = "offline"
         arguments = {
             "project": plan.project,
@@ -100,7 +100,7 @@ class WandbView:
         try:
             self.run = wandb.init(mode=mode, **arguments)
         except Exception as error:  # whatever W&B raises, training continues
-            self.say(f"W&B: {type(error).__name__}: {_first_line(error)}; going on offline, {later}")
+            self.say(f"W&B: {type(error).__name__}: {_first_line(error)}; continuing offline, {later}")
             try:
                 wandb.teardown()  # else the run's id counts as in use
                 self.run = wandb.init(mode="offline", **arguments)
@@ -157,7 +157,7 @@ class WandbView:
             self._try(send)
 
     def alert(self, text: str) -> None:
-        """Send a message to those whom W&B tells of this project."""
+        """Send a W&B alert."""
         if self.run is not None:
             self._try(self.run.alert, title="a run needs attention", text=redact(text), level="ERROR")
 

@@ -123,7 +123,7 @@ def evaluate(
 ) -> Evaluation | None:
     """Score `network` (uint8 images in, logits of `classes` classes out) on all batches of a validation stream; see
     `predict`. among: classes; also score with the logits of these alone. Collective. Returns
-    None on all ranks if any of them was asked to stop meanwhile.
+    None on all ranks if any of them was asked to stop.
 
     Images that can't be read are left out and named in the result. Raises TransientError where they are more than the
     stream tolerates, over all ranks, or all.
@@ -202,7 +202,7 @@ def score_recalibrated(
     """The evaluation of a network in training after `step` steps; its buffers are afterwards as before. Collective.
 
     With `evaluation.recalibrate_batches`, BatchNorm's statistics are first computed over the last training batches,
-    without the samples `skip`. Returns None on all ranks if any of them was asked to stop meanwhile.
+    without the samples `skip`. Returns None on all ranks if any of them was asked to stop.
     """
     config, world, stop = setup.config, setup.world, setup.stop
     settings, precision = config.evaluation, config.train.precision

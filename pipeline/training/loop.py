@@ -117,7 +117,7 @@ class Trainer:
     def train_until(self, pause: int) -> None:
         """Train the steps up to `pause`, or until all ranks agree to stop or to roll back.
 
-        Samples found unreadable are avoided from the next epoch on, by all ranks alike; until then each is read at most
+        Samples found unreadable are avoided from the next epoch on, by all ranks; until then each is read at most
         once.
         """
         epoch_start = self.plan.epoch_end(self.plan.epochs_done(self.step))

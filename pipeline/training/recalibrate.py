@@ -40,7 +40,7 @@ def recalibrate(
 
     Each rank looks at its slice, in pieces of `at_once` images as in training (default: whole), and the ranks'
     statistics are averaged. Layers whose parameters are frozen take part.
-    Returns False on all ranks if any of them was asked to stop meanwhile.
+    Returns False on all ranks if any of them was asked to stop.
     """
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]

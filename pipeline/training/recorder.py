@@ -60,7 +60,7 @@ class RunRecorder:
         )
         self.host_copy = HostCopy(setup.world.device, self.console.warn)
         self.outage = Outage(folder.path, 60 * config.checkpoint.outage_timeout_minutes, self.alarm)
-        self.save_needed = False  # an outage has ended: no checkpoint was saved meanwhile
+        self.save_needed = False  # an outage has ended: no checkpoint was saved during it
         self.named: set[str] = set()  # unreadable validation images
         self.next_spike_warning = 0  # step
 

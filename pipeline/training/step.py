@@ -31,7 +31,7 @@ from pipeline.training.ranks.world import World
 #: torch 2.13 renamed DistributedDataParallel's switch for sending rank 0's buffers around at every step
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
-_DROPS = 0xD809  # the stream of random numbers that tells what is dropped
+_DROPS = 0xD809  # the random-number stream for dropout and stochastic depth
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -85,7 +85,7 @@ def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 class NormalizeEraseMix(Normalized):
-    """`Normalized`, which also erases and mixes when it is told what. keys: int64 [B], which `model.drops` follows."""
+    """`Normalized`, which also erases and mixes when given `EraseAndMix`. keys: int64 [B], for `model.drops`."""
 
     def __init__(self, model: nn.Module, mean: tuple, std: tuple, channels_last: bool, group: int):
         super().__init__(model, mean, std, channels_last)
@@ -204,8 +204,8 @@ class TrainStep:
 
     def _update(self, norm: torch.Tensor, before: list[torch.Tensor]) -> None:
         """Change the weights, unless the gradient's norm is NaN or infinite: then they, the optimizer's state and
-        BatchNorm's statistics stay as they were. Judged on the device, so nobody waits; alike on all ranks, as all have
-        the same averaged gradient."""
+        BatchNorm's statistics stay as they were. Decided on the device, without a synchronization; all ranks
+        decide the same, as they have the same averaged gradient."""
         good = norm.isfinite()
         # fused optimizers look at it on the device
         self.optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]

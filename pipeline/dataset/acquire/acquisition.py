@@ -202,7 +202,7 @@ def _refuse_unknown(source: Source, names: set[str]) -> None:
 
 
 def _choose_lists(catalog: Catalog, selection: Selection) -> np.ndarray:
-    """Members that tell labels and counts: the lists, and the validation boxes where the solution is missing."""
+    """Members that hold labels and counts: the lists, and the validation boxes where the solution is missing."""
     lists = catalog.numbers(LISTS)
     if selection.has("val") and imagenet.VAL_SOLUTION not in iter_names(catalog.directory, lists):
         return np.append(lists, catalog.numbers(BOXES))

@@ -155,7 +155,7 @@ def _check_kind(root: Path, packing: PackOptions | None) -> None:
 def _fetch_until_complete(
     root: Path, manifest: Manifest, selection: Selection, options: Options, via: str, packing: PackOptions | None
 ) -> None:
-    """Fetch until the selection is complete, and record that; an archive that is replaced meanwhile is reopened."""
+    """Fetch until the selection is complete, and record that; an archive that is replaced during it is reopened."""
     earlier = read_manifest(root)
     if earlier is not None:
         manifest.selected, manifest.whole, manifest.images = earlier.selected, earlier.whole, earlier.images

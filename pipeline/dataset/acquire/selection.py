@@ -1,4 +1,4 @@
-"""Which members of ImageNet's archive are wanted: a split, some classes, and the lists that tell their labels."""
+"""Which members of ImageNet's archive are wanted: a split, some classes, and the lists of their labels."""
 
 import re
 from collections.abc import Iterable

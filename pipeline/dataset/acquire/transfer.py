@@ -182,7 +182,7 @@ class Transfer:
                 except IndexError:
                     return
                 self._fetch_run(stream, numbers)
-        except BaseException as error:  # handed to the thread that waits
+        except BaseException as error:  # passed to the thread that waits
             if self._error is None and not self.stop.is_set():
                 self._error = error
             self.stop.set()
@@ -208,13 +208,13 @@ class Transfer:
         self.journal.add(number)
 
     def _unpack(self, reader: Reader, number: int) -> Iterator[bytes]:
-        """`unpack`, unless this run was stopped meanwhile: a stream left behind must not write any more."""
+        """`unpack`, unless this run was stopped: a stream left behind must not write any more."""
         yield from unpack(reader, self.directory, number)
         if self.stop.is_set():
             raise TransientError("stopped")
 
     def _fetch_again(self, stream: int, name: str, number: int) -> bool:
-        """A member that arrived damaged, alone and from the start, to tell a bad line from a bad archive."""
+        """A member that arrived damaged, alone and from the start, which shows whether line or archive is bad."""
         start, end = (int(self.directory.entries[key][number]) for key in ("start", "end"))
         reason = ""
         for _ in range(TRIES - 1):

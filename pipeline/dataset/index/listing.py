@@ -24,7 +24,7 @@ from pipeline.dataset.index.left_out import (
     is_foreign,
 )
 from pipeline.dataset.layouts.labels import EXPECTED, ValLabels, find_val_labels
-from pipeline.dataset.names import dead_link, tell_apart, twin_of
+from pipeline.dataset.names import dead_link, distinguish, twin_of
 from pipeline.errors import UserError
 
 #: Suffixes, lower case, that count as images: those of torchvision's ImageFolder.
@@ -118,7 +118,7 @@ def _check_classes(folder: Path, names: list[str]) -> None:
     for name in names:
         twin = twin_of(name, names)
         if twin is not None:
-            raise UserError(f"class folder {folder / name}: {tell_apart(name, twin)}")
+            raise UserError(f"class folder {folder / name}: {distinguish(name, twin)}")
 
 
 def _empty_class(folder: Path) -> UserError:
@@ -148,7 +148,7 @@ def _find_labels(root: Path, folder: Path, flat: list[str], folders: list[str]) 
 
 
 def _is_flat(name: str, images: list[str], listed: ValLabels) -> bool:
-    """Does a folder hold images of many classes, which the list tells, such as `images` of Tiny-ImageNet?"""
+    """Does a folder hold images of many classes, by a list, such as `images` of Tiny-ImageNet?"""
     return (
         name in FLAT_FOLDERS
         and name not in listed.classes
@@ -174,7 +174,7 @@ def list_places(folders: Sequence[Path], root: Path, empty_ok: bool = False) -> 
 
 
 def list_split(folder: Path, root: Path, empty_ok: bool = False) -> Listing:
-    """The images of one split, in class folders, or flat where a list beside them tells their classes.
+    """The images of one split, in class folders, or flat where a list beside them gives their classes.
 
     Raises UserError where there are neither, for an empty class folder (both unless `empty_ok`), and for a flat image
     without a label.

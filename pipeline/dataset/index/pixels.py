@@ -71,7 +71,7 @@ def dali_agrees(data: memoryview) -> bool:
 
 
 def as_ppm(data: bytes | memoryview) -> bytes:
-    """A file's pixels as an uncompressed PPM, which every decoder reads alike. Raises OSError or ValueError."""
+    """A file's pixels as an uncompressed PPM, which every decoder reads the same way. Raises OSError or ValueError."""
     try:
         with open_image(data) as opened:
             image = to_rgb(opened)

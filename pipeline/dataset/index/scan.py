@@ -24,7 +24,7 @@ from pipeline.dataset.layouts.find import find_layout
 from pipeline.dataset.layouts.foreign import refuse_tars
 from pipeline.dataset.layouts.words import read_words
 from pipeline.dataset.lock import locked
-from pipeline.dataset.names import tell_apart, twin_of
+from pipeline.dataset.names import distinguish, twin_of
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError
 from pipeline.files import atomic_write, reason_of
@@ -187,7 +187,7 @@ def _scan(
     unknown = sorted(set(listings["val"].classes) - set(classes))
     if unknown:
         twin = twin_of(unknown[0], classes)
-        remedy = "add or remove it" if twin is None else f"it is {tell_apart(unknown[0], twin)}"
+        remedy = "add or remove it" if twin is None else f"it is {distinguish(unknown[0], twin)}"
         raise UserError(
             f"{places['val'][0]} has the class '{unknown[0]}' that {places[whole][0]} does not have; {remedy}"
         )
@@ -249,12 +249,12 @@ def index(root: str, out: str | None = None, processes: int | None = None) -> in
     made = build_index(Path(root), Path(out) if out else None, processes, recheck=True)
     counts = ", ".join(f"{len(split):,} {name}" for name, split in made.splits.items())
     print(f"{made.folder}: {counts} images of {made.num_classes} classes, fingerprint {made.fingerprint}")
-    for line in tell_left_out(made):
+    for line in left_out_lines(made):
         print(line)
     return 0
 
 
-def tell_left_out(index: Index) -> list[str]:
+def left_out_lines(index: Index) -> list[str]:
     """What is said of an index that leaves something out: a line for each split; without a line where all is in."""
     named = sum(map(len, read_unreadable(index.folder).values()))
     see = f"; unreadable files are named in {index.folder / UNREADABLE}" if named else ""

@@ -46,7 +46,7 @@ class Devkit:
         )
 
     def read_labels(self) -> dict[str, str]:
-        """Validation image (`ILSVRC2012_val_00000001`) -> synset. Raises UserError where it does not tell."""
+        """Validation image (`ILSVRC2012_val_00000001`) -> synset. Raises UserError where it does not say."""
         synsets = self.read_synsets()
         labels = {}
         for number, line in enumerate(self.files[TRUTH].decode("latin1").split(), 1):

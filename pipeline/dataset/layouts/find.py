@@ -214,7 +214,7 @@ def _tars_of(folder: Path) -> TarFiles | None:
 
 
 def _find_shards(root: Path) -> dict[str, tuple[Path, ...]]:
-    """Tar files in `root` by the split that their names tell of."""
+    """Tar files in `root` by the split that their names give."""
     found: dict[str, list[Path]] = {}
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.name.endswith(".tar") and entry.name[0] != ".")

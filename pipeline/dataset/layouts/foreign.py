@@ -68,7 +68,7 @@ _FORMATS: list[tuple[Callable[[str], bool], str, str]] = [
     ),
     (
         _to(r".*\.tar"),
-        "tar files whose names tell no split",
+        "tar files whose names give no split",
         "name them train-*.tar and val-*.tar, or put them into train/ and val/",
     ),
 ]

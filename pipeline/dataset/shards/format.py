@@ -38,7 +38,7 @@ class Sample:
     """One sample to be written.
 
     key: path without suffix, unique in its split; it holds no dot after its last '/'.
-    suffix: without the dot, as `webdataset` tells decoders apart ("jpg").
+    suffix: without the dot, by which `webdataset` picks a decoder ("jpg").
     width, height: pixels, as stored. order: where it comes in the index; ties are broken by position. original: xxh3_64
     and bytes of the original, where restart markers were added.
     """

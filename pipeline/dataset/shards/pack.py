@@ -88,7 +88,7 @@ def _opens(folder: Path) -> bool:
 
 
 def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
-    """Make `dest` ready, or tell by True that it is complete. Raises UserError where it can't be used."""
+    """Make `dest` ready, or return True if it is complete. Raises UserError where it can't be used."""
     shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
     marker = {"source": index.fingerprint, "options": options.marker(), "shards": shards, "complete": False}
     found = _check_dest(dest, marker)
@@ -114,7 +114,7 @@ def _finish(
     for folder in (dest, index_folder(dest)):
         for path in folder.glob(".*.tmp"):  # what killed runs left
             path.unlink()
-    saved = options.unreadable == "reencode" and bool(index.folders)  # as far as they go: the notes tell
+    saved = options.unreadable == "reencode" and bool(index.folders)  # only those listed in the notes
     classes = list(zip(index.synsets, index.words, strict=True))
     made, notes = merge_shards(dest, classes, shards, None if saved else only_images(index.left_out))
     for name in LISTS:
@@ -148,7 +148,7 @@ def pack_tree(
         processes: default: every core that this process may use.
         source_index: folder of the index of `root`; default `ROOT/index`.
 
-    Raises UserError for unreadable images (if so told), images changed since indexing, and a folder that won't do.
+    Raises UserError for unreadable images (if so asked), images changed since indexing, and a folder that won't do.
     """
     (turn, parts), folder = parse_part(part), source_index or index_folder(root)
     index, selected = _open_source(root, folder, part, processes), read_selected(root)

@@ -35,7 +35,7 @@ def read_chosen(root: Path) -> Chosen | None:
 
 @dataclass(frozen=True)
 class Expected:
-    """The images of a root by the lists. A split that no list tells of is not in `counts`.
+    """The images of a root by the lists. A split without a list is not in `counts`.
 
     counts: split -> images; synsets: those of the lists, sorted; val_labels: image id -> synset.
     """
@@ -75,7 +75,7 @@ class Expected:
 
 
 def read_expected(root: Path) -> Expected:
-    """Read the lists of `root`; what they do not tell is left out. UserError for a damaged one."""
+    """Read the lists of `root`; what they do not contain is left out. UserError for a damaged one."""
     chosen = read_chosen(root)
     labels, _ = read_any_val_labels(root)
     draft = Expected(root, chosen, val_labels=labels)

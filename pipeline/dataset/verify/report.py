@@ -127,7 +127,7 @@ def describe(report: Report) -> str:
         return f"{report.root}: complete and verified: ImageNet (ILSVRC 2012), every image"
     if expected.counts:
         return f"{report.root}: complete and verified: every image that its lists name"
-    return f"{report.root}: unchanged and readable; no lists tell what should be there"
+    return f"{report.root}: unchanged and readable; no lists say what should be there"
 
 
 def to_json(report: Report) -> dict:

@@ -65,7 +65,7 @@ def _stem(name: str) -> str:
 
 
 def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[NamedSample, Item]]:
-    """Every sample that should be looked at, named, and the `check.Item` that tells where its bytes are.
+    """Every sample that should be looked at, named, and the `check.Item` that says where its bytes are.
 
     Those of the index; then files of the tree that it does not have: new ones, and those it left out as unreadable.
     """

@@ -1,4 +1,4 @@
-"""Interleaved benchmarks: each candidate in a process of its own, one round at a time, all others idle meanwhile.
+"""Interleaved benchmarks: each candidate in a process of its own, one round at a time, all others idle.
 
 Neighboring rounds see the same machine, so the ratio of two candidates is found round by round. Also the tables that
 show it.

@@ -53,7 +53,7 @@ def make_data(folder: Path, images: int, size: int = 32) -> Path:
 
 
 def bench_config(folder: Path, model: str, size: int, batch: int, precision: Precision, **train: Any) -> Config:
-    """A run in `folder` that saves and evaluates only when told to."""
+    """A run in `folder` that saves and evaluates only when asked to."""
     root = make_data(folder / "data", batch)
     return RawConfig(
         run_dir=str(folder / "run"),

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> dict | None:
 
 
 def quiet(config: Config, folder: str) -> Config:
-    """The same run in another folder; it saves and prints only when told to."""
+    """The same run in another folder; it saves and prints only when asked to."""
     return dataclasses.replace(
         config,
         run_dir=str(Path(folder) / "run"),

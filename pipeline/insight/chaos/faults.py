@@ -71,7 +71,7 @@ def descendants(pid: int) -> list[int]:
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
-                continue  # it ended meanwhile
+                continue  # it has ended
             if fields[0] != "Z":
                 children.setdefault(int(fields[1]), []).append(int(entry.name))
     found: list[int] = []

@@ -59,7 +59,7 @@ def estimate_step(config: Config, num_classes: int, images: int) -> StepMemory:
 
 
 def step_memory(tracer: Tracer, images: int) -> StepMemory:
-    """The memory of a step over `images` at once, from two traces, which tell what one image more adds.
+    """The memory of a step over `images` at once, from two traces, whose difference is what one more image adds.
 
     torch.compile may need less; a larger evaluation batch is not included.
     """

@@ -128,7 +128,7 @@ def build_fake(config: Config, num_classes: int, conv_bias: bool = False) -> Nor
             if conv_bias and module.bias is None:
                 module.bias = nn.Parameter(torch.empty(module.out_channels))
     network = Normalized(nn.Identity(), config.data.mean, config.data.std, config.train.channels_last)
-    network.model = model  # not handed over above: fake tensors can't change their memory format in place
+    network.model = model  # not passed in above: fake tensors can't change their memory format in place
     network.train()
     for norm in frozen_norms(model):
         norm.eval()

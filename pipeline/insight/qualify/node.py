@@ -27,7 +27,7 @@ def node(settings: Settings) -> Iterator[Row]:
         yield Row("GPUs", f"{len(gpus)} x {gpus[0].name}, driver {driver}")
         problem = driver_problem(driver or "", builds)
         yield judged("driver", problem or f"{driver} runs all of them", "not too old", problem is None)
-        yield judged("all GPUs alike", str(len({gpu.name for gpu in gpus})), "1 kind", len({g.name for g in gpus}) == 1)
+        yield judged("same GPU model", str(len({gpu.name for gpu in gpus})), "1 kind", len({g.name for g in gpus}) == 1)
         split = sum(gpu.mig for gpu in gpus)
         yield judged("MIG", f"{split} of {len(gpus)} split", "none", split == 0)
         yield from _health()
@@ -56,7 +56,7 @@ def _health() -> Iterator[Row]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     lines = [line.split(", ") for line in done.stdout.splitlines()]
     if done.returncode or any(len(line) != len(_QUERY) for line in lines):
-        yield skipped("ECC and throttling", "nvidia-smi does not tell")
+        yield skipped("ECC and throttling", "nvidia-smi does not say")
         return
     errors = [int(line[0]) for line in lines if line[0].isdecimal()]
     yield judged("uncorrected ECC errors", str(sum(errors)) if errors else "not counted", "0", not sum(errors))

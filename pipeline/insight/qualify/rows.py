@@ -14,7 +14,7 @@ class Row:
     Attributes:
         what: in words.
         value: what was found, with its unit.
-        bound: what it must be; empty: it is only told.
+        bound: what it must be; empty: it is only reported.
         verdict: "info" where there is no bound, "skipped" where it can't be found out here.
     """
 

@@ -125,7 +125,7 @@ def comparison(records: list["Record"]) -> str:
 
 
 def distinct_names(folders: list[Path]) -> list[str]:
-    """The folders' names, with as many of the folders above as tell them apart."""
+    """The folders' names, with as many parent folders as make them distinct."""
     deepest = max(len(folder.parts) for folder in folders)
     for depth in range(1, deepest + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]

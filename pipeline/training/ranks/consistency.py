@@ -1,4 +1,4 @@
-"""What all ranks must have alike: programs, settings and data at the start, and the weights, by digest."""
+"""What must be the same on all ranks: programs, settings and data at the start, and the weights, by digest."""
 
 import hashlib
 import platform
@@ -36,7 +36,7 @@ def compare_parameters(model: nn.Module, world: World, step: int) -> None:
     ranks = sorted(int(rank) for rank, where in odd.tolist() if where == tensor)
     who = f"rank {ranks[0]} differs from the others" if world.size > 2 else "ranks 0 and 1 differ"
     raise TransientError(
-        f"step {step}: {who} in {named[tensor][0]}, where all must be alike: a faulty GPU or memory? Nothing was saved "
+        f"step {step}: {who} in {named[tensor][0]}, where all must be equal: a faulty GPU or memory? Nothing was saved "
         "since the ranks last agreed; leave that node out and start again",
         on_all_ranks=True,
     )

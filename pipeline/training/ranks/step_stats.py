@@ -1,7 +1,7 @@
 """What all ranks learn of each step: losses, waiting times, votes to stop or save, and the ids that were really used.
 
 One small all-gather a step carries it. It is read `lag` steps later, when the device has long finished it, so nobody
-waits; and since every rank reads the same statistics at the same distance, all decide alike without a further message.
+waits; and since every rank reads the same statistics at the same distance, all decide the same.
 """
 
 from collections import deque

@@ -1,7 +1,7 @@
 """Signals and the stop file: how a run is asked to save and go. Installed before torch is imported; knows no torch.
 
 A request is only noted here. It rides on the next step's report to all ranks, so that all stop at the same step,
-whichever rank or node was told first.
+whichever rank or node received it first.
 """
 
 import contextlib
@@ -52,10 +52,10 @@ class StopRequest:
         self._raises = False
         if install and threading.current_thread() is threading.main_thread():  # only that one may have handlers
             for number in _SIGNALS:
-                self._install(number, self._note)
-            self._install(signal.SIGUSR2, self._note_usr2)
+                self._install(number, self._on_signal)
+            self._install(signal.SIGUSR2, self._on_usr2)
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-                self._install(signal.SIGHUP, self._note)
+                self._install(signal.SIGHUP, self._on_signal)
 
     def _install(self, number: int, handler: Callable[[int, Any], None]) -> None:
         self._before[number] = signal.signal(number, handler)
@@ -68,12 +68,14 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
-    def _note(self, number: int, _frame: object) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
         first = self.reason is None
         self.ask(signal.Signals(number).name)
         if number == signal.SIGINT and own_rank() == 0:
-            word = "stopping; saving at the end of this step" if first else "saving; Ctrl-C once more ends it at once"
-            os.write(2, f"\n{word}\n".encode())  # print is not for signal handlers
+            message = (
+                "stopping; saving at the end of this step" if first else "saving; Ctrl-C once more ends it at once"
+            )
+            os.write(2, f"\n{message}\n".encode())  # print is not for signal handlers
         if not first and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C twice, then a third: the user won't wait
         if self._raises:
@@ -91,7 +93,7 @@ class StopRequest:
         finally:
             self._raises = False
 
-    def _note_usr2(self, number: int, _frame: object) -> None:
+    def _on_usr2(self, number: int, _frame: object) -> None:
         if current_launch() is None:
             self.ask(signal.Signals(number).name)
         else:

@@ -48,7 +48,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno
 
 @contextlib.contextmanager
 def translating_errors(config: Config, world: World) -> Iterator[None]:
-    """Turns what breaks inside into a TransientError that says what it was, and tells the other ranks."""
+    """Turns an error raised inside into a TransientError that names it, and informs the other ranks."""
     try:
         yield
     except UserError:

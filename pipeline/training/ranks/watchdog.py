@@ -1,10 +1,10 @@
 """Where each rank is, and since when. A rank that hangs is named within `train.hang_timeout_s`, and the job ends.
 
-The training thread says where it is (`Watchdog.phase`, `Watchdog.collective`); a thread beside it tells the other
+The training thread says where it is (`Watchdog.phase`, `Watchdog.collective`); a second thread reports it to the other
 ranks through torchrun's store, warns of long waits, and ends the process where nothing moves any more. A rank that
 waits for others does not judge by its own clock alone: as long as one that is
 behind shows signs of life, that one's limit counts. Time in which this process itself was stopped (`scontrol suspend`,
-a paused virtual machine) counts for nobody: a thread that only sleeps tells it by waking late.
+a paused virtual machine) is not counted: a thread that only sleeps detects it by waking late.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from pipeline.training.ranks.launcher import current_launch
 
 BEAT_S = 2.0  # between two signs of life
 WARN_AFTER_S = 30.0  # of waiting, and again after twice as long
-TICK_S = 0.25  # how long the thread sleeps that tells when this process was stopped
-LATE_S = 0.5  # by which it wakes too late after a stop
+TICK_S = 0.25  # sleep of the thread that detects a suspended process
+LATE_S = 0.5  # how late it must wake to count as suspended
 _BEFORE_EXIT_S = 5.0  # for what is written before the process ends; the disk may be what hangs
 
 
@@ -126,7 +126,7 @@ class Watchdog:
             message = self._judge(mark, beat)
             self._await_tick()
             if stopped != self._stopped_s:
-                continue  # what was seen of the others meanwhile is out of date
+                continue  # what was seen of the others is out of date
             if message is not None and not self._ended.is_set() and not self._moved(mark):
                 self._end(message, own=not mark.collective)
 
@@ -139,7 +139,7 @@ class Watchdog:
             self._ticked = time.monotonic()
 
     def _await_tick(self) -> None:
-        """After a stop the threads go on in any order: the one that tells its length must have been on."""
+        """After a suspension the threads resume in any order: wait for the one that measures its length."""
         while time.monotonic() - self._ticked > TICK_S + LATE_S and not self._ended.is_set():
             time.sleep(TICK_S / 10)
 
@@ -232,7 +232,7 @@ class Watchdog:
         return None
 
     def reporter(self) -> int:
-        """Which rank tells of another's death: the first that is not missing itself."""
+        """Which rank reports another's death: the first that is not missing itself."""
         return next((rank for rank in range(self.size) if rank not in self.silent), 0)
 
     def missing(self) -> str:
@@ -257,12 +257,12 @@ class Watchdog:
 
     def _end(self, message: str, own: bool) -> None:
         """End this process, whatever hangs in it."""
-        words = threading.Thread(target=self._speak, args=(message, own), daemon=True)
-        words.start()
-        words.join(_BEFORE_EXIT_S)
+        report = threading.Thread(target=self._report, args=(message, own), daemon=True)
+        report.start()
+        report.join(_BEFORE_EXIT_S)
         os._exit(EXIT_RETRY)
 
-    def _speak(self, message: str, own: bool) -> None:
+    def _report(self, message: str, own: bool) -> None:
         if own:
             self.announce_exit(message)
         if own or self.rank == self.reporter():

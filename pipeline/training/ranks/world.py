@@ -1,4 +1,4 @@
-"""Ranks: the process group, this process's place in it, and what all ranks must know alike."""
+"""Ranks: the process group, this process's place in it, and what all ranks must agree on."""
 
 import contextlib
 import os
@@ -170,7 +170,7 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
         # Read when cuBLAS and NCCL are first used. NVLink SHARP sums in the switch, in an order of its own.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    # The watch comes first, and can tell who hangs; unlike torch it knows when this process was suspended.
+    # The watchdog acts first and names the rank that hangs; unlike torch it notices that this process was suspended.
     limit = max(timedelta(seconds=1.5 * train.hang_timeout_s + 30), SUSPENDED)
     try:
         store = find_store(rank, size, limit, train.hang_timeout_s, stop) if size > 1 else dist.HashStore()

@@ -116,7 +116,7 @@ class RunLock:
         while not self._link(path):
             owner = self._read(path)
             if owner is None:
-                continue  # released meanwhile
+                continue  # released since
             if self._lives(path, owner):
                 raise UserError(
                     f"run folder {self.folder} is in use by host {_name(owner)}; "
@@ -251,7 +251,7 @@ class RunLock:
 
     def confirm(self) -> None:
         """Called before anything is written to the run folder: under `pipeline launch` a process that was held up may
-        have been cut off from the job meanwhile, and another world may train here. Then this process ends."""
+        have been cut off from the job, and another world may train here. Then this process ends."""
         if self.held and "launch_job" in self._me and _boottime() - self._confirmed > LEASE_S:
             with contextlib.suppress(OSError):
                 self._is_ours()

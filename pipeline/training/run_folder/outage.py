@@ -15,7 +15,7 @@ class Outage:
     Args:
         folder: the run folder.
         wait_s: seconds that an outage may last.
-        warn: tells the user.
+        warn: prints a warning.
     """
 
     def __init__(self, folder: Path, wait_s: float, warn: Callable[[str], None]):

@@ -59,7 +59,7 @@ class HostCopy:
 
     Args:
         device: where the state lives.
-        warn: told once if the device has no room for the copy that hides the way to the host.
+        warn: called once if the device has no room for the copy that hides the way to the host.
     """
 
     def __init__(self, device: torch.device, warn: Callable[[str], None]):

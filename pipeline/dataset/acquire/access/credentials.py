@@ -1,7 +1,7 @@
 """Kaggle's credentials as they lie on disks: found where users put them, byte order marks skipped, or named as broken.
 
 The client reads `KAGGLE_API_TOKEN`, `~/.kaggle/access_token` and `kaggle.json`, and passes over in silence
-whatever it can't read. The rest is handed to it by variables of this process. Nothing is
+whatever it can't read. The rest is passed to it by variables of this process. Nothing is
 printed.
 """
 
