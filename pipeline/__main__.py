@@ -33,6 +33,11 @@ VERBS = {
         "train",
         "train a recipe; run the same command again to resume",
     ),
+    "continue": (
+        "pipeline.training.cli",
+        "continue_run",
+        "train a finished run for longer, in a new run folder: weights, momentum and average go on",
+    ),
     "launch": (
         "pipeline.launch.cli",
         "main",

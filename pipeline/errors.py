@@ -19,7 +19,8 @@ EXIT_STORE_LOST = 68  #: the host of the rendezvous is gone: start the job again
 EXIT_REGROUP = 76  #: saved for a change of membership; said by a worker to `pipeline launch`, never by that
 
 
-_BY_RANKS = ("pipeline train", "pipeline evaluate", "pipeline bench")  # which several ranks run together
+#: verbs that several ranks run together
+_BY_RANKS = ("pipeline train", "pipeline continue", "pipeline evaluate", "pipeline bench")
 
 
 class UserError(ValueError):

@@ -1,4 +1,5 @@
-"""Write docs/options.md, the page of all options of `pipeline train`, from the configuration's dataclasses."""
+"""Write docs/options.md, the page of all options of `pipeline train`, and the table in docs/resume.md of those that may
+change, from the configuration's dataclasses."""
 
 import dataclasses
 import re
@@ -9,6 +10,8 @@ from docstring_parser import parse_from_object
 
 from pipeline.config.run import RawConfig
 
+RESUME = Path(__file__).resolve().parents[1] / "docs/resume.md"
+BEGIN, END = "<!-- options that may change: written by scripts/make_options_page.py -->\n\n", "\n<!-- end -->"
 PAGE = Path(__file__).resolve().parents[1] / "docs/options.md"
 
 HEAD = """# Options
@@ -71,5 +74,25 @@ def page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def changeable(group: type = RawConfig, prefix: str = "") -> list[str]:
+    """One line of a Markdown table for each option that may change when a run resumes."""
+    about = {param.arg_name: param.description or "" for param in parse_from_object(group).params}
+    lines = []
+    for item in dataclasses.fields(group):
+        if dataclasses.is_dataclass(item.type):
+            lines += changeable(typing.cast(type, item.type), f"{prefix}{item.name}.")
+        elif not item.metadata.get("semantic", True) and item.name != "about":
+            lines.append(f"| `--{prefix}{item.name}` | {cell(about.get(item.name, ''))} |")
+    return lines
+
+
+def resume_page(text: str) -> str:
+    """docs/resume.md with its table written anew."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return head + BEGIN + "\n".join(["| option | meaning |", "|---|---|", *changeable()]) + "\n" + END + tail
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    RESUME.write_text(resume_page(RESUME.read_text(encoding="utf-8")), encoding="utf-8")

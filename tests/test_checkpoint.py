@@ -14,13 +14,13 @@ from pipeline.errors import TransientError, UserError
 from pipeline.training.run_folder.checkpoint import (
     CheckpointWriter,
     DamagedCheckpoint,
-    check_fingerprints,
     find_newest_good,
     list_checkpoints,
     load_state,
     verify_checkpoint,
     write_checkpoint,
 )
+from pipeline.training.run_folder.same_recipe import check_fingerprints
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
 
 META = {"semantic_config": {"optim.lr": 0.1, "model.name": "resnet18"}, "index_fingerprint": "abc", "blacklist": []}

@@ -23,7 +23,7 @@ from pipeline.config import (
 )
 from pipeline.config.names import RENAMED, option_names
 from pipeline.errors import UserError
-from pipeline.training.run_folder.checkpoint import compare_semantic_config
+from pipeline.training.run_folder.same_recipe import compare_semantic_config
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import RawConfig, semantic_config
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -55,6 +57,24 @@ def test_options_page_is_current() -> None:
         timeout=60,
     )
     assert (ROOT / "docs/options.md").read_text() == done.stdout, "run: python scripts/make_options_page.py"
+
+
+def test_table_of_options_that_may_change_is_current() -> None:
+    """And complete: every option that is no part of a run's identity, and no other."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, make_options_page as m; print(m.resume_page(sys.stdin.read()), end='')"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"},
+        input=(ROOT / "docs/resume.md").read_text(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert (ROOT / "docs/resume.md").read_text() == done.stdout, "run: python scripts/make_options_page.py"
+    section = done.stdout.partition("## Options that may change")[2]
+    config = RawConfig().resolve()
+    free = semantic_config(config, everything=True).keys() - semantic_config(config).keys() - {"about"}
+    assert set(re.findall(r"^\| `--([\w.]+)`", section, re.M)) == free
 
 
 def test_code_layout_names_what_is_there() -> None:

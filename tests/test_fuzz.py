@@ -27,10 +27,10 @@ from pipeline.tracking.ledger import Ledger, last_steps, read_rows
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
     _seal,
-    check_fingerprints,
     find_newest_good,
     write_checkpoint,
 )
+from pipeline.training.run_folder.same_recipe import check_fingerprints
 
 OWN = (UserError, TransientError, DamagedCheckpoint, UnreadableSample)
 bounded = settings(

@@ -107,7 +107,7 @@ def parse_config(argv: list[str], verb: str = "train", options: type | None = No
     if "schedule.epochs" in given and "schedule.reference_epochs" not in given:
         rest = _without_option(argv, "--schedule.epochs")
         _scale_times(values, parser.parse_args(rest).as_dict()["schedule"]["epochs"], given)
-    return from_dict(values)
+    return from_dict(values, frozenset(given - {"config"}))
 
 
 def _scale_times(values: dict[str, Any], own: Time, given: set[str]) -> None:
@@ -162,12 +162,12 @@ def load_config(path: Path, overrides: list[str] | None = None, verb: str = "tra
     return parse_config(["--config", str(path), *(overrides or [])], verb)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """A `Config` from nested plain values as jsonargparse gives them."""
+def from_dict(values: dict[str, Any], typed: frozenset[str] = frozenset()) -> Config:
+    """A `Config` from nested plain values as jsonargparse gives them. typed: the options that the command line gave."""
     values = {key: value for key, value in values.items() if key != "config"}
     for item in dataclasses.fields(RawConfig):
         kind = item.type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(values.get(item.name), dict):
             group = {k: tuple(v) if isinstance(v, list) else v for k, v in values[item.name].items()}
             values[item.name] = kind(**group)
-    return RawConfig(**values).resolve()
+    return RawConfig(**values).resolve(typed)

@@ -51,13 +51,15 @@ class RawConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    def resolve(self) -> "Config":
+    def resolve(self, typed: frozenset[str] = frozenset()) -> "Config":
         """The run's configuration: defaults that depend on other options filled in, and every value checked.
+
+        typed: the options that the command line gave.
 
         Raises UserError for the first impossible value.
         """
         groups = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return Config(**(groups | {"data": self.data.resolve(self.model.name)}))
+        return Config(**(groups | {"data": self.data.resolve(self.model.name), "typed": typed}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class Config(RawConfig):
     """A run's configuration, resolved and checked: what the package works with. Made by `RawConfig.resolve`."""
 
     data: ResolvedDataConfig
+    typed: frozenset[str] = field(default=frozenset(), compare=False, repr=False, metadata={"option": False})
+    """Names of the options that the command line gave; no option itself."""
 
     def __post_init__(self) -> None:
         for name, value, good, remedy in check_all(self):
@@ -92,6 +96,8 @@ def semantic_config(config: Any, prefix: str = "", everything: bool = False) -> 
     `everything` is asked for."""
     flat: dict[str, Any] = {}
     for item in dataclasses.fields(config):
+        if not item.metadata.get("option", True):
+            continue
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             flat |= semantic_config(value, f"{prefix}{item.name}.", everything)
@@ -108,4 +114,6 @@ def to_yaml(config: Config) -> str:
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    settings = dataclasses.asdict(config)
+    del settings["typed"]
+    return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)

@@ -51,9 +51,12 @@ class ScheduleConfig:
     begins where the warm-up ends."""
     min_lr: float = 0.0
     """cosine, linear, polynomial, one_cycle: learning rate at the end."""
+    begin: Time = 0.0
+    """What an earlier run has trained (`pipeline continue`): warm-up and curve begin here, and milestones count from
+    here; `epochs` is the length of both together."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "reference_epochs", "warmup_epochs", "step_every"):
+        for name in ("epochs", "reference_epochs", "warmup_epochs", "step_every", "begin"):
             object.__setattr__(self, name, plain_time(getattr(self, name)))
         object.__setattr__(self, "milestones", tuple(map(plain_time, self.milestones)))
         if self.reference_epochs == self.epochs:
@@ -73,6 +76,11 @@ def check_schedule(c: ScheduleConfig) -> Iterator[Check]:
     (warmup, unit), (epochs, other) = parse_time(c.warmup_epochs), parse_time(c.reference_epochs or c.epochs)
     shorter = warmup < epochs or unit != other
     yield "schedule.warmup_epochs", c.warmup_epochs, shorter, "give 0 or more, below schedule.epochs"
+    good = is_time(c.begin)
+    if good:
+        (begin, unit), (epochs, other) = parse_time(c.begin), parse_time(c.epochs)
+        good = begin < epochs or unit != other
+    yield "schedule.begin", c.begin, good, "give 0 or more, below schedule.epochs"
     yield share("schedule.warmup_start", c.warmup_start)
     from_nothing = c.warmup == "exponential" and c.warmup_start == 0
     yield "schedule.warmup_start", c.warmup_start, not from_nothing, "an exponential warm-up starts above 0"

@@ -2,8 +2,10 @@
 
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import TransientError, UserError
 from pipeline.imports import importing
@@ -14,6 +16,19 @@ from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun,
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+
+
+@dataclass(frozen=True)
+class ContinueOptions:
+    """Options of `pipeline continue`."""
+
+    epochs: float | str | None = None
+    """Length of both runs together: epochs (120 or "120ep") or batches ("5000ba")."""
+    rate: Literal["follow", "restart", "last"] | None = None
+    """The learning rate from here on. follow: the same curve goes on (step, multistep, constant); restart: the curve
+    anew over what is added, with a warm-up; last: as it was in the last step. Default: follow, otherwise restart."""
+    run_dir: str | None = None
+    """The new run's folder; default: RUN-to-N."""
 
 
 def _is_rank_zero() -> bool:
@@ -31,14 +46,57 @@ def train(argv: list[str]) -> int:
         stop.restore_handlers()
 
 
+def continue_run(argv: list[str]) -> int:
+    """`pipeline continue RUN --epochs N`: one rank of a run that trains a finished one on, in a folder of its own."""
+    die_with_torchrun()
+    join_srun_tasks()
+    stop = StopRequest()
+    try:
+        return _continue(argv, stop)
+    finally:
+        stop.restore_handlers()
+
+
+def _continue(argv: list[str], stop: StopRequest) -> int:
+    from pipeline.command import make_parser, normalize, split_options
+
+    parser = make_parser(
+        "pipeline continue",
+        "Train a finished run on, in a new run folder: its weights, momentum, average and order of images go on. "
+        "Run the same command again to resume. Further options are those of pipeline train.",
+        "RUN --epochs N [options]",
+    )
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_class_arguments(ContinueOptions, as_group=False)
+    argv = normalize(argv, set())
+    if not argv or {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"] if argv else argv)
+    options, rest = split_options(ContinueOptions, "continue", argv)
+    runs, overrides = [item for item in rest if not item.startswith("-")][:1], list(rest)
+    if not runs or rest[0] != runs[0]:
+        raise UserError("give the folder of a finished run first: pipeline continue RUN --epochs N")
+    if options.epochs is None:
+        raise UserError(f"--epochs is missing: the length of both runs together, e.g. {runs[0]} --epochs 120")
+    with importing():
+        from pipeline.training.run_folder.extend import begin_extension, plan_extension
+
+    plan = plan_extension(runs[0], options.epochs, options.rate, options.run_dir, overrides[1:])
+
+    def begin() -> None:
+        begin_extension(plan)
+        print(plan.about, flush=True)
+
+    return train_config(plan.config, stop, begin)
+
+
 def _train(argv: list[str], stop: StopRequest) -> int:
     from pipeline.config import parse_config
 
     return train_config(parse_config(argv), stop)
 
 
-def train_config(config: "Config", stop: StopRequest) -> int:
-    """One rank of a run. Returns the exit code."""
+def train_config(config: "Config", stop: StopRequest, begin: Callable[[], None] = lambda: None) -> int:
+    """One rank of a run. begin: called by rank 0 when the run folder is its own. Returns the exit code."""
     paths = RunPaths(Path(config.run_dir).expanduser().resolve())
     from pipeline.training.ranks.flight_record import record_flights
 
@@ -64,6 +122,7 @@ def train_config(config: "Config", stop: StopRequest) -> int:
     def take_run_folder() -> None:
         make_run_folder(config)
         lock.acquire()
+        begin()
 
     world.watch.folder, world.watch.before_exit = paths.debug if config.run_dir else None, before_exit
     failed = True

@@ -12,11 +12,11 @@ from pipeline.tracking.ledger import read_rows
 from pipeline.training.guard import Guard, Rollback, is_in_history, rollbacks_of, rollbacks_of_ledger
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
-    check_fingerprints,
     find_newest_good,
     verify_checkpoint,
 )
 from pipeline.training.run_folder.folder import RunFolder
+from pipeline.training.run_folder.same_recipe import check_fingerprints
 
 _AFTER_A_SAVE = ("interrupted", "finished", "resumed")  # events that only a run with a checkpoint records
 
@@ -114,7 +114,7 @@ def find_start(
             raise UserError(f"--resume {path}: {error}; give another checkpoint folder, or 'auto'") from error
     if found is None:
         return Start(rollbacks=rollbacks)
-    check_fingerprints(*found, semantic_config(config), index_fingerprint)
+    check_fingerprints(*found, semantic_config(config), index_fingerprint, config.typed)
     start = Start(*found, rollbacks or rollbacks_of(found[1]), went_back)
     if start.step > last_step:
         raise UserError(

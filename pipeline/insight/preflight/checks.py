@@ -141,18 +141,15 @@ def check_run_folder(run_dir: Path | None, problem: str | None, config: Config, 
 
 
 def _check_same_recipe(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int, float] | None) -> CheckResult:
-    from pipeline.training.run_folder.checkpoint import (
-        DamagedCheckpoint,
-        check_fingerprints,
-        read_meta,
-    )
+    from pipeline.training.run_folder.checkpoint import DamagedCheckpoint, read_meta
     from pipeline.training.run_folder.folder import RunFolder
+    from pipeline.training.run_folder.same_recipe import check_fingerprints
 
     try:
         RunFolder(run_dir).check_recipe(config)
         if checkpoint is not None and data["fingerprint"]:
             path = RunPaths(run_dir).checkpoint(checkpoint[0])
-            check_fingerprints(path, read_meta(path), semantic_config(config), data["fingerprint"])
+            check_fingerprints(path, read_meta(path), semantic_config(config), data["fingerprint"], config.typed)
     except UserError as error:
         return CheckResult(FAIL, "run folder", str(error))
     except DamagedCheckpoint as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.config import OptimConfig, ScheduleConfig
 from pipeline.config.time import steps_of
+from pipeline.errors import UserError
 
 ONE_CYCLE_RISE = 0.3  # share of the run, as torch.optim.lr_scheduler.OneCycleLR and fast.ai have it
 
@@ -38,30 +39,46 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig, peak: float, steps_per_epoch: float):
         self.config, self.peak, self.steps_per_epoch = config, peak, steps_per_epoch
-        length = steps_of(config.epochs, steps_per_epoch)
+        whole = steps_of(config.epochs, steps_per_epoch)
+        #: steps of the run that this one continues; the curve is over those that follow
+        self.begin = round(steps_of(config.begin, steps_per_epoch))
+        length = whole - self.begin
+        if self.begin and length < 1:
+            raise UserError(
+                f"--schedule.epochs {config.epochs}: {self.begin:,} steps are trained already, and the run would have "
+                f"{round(whole):,}; give more"
+            )
         #: how much longer the run is than the one that the recipe's times are for
         stretch = (
             1.0 if config.reference_epochs is None else length / steps_of(config.reference_epochs, steps_per_epoch)
         )
-        self.total_steps = max(1, round(length))
+        steps = max(1, round(length))
+        self.total_steps = self.begin + steps
         warmup = steps_of(config.warmup_epochs, steps_per_epoch) * min(1.0, stretch)
         if config.name == "one_cycle" and not warmup:
             warmup = ONE_CYCLE_RISE * length
         milestones = [steps_of(time, steps_per_epoch) * stretch for time in config.milestones]
         if config.name == "step" and config.step_every is not None:
             every = steps_of(config.step_every, steps_per_epoch) * stretch
-            milestones = [every * n for n in range(1, math.ceil(self.total_steps / every))]
-        self.warmup_steps = min(round(warmup), self.total_steps - 1)
+            milestones = [every * n for n in range(1, math.ceil(steps / every))]
+        self.warmup_steps = min(round(warmup), steps - 1)
         self.milestones = [math.ceil(step - 1e-6) for step in milestones]  # the first step that begins then or later
-        self.steps = _Times(self.warmup_steps, self.total_steps, self.milestones)
+        self.steps = _Times(self.warmup_steps, steps, self.milestones)
         per_epoch = [round(step / steps_per_epoch, 6) for step in milestones]
         self.epochs = _Times(warmup / steps_per_epoch, length / steps_per_epoch, per_epoch)
 
     def lr(self, step: int) -> float:
-        """Learning rate of step 0 <= step < total_steps."""
+        """Learning rate of step begin <= step < total_steps."""
         if self.config.per_epoch:
-            return self._rate(math.floor(step / self.steps_per_epoch + 1e-9), self.epochs)
-        return self._rate(step, self.steps)
+            epoch = math.floor(step / self.steps_per_epoch + 1e-9) - round(self.begin / self.steps_per_epoch)
+            return self._rate(max(0, epoch), self.epochs)
+        return self._rate(step - self.begin, self.steps)
+
+    @property
+    def copied_until(self) -> int:
+        """Until so many steps are done the weights' average is a copy of them: the warm-up, but of a continued run's,
+        whose average goes on."""
+        return 0 if self.begin else self.warmup_steps
 
     def _rate(self, now: float, times: "_Times") -> float:
         """The rate at a time, in the unit of `times`."""

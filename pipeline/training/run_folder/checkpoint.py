@@ -19,10 +19,7 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from pipeline.config import RawConfig
-from pipeline.config import semantic_config as settings_of
-from pipeline.config.names import rename_flat
-from pipeline.errors import TransientError, UserError
+from pipeline.errors import TransientError
 from pipeline.run_paths import META, checkpoint_name, list_checkpoints
 from pipeline.training.run_folder.snapshot import Snapshot
 
@@ -185,40 +182,6 @@ def find_newest_good(
         except DamagedCheckpoint as error:
             warn(f"{error}; using the one before it")
     return None
-
-
-def check_fingerprints(path: Path, meta: dict, identity: dict, index_fingerprint: str) -> None:
-    """Raises UserError that names each value in which a checkpoint's recipe or data set differs from the wanted one."""
-    compare_semantic_config(meta.get("semantic_config", {}), identity, f"checkpoint {path}")
-    if meta.get("index_fingerprint") != index_fingerprint:
-        raise UserError(
-            f"checkpoint {path} was trained on another data set: index fingerprint {meta.get('index_fingerprint')}, "
-            f"here {index_fingerprint}; give the same --data.root, or another --run_dir"
-        )
-
-
-def compare_semantic_config(there: dict, here: dict, whose: str) -> None:
-    """Raises UserError that lists the settings of `whose` that differ from the ones asked for. A setting that was not
-    known when `whose` was written counts as its default."""
-    defaults = {name: value for name, value in settings_of(RawConfig().resolve()).items() if name in here}
-    there = defaults | rename_flat(there)
-    names = there.keys() | here.keys()
-    lengthened = there.get("schedule.epochs") != here.get("schedule.epochs")
-    if lengthened:  # what follows from the length, and was not typed
-        names -= {"schedule.reference_epochs"}
-    differing = [
-        f"{name} is {there.get(name)} there and {here.get(name)} here"
-        for name in sorted(names)
-        if there.get(name) != here.get(name)
-    ]
-    if differing:
-        remedy = "give the same, or another --run_dir (options that docs/options.md marks 'may change' are free)"
-        if lengthened:
-            remedy += (
-                ". The learning rates follow from the run's length, so it can't be made longer in place; to train on "
-                "from its weights: --model.weights RUN_FOLDER with another --run_dir"
-            )
-        raise UserError(f"{whose} is of another recipe: {'; '.join(differing)}; {remedy}")
 
 
 class CheckpointWriter:

@@ -20,7 +20,7 @@ from pipeline.files import atomic_write, read_note
 from pipeline.redact import redact
 from pipeline.run_paths import END_MARKERS, RunPaths, list_checkpoints
 from pipeline.tracking.ledger import left_out_note
-from pipeline.training.run_folder.checkpoint import compare_semantic_config
+from pipeline.training.run_folder.same_recipe import compare_semantic_config
 
 WRITTEN = "# Written by pipeline train at each start.\n"  #: the first line of our config.yaml
 #: what starts that were killed leave behind; see `pipeline.files.atomic_open`
@@ -38,9 +38,8 @@ class RunFolder(RunPaths):
         over a wrong option say, has not."""
         begun = self.ledger.exists() or list_checkpoints(self.checkpoints)
         if begun and self.config.exists():
-            compare_semantic_config(
-                semantic_config(load_config(self.config)), semantic_config(config), f"run folder {self.path}"
-            )
+            there = semantic_config(load_config(self.config))
+            compare_semantic_config(there, semantic_config(config), f"run folder {self.path}", config.typed)
 
     def save_config(self, config: Config) -> None:
         """Write `config.yaml` atomically. What a recipe says of itself may name its source: without credentials.

@@ -1,0 +1,222 @@
+"""A finished run trained on in a new run folder, which begins with a copy of the old one's last checkpoint.
+
+Weights, momentum, average and the count of steps go on, and with it which images are seen. The learning rate follows
+the same curve where a longer run would have had the same rates so far; otherwise it starts anew, or stays as it was.
+"""
+
+import dataclasses
+import math
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config import Config, ScheduleConfig, load_config, semantic_config
+from pipeline.config.time import Time, epochs_of, is_time, plain_time, steps_of
+from pipeline.errors import UserError
+from pipeline.run_paths import RunPaths, list_checkpoints
+from pipeline.tracking.ledger import Ledger, read_rows
+from pipeline.training.run_folder.checkpoint import load_state, read_meta, verify_checkpoint, write_checkpoint
+from pipeline.training.run_folder.folder import RunFolder, make_run_folder
+
+Rate = Literal["follow", "restart", "last"]
+FOLLOWING = ("step", "multistep", "constant")  # schedules whose rates do not depend on the run's length
+#: what may differ from the run that is continued: the state that is taken over has to fit, and to mean the same
+_FREE = ("schedule.", "augment.", "evaluation.", "data.", "optim.lr", "optim.label_smoothing", "ema.every_steps")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """How a run is trained on. Made by `plan_extension`.
+
+    Attributes:
+        config: of the new run.
+        source: the checkpoint that it begins with.
+        step: number of steps done there.
+        about: one line on what follows the same curve and what does not.
+    """
+
+    config: Config
+    source: Path
+    step: int
+    about: str
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run that is trained on."""
+        return self.source.parents[1]
+
+
+def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | None, overrides: list[str]) -> Extension:
+    """The extension that `pipeline continue` is asked for. Reads only.
+
+    Args:
+        run: folder of a finished run.
+        epochs: length of both runs together.
+        rate: the learning rate from here on; None: follow, where that is possible, otherwise restart.
+        run_dir: folder of the new run; None: beside the old one.
+        overrides: further options of `pipeline train`.
+
+    Raises UserError where the run is not finished, or can't be continued in this way.
+    """
+    paths = RunPaths(Path(run).expanduser().resolve())
+    if not paths.config.exists():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml; give the --run_dir of a finished run")
+    if any(item.partition("=")[0] == "--schedule.epochs" for item in overrides):
+        raise UserError("give --epochs, the length of both runs together, instead of --schedule.epochs")
+    if not is_time(epochs, above=True):
+        raise UserError(f'--epochs {epochs}: give epochs (120 or "120ep") or batches ("5000ba"), above 0')
+    epochs = plain_time(epochs)
+    target = Path(run_dir).expanduser() if run_dir else paths.path.with_name(f"{paths.path.name}-to-{_short(epochs)}")
+    if target.resolve() == paths.path:
+        raise UserError(f"--run_dir {run_dir} is the run itself, which stays as it is; give a new folder")
+    old = load_config(paths.config, verb="continue")
+    new = load_config(paths.config, [*overrides, f"--run_dir={target}"], verb="continue")
+    source, step, per_epoch, last_rate = _end_of(paths, old)
+    if round(steps_of(epochs, per_epoch)) <= step:
+        raise UserError(
+            f"--epochs {epochs}: {paths.path} has trained {step:,} steps already ({step / per_epoch:.4g} epochs); "
+            "it is the length of both runs together, so give more"
+        )
+    changed = _changed(old, new)
+    kept = [name for name in changed if not name.startswith(_FREE)]
+    if kept:
+        raise UserError(
+            f"pipeline continue keeps --{kept[0]} of {paths.path}, with whose momentum it goes on; leave it out, or "
+            f"start from the weights alone: pipeline train --model.weights {paths.path}"
+        )
+    reshaped = any(name.startswith("schedule.") for name in changed)
+    chosen = rate or ("follow" if new.schedule.name in FOLLOWING and not reshaped else "restart")
+    if chosen == "follow" and (reshaped or new.schedule.name not in FOLLOWING):
+        why = "options of the schedule are given" if reshaped else f"{new.schedule.name} depends on the run's length"
+        raise UserError(f"--rate follow: {why}, so the rates so far are of another curve; give --rate restart or last")
+    if "train.max_steps" not in new.typed:
+        new = dataclasses.replace(new, train=dataclasses.replace(new.train, max_steps=None))
+    before, last = step / per_epoch, epochs_of(epochs, per_epoch)
+    head = f"continuing {paths.path} from step {step:,} (epoch {before:.4g}) to epoch {last:.4g}: "
+    kept_state = "weights, momentum, average and order of the images go on; "
+    if chosen == "follow":
+        new = dataclasses.replace(new, schedule=_followed(old.schedule, epochs, per_epoch))
+        text = "the learning rates follow the same curve, as in one run of this length with the same milestones"
+    elif chosen == "last":
+        if not last_rate > 0:
+            raise UserError(
+                f"--rate last: the last learning rate of {paths.path} was {last_rate:g}; give --rate restart"
+            )
+        new = dataclasses.replace(
+            new,
+            optim=dataclasses.replace(new.optim, lr=last_rate, lr_batch_size=None),
+            schedule=ScheduleConfig(name="constant", epochs=epochs, begin=f"{step}ba"),
+        )
+        text = f"the learning rate stays at its last, {last_rate:.4g}; not the curve of one run of this length"
+    else:
+        schedule = _restarted(new, epochs, step, per_epoch)
+        new = dataclasses.replace(new, schedule=schedule)
+        text = (
+            f"the learning rates start anew, {epochs_of(schedule.warmup_epochs, per_epoch):.4g} epochs of warm-up and "
+            f"then {schedule.name}; not the curve of one run of this length"
+        )
+    others = [name for name in changed if not name.startswith("schedule.")]
+    also = f"; changed from here on: {', '.join(others)}" if others else ""
+    return Extension(new, source, step, head + kept_state + text + also)
+
+
+def _short(epochs: Time) -> str:
+    return f"{epochs:g}" if isinstance(epochs, float) else str(epochs)
+
+
+def _changed(old: Config, new: Config) -> list[str]:
+    there, here = semantic_config(old), semantic_config(new)
+    return [name for name in here if here[name] != there.get(name)]
+
+
+def _end_of(paths: RunPaths, config: Config) -> tuple[Path, int, float, float]:
+    """(last checkpoint, its steps, steps an epoch, learning rate of the last step before the guard lowered it)."""
+    rows = list(read_rows(paths.ledger))
+    ends = [row["step"] for row in rows if row.get("event") == "finished"]
+    trained = [row for row in rows if row.get("kind") == "train" and row.get("epoch")]
+    saved = list_checkpoints(paths.checkpoints)
+    if not ends or not trained or not saved or saved[0][0] != trained[-1]["step"] or saved[0][0] != ends[-1]:
+        done = trained[-1]["step"] if trained else 0
+        newest = saved[0][1].name if saved else "none"
+        raise UserError(
+            f"{paths.path} is not finished, or its last checkpoint is gone ({done:,} steps done, newest checkpoint "
+            f"{newest}): run its own command to the end first, or start from its weights alone: "
+            f"pipeline train --model.weights {paths.path}"
+        )
+    step, path = saved[0]
+    last = trained[-1]
+    samples = round(last["step"] * config.train.global_batch_size / last["epoch"])
+    factor = math.prod(item[2] for item in read_meta(path).get("rollbacks", []))
+    return path, step, samples / config.train.global_batch_size, last["lr"] / factor
+
+
+def _followed(old: ScheduleConfig, epochs: Time, per_epoch: float) -> ScheduleConfig:
+    """The same curve for longer: times as they were, whatever length they were scaled to."""
+    return _scale(
+        dataclasses.replace(old, epochs=epochs), _stretch(old, steps_of(old.epochs, per_epoch), per_epoch), per_epoch
+    )
+
+
+def _restarted(config: Config, epochs: Time, step: int, per_epoch: float) -> ScheduleConfig:
+    """The recipe's curve over what is added, with a warm-up: the recipe's, or an epoch, a tenth at most, where it has
+    none."""
+    given = config.schedule
+    added = steps_of(epochs, per_epoch) - step
+    scaled = _scale(
+        dataclasses.replace(given, epochs=epochs, begin=f"{step}ba"), _stretch(given, added, per_epoch), per_epoch
+    )
+    if "schedule.warmup_epochs" in config.typed:
+        warmup = given.warmup_epochs
+    else:
+        warmup = scaled.warmup_epochs
+        if not epochs_of(warmup, per_epoch) and given.name != "one_cycle":
+            warmup = round(min(1.0, added / per_epoch / 10), 6)
+    return dataclasses.replace(scaled, warmup_epochs=warmup)
+
+
+def _stretch(schedule: ScheduleConfig, steps: float, per_epoch: float) -> float:
+    """How many times as long as the run that the times are given for."""
+    return steps / steps_of(schedule.reference_epochs or schedule.epochs, per_epoch)
+
+
+def _scale(schedule: ScheduleConfig, factor: float, per_epoch: float) -> ScheduleConfig:
+    """Warm-up and milestones times a factor; the warm-up does not grow."""
+
+    def scaled(value: Time, by: float) -> Time:
+        return value if by == 1 else f"{round(steps_of(value, per_epoch) * by)}ba"
+
+    return dataclasses.replace(
+        schedule,
+        reference_epochs=None,
+        warmup_epochs=scaled(schedule.warmup_epochs, min(1.0, factor)),
+        milestones=tuple(scaled(time, factor) for time in schedule.milestones),
+        step_every=None if schedule.step_every is None else scaled(schedule.step_every, factor),
+    )
+
+
+def begin_extension(plan: Extension) -> None:
+    """Make the new run folder and copy the checkpoint there, unless that is done. Rank 0 only, with the lock held.
+
+    Raises UserError where the folder has another run.
+    """
+    folder: RunFolder = make_run_folder(plan.config)
+    folder.check_recipe(plan.config)
+    rows = list(read_rows(folder.ledger))
+    begun = any(row.get("event") == "continued" for row in rows)
+    if not begun and (rows or list_checkpoints(folder.checkpoints)):
+        raise UserError(f"run folder {folder.path} holds another run; give another --run_dir")
+    if not begun:
+        row = {"kind": "event", "event": "continued", "step": plan.step, "time": time.time()}
+        row |= {"host": socket.gethostname(), "run": str(plan.run), "checkpoint": plan.source.name, "about": plan.about}
+        ledger = Ledger(folder.ledger, plan.step)
+        ledger.append(row)
+        ledger.close()
+    if list_checkpoints(folder.checkpoints) or any(row.get("kind") == "train" for row in rows):
+        return
+    meta = verify_checkpoint(plan.source)
+    parts = [name.removesuffix(".pt") for name in meta["files"]]
+    own = {key: value for key, value in meta.items() if key not in ("files", "digest", "format", "step")}
+    own |= {"semantic_config": semantic_config(plan.config)}
+    write_checkpoint(folder.checkpoints, plan.step, load_state(plan.source, parts), own)

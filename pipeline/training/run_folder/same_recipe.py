@@ -1,0 +1,81 @@
+"""Is what is asked for the recipe of the run that is there? A refusal names the options that were typed."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from pipeline.config import RawConfig, semantic_config
+from pipeline.config.names import rename_flat
+from pipeline.config.time import is_time, parse_time
+from pipeline.errors import UserError
+
+#: option -> those whose values follow from it unless they are given themselves
+FOLLOWING = {
+    "schedule.epochs": ("schedule.reference_epochs", "schedule.milestones", "schedule.warmup_epochs"),
+    "data.image_size": ("data.val_size", "data.val_resize"),
+    "data.val_size": ("data.val_resize",),
+    "data.val_crop_ratio": ("data.val_resize",),
+    "model.name": tuple(f"data.{name}" for name in ("image_size", "val_size", "val_resize")),
+}
+FOLLOWING["schedule.epochs"] += ("schedule.step_every", "data.ramp_epochs")
+FOLLOWING["model.name"] += tuple(f"data.{name}" for name in ("mean", "std", "interpolation"))
+
+
+def check_fingerprints(
+    path: Path, meta: dict, identity: dict, index_fingerprint: str, typed: Collection[str] = ()
+) -> None:
+    """Raises UserError that names each value in which a checkpoint's recipe or data set differs from the wanted one."""
+    compare_semantic_config(meta.get("semantic_config", {}), identity, f"checkpoint {path}", typed)
+    if meta.get("index_fingerprint") != index_fingerprint:
+        raise UserError(
+            f"checkpoint {path} was trained on another data set: index fingerprint {meta.get('index_fingerprint')}, "
+            f"here {index_fingerprint}; give the same --data.root, or another --run_dir"
+        )
+
+
+def compare_semantic_config(there: dict, here: dict, whose: str, typed: Collection[str] = ()) -> None:
+    """Raises UserError that lists the settings of `whose` that differ from the ones asked for. A setting that was not
+    known when `whose` was written counts as its default.
+
+    Args:
+        there, here: settings by dotted name, as `semantic_config` gives them.
+        whose: what `there` belongs to, in words.
+        typed: options that the command line gave.
+    """
+    defaults = {name: value for name, value in semantic_config(RawConfig().resolve()).items() if name in here}
+    there = defaults | rename_flat(there)
+    differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if not differing:
+        return
+    says = [
+        f"{'--' * (name in typed)}{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in _told(differing, typed)
+    ]
+    remedy = "give the same, or another --run_dir (options that docs/resume.md lists may change)"
+    if "schedule.epochs" in differing:
+        longer = _is_longer(there.get("schedule.epochs"), here.get("schedule.epochs"))
+        on = (
+            f"to train on for longer: pipeline continue RUN_FOLDER --epochs {here.get('schedule.epochs')}; "
+            if longer
+            else ""
+        )
+        remedy += (
+            f". The learning rates follow from the run's length, so it can't be changed in place; {on}to start from "
+            "its weights alone: --model.weights RUN_FOLDER with another --run_dir"
+        )
+    raise UserError(f"{whose} is of another recipe: {'; '.join(says)}; {remedy}")
+
+
+def _told(differing: list[str], typed: Collection[str]) -> list[str]:
+    """The differing options to name: those that were typed first, and none that only follows from one of these."""
+    named = [name for name in differing if name in typed]
+    sources = [name for name, those in FOLLOWING.items() if name in typed and set(those) & set(differing)]
+    silent = {name for source in sources for name in FOLLOWING[source]}
+    return named + [name for name in differing if name not in typed and name not in silent] or sources
+
+
+def _is_longer(there: object, here: object) -> bool:
+    """Is one length above another in the same unit?"""
+    if not all(isinstance(time, float | str) and is_time(time) for time in (there, here)):
+        return False
+    (before, unit), (now, other) = parse_time(there), parse_time(here)  # type: ignore[arg-type]
+    return unit != other or now > before
