@@ -1,43 +1,54 @@
 """How long a job stands still after a node is lost: `pipeline launch` beside torchrun's defaults, phase by phase.
 
-    python benchmarks/elastic.py [--rounds 3] [--timeout 240] [--json FILE]
+    python benchmarks/elastic.py [--rounds 3] [--torchrun-rounds 1] [--minutes 7.5] [--json FILE]
+    python benchmarks/elastic.py --tries 50 [--load 4] [--minutes 30] [--json FILE]
 
 Each launcher on this machine stands for a node with one rank on the CPU. One is killed (SIGKILL, with all that it has
 started); the seconds from there count until the ranks that are left have ended (the loss is noticed), until the first
 new rank runs (rendezvous and start of the process), until the checkpoint is loaded, and until the first new step is in
-the ledger. Launchers take turns. After each trial the ledger must have every step once, with the batch digests and
-learning rates of a run without a loss.
+the ledger; also how many steps are done again. Launchers take turns in the rounds that both have; torchrun's defaults
+wait for about 45 s after each loss, so it has fewer. After each trial the ledger must have every step once, with the
+batch digests and learning rates of a run without a loss; where the number of ranks stays the same, the checkpoint at
+the end must be that run's, bit for bit (fp32: with another number of ranks, sums are rounded in another order).
+
+With --tries nodes of a running job are killed or frozen again and again, with busy processes beside it; the count of
+tries in which the world split, or another node was lost, is printed.
 """
 
 import argparse
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from pipeline.dataset.index.scan import build_index
-from pipeline.dataset.synthetic.generate import Settings, generate_tree
 from pipeline.errors import EXIT_OK, EXIT_RETRY, TransientError
 from pipeline.insight.bench.interleaved import Spread, format_rows
 from pipeline.insight.bench.results import default_path, write_result
-from pipeline.insight.chaos.faults import descendants, send
-from pipeline.insight.chaos.job import recipe
+from pipeline.insight.chaos.compare import differences
+from pipeline.insight.chaos.nodes import (
+    LAUNCHERS,
+    OURS,
+    TORCHRUN,
+    NodeJob,
+    environment,
+    prepare,
+    ranks_of,
+    train_options,
+)
+from pipeline.insight.chaos.tries import lose_nodes
 from pipeline.progress import Progress
-from pipeline.tracking.ledger import is_start, read_rows
+from pipeline.run_paths import RunPaths, list_checkpoints
+from pipeline.tracking.ledger import read_rows
+from pipeline.training.run_folder.checkpoint import load_state, verify_checkpoint
 
-GLOBAL_BATCH_SIZE = 24  # 1, 2, 3 and 4 ranks divide it
 STEPS_BEFORE = 30  # with all nodes, before one is killed
-POLL_S = 0.005
+STEPS_AFTER = 3
 PHASES = ("noticed", "new rank", "resumed", "first step")
 
 
@@ -57,166 +68,97 @@ CASES = (
     Case("4 -> 3", 4, "1:4", 4, 3),
     Case("a spare takes over", 3, "2:2", 2, 2),
 )
-LAUNCHERS = {
-    "pipeline launch": ["-m", "pipeline", "launch"],
-    "torchrun": ["-m", "torch.distributed.run", "--max-restarts=3"],
-}
 
 
-class Trial:
-    """One run that loses a node."""
-
-    def __init__(self, work: Path, name: str, case: Case, launcher: str, timeout_s: float):
-        self.timeout_s = timeout_s
-        self.case, self.run, self.log = case, work / name, work / f"{name}.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        options = [f"--nnodes={case.nnodes}", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=elastic"]
-        options.append(f"--rdzv-endpoint=127.0.0.1:{port}")
-        program = ["train"] if launcher == "pipeline launch" else ["-m", "pipeline", "train"]
-        options += [*program, "--config", str(work / "recipe.yaml"), "--data.root", str(work / "data")]
-        self.command = [sys.executable, *LAUNCHERS[launcher], *options, "--run_dir", str(self.run)]
-        self.agents: list[subprocess.Popen] = []
-
-    def start_agent(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        with self.log.open("ab") as log:
-            self.agents.append(
-                subprocess.Popen(
-                    self.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
-            )
-
-    def rows(self) -> list[dict]:
-        ledger = self.run / "metrics.jsonl"
-        return list(read_rows(ledger)) if ledger.exists() else []
-
-    def ranks(self) -> set[int]:
-        """The process ids of all ranks of launchers that live."""
-        found = set()
-        for agent in self.agents:
-            for pid in descendants(agent.pid) if agent.poll() is None else []:
-                try:
-                    name = Path(f"/proc/{pid}/comm").read_text()
-                except OSError:
-                    continue
-                if name.startswith("rank "):
-                    found.add(pid)
-        return found
-
-    def wait_for(self, condition: Callable[[], object]) -> float:
-        """The time at which `condition` came true. Raises TransientError after `timeout_s`."""
-        deadline = time.monotonic() + self.timeout_s
-        while not condition():
-            if time.monotonic() > deadline:
-                raise TransientError(f"the job did not get there within {self.timeout_s:.0f} s; see {self.log}")
-            time.sleep(POLL_S)
-        return time.monotonic()
-
-    def has_trained(self, world_size: int, steps: int, starts: int) -> bool:
-        """Have so many ranks done so many steps since a start, with more than `starts` starts before?"""
-        rows = self.rows()
-        begun = [row for row in rows if is_start(row)]
-        done = [row["step"] for row in rows if row["kind"] == "train"]
-        if len(begun) <= starts or begun[-1]["world_size"] != world_size or not done:
-            return False
-        return done[-1] >= begun[-1]["step"] + steps
-
-    def lose_a_node(self) -> dict[str, float]:
-        """Start the job, kill a launcher, and time what follows: {phase: seconds since the kill}."""
-        self.start_agent()  # the first one hosts the rendezvous, and stays
-        time.sleep(2)
-        for _ in range(self.case.nodes - 1):
-            self.start_agent()
-        self.wait_for(lambda: self.has_trained(self.case.before, STEPS_BEFORE, 0))
-        starts = sum(map(is_start, self.rows()))
-        working = [agent for agent in self.agents[1:] if set(descendants(agent.pid)) & self.ranks()]
-        lost = working[-1]
-        for pid in [lost.pid, *descendants(lost.pid)]:
-            send(pid, signal.SIGKILL)
-        begun = time.monotonic()
-        lost.wait()
-        old = self.ranks()
-        times = {"noticed": self.wait_for(lambda: not old & self.ranks())}
-        times["new rank"] = self.wait_for(lambda: self.ranks() - old)
-        times["resumed"] = self.wait_for(lambda: sum(map(is_start, self.rows())) > starts)
-        times["first step"] = self.wait_for(lambda: self.has_trained(self.case.after, 1, starts))
-        return {phase: at - begun for phase, at in times.items()}
-
-    def close(self) -> None:
-        for agent in self.agents:
-            if agent.poll() is None:
-                for pid in [agent.pid, *descendants(agent.pid)]:
-                    send(pid, signal.SIGKILL)
-                agent.wait()
-
-    def __enter__(self) -> "Trial":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def lose_a_node(job: NodeJob, case: Case) -> dict:
+    """Start the job, kill a launcher, and time what follows: seconds since the kill by phase, and steps done again."""
+    job.add_node()  # the first one hosts the rendezvous, and stays
+    job.wait_for(job.is_open, "rendezvous")
+    for _ in range(case.nodes - 1):
+        job.add_node()
+    job.wait_for(lambda: job.has_trained(0, STEPS_BEFORE, case.before), f"{STEPS_BEFORE} steps")
+    starts, old = len(job.starts()), job.ranks()
+    lost = next(node for node in reversed(job.nodes[1:]) if ranks_of(node))
+    job.kill(lost)
+    begun, done = time.monotonic(), job.last_step()
+    times = {"noticed": job.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of old ranks")}
+    times["new rank"] = job.wait_for(lambda: job.ranks().keys() - old, "new rank")
+    times["resumed"] = job.wait_for(lambda: len(job.starts()) > starts, "resumed run")
+    times["first step"] = job.wait_for(lambda: job.has_trained(starts, 1, case.after), "step without the lost node")
+    job.wait_for(lambda: job.has_trained(starts, STEPS_AFTER, case.after), "further step")
+    again = max(0, done - job.starts()[starts]["step"])
+    job.stop()
+    return {"seconds": {phase: round(at - begun, 2) for phase, at in times.items()}, "steps_again": again}
 
 
-def prepare(work: Path) -> None:
-    """Data set and recipe of a small training without an end."""
-    generate_tree(work / "data", Settings(classes=4, train_per_class=24, val_per_class=6, seed=1, size=64, oddities=0))
-    build_index(work / "data")
-    settings = recipe(100_000, "shufflenet_v2_x0_5", "cpu", "disabled")
-    settings["train"] |= {"global_batch_size": GLOBAL_BATCH_SIZE, "eval_every_epochs": 1e6}
-    settings["schedule"] = {"epochs": 25_000}
-    settings["checkpoint"] = {"every_steps": 20, "every_minutes": None, "every_epoch": False}
-    (work / "recipe.yaml").write_text(yaml.safe_dump(settings))
-
-
-def facts_by_step(rows: list[dict]) -> list[tuple]:
+def facts_by_step(run: Path) -> list[tuple]:
     """(step, batch digest, learning rate) of each training row."""
+    ledger = RunPaths(run).ledger
+    rows = read_rows(ledger) if ledger.exists() else []
     return [(row["step"], row["batch_digest"], row["lr"]) for row in rows if row["kind"] == "train"]
 
 
-def reference_facts(work: Path, steps: int) -> list[tuple]:
-    """Those of a run of one rank that nothing happened to."""
+def reference_run(work: Path, steps: int) -> Path:
+    """A run of two ranks that nothing happened to, with a checkpoint after every step."""
     run = work / "reference"
-    options = ["--config", str(work / "recipe.yaml"), "--data.root", str(work / "data"), "--run_dir", str(run)]
-    command = [sys.executable, "-m", "pipeline", "train", *options, "--train.max_steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    keep = ["--checkpoint.every_steps", "1", "--checkpoint.keep", str(steps), "--train.max_steps", str(steps)]
+    command = [sys.executable, *LAUNCHERS[OURS], "--nproc-per-node=2", *train_options(work, run), *keep]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
         raise TransientError(f"the run without a loss failed: {done.stderr.strip()[-500:]}")
-    return facts_by_step(list(read_rows(run / "metrics.jsonl")))
+    return run
 
 
-def elastic(rounds: int, cases: list[Case], timeout_s: float) -> dict:
+def same_weights(run: Path, reference: Path) -> bool:
+    """Are the tensors of the newest checkpoint those of the reference at that step?"""
+    found = list_checkpoints(RunPaths(run).checkpoints)
+    if not found:
+        return False
+    step, path = found[0]
+    verify_checkpoint(path)
+    return not differences(load_state(path), load_state(RunPaths(reference).checkpoint(step)))
+
+
+def elastic(given: argparse.Namespace, cases: list[Case], work: Path) -> dict:
     """Print the table; the same as plain values, with every trial."""
-    work = Path(tempfile.mkdtemp(prefix="bench-elastic-"))
     trials: list[dict] = []
-    facts: list[list[tuple]] = []
-    try:
-        prepare(work)
-        with Progress("bench elastic", rounds * len(cases) * len(LAUNCHERS), "trials") as progress:
-            for number in range(rounds):
-                for case in cases:
-                    for launcher in LAUNCHERS:
-                        name = f"{len(trials)}"
-                        load = os.getloadavg()[0]
-                        found: dict = {"case": case.name, "launcher": launcher, "round": number, "load": round(load, 2)}
-                        with Trial(work, name, case, launcher, timeout_s) as trial:
-                            try:
-                                found |= {
-                                    "seconds": {k: round(v, 2) for k, v in trial.lose_a_node().items()},
-                                    "problem": None,
-                                }
-                            except TransientError as error:
-                                found["problem"] = str(error).partition(";")[0]
-                            trial.close()
-                            facts.append(facts_by_step(trial.rows()))
-                        trials.append(found)
-                        progress.advance()
-        reference = reference_facts(work, max(map(len, facts)))
-        for found, seen in zip(trials, facts, strict=True):
-            found["steps"], found["same_batches_and_rates"] = len(seen), seen == reference[: len(seen)]
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return {"cores": len(os.sched_getaffinity(0)), "trials": trials, "seconds": table(trials, cases)}
+    took: dict[tuple[str, str], float] = {}  # the longest trial
+    begun, planned = time.monotonic(), []
+    for number in range(given.rounds):
+        for case in cases:
+            planned += [
+                (number, case, launcher) for launcher in (OURS, TORCHRUN)[: 1 + (number < given.torchrun_rounds)]
+            ]
+    skipped = 0
+    with Progress("bench elastic", len(planned), "trials") as progress:
+        for number, case, launcher in planned:
+            now = time.monotonic()
+            if now - begun + 1.1 * took.get((case.name, launcher), 0.0) > 60 * given.minutes - 30:
+                skipped += 1  # the reference run comes after
+                continue
+            found: dict = {"case": case.name, "launcher": launcher, "round": number, "problem": None}
+            found["load"] = round(os.getloadavg()[0], 2)
+            with NodeJob(work, f"{len(trials)}", case.nnodes, launcher, given.timeout) as job:
+                try:
+                    found |= lose_a_node(job, case)
+                except TransientError as error:
+                    found["problem"] = str(error)
+            trials.append(found)
+            took[case.name, launcher] = max(took.get((case.name, launcher), 0.0), time.monotonic() - now)
+            progress.advance()
+    facts = [facts_by_step(work / f"{number}") for number in range(len(trials))]
+    reference = reference_run(work, max(map(len, facts)))
+    expected = facts_by_step(reference)
+    for number, (found, seen) in enumerate(zip(trials, facts, strict=True)):
+        case = next(case for case in cases if case.name == found["case"])
+        found["steps"], found["same_batches_and_rates"] = len(seen), seen == expected[: len(seen)]
+        if case.before == case.after == 2 and not found["problem"]:
+            found["same_weights"] = same_weights(work / f"{number}", reference)
+    seconds = table(trials, cases)
+    if skipped:
+        print(f"{skipped} of {len(planned)} trials were left out, as {given.minutes:g} minutes are over")
+    facts_of_machine = {"cores": len(os.sched_getaffinity(0)), "minutes": round((time.monotonic() - begun) / 60, 1)}
+    return facts_of_machine | {"trials": trials, "left_out": skipped, "seconds": seconds}
 
 
 def table(trials: list[dict], cases: list[Case]) -> dict:
@@ -226,38 +168,66 @@ def table(trials: list[dict], cases: list[Case]) -> dict:
         lines, medians = {}, {}
         for launcher in LAUNCHERS:
             tried = [t for t in trials if (t["case"], t["launcher"]) == (case.name, launcher)]
-            own = [trial["seconds"] for trial in tried if not trial["problem"]]
-            if not own:
-                lines[launcher] = "; ".join(sorted({trial["problem"] for trial in tried}))
+            good = [trial for trial in tried if not trial["problem"]]
+            if not good:
+                lines[launcher] = "; ".join(sorted({trial["problem"] for trial in tried})) or "not tried"
                 continue
-            spreads = {phase: Spread.of([seconds[phase] for seconds in own]) for phase in PHASES}
+            spreads = {phase: Spread.of([trial["seconds"][phase] for trial in good]) for phase in PHASES}
             found.setdefault(case.name, {})[launcher] = {phase: s.as_dict(2) for phase, s in spreads.items()}
-            last = spreads["first step"]
+            last, again = spreads["first step"], sorted(trial["steps_again"] for trial in good)
             lines[launcher] = "  ".join(f"{spreads[phase].median:10.2f}" for phase in PHASES)
-            lines[launcher] += f"   ({last.minimum:.2f} to {last.maximum:.2f}, {len(own)} trials)"
+            lines[launcher] += f"   ({last.minimum:.2f} to {last.maximum:.2f}, {len(good)} of {len(tried)} trials; "
+            lines[launcher] += f"steps again: {again[0]} to {again[-1]})"
             medians[launcher] = last.median
         print(f"\n{case.name}: seconds since the kill, medians")
         print(format_rows({"": "  ".join(f"{phase:>10}" for phase in PHASES), **lines}))
         if len(medians) == len(LAUNCHERS):
-            print(f"  ratio {medians['pipeline launch'] / medians['torchrun']:.2f}")
+            print(f"  ratio {medians[OURS] / medians[TORCHRUN]:.2f}")
     loads = [trial["load"] for trial in trials]
-    same = sum(trial["same_batches_and_rates"] for trial in trials)
     print(f"\nload {min(loads)} to {max(loads)}, median {statistics.median(loads)}")
-    print(f"in {same} of {len(trials)} trials: every step once, with the batches and rates of a run without a loss")
+    for launcher in LAUNCHERS:
+        own = [trial for trial in trials if trial["launcher"] == launcher]
+        same = sum(trial["same_batches_and_rates"] for trial in own)
+        weights = [trial["same_weights"] for trial in own if "same_weights" in trial]
+        print(f"{launcher}: every step once, with the batches and rates of a run without a loss: {same} of {len(own)}")
+        print(f"  with a spare, weights and optimizer state bit for bit, too: {sum(weights)} of {len(weights)}")
     return found
+
+
+def is_good(trial: dict) -> bool:
+    """Did it go on, as the run that nothing happened to?"""
+    return trial["problem"] is None and trial["same_batches_and_rates"] and trial.get("same_weights", True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="trials of each case and launcher")
+    parser.add_argument("--rounds", type=int, default=3, help="trials of each case with pipeline launch")
+    parser.add_argument("--torchrun-rounds", type=int, default=1, help="rounds in which torchrun takes turns with it")
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="some cases")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds after which a trial has failed")
+    parser.add_argument("--tries", type=int, help="lose so many nodes of a busy machine instead")
+    parser.add_argument("--load", type=int, default=4, help="busy processes beside the tries")
+    parser.add_argument("--seed", type=int, default=0, help="of the tries")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no trial or try begins that would end later")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds after which a trial has failed")
     parser.add_argument("--json", type=Path, help="file for the result")
     given = parser.parse_args()
-    cases = [case for case in CASES if given.only is None or case.name in given.only]
-    result = elastic(given.rounds, cases, given.timeout)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_RETRY))  # nothing is left running
+    work = Path(tempfile.mkdtemp(prefix="bench-elastic-"))
+    try:
+        prepare(work)
+        if given.tries:
+            result = lose_nodes(work, given.tries, given.load, given.seed, 60 * given.minutes, given.timeout)
+            bad = len(result["problems"])
+            print("\n".join(["", *result["problems"]]))
+            print(f"{result['tries'] - bad} of {result['tries']} tries: no split world, no other node lost")
+            good = not bad
+        else:
+            cases = [case for case in CASES if given.only is None or case.name in given.only]
+            result = elastic(given, cases, work)
+            good = all(map(is_good, result["trials"]))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     write_result(given.json or default_path("elastic"), "elastic", ["python", *sys.argv], result)
-    good = all(trial["problem"] is None and trial["same_batches_and_rates"] for trial in result["trials"])
     return EXIT_OK if good else EXIT_RETRY
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import runs
-from launching import Job, descendants, training, wait_for
+from launching import Job, descendants, kill, rank_pids, training, wait_for
 
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, UserError, exit_code_of
@@ -143,6 +143,48 @@ def test_term_to_the_launcher_saves_and_the_same_command_finishes(root, tmp_path
     undisturbed = tmp_path / "undisturbed"
     runs.train(root, undisturbed, *training(root, undisturbed, *length)[7:], processes=2)  # by torchrun
     assert runs.repeatable(run) == runs.repeatable(undisturbed)
+
+
+def test_a_signal_to_a_rank_that_only_starts_waits_for_it(root, tmp_path):
+    """It would kill a rank that has no handler for it yet: a job that grows at that moment would wait for its ranks."""
+    for attempt in range(5):  # the rank must be seen early enough
+        with Job(tmp_path, training(root, tmp_path / "run", "--schedule.epochs", "1000"), "1", "--cold") as job:
+            process = job.start(f"a{attempt}")
+            wait_for(lambda process=process: descendants(process.pid))
+            (rank,) = descendants(process.pid)
+            kill(rank, signal.SIGSTOP)
+            wait_for(lambda rank=rank: state(rank, "State").startswith("T"))
+            if is_in(signal.SIGTERM, state(rank, "SigCgt")):
+                continue
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda rank=rank: is_in(signal.SIGTERM, state(rank, "ShdPnd")))
+            kill(rank, signal.SIGCONT)
+            assert job.wait(f"a{attempt}") == EXIT_INTERRUPTED, job.all_output()
+            return
+    pytest.fail("the rank had its handlers in each attempt")
+
+
+def test_ranks_are_forked_with_signals_held_back_and_take_them_when_they_train(root, tmp_path):
+    with Job(tmp_path, training(root, tmp_path / "run", "--schedule.epochs", "1000"), "1") as job:
+        process = job.start("a")
+        wait_for(lambda: runs.rows(tmp_path / "run", "train"), say=job.all_output)
+        (rank,) = rank_pids(process.pid).values()
+        parent = int(state(rank, "PPid"))
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            assert is_in(number, state(parent, "SigBlk")) and not is_in(number, state(rank, "SigBlk"))
+
+
+def state(pid: int, name: str) -> str:
+    """A line of /proc/PID/status; empty where the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(f"{name}:")), "")
+
+
+def is_in(number: signal.Signals, mask: str) -> bool:
+    return bool(int(mask or "0", 16) >> (number - 1) & 1)
 
 
 def test_a_user_error_of_training_is_one_line(root, tmp_path):

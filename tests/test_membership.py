@@ -225,6 +225,7 @@ def test_a_loss_while_all_save_for_a_newcomer():
     case.join("n3")
     case.later(SETTLE_S)
     case.lose("n1")
+    assert case.sent[-1] == (2, {"do": "stop", "round": 1, "why": "loss"})  # it can't save alone
     case.end("n2", EXIT_RETRY)
     assert case.world() == ["n2", "n3"] and case.it.restarts == 0
 
@@ -235,3 +236,14 @@ def test_reports_of_an_earlier_round_do_not_count():
     case.end("n1", EXIT_RETRY)
     case.it.report(1, 1, EXIT_USER)
     assert case.it.round == 2 and case.it.exit_code is None
+
+
+def test_a_rank_that_dies_while_all_save_for_a_newcomer_does_not_leave_the_others_waiting():
+    case = Case("n1", "n2", min_nodes=1, max_nodes=3, max_restarts=1)
+    case.later(6)
+    case.join("n3")
+    case.later(SETTLE_S)
+    case.end("n1", -9, "rank 0 (n1) was killed by SIGKILL")
+    assert case.sent[-1] == (2, {"do": "stop", "round": 1, "why": "failure"})
+    case.end("n2", EXIT_RETRY)
+    assert case.world() == ["n1", "n2", "n3"] and case.it.restarts == 1

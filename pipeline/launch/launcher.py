@@ -51,7 +51,7 @@ class Launcher:
         self.local = LocalFolder(options.job)
         self.host, self.port = options.host, options.port
         self.name = f"{socket.gethostname()} (pid {os.getpid()})"
-        self.logs, self.numa = logs_of(options), numa_of(options)
+        self.program, self.logs, self.numa = program_of(options), logs_of(options), numa_of(options)
 
     # --- the job
 
@@ -167,9 +167,8 @@ class Launcher:
             self.workers.close()
         self.order = order
         envs = {rank: self.environment(order, rank) for rank in range(self.options.nproc)}
-        self.workers = Workers(
-            program_of(self.options), envs, self.logs, self.options.torch.role, self.prefixes(order), self.numa
-        )
+        role = self.options.torch.role
+        self.workers = Workers(self.program, envs, self.logs, role, self.prefixes(order), self.numa)
         self.stop_by = None  # a signal that arrives before this is passed on to these
 
     def environment(self, order: dict[str, Any], local_rank: int) -> dict[str, str]:
@@ -260,6 +259,8 @@ class Launcher:
                     self.workers.signal(signal.SIGTERM)
                 self.workers.kill_after(GRACE_S["failure"])
             return
+        if not self.program.asks_for_signals:  # another program: its end by our request to regroup is no failure
+            codes = {r: EXIT_REGROUP if code == -signal.SIGUSR2 else code for r, code in codes.items()}
         code, rank = _sum_up(codes)
         pid = self.workers.pids[rank]
         self.workers.close()

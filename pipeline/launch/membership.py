@@ -19,6 +19,7 @@ from pipeline.errors import (
     EXIT_USER,
 )
 
+_SAVED = {EXIT_INTERRUPTED, EXIT_REGROUP, EXIT_OK}
 SETTLE_S = 1.0  # after a node came, for others that come at the same time
 
 
@@ -124,8 +125,10 @@ class Membership:
         self.say(f"{node.name} was lost in round {self.round} ({how}); {_count(left, 'node')} left")
         if self.phase == "training":
             self._stop("loss")
+        elif self.phase == "stopping" and self.why == "regroup":
+            self._stop("loss")  # they can't save together any more
         elif self.phase == "stopping":
-            self.why = "loss" if self.why in ("failure", "regroup") else self.why
+            self.why = "loss" if self.why == "failure" else self.why
             self._stopped()
 
     def ask_to_stop(self, reason: str) -> None:
@@ -145,6 +148,8 @@ class Membership:
             self.end(EXIT_USER)
         elif exit_code == EXIT_GPU_FAULT:
             self._leave_out(node)
+        elif self.phase == "stopping" and self.why == "regroup" and exit_code not in _SAVED:
+            self._stop("failure")  # the others can't save without it
         elif self.phase == "stopping":
             self._stopped()
         elif exit_code == EXIT_OK:
@@ -281,8 +286,7 @@ class Membership:
             return
         codes = {node.exit_code for node in members}
         if EXIT_INTERRUPTED in codes or (self.asked_to_stop and members):
-            saved = codes <= {EXIT_INTERRUPTED, EXIT_REGROUP, EXIT_OK}
-            self.end(EXIT_INTERRUPTED if saved else EXIT_RETRY)
+            self.end(EXIT_INTERRUPTED if codes <= _SAVED else EXIT_RETRY)
             return
         if self.why == "failure" and not self._restart(members):
             return

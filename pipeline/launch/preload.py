@@ -8,10 +8,12 @@ import contextlib
 import gc
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
 from pipeline.imports import importing
+from pipeline.training.ranks.stop_request import HELD_BACK
 
 #: of `pipeline train`, and what it imports later than at its start
 MODULES = (
@@ -31,6 +33,8 @@ MODULES = (
     "torch.distributed.optim",
     "torch._dynamo",
 )
+
+signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # in the workers too, until they have handlers
 
 with importing():
     for name in MODULES:

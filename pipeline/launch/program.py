@@ -10,7 +10,7 @@ from torch.numa.binding import AffinityMode, NumaOptions
 
 from pipeline.command import parse_numbers
 from pipeline.launch.coordinator import say
-from pipeline.launch.options import Options
+from pipeline.launch.options import VERBS, Options
 from pipeline.launch.workers import Program
 
 
@@ -24,7 +24,8 @@ def program_of(options: Options) -> Program:
     else:
         command = [python or sys.executable, "-u", *options.command]
     warm = options.module if options.warm else None
-    return Program(command[0], tuple(command[1:]), warm, tuple(options.command))
+    ours = options.module == "pipeline" and options.command[:1] and options.command[0] in VERBS
+    return Program(command[0], tuple(command[1:]), warm, tuple(options.command), bool(ours))
 
 
 def logs_of(options: Options) -> DefaultLogsSpecs:

@@ -17,6 +17,8 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.numa.binding import NumaOptions
 
+from pipeline.training.ranks.stop_request import HELD_BACK
+
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -27,12 +29,15 @@ class Program:
     Attributes:
         entrypoint, arguments: the command.
         module, argv: the same for a process forked from a warm one, `python -m module argv`; None: it is never forked.
+        asks_for_signals: does it take the signals `HELD_BACK`, once it has handlers for them? They wait until then: one
+            that came before would kill it, and the ranks of the other nodes would wait for it.
     """
 
     entrypoint: str
     arguments: tuple[str, ...]
     module: str | None = None
     argv: tuple[str, ...] = ()
+    asks_for_signals: bool = False
 
 
 class Workers:
@@ -68,7 +73,12 @@ class Workers:
         )
         if isinstance(self._context, _WarmContext):
             self._context.program = program
-        self._context._start()  # its `start` would install handlers of signals, too
+        held_back = HELD_BACK if program.asks_for_signals else ()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)  # new processes inherit it
+        try:
+            self._context._start()  # its `start` would install handlers of signals, too
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for tail in self._context._tail_logs:
             tail.start()
         self.exit_codes: dict[int, int] = {}  # in the order of their ends

@@ -24,6 +24,8 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # <sys/prctl.h>
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+HELD_BACK = (signal.SIGTERM, signal.SIGUSR2)  #: by `pipeline launch`, until a rank that starts has its handlers
+
 process_is_ours = False  #: set by a process whose whole life is one verb; see `StopRequest.restore_handlers`
 
 
@@ -56,6 +58,8 @@ class StopRequest:
             self._install(signal.SIGUSR2, self._on_usr2)
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
                 self._install(signal.SIGHUP, self._on_signal)
+            if current_launch() is not None:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)  # what came meanwhile is noted now
 
     def _install(self, number: int, handler: Callable[[int, Any], None]) -> None:
         self._before[number] = signal.signal(number, handler)
