@@ -4,6 +4,7 @@ Each launcher stands for a node; the rendezvous is in a process of its own, as b
 """
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 import runs
 from launching import Job, descendants, kill, rank_pids, training, wait_for
 
+from pipeline.__main__ import main
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_NODE_LOST, EXIT_STORE_LOST
+from pipeline.insight.chaos.compare import check_wandb, wandb_steps
 
 ENDLESS = ["--schedule.epochs", "100000", "--train.global_batch_size", "24"]
 
@@ -179,8 +182,10 @@ def test_a_frozen_node_is_left_out_and_joins_again_when_it_wakes(root, tmp_path)
 
 
 @pytest.mark.long
-def test_a_loss_after_growth_names_the_node_and_a_rank_that_dies_is_named(root, tmp_path):
-    with elastic(tmp_path, root, "1:2", launch=("--max-restarts=1",)) as job:
+def test_a_loss_after_growth_names_the_node_and_a_rank_that_dies_is_named(root, tmp_path, capsys):
+    """Five starts of four worlds; W&B sees one run, each step at most once."""
+    options = [*ENDLESS, "--tracking.wandb", "offline"]
+    with elastic(tmp_path, root, "1:2", *options, launch=("--max-restarts=1",)) as job:
         job.serve()
         job.start("n1")
         job.start("n2")
@@ -198,7 +203,17 @@ def test_a_loss_after_growth_names_the_node_and_a_rank_that_dies_is_named(root, 
         wait_for(lambda: job.said(rf"pid {victim}\) was killed by SIGKILL; restart 1 of 1"), say=job.all_output)
         wait_for(lambda: sizes(tmp_path / "run") == [2, 1, 2, 1, 1], say=job.all_output)
         world_is(job, 1)
+        trained(job, 3)
+        stop(job)
     assert not job.said("all ranks show signs of life")
+    run = tmp_path / "run"
+    sent = list(run.glob("wandb/offline-run-*"))
+    assert len(sent) == 5 and len({path.name.split("-")[-1] for path in sent}) == 1
+    assert not check_wandb(run) and len(wandb_steps(run)) > 5
+    assert main(["status", str(run)]) == main(["report", str(run)]) == 0
+    assert re.search(r"processes +2 from step 0, 1 from step \d+, 2 from step \d+, 1 from", capsys.readouterr().out)
+    page = (run / "report" / "index.html").read_text()
+    assert "Processes: 2 from step 0, 1 from step" in page and f"(pid {lost}) was lost" in page
     assert_one_run(tmp_path / "run", root, tmp_path)
 
 

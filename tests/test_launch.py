@@ -62,6 +62,14 @@ def test_what_the_user_must_mend_ends_all_at_once(worker, tmp_path):
     assert done.stderr.splitlines() == ["rank 0 ends with 2"]  # not a word of the launcher's
 
 
+def test_what_the_user_must_mend_ends_all_nodes_at_once(worker, tmp_path):
+    with Job(tmp_path, [str(worker), str(tmp_path), "600:0", "0:2"], "2", "--max-restarts=3") as job:
+        job.start("n1")
+        job.start("n2")
+        assert job.wait("n1", 60) == job.wait("n2", 60) == 2
+        assert starts(tmp_path) == ["0-0", "0-1"] and not job.said("restart")
+
+
 def test_a_failure_is_restarted_as_often_as_was_said(worker, tmp_path):
     done = launch("--max-restarts=2", "--nproc-per-node=2", worker, tmp_path, "600:0", "0:1")
     assert done.returncode == 1

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.config import RawConfig, TrainConfig, to_yaml
+from pipeline.insight.status.cli import render
 from pipeline.insight.status.run_state import read_events_and_evals, read_state, read_tail
 from pipeline.progress import duration
 
@@ -78,6 +79,19 @@ def test_starting_again_after_a_restart(run):
     append(run, {"kind": "event", "event": "resumed", "step": 15, "world_size": 2, "slurm_job_id": "7"})
     state = read_state(run, NOW)
     assert (state.state, state.restarts, state.world_size) == ("starting", 1, 2)
+
+
+def test_changes_of_the_world_size(run):
+    assert "processes" not in render(read_state(run, NOW), None).split("place")[1].replace("4 processes", "")
+    for step, size in ((5, 4), (10, 3), (15, 3), (1500, 4)):
+        append(run, {"kind": "event", "event": "resumed", "step": step, "world_size": size, "host": "n1"})
+    state = read_state(run, NOW)
+    assert state.world_sizes == [(0, 4), (10, 3), (1500, 4)]
+    assert "processes   4 from step 0, 3 from step 10, 4 from step 1,500" in render(state, None)
+    for step in range(2000, 2008):
+        append(run, {"kind": "event", "event": "resumed", "step": step, "world_size": step % 3 + 1, "host": "n1"})
+    last = next(line for line in render(read_state(run, NOW), None).splitlines() if line.startswith("processes"))
+    assert last.startswith("processes   ..., ") and last.endswith("1 from step 2,007") and last.count("from step") == 6
 
 
 def test_evaluating_until_the_scores_are_there(run):

@@ -41,6 +41,24 @@ def is_start(row: dict) -> bool:
     return row.get("event") in ("started", "resumed")
 
 
+def world_sizes(starts: Iterable[dict]) -> list[tuple[int, int]]:
+    """(first step, number of ranks) of each stretch of a run with one world size, from its rows of starts."""
+    found: list[tuple[int, int]] = []
+    for row in starts:
+        step, size = row.get("step"), row.get("world_size")
+        if isinstance(step, int) and isinstance(size, int) and (not found or found[-1][1] != size):
+            found.append((step, size))
+    return found
+
+
+def world_sizes_in_words(sizes: list[tuple[int, int]], most: int = 6) -> str:
+    """Of `world_sizes`, the last ones; empty where the number of ranks has never changed."""
+    if len(sizes) < 2:
+        return ""
+    words = [f"{size} from step {step:,}" for step, size in sizes[-most:]]
+    return ("..., " if len(sizes) > most else "") + ", ".join(words)
+
+
 def last_steps(path: Path) -> dict[str, int]:
     """Kind of row ("train", "eval") -> its last step in a ledger."""
     return {row["kind"]: row["step"] for row in read_rows(path) if row.get("kind") in ("train", "eval")}

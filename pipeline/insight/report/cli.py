@@ -15,7 +15,7 @@ from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
 from pipeline.insight.report.network_page import ON_CPU, network_sections
 from pipeline.progress import duration
-from pipeline.tracking.ledger import better_scores, is_start, left_out_note
+from pipeline.tracking.ledger import better_scores, is_start, left_out_note, world_sizes, world_sizes_in_words
 
 if TYPE_CHECKING:
     from pipeline.insight.report.run_record import Record
@@ -94,6 +94,8 @@ def history(record: "Record") -> str:
         rows.append([stamp, event.get("event", ""), event.get("step", ""), event.get("host", ""), where, rest])
     starts = sum(is_start(event) for event in record.events)
     text = f"Started {starts} time{'s' if starts != 1 else ''}." if starts else "Not started yet."
+    if sizes := world_sizes_in_words(world_sizes(filter(is_start, record.events))):
+        text += f" Processes: {sizes}."
     return f"<p>{text}</p>" + page.table(["UTC", "what", "step", "host", "processes", "more"], rows, {2})
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.command import run_command
 from pipeline.insight.status.run_state import RunState, read_state
 from pipeline.progress import duration
+from pipeline.tracking.ledger import world_sizes_in_words
 
 WATCH_EVERY_S = 5.0
 ENDED = ("finished", "failed")
@@ -65,6 +66,8 @@ def render(state: RunState, slurm: dict[str, str] | None) -> str:
         f"{number(state.world_size, 'd')} process{'es' if state.world_size != 1 else ''}, first on {state.host or '?'}"
     )
     rows.append(("place", f"{where}; started {state.restarts + 1} times" if state.restarts else where))
+    if sizes := world_sizes_in_words(state.world_sizes):
+        rows.append(("processes", sizes))
     if state.slurm_job_id is not None:
         seen = "no longer known to the queue" if slurm is None else slurm["state"]
         if slurm is not None and slurm["state"] == "PENDING":

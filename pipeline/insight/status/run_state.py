@@ -17,7 +17,7 @@ from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 from pipeline.files import read_note
 from pipeline.run_paths import META, RunPaths, list_checkpoints
-from pipeline.tracking.ledger import is_start, left_out_note, top1_of
+from pipeline.tracking.ledger import is_start, left_out_note, top1_of, world_sizes
 
 TAIL_ROWS = 100  # training rows that rates are taken over
 TAIL_BYTES = 1 << 17  # holds them
@@ -31,7 +31,8 @@ class RunState:
 
     state: starting, training, evaluating, preempted, stopped, failed, finished or stalled. Percent: top1, best_top1.
     left_out: "5 of 12 images left out" of the latest evaluation, or empty. Share: data_wait_fraction. Seconds: step_s,
-    left_s (training alone), checkpoint_age_s, silent_s (since the last row).
+    left_s (training alone), checkpoint_age_s, silent_s (since the last row). world_sizes: (first step, ranks) of each
+    stretch with one number of ranks.
     """
 
     run: str
@@ -54,6 +55,7 @@ class RunState:
     checkpoint_age_s: float | None
     silent_s: float
     world_size: int | None
+    world_sizes: list[tuple[int, int]]
     host: str | None
     slurm_job_id: str | None
     restarts: int
@@ -164,6 +166,7 @@ def read_state(folder: Path, now: float | None = None) -> RunState:
         checkpoint_age_s=max(0.0, now - checkpoint[1]) if checkpoint else None,
         silent_s=silent,
         world_size=start.get("world_size"),
+        world_sizes=world_sizes(starts),
         host=start.get("host"),
         slurm_job_id=start.get("slurm_job_id"),
         restarts=max(0, len(starts) - 1),
