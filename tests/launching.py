@@ -37,6 +37,7 @@ class Job:
         self.options = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc}", "--rdzv-backend=c10d", *options]
         self.endpoint = f"127.0.0.1:{free_port()}"
         self.processes: dict[str, subprocess.Popen] = {}
+        self.environment = runs.environment()
 
     def start(self, name: str, *options: str, program: list[str] | None = None) -> subprocess.Popen:
         """Start a launcher; its output goes to a file of this name."""
@@ -44,7 +45,7 @@ class Job:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [*command, *options, *(self.program if program is None else program)],
-                env=runs.environment(),
+                env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -127,6 +127,18 @@ def test_a_killed_launcher_leaves_no_worker(root, tmp_path):
         wait_for(lambda: not any(Path(f"/proc/{pid}/exe").exists() and alive(pid) for pid in below), 30)
 
 
+def test_a_rank_has_the_threads_and_the_command_line_of_an_interpreter_of_its_own(root, tmp_path):
+    """With several OpenMP threads, imports start some; a process that has threads must not be forked."""
+    with Job(tmp_path, training(root, tmp_path / "run", "--schedule.epochs", "1000"), "1") as job:
+        job.environment["OMP_NUM_THREADS"] = "2"
+        process = job.start("a")
+        wait_for(lambda: runs.rows(tmp_path / "run", "train"), say=job.all_output)
+        (pid,) = rank_pids(process.pid).values()
+        shown = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        assert shown[:6] == [sys.executable, "-u", "-m", "pipeline", "train", "--config"]
+        assert not job.said("ranks are not forked|Traceback")
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"

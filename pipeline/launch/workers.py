@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import IO, Any
 
 from torch.distributed.elastic.multiprocessing import LogsSpecs
@@ -17,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.numa.binding import NumaOptions
 
+from pipeline.limits import available_cores
 from pipeline.training.ranks.stop_request import HELD_BACK
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -128,11 +130,33 @@ class Workers:
 # --- the warm path
 
 
+#: Libraries start as many threads when they are imported. A process with threads can't be forked safely.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
 def warm_up() -> None:
     """Start the process that workers are forked from; it imports in the background."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.launch.preload"])
-    forkserver.ensure_running()
+    given = {name: os.environ[name] for name in _THREADS if name in os.environ}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name in _THREADS:
+            del os.environ[name]
+        os.environ.update(given)
+
+
+def _use_threads(given: dict[str, str]) -> None:
+    """As many threads as a new interpreter would have. given: the launcher's settings of `_THREADS`."""
+    import torch
+
+    for name in _THREADS:
+        os.environ.pop(name, None)
+    os.environ.update(given)
+    number = given.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(int(number) if number.isdecimal() and int(number) > 0 else available_cores())
 
 
 class _WarmProcess:
@@ -168,17 +192,25 @@ class _WarmContext(SubprocessContext):
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
+        threads = {name: os.environ[name] for name in _THREADS if name in os.environ}
         for rank in range(self.nprocs):
             arguments = (
                 self.program,
-                self.envs[rank],
+                {**threads, **self.envs[rank]},
                 self.stdouts[rank] or "",
                 self.stderrs[rank] or "",
                 rank,
                 self._numa_options,
             )
             process = context.Process(target=_run_forked, args=arguments, daemon=False)
-            process.start()
+            try:
+                process.start()
+            except (EOFError, OSError):  # the process to fork from has ended, and said why
+                for handler in self.subprocess_handlers.values():
+                    handler.close(signal.SIGKILL)
+                self.subprocess_handlers.clear()
+                super()._start()
+                return
             self.subprocess_handlers[rank] = _WarmHandler(process)
 
 
@@ -193,8 +225,10 @@ def _run_forked(
             os._exit(1)
     os.setsid()
     _forget_forkserver()
+    _show_command([program.entrypoint, *program.arguments])
     _redirect(sys.stdout, stdout)
     _redirect(sys.stderr, stderr)
+    _use_threads({name: env[name] for name in _THREADS if name in env})
     os.environ.update(env)
     if numa is not None:
         from torch.numa.binding import _maybe_apply_numa_binding_to_current_process
@@ -214,6 +248,17 @@ def _run_forked(
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _show_command(command: list[str]) -> None:
+    """Have ps, top and pkill -f see this command line, rather than that of the process this one was forked from; cut to
+    the room there is (Linux)."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        begin, end = int(fields[45]), int(fields[46])  # arg_start, arg_end: proc(5)
+        if end > begin > 0:
+            text = "\0".join(command).encode()[: end - begin - 1]
+            ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
 
 
 def _forget_forkserver() -> None:
