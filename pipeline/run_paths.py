@@ -84,6 +84,11 @@ class RunPaths:
         return self.path / "debug"
 
     @property
+    def evaluation(self) -> Path:
+        """Partial sums of `pipeline evaluate`, while it is at work."""
+        return self.path / "evaluation"
+
+    @property
     def profile(self) -> Path:
         """Traces of `train.profile_steps`."""
         return self.path / "profile"

@@ -5,7 +5,8 @@
 #   RUN_DIR=runs/resnet152 sbatch slurm/evaluate.sh --checkpoint last --json scores.json
 #
 # What stands after the script's name goes to `pipeline evaluate`. From the environment or slurm/site.env: RUN_DIR,
-# DATA_ROOT (default: where the run had its data), NPROC_PER_NODE, PYTHON, PIPELINE_HOME, as in resnet152.sh.
+# DATA_ROOT (default: where the run had its data), NPROC_PER_NODE, PYTHON, PIPELINE_HOME, as in resnet152.sh. An evaluation
+# that is preempted or does not fit the time limit is requeued, and resumes with the batches that were not scored yet.
 
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
@@ -29,7 +30,7 @@ load() { # what the scripts share
 }
 
 progress() { # an evaluation's partial sums
-    cat "$RUN_DIR"/evaluation/* 2>/dev/null
+    cat "$RUN_DIR"/evaluation/*/rank-* 2>/dev/null
 }
 
 main() { # OPTION ...: of `pipeline evaluate`
@@ -38,9 +39,11 @@ main() { # OPTION ...: of `pipeline evaluate`
         echo "give the run folder: RUN_DIR=runs/NAME sbatch slurm/evaluate.sh" >&2
         exit 2
     fi
+    : "${GRACE_S:=45}" # less than the signal's lead
     load
     [[ -d $RUN_DIR ]] || fail "RUN_DIR=$RUN_DIR: no such folder; give the folder of a run"
     count_requeues
+    phase=evaluating
     ranks_on_every_node evaluate "$RUN_DIR" "${data[@]}" "$@"
     leave $?
 }

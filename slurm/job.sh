@@ -41,6 +41,9 @@ request_stop() { # $1: why
     log "$1"
     if [[ $phase == preparing ]]; then
         end_background # nothing to save yet
+    elif [[ $phase == evaluating ]]; then # not by a file: the run may be in training meanwhile
+        kill -USR1 "$step_pid" 2>/dev/null # srun sends it to node.sh on every node
+        [[ -n $first ]] || { end_within_grace & }
     else
         write_stop_file "$ATTEMPT $1"
         [[ -n $first ]] || { stop_within_grace "$ATTEMPT $1" & }
@@ -55,6 +58,13 @@ stop_within_grace() { # $1: text of the stop file. Repeats the request until it 
         sleep 1
     done
     log "not saved within $GRACE_S s"
+    kill_steps
+}
+
+end_within_grace() {
+    trap - USR1 USR2 TERM INT HUP
+    sleep "$GRACE_S"
+    log "not ended within $GRACE_S s"
     kill_steps
 }
 

@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# Runs once on every node of a job, started by srun: the launcher with one process for each GPU. A signal to the job's
-# steps reaches this shell, which turns it into the file RUN_DIR/stop; the launcher ignores it, since it would take the
-# ranks down. Bash reads a script while it runs it: all of this is functions and one last line, so that it may be edited.
+# Runs once on every node of a job, started by srun: `pipeline launch` with one rank for each GPU. A signal to the job's
+# steps reaches this shell, which turns it into the file RUN_DIR/stop; the launcher of a training ignores it, the one of
+# an evaluation is sent TERM. With MIN_NODES or SPARE_NODES the job survives the loss of nodes: the first node hosts the
+# rendezvous in a process of its own, and where the first node itself is lost, the others have the job requeued.
+# Bash reads a script while it runs it: all of this is functions and one last line, so that it may be edited.
 set -u
+
+STORE_LOST=68 # exit code of `pipeline launch`: the host of the rendezvous is gone
 
 # shellcheck disable=SC2317,SC2329 # the traps call it
 on_signal() { # $1: its name
     if [[ -n ${STOP_FILE:-} ]]; then
         request_stop "$RENDEZVOUS_ID $1 to the step on $node" || keep_requesting "$RENDEZVOUS_ID $1 to the step on $node" &
     elif [[ -n $launcher ]]; then
-        kill -KILL "$launcher" # nothing to save
+        kill -TERM "$launcher" # its ranks keep what they have
     else
         exit 1
     fi
@@ -32,53 +36,73 @@ settings() {
     # shellcheck disable=SC2153
     ((cpus <= SLURM_CPUS_ON_NODE)) || cpus=$SLURM_CPUS_ON_NODE
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_NODE : 1))}
-    # Nodes count their restarts apart; with a store shared over restarts they would meet in different ones
-    # (pytorch#135712).
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # no stack trace when the ranks part
     TMPDIR=$(mktemp -d) && export TMPDIR # the launcher leaves files behind
     options=()
-    if [[ -n ${SLURM_GPUS_ON_NODE:-} ]] && nvidia-smi --list-gpus >/dev/null 2>&1; then
-        if [[ ! -d /sys/devices/system/node/node1 ]]; then
-            : # one NUMA node: all cores are as near
-        elif command -v numactl >/dev/null; then
-            options+=(--numa-binding=node)
-        else
-            echo "$node has no numactl: ranks are not bound to the cores beside their GPU; have it installed" >&2
-        fi
+    if [[ -d /sys/devices/system/node/node1 && -n ${SLURM_GPUS_ON_NODE:-} ]] && nvidia-smi --list-gpus >/dev/null 2>&1; then
+        options+=(--numa-binding=node)
     fi
-    find_network
+    max_nodes=$((SLURM_NNODES - ${SPARE_NODES:-0}))
+    min_nodes=${MIN_NODES:-$max_nodes}
+    hosts=0
+    if ((SLURM_NNODES == 1)); then
+        RENDEZVOUS=127.0.0.1:${RENDEZVOUS##*:}
+    else
+        find_network
+    fi
+    [[ ${SLURM_NODEID:-0} != 0 ]] || hosts=1
+    elastic='' # may nodes be lost?
+    if ((min_nodes < SLURM_NNODES)); then elastic=yes; fi
+    meeting=(--nnodes="$min_nodes:$max_nodes" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="$RENDEZVOUS_ID"
+        --max-restarts="${MAX_RESTARTS:-3}" --rejoin-timeout="${REJOIN_S:-30}")
 }
 
-find_network() { # this node's address and network interface on the way to the other nodes, since its name may not resolve
-    local head=${RENDEZVOUS%:*} peer route
-    [[ ${SLURM_NODEID:-0} == 0 ]] && options+=(--rdzv-conf=is_host=1) || options+=(--rdzv-conf=is_host=0)
-    peer=$head
-    if ((SLURM_NNODES == 1)); then
-        options+=(--local-addr=localhost)
-        return
-    elif [[ ${SLURM_NODEID:-0} == 0 ]]; then # the way to itself is the loopback interface
-        options+=(--local-addr="$head")
+find_network() { # the network interface on the way to the other nodes, since this node's own name may not resolve
+    local peer=${RENDEZVOUS%:*} route
+    if [[ ${SLURM_NODEID:-0} == 0 ]]; then # the way to itself is the loopback interface
         peer=${PEER_ADDRESS:-}
     fi
     route=$(ip -o route get "$(getent ahosts "$peer" | awk '{ print $1; exit }')" 2>/dev/null) || return
     if [[ $route =~ \ dev\ ([^ ]+) ]]; then
         export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${BASH_REMATCH[1]}}
     fi
-    if [[ ${SLURM_NODEID:-0} != 0 && $route =~ \ src\ ([^ ]+) ]]; then
-        options+=(--local-addr="${BASH_REMATCH[1]}")
-    fi
+}
+
+serve_rendezvous() {
+    trap '' TERM USR1 USR2 INT HUP
+    exec "$PYTHON" -m pipeline launch --serve-store "${meeting[@]}" --rdzv-conf=is_host=1
 }
 
 launch_ranks() { # VERB ...
-    trap '' TERM USR1 USR2 INT HUP
-    exec "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$NPROC_PER_NODE" \
-        --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="$RENDEZVOUS_ID" \
-        --max-restarts="${MAX_RESTARTS:-3}" --signals-to-handle=SIGQUIT "${options[@]}" -m pipeline "$@"
+    if [[ -n ${STOP_FILE:-} ]]; then trap '' TERM USR1 USR2 INT HUP; else trap - TERM USR1 USR2 INT HUP; fi
+    exec "$PYTHON" -m pipeline launch "${meeting[@]}" --rdzv-conf="is_host=$hosts" --nproc-per-node="$NPROC_PER_NODE" \
+        --shutdown-timeout="${GRACE_S:-120}" "${options[@]}" "$@"
+}
+
+await() { # $1: pid; returns its exit code. A signal ends `wait`, not what it waits for.
+    while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+    wait "$1"
+}
+
+requeue_for_the_first_node() { # the batch shell was lost with it, or does the same
+    local answer end=$((SECONDS + ${REQUEUE_S:-600})) restarts
+    while ((SECONDS < end)); do
+        restarts=$(LC_ALL=C timeout 90 scontrol show job --oneliner "$SLURM_JOB_ID" 2>&1) && {
+            [[ $restarts == *" JobState=RUNNING "* && $restarts == *" Restarts=${RENDEZVOUS_ID##*.} "* ]] || return
+            if answer=$(LC_ALL=C timeout 90 scontrol requeue "$JOB" 2>&1); then
+                echo "$node: the first node was lost; the job is requeued"
+                return
+            fi
+        }
+        echo "$node: the first node was lost, and the job can't be requeued yet: ${answer:-$restarts}"
+        sleep 3
+    done
+    echo "$node: the first node was lost, and the job can't be requeued: it is cancelled; submit the same again to resume"
+    scancel "$JOB"
 }
 
 main() { # VERB ...: `pipeline VERB ...`
-    local code log signal
+    local code log signal store=''
     node=${SLURMD_NODENAME:-$(hostname)}
     mkdir -p "$RUN_DIR/logs"
     log=$RUN_DIR/logs/$SLURM_JOB_ID-$node.log
@@ -89,11 +113,24 @@ main() { # VERB ...: `pipeline VERB ...`
         trap "on_signal SIG$signal" "$signal"
     done
     settings
+    if [[ -n $elastic && $hosts == 1 ]]; then
+        hosts=0
+        serve_rendezvous &
+        store=$!
+    fi
     launch_ranks "$@" &
     launcher=$!
-    while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done # a signal ends `wait`, not the launcher
-    wait "$launcher"
+    await "$launcher"
     code=$?
+    if [[ -n $store ]]; then
+        await "$store" # the others may go on without this node's launcher
+        code=$?
+    elif [[ -n $elastic && $code == "$STORE_LOST" ]]; then
+        requeue_for_the_first_node
+    fi
+    if [[ ${SLURM_NODEID:-0} == 0 ]]; then
+        echo "$code" >"$RUN_DIR/.code.$RENDEZVOUS_ID"
+    fi
     rm -rf "$TMPDIR"
     exit "$code"
 }

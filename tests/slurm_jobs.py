@@ -15,7 +15,7 @@ from pipeline.tracking.ledger import read_rows
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EPOCH, BATCH, EVALUATED = 72, 24, 16, 48
 PATIENCE_S = 300  # for a busy machine
-WORKER = "-u -m pipeline train"  # a rank's command line has this, torchrun's has not
+WORKER = "-u -m pipeline train"  # a rank's command line has this, the launcher's has not
 
 #: A tiny recipe: 72 steps of a ShuffleNet in float32, saved now and then, evaluated after 48 and at the end.
 RECIPE = """

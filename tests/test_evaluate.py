@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from pipeline.evaluation.class_map import class_positions
 from pipeline.loader.eval_plan import EvalPlan, FiveCropPlan
 from pipeline.loader.reference import ReferenceDecoder
 from pipeline.loader.stream import EncodedBatch
+from pipeline.training.evaluate import Tally
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +182,59 @@ def test_the_better_weights_are_exported_and_named(run, tmp_path, capsys):
         state = torch.load(target, weights_only=True)
         kept = torch.load(runs.checkpoint_at(run, 4) / f"{'ema' if infix else 'model'}.pt", weights_only=True)
         assert all(torch.equal(state[key], kept[key]) for key in kept)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts the batches that are scored, in `seen`; sends this process SIGTERM when there are `stop_at` of them."""
+
+    class Counted:
+        seen, stop_at = 0, None
+
+    real, counted = Tally.add, Counted()
+
+    def add(self, *arguments):
+        real(self, *arguments)
+        counted.seen += 1
+        if counted.seen == counted.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Tally, "add", add)
+    return counted
+
+
+def without_speed(scores: dict) -> dict:
+    return {key: value for key, value in scores.items() if key not in ("images_per_s", "results")}
+
+
+@pytest.mark.parametrize("more", [(), ("--ten_crop", "true")], ids=["one crop", "ten crops"])
+def test_an_evaluation_that_was_stopped_resumes_to_the_same_scores(run, evaluate, tmp_path, counted, more, capsys):
+    options = (run, "--sizes", "32,48", "--batch_size", "10", *more)
+    whole, again = tmp_path / "whole.csv", tmp_path / "again.csv"
+    wanted = evaluate(*options, "--per_class", whole)
+    batches = 2 * 2 * (12 if more else 3)  # networks, sizes, batches of 24 images
+    assert counted.seen == batches
+    for stop_at in (2, 3):  # in the first of four parts; then in the next
+        counted.seen, counted.stop_at = 0, stop_at
+        assert main(["evaluate", *map(str, options)]) == 75
+        batches -= stop_at
+    counted.seen, counted.stop_at = 0, None
+    capsys.readouterr()
+    found = evaluate(*options, "--per_class", again)
+    assert counted.seen == batches and not (run / "evaluation").exists()
+    assert list(map(without_speed, found["results"])) == list(map(without_speed, wanted["results"]))
+    assert again.read_text() == whole.read_text()
+
+
+def test_partial_sums_of_other_settings_or_damaged_ones_are_not_taken(run, evaluate, counted):
+    wanted = evaluate(run, "--batch_size", "10")
+    counted.seen, counted.stop_at = 0, 2
+    assert main(["evaluate", str(run), "--batch_size", "10"]) == 75
+    counted.seen, counted.stop_at = 0, None
+    evaluate(run, "--batch_size", "10", "--flip", "true")
+    assert counted.seen == 6
+    (kept,) = run.glob("evaluation/*/rank-00000.npz")
+    kept.write_bytes(kept.read_bytes()[:-100])
+    counted.seen = 0
+    assert without_speed(evaluate(run, "--batch_size", "10")) == without_speed(wanted)
+    assert counted.seen == 6 and not (run / "evaluation").exists()

@@ -18,6 +18,7 @@ from pipeline.dataset.index.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.checkpoints import ScoredNetwork, load_published, load_run
 from pipeline.evaluation.class_map import class_positions
+from pipeline.evaluation.partial_sums import PartialSums
 from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
 from pipeline.model.published import PREFIX, Published, find_published
 from pipeline.model.sizes import check_to_score
@@ -95,13 +96,16 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
             subject = load_published(config, published, index, world)
         else:
             subject = load_run(ask.weights, ask.checkpoint, config, folder, world)
-        results = score_all(ask, config, subject, index, sizes, world, stop)
+        results = score_all(ask, config, subject, index, sizes, world, stop, None if published else folder)
     finally:
         world.close()
     if results is None:
         return interrupted_exit_code()
     if world.is_rank_zero:
         print_scores(ask, results, subject, published)
+        for result in results:
+            if result.kept is not None:
+                result.kept.remove()
     return EXIT_OK
 
 
@@ -132,7 +136,8 @@ def published_config(ask: Request, published: Published) -> Config:
 
 @dataclass(frozen=True)
 class Result:
-    """One network at one size. seconds: that it took. folders: (class folder, its words, its output)."""
+    """One network at one size. seconds: that it took. folders: (class folder, its words, its output). kept: the partial
+    sums in the run folder."""
 
     weights: str
     size: int
@@ -140,6 +145,7 @@ class Result:
     evaluation: Evaluation
     seconds: float
     folders: list[tuple[str, str, int]]
+    kept: PartialSums | None = None
 
     @property
     def facts(self) -> dict:
@@ -162,8 +168,9 @@ def score_all(
     sizes: list[tuple[int, int]],
     world: World,
     stop: StopRequest,
+    folder: RunFolder | None = None,
 ) -> list[Result] | None:
-    """Each network at each size; None if any rank was asked to stop. Collective."""
+    """Each network at each size; None if any rank was asked to stop. folder: that keeps partial sums. Collective."""
     positions = class_positions(index.synsets, subject.classes, subject.outputs, str(index.root))
     folders = list(zip(index.synsets, index.words, positions.tolist(), strict=True))
     labels = positions[np.ascontiguousarray(index.splits["val"].records["label"], np.int64)]
@@ -177,6 +184,17 @@ def score_all(
                 return None
             for size, resize in sizes:
                 data = dataclasses.replace(config.data, val_size=size, val_resize=resize)
+                kept = None
+                if folder is not None:
+                    facts = {
+                        "files": subject.meta["files"],
+                        "index": index.fingerprint,
+                        "weights": name,
+                        "data": [size, resize, data.interpolation, data.loader, data.mean, data.std],
+                        "settings": [batch, ask.ten_crop, flip, count, config.train.precision, world.device.type],
+                        "labels": positions.tolist(),
+                    }
+                    kept = PartialSums(folder.evaluation, facts, world, f"{name} at {size} pixels")
                 stream = make_eval_stream(index, data, batch, world, ask.ten_crop, labels)
                 begun = time.perf_counter()
                 try:
@@ -190,12 +208,14 @@ def score_all(
                         flip,
                         ask.ten_crop,
                         sorted(positions.tolist()) if index.num_classes < subject.outputs else None,
+                        kept,
                     )
                 finally:
                     stream.close()
                 if found is None:
                     return None
-                results.append(Result(name, size, resize, found, time.perf_counter() - begun, folders))
+                seconds = time.perf_counter() - begun if kept is None else kept.seconds
+                results.append(Result(name, size, resize, found, seconds, folders, kept))
     return results
 
 

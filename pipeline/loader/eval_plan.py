@@ -55,6 +55,13 @@ class EvalPlan:
         ids = np.arange(start, min(start + self.batch_size, last), dtype=np.int64)
         return self.cut(ids, np.zeros_like(ids))
 
+    def step_of(self, sample: int, rank: int = 0, world_size: int = 1) -> int:
+        """The batch of `rank` that holds a sample of its share."""
+        return (sample - self.samples * rank // world_size) // self._samples_of_a_batch()
+
+    def _samples_of_a_batch(self) -> int:
+        return self.batch_size
+
 
 class FiveCropPlan(EvalPlan):
     """Each validation sample five times in a row: cropped from the middle and from the four corners (Krizhevsky et al.
@@ -63,7 +70,10 @@ class FiveCropPlan(EvalPlan):
     CROPS = 5
 
     def steps(self, world_size: int) -> int:
-        return math.ceil(math.ceil(self.samples / world_size) / (self.batch_size // self.CROPS))
+        return math.ceil(math.ceil(self.samples / world_size) / self._samples_of_a_batch())
+
+    def _samples_of_a_batch(self) -> int:
+        return self.batch_size // self.CROPS
 
     def corners(self, room_x: np.ndarray, room_y: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         middle_x, middle_y = super().corners(room_x, room_y, epochs)
@@ -73,7 +83,7 @@ class FiveCropPlan(EvalPlan):
 
     def local(self, step: int, rank: int = 0, world_size: int = 1) -> Planned:
         first, last = self.samples * rank // world_size, self.samples * (rank + 1) // world_size
-        many = self.batch_size // self.CROPS
+        many = self._samples_of_a_batch()
         start = min(first + step * many, last)
         ids = np.arange(start, min(start + many, last), dtype=np.int64)
         return self.cut(np.repeat(ids, self.CROPS), np.tile(np.arange(self.CROPS), len(ids)))

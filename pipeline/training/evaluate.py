@@ -1,7 +1,8 @@
 """Evaluation: every validation image exactly once over all ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -51,6 +52,10 @@ class Tally:
         places = (sure * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # bin i: (i / 15, (i + 1) / 15]
         self.bins.index_add_(0, places, torch.stack([ones, sure, first], 1).double())
         self.classes.index_add_(0, targets, torch.stack([ones, first, among], 1).double())
+
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """The sums by name, to be kept or filled."""
+        return {prefix + name: getattr(self, name) for name in ("sums", "bins", "classes")}
 
     def over(self, world: World) -> "Evaluation":
         """The sums of all ranks. Collective."""
@@ -110,6 +115,16 @@ def predict(network: nn.Module, images: torch.Tensor, ids: torch.Tensor, flip: b
     return (sums / counts[:, None]).clamp(min=torch.finfo(sums.dtype).tiny).log()
 
 
+class Kept(Protocol):
+    """Partial sums that outlive this process: `pipeline.evaluation.partial_sums`."""
+
+    def restore(self, sums: Mapping[str, torch.Tensor]) -> tuple[int, dict[int, str]]: ...
+
+    def is_due(self) -> bool: ...
+
+    def keep(self, done: int, sums: Mapping[str, torch.Tensor], unreadable: Mapping[int, str]) -> None: ...
+
+
 def evaluate(
     network: nn.Module,
     stream: Stream,
@@ -120,10 +135,11 @@ def evaluate(
     flip: bool = False,
     crops: bool = False,
     among: Sequence[int] | None = None,
+    kept: Kept | None = None,
 ) -> Evaluation | None:
     """Score `network` (uint8 images in, logits of `classes` classes out) on all batches of a validation stream; see
-    `predict`. among: classes; also score with the logits of these alone. Collective. Returns
-    None on all ranks if any of them was asked to stop.
+    `predict`. among: classes; also score with the logits of these alone. kept: where partial sums are, so that only the
+    other batches are scored. Collective. Returns None on all ranks if any of them was asked to stop.
 
     Images that can't be read are left out and named in the result. Raises TransientError where they are more than the
     stream tolerates, over all ranks, or all.
@@ -135,15 +151,30 @@ def evaluate(
         share_buffers(network, world)
     tally, own_tally = Tally(classes, world.device), Tally(classes, world.device)
     few = None if among is None else torch.tensor(among, device=world.device)
+    sums = tally.tensors() | (own_tally.tensors("own_") if among is not None else {})
     steps = stream.plan.steps(world.size)
-    batches = stream.batches(0, steps)
+    done, last_ids = 0, None
+    if kept is not None:
+        done, unreadable_before = kept.restore(sums)
+        stream.unreadable.update(unreadable_before)
+
+    def keep() -> None:
+        if kept is not None:
+            first = done if last_ids is None else stream.plan.step_of(int(last_ids[-1]), world.rank, world.size) + 1
+            kept.keep(first, sums, stream.unreadable)
+
+    batches = stream.batches(done, steps)
     try:
-        for _ in range(steps):  # the same number on every rank, though one may have no batch left
+        for _ in range(world.max(steps - done)):  # the same number on every rank, though one may have no batch left
             if world.any(bool(stop)):
+                keep()
                 return None
+            if kept is not None and kept.is_due():
+                keep()
             world.watch.phase("waiting for validation images")
             batch = next(batches, None)
             if batch is None:
+                done, last_ids = steps, None
                 continue
             with torch.inference_mode(), autocast(world.device, precision):
                 logits = predict(network, batch.images, batch.ids, flip, crops)
@@ -157,6 +188,9 @@ def evaluate(
                 others = torch.ones(classes, dtype=torch.bool, device=logits.device)
                 others[few] = False
                 own_tally.add(logits.masked_fill(others, -torch.inf), targets)
+            last_ids = batch.ids
+        done, last_ids = steps, None
+        keep()
     finally:
         batches.close()
         network.train(was_training)

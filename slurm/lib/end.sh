@@ -1,25 +1,22 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 # What comes after the last step: done, requeued, or one line that says what to do.
 
+STORE_LOST=68 NODE_LOST=69 GPU_FAULT=71 INTERRUPTED=75 # exit codes of `pipeline launch`, beside 1 and 2
+
 leave() { # $1: exit code of the last step. Requeues the job if that makes sense. Never returns.
     local code=$1
     trap '' USR1 USR2 TERM INT HUP
     end_background
-    if [[ -z $stop_reason && $phase == training && -e $RUN_DIR/interrupted ]]; then # this shell had no signal
-        if has_stop_file && [[ $(read_stop_file) != "$ATTEMPT "* ]]; then
-            log "stopped by $STOP_FILE, so it is not requeued: submit the same again to resume"
-            leave_with 75
-        fi
-        stop_reason=$(grep -o '"reason": "[^"]*"' "$RUN_DIR/interrupted" | cut -d'"' -f4)
-        signal_ms=$(stat --format=%.3Y "$STOP_FILE" 2>/dev/null) signal_ms=${signal_ms/./}
-    fi
+    code=$(cat "$RUN_DIR/.code.$ATTEMPT" 2>/dev/null) || code=$1 # the launchers'; srun's is the highest of all nodes
+    rm -f "$RUN_DIR/.code.$ATTEMPT"
+    find_stop_reason "$code"
     if ((${signal_ms:-0})); then
         signal_ms=$(($(date +%s%3N) - signal_ms))
         log "$((signal_ms / 1000)).$((signal_ms % 1000 / 100)) s from the signal to the end of the step"
     fi
     if [[ $phase == training ]]; then
         [[ ! -e $RUN_DIR/finished ]] || leave_with 0
-        ! grep -qs '"exit_code": 2' "$RUN_DIR/failed" || code=2 # torchrun says 1 for whatever its workers say
+        ! grep -qs '"exit_code": 2' "$RUN_DIR/failed" || code=2
     elif ((code == 0)); then
         leave_with 0 # a script without training has done its work
     fi
@@ -34,22 +31,46 @@ leave() { # $1: exit code of the last step. Requeues the job if that makes sense
     leave_with "$code"
 }
 
+find_stop_reason() { # $1: exit code. This shell had no signal, but the steps had, or nodes were lost.
+    [[ -z $stop_reason ]] || return
+    if [[ $phase == training && (-e $RUN_DIR/interrupted || $1 == "$INTERRUPTED") ]]; then
+        if has_stop_file && [[ $(read_stop_file) != "$ATTEMPT "* ]]; then
+            log "stopped by $STOP_FILE, so it is not requeued: submit the same again to resume"
+            leave_with 75
+        fi
+        stop_reason=$(grep -os '"reason": "[^"]*"' "$RUN_DIR/interrupted" | cut -d'"' -f4)
+        : "${stop_reason:=a signal to the steps}"
+        signal_ms=$(stat --format=%.3Y "$STOP_FILE" 2>/dev/null) signal_ms=${signal_ms/./}
+    elif [[ $phase == evaluating && $1 == "$INTERRUPTED" ]]; then
+        stop_reason="a signal to the steps"
+    elif [[ $phase != preparing && ($1 == "$STORE_LOST" || $1 == "$NODE_LOST") ]] && ! find_in_log "$OUT_OF_MEMORY"; then
+        stop_reason="a node was lost"
+    fi
+}
+
 leave_with() { # $1: exit code
     [[ -z ${progress_at_start:-} ]] || rm -f "$PROGRESS_DIR/.requeues.$JOB"
     release_run_dir
     exit "$1"
 }
 
+find_in_log() { # PATTERN: its first line in this attempt's part of the log
+    tail -c "+$((job_log_start + 1))" "$job_log" 2>/dev/null | grep -m 1 -E "$1"
+}
+
 say_what_failed() { # $1: exit code of the step. Returns the job's.
     local asked killed
     asked=$(asked_memory)
     asked=${asked:-no --mem, so what the partition gives}
-    if killed=$(tail -c "+$((job_log_start + 1))" "$job_log" 2>/dev/null | grep -m 1 -E "$OUT_OF_MEMORY"); then
+    if killed=$(find_in_log "$OUT_OF_MEMORY"); then
         log "memory ran out (${killed##*error: }). The job asked for $asked; $(more_memory)"
         return 2
-    elif (($1 == 137)) || tail -c "+$((job_log_start + 1))" "$job_log" 2>/dev/null | grep -qE "$KILLED"; then
+    elif (($1 == 137)) || find_in_log "$KILLED" >/dev/null; then
         log "a process was killed by SIGKILL, which is how the kernel ends one when memory runs out. The job asked for \
 $asked; if nobody sent that signal, $(more_memory)"
+        return "$1"
+    elif (($1 == GPU_FAULT)); then
+        log "a GPU failed, on the node named above; not requeued. Submit the same with --exclude=NODE to resume on others."
         return "$1"
     fi
     log "failed with exit code $1; not requeued. $(what_comes_next)"
@@ -57,7 +78,7 @@ $asked; if nobody sent that signal, $(more_memory)"
 }
 
 OUT_OF_MEMORY='exceeded (job |step )?memory limit|oom[-_]kill|OOM Killed|: Out Of Memory|killed [0-9]+ for want of host memory'
-KILLED='exitcode *: -9|Signal 9 \(SIGKILL\)|was killed by SIGKILL'
+KILLED='pipeline launch: rank .* was killed by SIGKILL[^;]*; see above' # the last time
 
 more_memory() {
     local amount example=''

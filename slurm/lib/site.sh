@@ -43,9 +43,22 @@ settings() {
     NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     export RUN_DIR PYTHON NPROC_PER_NODE PATH HOME PYTHONPATH=$PIPELINE_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
     LEAD_S=${SBATCH_SIGNAL:-$(grep -m 1 -o '^#SBATCH --signal=.*' "$0")}
+    read_nodes
     [[ $LEAD_S =~ @([0-9]+) ]] && LEAD_S=${BASH_REMATCH[1]} || LEAD_S=0
     job_log=$(readlink "/proc/$$/fd/2")
     job_log_start=$(stat --format=%s "$job_log" 2>/dev/null) || job_log_start=0
+}
+
+read_nodes() { # sets how many nodes train at most, and how many the job can do with
+    local number='^[1-9][0-9]*$' spare=${SPARE_NODES:-0}
+    nodes_at_most=$SLURM_NNODES nodes_required=$SLURM_NNODES
+    [[ $spare == 0 || ($spare =~ $number && $spare -lt $SLURM_NNODES) ]] ||
+        fail "SPARE_NODES=$spare: give a number below the job's $SLURM_NNODES nodes"
+    nodes_at_most=$((SLURM_NNODES - spare))
+    nodes_required=${MIN_NODES:-$nodes_at_most}
+    [[ $nodes_required =~ $number && $nodes_required -le $nodes_at_most ]] ||
+        fail "MIN_NODES=$nodes_required: give a number from 1 to $nodes_at_most, the job's nodes less SPARE_NODES"
+    export MIN_NODES=$nodes_required SPARE_NODES=$spare
 }
 
 # NCCL chooses its network well; where it does not, set in site.env:

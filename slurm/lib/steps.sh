@@ -1,12 +1,14 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 # What runs on the nodes: one `srun` each, one task a node.
 
+STEP_OPTIONS=() # of the next step
+
 run_step() { # COUNT COMMAND ...: on so many nodes, once on each, at the same time
     local nodes=$1 code
     shift
     [[ -z $stop_reason ]] || return 1
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=0 --overlap --export=ALL \
-        "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$@" &
+        "${STEP_OPTIONS[@]}" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$@" &
     step_pid=$!
     await "$step_pid"
     code=$?
@@ -29,7 +31,7 @@ preflight() { # OPTION ...: every node reports its facts, then one of them judge
         return 1
     fi
     run_step 1 "$PYTHON" -m pipeline preflight "$@" --nodes_file "$nodes" --time_limit "$TIME_LIMIT" \
-        --signal_lead "$LEAD_S" --world_size $((SLURM_NNODES * NPROC_PER_NODE))
+        --signal_lead "$LEAD_S" --world_size $((nodes_at_most * NPROC_PER_NODE))
     code=$?
     rm -f "$nodes" "$RUN_DIR/.token"
     return "$code"
@@ -54,7 +56,9 @@ find_head() { # HEAD and PORT, where the nodes meet: by the address that Slurm h
 
 ranks_on_every_node() { # VERB ...: `pipeline VERB ...` as one process for each GPU
     find_head
-    export RENDEZVOUS=$HEAD:$PORT RENDEZVOUS_ID=$ATTEMPT SLURM_KILL_BAD_EXIT=1 # one node gone, all gone
+    # The launchers end together, so srun need not end those of other nodes.
+    export RENDEZVOUS=$HEAD:$PORT RENDEZVOUS_ID=$ATTEMPT SLURM_KILL_BAD_EXIT=0 JOB GRACE_S
+    ((nodes_required == SLURM_NNODES)) || STEP_OPTIONS=(--no-kill)
     log "$* on $SLURM_JOB_NODELIST"
     run_step "$SLURM_NNODES" bash "$PIPELINE_HOME/slurm/node.sh" "$@"
 }

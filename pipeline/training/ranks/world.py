@@ -45,10 +45,14 @@ class World(RankInfo):
 
     def any(self, flag: bool) -> bool:
         """Is the flag up on any rank? Collective, on the host."""
-        value = torch.tensor([int(flag)])
+        return bool(self.max(int(flag)))
+
+    def max(self, value: int) -> int:
+        """The highest of all ranks' values. Collective, on the host."""
+        highest = torch.tensor([value])
         with self.watch.collective("a question to all"):
-            dist.all_reduce(value, dist.ReduceOp.MAX)
-        return bool(value.item())
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest.item())
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64. Collective, on the host."""

@@ -1,0 +1,384 @@
+"""What the batch scripts make of Slurm's answers, of the environment, and of what they find in the run folder."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from stand_in_slurm import ROOT, BatchShell
+
+SAVED = "phase=training stop_reason='USR1 from Slurm'; leave 75"
+
+
+@pytest.fixture
+def job(tmp_path):
+    return BatchShell(tmp_path)
+
+
+def wait_until(condition, what):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)  # polls a condition
+
+
+# --- the requeue
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_a_controller_that_is_away_is_asked_again(job, times):
+    (job.state / "away").write_text(str(times))
+    ended = job.source(f"echo {times} >$STATE/away; {SAVED}")
+    assert ended.code == 0 and job.file("requeued") == "7\n"
+    assert ended.log.count("no answer from Slurm's controller, asking again") == 2  # at the start, at the requeue
+    assert "requeued: USR1 from Slurm" in ended.log
+
+
+def test_no_answer_until_the_allocation_ends_is_no_success(job):
+    ended = job.source(f"echo 1000000 >$STATE/away; job_end_s=$(($(date +%s) + 1)); {SAVED}")
+    assert ended.code == 75 and not job.file("requeued")
+    assert "Slurm was not reached" in ended.log and "submit the same again to resume" in ended.log
+
+
+def test_a_requeue_by_slurm_itself_is_not_repeated(job):
+    again = "sed -i s/Restarts=0/Restarts=1/ $STATE/record"
+    ended = job.source(f"{again}; {SAVED}")
+    assert ended.code == 0 and not job.file("requeued") and "Slurm has requeued the job" in ended.log
+
+
+def test_a_cancelled_job_is_not_revived(job):
+    ended = job.source(f"sed -i s/=RUNNING/=CANCELLED/ $STATE/record; {SAVED}")
+    assert ended.code == 75 and not job.file("requeued") and "cancelled: submit the same again" in ended.log
+
+
+def test_requeued_is_said_when_slurm_has_agreed(job):
+    (job.state / "refuses").touch()
+    ended = job.source(SAVED)
+    assert ended.code == 75 and "requeued: " not in ended.log
+    assert "Slurm refuses to requeue it (Requested operation is presently disabled)" in ended.log
+
+
+@pytest.mark.parametrize(
+    ("code", "phase", "requeued"),
+    [(75, "evaluating", True), (68, "training", True), (69, "evaluating", True), (69, "preparing", False)]
+    + [(code, "training", False) for code in (1, 2, 71)],
+)
+def test_the_launchers_exit_codes(job, code, phase, requeued):
+    ended = job.source(f"phase={phase}; leave {code}")
+    assert (ended.code, job.file("requeued")) == ((0, "7\n") if requeued else (code, "")), ended.log
+
+
+def test_sruns_code_is_not_taken_for_the_launchers(job):
+    """With a node lost on the way srun's exit code is that of the lost task."""
+    ended = job.source('echo 75 >"$RUN_DIR/.code.$ATTEMPT"; STOP_FILE=$RUN_DIR/stop phase=training; leave 137')
+    assert ended.code == 0 and job.file("requeued") and not list(job.run.glob(".code*"))
+
+
+def test_a_stop_file_of_somebodys_own_ends_the_job(job):
+    (job.run / "stop").write_text("enough")
+    ended = job.source("export STOP_FILE=$RUN_DIR/stop; phase=training; leave 75")
+    assert ended.code == 75 and not job.file("requeued") and "stopped by" in ended.log
+
+
+def test_a_time_limit_that_is_shorter_than_the_signals_lead(job):
+    job.record(limit="00:02:00")
+    ended = job.source(SAVED)
+    assert ended.code == 2 and not job.file("requeued")
+    assert "the time limit of 00:02:00 is not longer than the 300 s" in ended.log and "SBATCH_SIGNAL" in ended.log
+
+
+def test_requeues_without_progress_end(job):
+    for restarts in range(4):
+        job.record(restarts=restarts)
+        ended = job.source(f"progress() {{ echo same; }}; count_requeues; {SAVED}", name="evaluate.sh")
+    assert ended.code == 2 and "requeued 3 times without a new step" in ended.log
+
+
+def test_a_time_limit_spent_twice_in_vain_ends(job):
+    for restarts in range(2):
+        job.record(restarts=restarts)
+        spent = "progress() { echo same; }; count_requeues; phase=evaluating; job_end_s=$(($(date +%s) + 30))"
+        ended = job.source(f"{spent}; read_end() {{ :; }}; stop_reason=x; requeue", name="evaluate.sh")
+    assert ended.code == 2 and "was spent twice without progress" in ended.log and job.file("requeued") == "7\n"
+
+
+def test_an_evaluation_gets_on_with_each_partial_sum(job):
+    """evaluate.sh counts partial sums as progress."""
+    script = (ROOT / "slurm/evaluate.sh").read_text().replace('main "$@"', "")
+    (job.folder / "evaluate.sh").write_text(script)
+    sums = job.run / "evaluation/key"
+    sums.mkdir(parents=True)
+    for restarts in range(6):
+        job.record(restarts=restarts)
+        (sums / "rank-00000.npz").write_text(str(restarts))
+        ended = job.source(". ./evaluate.sh; count_requeues; phase=evaluating; stop_reason=x; leave 75")
+        assert ended.code == 0, ended.log
+
+
+# --- whose job it is
+
+
+def test_variables_of_another_job_count_for_nothing(job):
+    """Submitted from a task of an array, from a shell of salloc, from a step of another job."""
+    other = {"SLURM_ARRAY_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "9", "SLURM_MEM_PER_CPU": "20", "SLURM_NTASKS": "64"}
+    other |= {"SLURM_RESTART_COUNT": "5", "SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_EXPORT_ENV": "NONE"}
+    other |= {
+        "SLURM_KILL_BAD_EXIT": "0",
+        "SRUN_CPUS_PER_TASK": "4",
+        "RANK": "3",
+        "WORLD_SIZE": "64",
+        "MASTER_ADDR": "x",
+    }
+    ended = job.source(f'env | grep -E "^(SLURM|SRUN|RANK|WORLD|MASTER)"; echo "$JOB.$RESTARTS"; {SAVED}', **other)
+    assert not [name for name in other if f"\n{name}=" in f"\n{ended.log}"]
+    assert "7.0" in ended.log.splitlines() and job.file("requeued") == "7\n"
+
+
+def test_a_task_of_an_array_has_a_run_folder_of_its_own(job):
+    record = (job.state / "record").read_text()
+    (job.state / "record").write_text(record.replace("JobId=7 ", "JobId=7 ArrayJobId=6 ArrayTaskId=2 "))
+    ended = job.source('echo "$JOB $RUN_DIR"', RUN_DIR="")
+    assert ended.log.splitlines()[-1] == f"6_2 {job.folder}/runs/train-2"
+
+
+def test_a_second_job_in_the_run_folder_is_told_once_and_touches_nothing(job):
+    (job.run / ".job").symlink_to("3")
+    (job.run / "stop").write_text("for the first one")
+    (job.state / "states").write_text("RUNNING\n")
+    ended = job.submit(str(ROOT / "slurm/resnet152.sh"))
+    assert ended.code == 2 and ended.log.count("job 3 is at work in") == 1 and len(ended.log.splitlines()) == 1
+    assert (job.run / "stop").exists() and os.readlink(job.run / ".job") == "3"
+
+
+def test_the_end_of_the_job_before_is_waited_for(job):
+    (job.run / ".job").symlink_to("3")
+    (job.state / "states").write_text("COMPLETING\nCOMPLETING\nCOMPLETED\n")
+    ended = job.source("claim_run_dir")
+    assert ended.code == 0 and ended.log.count("waiting for the end of job 3") == 1
+    assert os.readlink(job.run / ".job") == "7"
+
+
+def test_a_run_folder_that_is_gone_is_no_new_run(job):
+    job.trained()
+    assert job.source("remember_steps").code == 0
+    assert "Comment=steps written by the pipeline" in job.file("updates")
+    (job.state / "comment").write_text("steps written by the pipeline")
+    job.record(restarts=1)
+    (job.run / "metrics.jsonl").unlink()
+    ended = job.submit(str(ROOT / "slurm/resnet152.sh"))
+    assert ended.code == 2 and "the run is gone" in ended.log and "is it on a disk that" in ended.log
+    (job.state / "comment").write_text("(null)")  # nothing had begun before
+    assert job.source("claim_run_dir").code == 0
+
+
+# --- the environment
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "set -e\nfalse || true\n",
+        "set -euo pipefail\n",
+        "export LD_LIBRARY_PATH=/opt/nccl/lib:$LD_LIBRARY_PATH\n",
+        "cd /tmp\n",
+        "trap 'echo mine' USR1\n",
+    ],
+)
+def test_a_site_file_may_set_what_it_likes(job, text):
+    (job.folder / "site.env").write_text(f"{text}SEEN=yes\n")
+    ended = job.source(f'[[ $SEEN == yes && $PWD == "{job.folder}" ]] || exit 9; false; {SAVED}', SITE_ENV="site.env")
+    assert ended.code == 0 and job.file("requeued") == "7\n", ended.log
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("SEEN=yes\nset -e\nmodule load cuda\n", "site.env ended the job, line 3: module load cuda (exit code 127)"),
+        ("exit 4\n", "site.env ended the job"),
+        ("if true\n", "site.env is no bash"),
+        ("SEEN=yes\r\n", "site.env has Windows line endings"),
+    ],
+)
+def test_a_site_file_that_fails_is_named(job, text, said):
+    (job.folder / "site.env").write_bytes(text.encode())
+    ended = job.source("echo never", SITE_ENV="site.env")
+    assert ended.code == 2 and said in ended.log and "never" not in ended.log.splitlines()
+
+
+def test_relative_paths_are_those_of_the_submission(job):
+    (job.folder / "site.env").write_text("cd /\n")
+    ended = job.source('echo "$RUN_DIR $DATA_ROOT"', RUN_DIR="runs/a", DATA_ROOT="data", SITE_ENV="site.env")
+    assert ended.log.splitlines()[-1] == f"{job.folder}/runs/a {job.folder}/data"
+
+
+@pytest.mark.parametrize("script", ["resnet152", "evaluate", "fetch", "pack", "sweep"])
+def test_a_wrong_project_folder_is_named(job, script):
+    arguments = ["optim.lr=1,2"] if script == "sweep" else []
+    env = {"PIPELINE_HOME": "/nowhere", "SLURM_ARRAY_TASK_ID": "0"}
+    ended = job.submit(str(ROOT / f"slurm/{script}.sh"), *arguments, **env)
+    assert ended.code == 2 and "PIPELINE_HOME=/nowhere" in ended.log and len(ended.log.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"MIN_NODES": "2"}, "MIN_NODES=2: give a number from 1 to 1"),
+        ({"MIN_NODES": "two"}, "MIN_NODES=two"),
+        ({"SPARE_NODES": "1"}, "SPARE_NODES=1: give a number below the job's 1 nodes"),
+    ],
+)
+def test_numbers_of_nodes_that_cannot_be(job, env, said):
+    ended = job.source("echo never", **env)
+    assert ended.code == 2 and said in ended.log and "never" not in ended.log.splitlines()
+
+
+# --- what failed
+
+
+@pytest.mark.parametrize(
+    ("before", "line"),
+    [
+        ("", "Nothing was started."),
+        ("phase=training", "No step was done."),
+        ('phase=training; echo \'{"kind": "train"}\' >$RUN_DIR/metrics.jsonl', "Submit the same again to resume"),
+    ],
+)
+def test_what_comes_next_is_what_has_been(job, before, line):
+    ended = job.source(f"{before}\nleave 1")
+    assert ended.code == 1 and line in ended.log
+
+
+def test_memory_that_ran_out_is_said_with_what_was_asked(job):
+    killed = "echo 'slurmstepd: error: StepId=7.0 exceeded memory limit (400 > 350), being killed'"
+    log = job.folder / "job.log"
+    with log.open("w") as file:
+        process = subprocess.run(
+            ["bash", "-c", f'. "$PIPELINE_HOME/slurm/job.sh"\n{killed}\nleave 1', str(ROOT / "slurm/resnet152.sh")],
+            env=job.env,
+            cwd=job.folder,
+            stdout=file,
+            stderr=file,
+            timeout=60,
+            check=False,
+        )
+    assert process.returncode == 2
+    assert "memory ran out" in log.read_text() and "e.g. --mem=700M" in log.read_text()
+
+
+# --- signals, and scripts that are edited
+
+
+@pytest.mark.parametrize("name", ["USR1", "USR2", "INT", "HUP", "TERM"])
+def test_every_signal_to_the_batch_shell_asks_for_a_save(job, name):
+    wait = "export STOP_FILE=$RUN_DIR/stop; phase=training; /bin/sleep 60 & touch $RUN_DIR/up; step_pid=$!"
+    process = job.start(f"{wait}\nuntil [[ -e $RUN_DIR/stop ]]; do /bin/sleep 0.1; done; kill $step_pid; leave 75")
+    wait_until((job.run / "up").exists, "the shell is up")
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    log, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and job.file("requeued") == "7\n", log
+    assert name in (job.run / "stop").read_text()
+
+
+PYTHON = """#!/bin/bash
+touch "$RUN_DIR/launched"
+trap 'touch "$RUN_DIR/terminated"; exit 75' TERM
+until [[ -e $RUN_DIR/stop || -e $RUN_DIR/end ]]; do /bin/sleep 0.1; done
+exit 75
+"""
+
+
+@pytest.fixture
+def node(job):
+    """node.sh with a program in place of Python that ends at the stop file."""
+    (job.folder / "python").write_text(PYTHON)
+    (job.folder / "python").chmod(0o755)
+    env = {"NPROC_PER_NODE": "1", "RENDEZVOUS": "127.0.0.1:1", "RENDEZVOUS_ID": "7.0", "JOB": "7", "MIN_NODES": ""}
+    env |= {"PYTHON": str(job.folder / "python")}
+
+    def start(script=ROOT / "slurm/node.sh", **more):
+        process = subprocess.Popen(
+            ["bash", str(script), "train"],
+            env=job.env | env | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        wait_until((job.run / "launched").exists, "the launcher is up")
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize("name", ["USR1", "USR2", "INT", "HUP", "TERM"])
+def test_every_signal_to_a_step_becomes_the_stop_file(job, node, name):
+    process = node(STOP_FILE=str(job.run / "stop"))
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    log, _ = process.communicate(timeout=30)
+    assert (
+        process.returncode == 75 and (job.run / "stop").read_text() == f"7.0 SIG{name} to the step on {os.uname()[1]}\n"
+    )
+    assert not (job.run / "terminated").exists(), log
+
+
+def test_a_signal_to_the_step_of_an_evaluation_goes_to_the_launcher(job, node):
+    process = node()
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert process.returncode == 75 and (job.run / "terminated").exists() and not (job.run / "stop").exists()
+    assert (job.run / ".code.7.0").read_text() == "75\n"
+
+
+def test_a_script_that_is_edited_while_it_runs(job, node):
+    """Written in place, as by rsync --inplace: bash would read on in the middle of it."""
+    copy = job.folder / "node.sh"
+    text = (ROOT / "slurm/node.sh").read_text()
+    copy.write_text(text)
+    process = node(copy)
+    copy.write_text("# " + "x" * 700 + "\n" + text)
+    (job.run / "end").touch()
+    log, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and log == ""
+
+
+def test_changed_code_is_said_after_a_requeue(job, tmp_path):
+    home = tmp_path / "home"
+    for part in ("pipeline", "slurm"):
+        (home / part).mkdir(parents=True)
+    (home / "pipeline/a.py").write_text("1")
+    script = f"PIPELINE_HOME={home}; say_if_code_changed"
+    assert "has changed" not in job.source(script).log
+    (home / "pipeline/a.py").write_text("2")
+    ended = job.source(script)
+    assert f"the code in {home} has changed since the run began: pipeline/a.py" in ended.log
+
+
+# --- full disks
+
+FULL = """
+mount -t tmpfs -o size=64k,nr_inodes=64 none "$RUN_DIR"
+exec 2>"$RUN_DIR/job.log"
+dd if=/dev/zero of="$RUN_DIR/filler" bs=4k 2>/dev/null
+export STOP_FILE=$RUN_DIR/stop
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of its own needs root")
+def test_a_full_disk_does_not_keep_a_job_from_stopping(job):
+    """Neither the run folder nor the log can be written: the stop file is a link, and what follows the log line is
+    reached."""
+    script = FULL + (
+        "phase=training; install_traps; kill -USR1 $$; /bin/sleep 0.3\n"
+        'has_stop_file && [[ $(read_stop_file) == "7.0 USR1"* ]] && echo stopped\n'
+        'log "a line that finds no room" && echo went on\n'
+    )
+    process = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", f'. "$PIPELINE_HOME/slurm/job.sh"\n{script}', "resnet152.sh"],
+        env=job.env | {"GRACE_S": "1"},
+        cwd=job.folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert process.stdout.splitlines() == ["stopped", "went on"], process
