@@ -148,7 +148,7 @@ def test_a_second_job_in_the_run_folder_is_told_once_and_touches_nothing(job):
     (job.state / "states").write_text("RUNNING\n")
     ended = job.submit(str(ROOT / "slurm/resnet152.sh"))
     assert ended.code == 2 and ended.log.count("job 3 is at work in") == 1 and len(ended.log.splitlines()) == 1
-    assert (job.run / "stop").exists() and os.readlink(job.run / ".job") == "3"
+    assert (job.run / "stop").exists() and (job.run / ".job").readlink().name == "3"
 
 
 def test_the_end_of_the_job_before_is_waited_for(job):
@@ -156,7 +156,7 @@ def test_the_end_of_the_job_before_is_waited_for(job):
     (job.state / "states").write_text("COMPLETING\nCOMPLETING\nCOMPLETED\n")
     ended = job.source("claim_run_dir")
     assert ended.code == 0 and ended.log.count("waiting for the end of job 3") == 1
-    assert os.readlink(job.run / ".job") == "7"
+    assert (job.run / ".job").readlink().name == "7"
 
 
 def test_a_run_folder_that_is_gone_is_no_new_run(job):
