@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import torch
 
@@ -11,6 +10,7 @@ from pipeline.loader.build import make_eval_stream
 from pipeline.loader.loader_base import LoaderBase
 from pipeline.loader.setup import Reader, find_rank, make_config, with_root
 from pipeline.loader.stream import Stream
+from pipeline.rank_info import RankInfo
 
 
 class EvalLoader(LoaderBase):
@@ -52,37 +52,15 @@ class EvalLoader(LoaderBase):
         data: DataConfig | None = None,
     ):
         config = make_config(with_root(data, root, val_size=image_size, val_resize=resize), AugmentConfig(), batch_size)
-        self._setup(config, batch_size, raw, device, rank, world_size)
+        self._setup(config, raw, find_rank(rank, world_size, device), batch_size)
 
-    @classmethod
-    def from_config(
-        cls,
-        config: Config,
-        *,
-        raw: bool = False,
-        device: torch.device | str | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ) -> Self:
-        """The images that a run of this configuration is scored on."""
-        loader = cls.__new__(cls)
-        place = find_rank(rank, world_size, device)
-        batch_size = config.train.local_eval_batch_size(place.size) * place.size
-        loader._setup(config, batch_size, raw, device, rank, world_size)
-        return loader
-
-    def _setup(
-        self,
-        config: Config,
-        batch_size: int,
-        raw: bool,
-        device: torch.device | str | None,
-        rank: int | None,
-        world_size: int | None,
-    ) -> None:
-        self.config, self.raw, self.place = config, raw, find_rank(rank, world_size, device)
+    def _setup(self, config: Config, raw: bool, place: RankInfo, batch_size: int | None = None) -> None:
+        self.config, self.raw, self.place = config, raw, place
         self._reader = Reader(self._open)
-        self.local_batch_size = -(-batch_size // self.place.size)
+        if batch_size is None:
+            self.local_batch_size = config.train.local_eval_batch_size(place.size)
+        else:
+            self.local_batch_size = -(-batch_size // place.size)
 
     @property
     def num_samples(self) -> int:

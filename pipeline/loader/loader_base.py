@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.dataset.index.index import Index
-from pipeline.loader.setup import Finisher, Reader, open_root
+from pipeline.loader.setup import Finisher, Reader, find_rank, open_root
 from pipeline.rank_info import RankInfo
 
 
@@ -19,6 +19,25 @@ class LoaderBase:
     place: RankInfo
     _reader: Reader
     _to_score = False  #: validation images alone are enough
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        *,
+        raw: bool = False,
+        device: torch.device | str | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> Self:
+        """The batches that `pipeline train` would train on or score with this configuration, e.g. with that of
+        `pipeline.load_config("resnet152", {"data.root": "/data/imagenet"})`. The arguments are the constructor's."""
+        loader = cls.__new__(cls)
+        loader._setup(config, raw, find_rank(rank, world_size, device))
+        return loader
+
+    def _setup(self, config: Config, raw: bool, place: RankInfo) -> None:
+        raise NotImplementedError
 
     @cached_property
     def index(self) -> Index:

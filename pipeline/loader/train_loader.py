@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ from pipeline.loader.setup import (
     make_config,
     with_root,
 )
+from pipeline.rank_info import RankInfo
 
 _FORMAT = 1
 
@@ -93,28 +94,10 @@ class TrainLoader(LoaderBase):
         )
         settings = with_root(data, root, image_size=image_size)
         config = make_config(settings, augment, batch_size, seed, num_classes)
-        self._setup(config, raw, device, rank, world_size)
+        self._setup(config, raw, find_rank(rank, world_size, device))
 
-    @classmethod
-    def from_config(
-        cls,
-        config: Config,
-        *,
-        raw: bool = False,
-        device: torch.device | str | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ) -> Self:
-        """The batches that `pipeline train` would train on with this configuration, e.g. of
-        `pipeline.load_config("resnet152", {"data.root": "/data/imagenet"})`."""
-        loader = cls.__new__(cls)
-        loader._setup(config, raw, device, rank, world_size)
-        return loader
-
-    def _setup(
-        self, config: Config, raw: bool, device: torch.device | str | None, rank: int | None, world_size: int | None
-    ) -> None:
-        self.config, self.raw, self.place = config, raw, find_rank(rank, world_size, device)
+    def _setup(self, config: Config, raw: bool, place: RankInfo) -> None:
+        self.config, self.raw, self.place = config, raw, place
         if raw and (config.augment.draws or config.augment.mixes):
             raise UserError("raw=True applies no augmentation, and one is asked for; give raw=False, or leave that out")
         try:
