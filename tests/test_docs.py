@@ -77,6 +77,24 @@ def test_table_of_options_that_may_change_is_current() -> None:
     assert set(re.findall(r"^\| `--([\w.]+)`", section, re.M)) == free
 
 
+def test_recipes_page_and_picture_are_current() -> None:
+    """The list of differences and the picture of learning rates are what the recipes and the sources' formulas give."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import make_recipes_page as m; print(m.page(m.PAGE.read_text()) + m.picture(), end='')",
+        ],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    written = (ROOT / "docs/recipes.md").read_text() + (ROOT / "docs/images/learning_rates.svg").read_text()
+    assert written == done.stdout, "run: python scripts/make_recipes_page.py"
+
+
 def test_code_layout_names_what_is_there() -> None:
     """The README's layout lists every folder of the package, and nothing that is not there."""
     layout = (ROOT / "README.md").read_text().split("## Code layout")[1].split("```")[1]

@@ -1,7 +1,7 @@
 """Every recipe of ImageNet: three steps of it on tiny data, and its rates and weight decays as its paper has them."""
 
 import math
-from collections.abc import Callable
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +10,12 @@ import runs
 import scipy.stats
 import torch
 import yaml
+from source_rates import IMAGES, RATES
 from torch import nn
+from torchvision.models import get_model_weights
 
 from pipeline.__main__ import main
-from pipeline.config import Config, parse_config, recipe_names, recipes_folder
+from pipeline.config import Config, parse_config, recipe_names, recipes_folder, semantic_config
 from pipeline.insight.recipes import recipes
 from pipeline.loader.windows import scale_jitter_windows
 from pipeline.model.build import build_model
@@ -22,63 +24,26 @@ from pipeline.training.optim.ema import effective_decay
 from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 from pipeline.training.optim.optimizer import make_optimizer
 
-IMAGES = 1_281_167
-
-Formula = Callable[[float, int], float]  # (time in epochs at the beginning of a step, its epoch) -> learning rate
-
-
-def _cosine(left: float) -> float:
-    """From 1 to 0 while the share of the run that is over goes from 0 to 1."""
-    return (1 + math.cos(math.pi * left)) / 2
-
-
-def _torchvision_v2(now: float, epoch: int) -> float:
-    """references/classification/train.py: LinearLR(start_factor 0.01, 5 epochs), then CosineAnnealingLR(595), both
-    stepped once an epoch."""
-    return 0.5 * (0.01 + 0.99 * epoch / 5) if epoch < 5 else 0.5 * _cosine((epoch - 5) / 595)
-
-
-def _timm(epochs: int, peak: float) -> Formula:
-    """timm.scheduler.CosineLRScheduler(warmup_t=5, warmup_lr_init=1e-4, lr_min=1e-6), stepped once an epoch."""
-    return lambda now, epoch: (
-        1e-4 + epoch * (peak - 1e-4) / 5 if epoch < 5 else 1e-6 + (peak - 1e-6) * _cosine(epoch / epochs)
-    )
-
-
-def _goyal(now: float, epoch: int) -> float:
-    """Section 2.2: from 0.1 to 3.2 by a constant amount an iteration over 5 epochs; section 5.1: / 10 at 30, 60, 80."""
-    return 0.1 + 3.1 * now / 5 if now < 5 else 3.2 / 10 ** sum(now >= border for border in (30, 60, 80))
-
-
-def _ffcv(epochs: int) -> Formula:
-    """ffcv-imagenet train_imagenet.py get_lr: np.interp over the epochs, and within an epoch over its iterations."""
-    return lambda now, epoch: float(np.interp(now, [0, 2, epochs], [1.7e-4, 1.7, 0]))
-
-
-def _dle(now: float, epoch: int) -> float:
-    """DeepLearningExamples ConvNets, lr_cosine_policy(2.048, 8, 90), once an epoch: the warm-up has (epoch + 1) / 8."""
-    return 2.048 * (epoch + 1) / 8 if epoch < 8 else 2.048 * _cosine((epoch - 8) / 82)
-
-
-#: recipe -> (learning rate, weight decay of convolutions, BatchNorm, the head's weight, the head's bias)
-PAPERS: dict[str, tuple[Formula, tuple[float, float, float, float]]] = {
-    "resnet152-he2015": (lambda now, epoch: 0.1 / 10 ** int(now * IMAGES / 256 / 150_000 + 1e-9), (1e-4,) * 4),
-    "resnet152-torchvision-v1": (lambda now, epoch: 0.1 / 10 ** (epoch // 30), (1e-4,) * 4),
-    "resnet152-torchvision-v2": (_torchvision_v2, (2e-5, 0, 2e-5, 2e-5)),
-    "resnet152-goyal": (_goyal, (1e-4, 0, 1e-4, 1e-4)),
-    "resnet152-a1": (_timm(600, 5e-3), (0.01, 0, 0.01, 0)),
-    "resnet152-a2": (_timm(300, 5e-3), (0.02, 0, 0.02, 0)),
-    "resnet152-a3": (_timm(100, 8e-3), (0.02, 0, 0.02, 0)),
-    "resnet50-ffcv-16": (_ffcv(16), (1e-4, 0, 1e-4, 1e-4)),
-    "resnet50-ffcv-88": (_ffcv(88), (1e-4, 0, 1e-4, 1e-4)),
-    "resnet50-dle-90": (_dle, (2**-15, 0, 2**-15, 2**-15)),
+#: recipe -> weight decay of convolutions, BatchNorm, the head's weight, the head's bias, as its source has them
+PAPERS = {
+    "resnet152-he2015": (1e-4,) * 4,
+    "resnet152-torchvision-v1": (1e-4,) * 4,
+    "resnet152-torchvision-v2": (2e-5, 0, 2e-5, 2e-5),
+    "resnet152-goyal": (1e-4, 0, 1e-4, 1e-4),
+    "resnet152-a1": (0.01, 0, 0.01, 0),
+    "resnet152-a1h": (0.01, 0, 0.01, 0),
+    "resnet152-a2": (0.02, 0, 0.02, 0),
+    "resnet152-a3": (0.02, 0, 0.02, 0),
+    "resnet50-ffcv-16": (1e-4, 0, 1e-4, 1e-4),
+    "resnet50-ffcv-88": (1e-4, 0, 1e-4, 1e-4),
+    "resnet50-dle-90": (2**-15, 0, 2**-15, 2**-15),
 }
 #: ours, which follow no source
 OURS = {
     "resnet152": ({0: 0.005, 5: 0.5, 302.5: 0.25}, (2e-5, 0, 2e-5, 0)),
     "resnet152-fast": ({0: 8.5e-5, 2: 0.85, 19: 0.425}, (5e-5, 0, 5e-5, 0)),
 }
-DECAYS = {name: decays for name, (_, decays) in (PAPERS | OURS).items()}
+DECAYS = PAPERS | {name: decays for name, (_, decays) in OURS.items()}
 PUBLISHED_BATCH = {"resnet152-goyal": 8192, "resnet152-torchvision-v2": 1024, "resnet50-ffcv-16": 4096}
 
 
@@ -87,7 +52,7 @@ def schedule_of(config: Config) -> tuple[Schedule, float]:
     return Schedule(config.schedule, peak_lr(config.optim, config.train.global_batch_size), per_epoch), per_epoch
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", RATES)
 def test_the_learning_rate_is_the_sources_in_every_epoch(name):
     """At the first, a middle and the last step of each epoch, to 0.1 % of the peak."""
     config = parse_config(["--config", name])
@@ -97,7 +62,7 @@ def test_the_learning_rate_is_the_sources_in_every_epoch(name):
         first = math.ceil(epoch * per_epoch - 1e-6)
         last = min(math.ceil((epoch + 1) * per_epoch - 1e-6), schedule.total_steps) - 1
         for step in (first, (first + last) // 2, last):
-            expected = PAPERS[name][0](step / per_epoch, epoch)
+            expected = RATES[name](step / per_epoch, epoch)
             assert schedule.lr(step) == pytest.approx(expected, abs=1e-3 * peak), f"epoch {epoch}, step {step}"
 
 
@@ -169,7 +134,40 @@ def test_what_a_recipe_says_of_itself_stays_text():
     for name in recipe_names():
         about = parse_config(["--config", name]).about
         written = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text())["about"]
-        assert about == written and all(isinstance(text, str) for text in about.values()), name
+        assert about == written, name
+        differs = about.pop("differs", ["a source"])
+        assert isinstance(differs, list) and differs, name
+        assert all(isinstance(text, str) and text for text in (*about.values(), *differs)), name
+
+
+def test_every_recipe_with_a_source_says_how_it_differs():
+    for name in recipe_names():
+        about = yaml.safe_load((recipes_folder() / f"{name}.yaml").read_text())["about"]
+        assert ("differs" in about) != about["source"].startswith("ours"), name
+
+
+def test_the_list_names_each_difference(capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.config.recipe_names", lambda: ["resnet152-a1h"])
+    recipes()
+    listed = " ".join(capsys.readouterr().out.split())
+    assert "differs: the rates of drop-out" in listed and "; bf16 autocast" in listed
+    assert "missing: timm has not published" in listed and "['" not in listed
+
+
+@pytest.mark.parametrize("name", ["resnet152-torchvision-v1", "resnet152-torchvision-v2", "resnet152"])
+def test_published_figures_are_those_of_torchvisions_weights(name):
+    published = parse_config(["--config", name]).about["published"]
+    weights = get_model_weights("resnet152")["IMAGENET1K_V1" if name.endswith("v1") else "IMAGENET1K_V2"]
+    metrics = weights.meta["_metrics"]["ImageNet-1K"]
+    assert re.findall(r"\d+\.\d+", published)[:2] == [f"{metrics[key]:.3f}" for key in ("acc@1", "acc@5")]
+
+
+def test_a1h_is_a1_with_stronger_regularization():
+    """timm: "stronger dropout, stochastic depth, and RandAugment than paper A1"; all else is A1's."""
+    a1, a1h = (semantic_config(parse_config(["--config", f"resnet152-{name}"])) for name in ("a1", "a1h"))
+    stronger = {key for key in a1 if a1h[key] != a1[key]}
+    assert stronger == {"model.dropout", "model.stochastic_depth", "augment.magnitude"}
+    assert all(a1h[key] > a1[key] for key in stronger)
 
 
 def test_he2015_crops_have_a_uniform_shorter_side():

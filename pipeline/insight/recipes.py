@@ -9,6 +9,7 @@ import yaml
 from pipeline.command import run_command
 
 NOT_IMAGENET = ("cifar10-", "smoke")  # prefixes of names
+LISTED = ("published", "goal", "measured", "differs", "missing")  # of what a recipe says of itself
 
 
 def recipes(card: str | None = None) -> None:
@@ -38,11 +39,18 @@ def recipes(card: str | None = None) -> None:
             facts.append(f"at least {hours.of(config):,.0f} GPU-hours on {card}")
         paragraphs.append("; ".join(facts))
         paragraphs += [
-            f"{key}: {about[key]}" for key in ("published", "goal", "measured", "differs", "missing") if key in about
+            f"{key}: {as_text(about[key])}"
+            for key in ("published", "goal", "measured", "differs", "missing")
+            if key in about
         ]
         lines = [line for text in paragraphs for line in textwrap.wrap(text, max(40, columns - width - 1)) or [""]]
         for label, line in zip(itertools.chain([name], itertools.repeat("")), lines, strict=False):
             print(f"{label:{width}} {line}".rstrip(), flush=True)
+
+
+def as_text(said: object) -> str:
+    """What a recipe says of itself, as one text: a list's parts one after another."""
+    return "; ".join(map(str, said)) if isinstance(said, list) else str(said)
 
 
 def _length(epochs: float | str) -> str:

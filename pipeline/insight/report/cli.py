@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.command import make_parser, normalize
 from pipeline.errors import EXIT_OK, UserError
+from pipeline.insight.recipes import as_text
 from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
 from pipeline.insight.report.network_page import ON_CPU, network_sections
@@ -100,7 +101,7 @@ def history(record: "Record") -> str:
 
 
 def settings(record: "Record") -> str:
-    about = [[key, value] for key, value in record.config.about.items()]
+    about = [[key, as_text(value)] for key, value in record.config.about.items()]
     inside = page.table(["setting", "value"], [[key, value] for key, value in record.settings.items()])
     return (page.table(["recipe", ""], about) if about else "") + page.fold("All settings", inside)
 
