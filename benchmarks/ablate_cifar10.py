@@ -45,6 +45,9 @@ FEATURES: dict[str, str] = {
     "LAMB 0.005": "--optim.name lamb --optim.nesterov false --optim.lr 0.005 --optim.weight_decay 0.02",
     "AdamW 0.001": "--optim.name adamw --optim.nesterov false --optim.lr 0.001 --optim.weight_decay 0.05",
     "clip to 1.0": "--optim.clip_norm 1.0",
+    "padded by 8 and cropped": "--data.pad_crop 8",
+    "alternating flips": "--data.alternate_flips true",  # of no effect in one epoch
+    "mean of the last fifth": "--ema.last_epochs 0.2 --ema.every_steps 10",
 }
 
 #: feature -> the options of `evaluate` that score base with it

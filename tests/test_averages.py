@@ -159,7 +159,7 @@ def test_calibration_error_by_hand():
 def test_the_average_is_a_copy_after_every_step_of_the_warm_up():
     network = nn.Linear(2, 1, bias=False)
     config = parse_config(["--config", str(runs.TINY), "--ema.decay", "0.9", "--ema.every_steps", "4"])
-    average = WeightAverage(network, config, warmup_steps=6)
+    average = WeightAverage(network, config, start=6)
     for step in range(1, 9):
         network.weight.data.fill_(step)
         average.update(step)

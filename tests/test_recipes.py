@@ -117,7 +117,7 @@ def test_three_steps(name, root, tmp_path):
     assert all(isinstance(row["loss"], float) and "skipped" not in row for row in rows)
     scores = runs.rows(tmp_path / "run", "eval")[-1]
     assert scores["images"] == 24
-    assert ("val_ema_top1" in scores) == (parse_config(["--config", name]).ema.decay > 0)
+    assert ("val_ema_top1" in scores) == parse_config(["--config", name]).ema.averages
 
 
 def test_the_list_has_lengths_results_and_the_hours_of_a_card(capsys, monkeypatch):

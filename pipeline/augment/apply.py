@@ -29,21 +29,22 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class PixelOps:
-    """The ops of a batch, one list of groups after another; no image is in two groups of a list."""
+    """The ops of a batch, one list of groups after another; no image is in two groups of a list. shifts: int64 [B, 2],
+    pixels to the right and down by which the images are moved first; None: they stay."""
 
     rounds: list[list[Group]]
+    shifts: torch.Tensor | None = None
 
     @classmethod
     def of(cls, augment_params: AugmentParams | None, size: int, device: torch.device) -> "PixelOps | None":
         """Of images of `size` x `size` pixels."""
-        if augment_params is None or augment_params.ops is None or augment_params.amounts is None:
+        if augment_params is None:
             return None
-        return cls(
-            [
-                _groups(*column, size, device)
-                for column in zip(augment_params.ops.T, augment_params.amounts.T, strict=True)
-            ]
-        )
+        ops, amounts, shifts = augment_params.ops, augment_params.amounts, augment_params.shifts
+        moved = None if shifts is None else deliver(shifts.astype(np.int64), device)
+        if ops is None or amounts is None:
+            return None if moved is None else cls([], moved)
+        return cls([_groups(*column, size, device) for column in zip(ops.T, amounts.T, strict=True)], moved)
 
 
 def _groups(ops: np.ndarray, amounts: np.ndarray, size: int, device: torch.device) -> list[Group]:

@@ -19,6 +19,10 @@ def apply_ops(images: torch.Tensor, pixel_ops: PixelOps, mode: str, fill: tuple[
 
     mode: "nearest", "bilinear" or "bicubic", of geometric changes. fill: color of what they uncover, None: black.
     """
+    if pixel_ops.shifts is not None:
+        images = shift(images, pixel_ops.shifts, fill)
+    if not pixel_ops.rounds:
+        return images
     images = images.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
     most = _ON_A_CPU if images.device.type == "cpu" else len(images)
     for groups in pixel_ops.rounds:
@@ -28,6 +32,19 @@ def apply_ops(images: torch.Tensor, pixel_ops: PixelOps, mode: str, fill: tuple[
                 changed = affine(some, amounts, mode, fill) if op == "affine" else OPS[op](some, amounts)
                 _put(images, rows, changed)
     return images.permute(0, 2, 3, 1).contiguous()
+
+
+def shift(images: torch.Tensor, shifts: torch.Tensor, fill: tuple[int, int, int] | None) -> torch.Tensor:
+    """Images uint8 [B, H, W, C], each moved by whole pixels: shifts int64 [B, 2], to the right and down. fill: color of
+    what that uncovers, None: black."""
+    count, height, width, _ = images.shape
+    columns = torch.arange(width, device=images.device) - shifts[:, :1]
+    rows = torch.arange(height, device=images.device) - shifts[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    each = torch.arange(count, device=images.device)[:, None, None]
+    moved = images[each, rows.clamp_(0, height - 1)[:, :, None], columns.clamp_(0, width - 1)[:, None, :]]
+    color = torch.tensor(fill or (0, 0, 0), dtype=torch.uint8).to(images.device, non_blocking=True)
+    return torch.where(inside[..., None], moved, color)
 
 
 def _put(images: torch.Tensor, rows: torch.Tensor, changed: torch.Tensor) -> None:

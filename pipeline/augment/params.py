@@ -36,15 +36,18 @@ class Mixing:
 @dataclass(frozen=True)
 class AugmentParams:
     """The augmentations of each of B images. ops: uint8 [B, S] (codes of `policies.OPS`), amounts: float32 [B, S];
-    erased: int32 [B, 4] (left, top, width, height; width 0: nothing). None: off."""
+    erased: int32 [B, 4] (left, top, width, height; width 0: nothing); shifts: int32 [B, 2], pixels to the right and
+    down by which an image is moved before its ops. None: off."""
 
     ops: np.ndarray | None = None
     amounts: np.ndarray | None = None
     erased: np.ndarray | None = None
+    shifts: np.ndarray | None = None
 
     def arrays(self) -> Iterator[tuple[np.ndarray, str]]:
         """Each array that is present, and its type in the digest."""
-        for array, dtype in ((self.ops, "u1"), (self.amounts, "<f4"), (self.erased, "<i4")):
+        all_arrays = (self.ops, "u1"), (self.amounts, "<f4"), (self.erased, "<i4"), (self.shifts, "<i4")
+        for array, dtype in all_arrays:
             if array is not None:
                 yield array, dtype
 

@@ -48,8 +48,14 @@ class DataConfig:
     shorter_side: tuple[int, int] | None = None
     """Instead of RandomResizedCrop: resize the image so that its shorter side has a whole number of pixels drawn from
     this range, then crop image_size pixels at a random place (He et al. 2015)."""
+    pad_crop: int | None = None
+    """Instead of RandomResizedCrop: resize the image so that its shorter side has image_size pixels, pad it by so many
+    pixels on every side with augment.fill (default: black), and crop image_size pixels at a random place."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    alternate_flips: bool = False
+    """Flip each image every other time it is seen: a random half of them in the first epoch, the others in the second,
+    and so on (Jordan 2024, arXiv 2404.00498); default: each time by chance."""
     mean: tuple[float, float, float] | None = None
     """Subtracted from each channel (red, green, blue; 0 to 1), in the step; default: what the network was made for,
     else ImageNet's, 0.485, 0.456, 0.406."""
@@ -160,7 +166,14 @@ def check_data(c: ResolvedDataConfig) -> Iterator[Check]:
             good,
             f"give two sizes, data.image_size {c.image_size} <= smallest <= largest, and no data.start_size",
         )
+    if c.pad_crop is not None:
+        alone = c.shorter_side is None and c.start_size is None
+        good = 0 < c.pad_crop < c.image_size and alone
+        remedy = f"give 1 to below data.image_size {c.image_size}, and no data.shorter_side or data.start_size"
+        yield "data.pad_crop", c.pad_crop, good, remedy
     yield share("data.flip", c.flip)
+    half = c.flip == 0.5 or not c.alternate_flips
+    yield "data.alternate_flips", True, half, f"it flips half of the images, data.flip is {c.flip}; leave that out"
     yield "data.mean", list(c.mean), all(map(math.isfinite, c.mean)), "give three numbers"
     yield "data.std", list(c.std), min(c.std) > 0 and all(map(math.isfinite, c.std)), "give three numbers above 0"
     yield positive("data.threads", c.threads, optional=True)

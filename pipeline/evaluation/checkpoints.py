@@ -97,7 +97,7 @@ def load_run(weights: str, checkpoint: str, config: Config, folder: RunFolder, w
     wanted = ["raw", "ema"] if weights == "both" else [weights]
     there = [name for name in wanted if f"{FILES[name]}.pt" in meta["files"]]
     if not there:
-        raise UserError(f"{path} has no averaged weights (ema.decay was 0); give --weights raw")
+        raise UserError(f"{path} has no averaged weights (no ema.decay or ema.last_epochs); give --weights raw")
     networks, outputs = {}, 0
     for name in there:
         state = load_state(path, [FILES[name]])[FILES[name]]

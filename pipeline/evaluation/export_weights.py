@@ -102,7 +102,7 @@ def _is_score_of(row: dict, step: int) -> bool:
 def choose_weights(wanted: str, scores: dict, averaged: bool, path: Path) -> str:
     """ "raw" or "ema". Raises UserError where the average is wanted and there is none."""
     if wanted == "ema" and not averaged:
-        raise UserError(f"{path} has no averaged weights (ema.decay was 0); give --weights raw")
+        raise UserError(f"{path} has no averaged weights (no ema.decay or ema.last_epochs); give --weights raw")
     if wanted != "auto":
         return wanted
     better = scores.get("val_ema_top1", math.inf) >= scores.get("val_top1", -math.inf)

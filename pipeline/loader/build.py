@@ -79,6 +79,8 @@ def make_train_plan(
         data.size_at,
         sizes_change=len(data.sizes()) > 1,
         shorter_side=data.shorter_side,
+        pad_crop=data.pad_crop,
+        alternate_flips=data.alternate_flips,
     )
 
 

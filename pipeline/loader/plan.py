@@ -17,9 +17,9 @@ all its samples come first, then the second ones: copies of a sample lie far apa
 mixed with each other while a mixing group is no longer than a copy's share of the batch.
 
 The digest of a batch is xxh3_64 over ids (int64), windows (int32) and flips (uint8) of the global batch, and then over
-those that are present of: ops (uint8), amounts (float32), erased (int32), blends (float32), boxes (int32), shares
-(float32), and, where it changes over the run, the image's side (int32); little-endian, C order. An augmentation that is
-off adds nothing.
+those that are present of: ops (uint8), amounts (float32), erased (int32), shifts (int32), blends (float32), boxes
+(int32), shares (float32), and, where it changes over the run, the image's side (int32); little-endian, C order. An
+augmentation that is off adds nothing.
 """
 
 import functools
@@ -32,7 +32,7 @@ import xxhash
 from pipeline.augment.params import AugmentParams, Mixing, sample_erase_boxes, sample_mixing
 from pipeline.augment.policies import sample_ops
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
-from pipeline.loader.windows import random_resized_windows, scale_jitter_windows
+from pipeline.loader.windows import padded_windows, random_resized_windows, scale_jitter_windows
 from pipeline.rng import hash_counter, uniform
 
 _ORDER, _CROP, _FLIP, _SUBSTITUTE, _AGAIN, _POLICY, _JITTER, _ERASE, _MIX = (
@@ -104,6 +104,8 @@ class TrainPlan:
         augment: the other augmentations.
         size_at: epoch -> pixels of the side of its images. sizes_change: whether that is not the same for all epochs.
         shorter_side: `scale_jitter_windows` instead of RandomResizedCrop.
+        pad_crop: `padded_windows` instead of RandomResizedCrop.
+        alternate_flips: each image is flipped every other time it is seen; `flip` is of no effect.
     """
 
     def __init__(
@@ -119,11 +121,13 @@ class TrainPlan:
         size_at: Callable[[int], int] = lambda epoch: 224,
         sizes_change: bool = False,
         shorter_side: tuple[int, int] | None = None,
+        pad_crop: int | None = None,
+        alternate_flips: bool = False,
     ):
         self.widths, self.heights, self.seed = widths, heights, seed
         self.global_batch_size, self.area, self.ratio, self.flip = global_batch_size, area, ratio, flip
         self.augment, self.size_at, self.sizes_change = augment, size_at, sizes_change
-        self.shorter_side = shorter_side
+        self.shorter_side, self.pad_crop, self.alternate_flips = shorter_side, pad_crop, alternate_flips
         self.samples = len(widths)
         slots = np.arange(global_batch_size)  # of the batch, from the sequence: first copies first, then second ones
         self.layout = np.argsort(slots % augment.repeats, kind="stable")
@@ -179,25 +183,41 @@ class TrainPlan:
         keys = hash_counter(self.seed, stream, epochs, ids)
         return keys if self.augment.repeats == 1 else hash_counter(keys, copies)
 
+    def _flips(self, epochs: np.ndarray, ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
+        """bool [B]: is the image flipped? Alternating: a random half of the images is flipped the first time they are
+        seen, the others the second time, and so on."""
+        if not self.alternate_flips:
+            return uniform(self._keys(_FLIP, epochs, ids, copies)) < self.flip
+        repeats = self.augment.repeats
+        seen_before = epochs // repeats * repeats + copies
+        first = uniform(hash_counter(self.seed, _FLIP, ids)) < 0.5
+        return first ^ (seen_before % 2 == 1)
+
     def cut(self, ids: np.ndarray, epochs: np.ndarray, copies: np.ndarray | None = None, size: int = 224) -> Planned:
         """Windows, flips and augmentations of these samples in these epochs: a hash of (seed, epoch, id, copy)."""
         copies = np.zeros_like(ids) if copies is None else copies
         sample = epochs, ids, copies
         images = self._keys(_CROP, *sample), self.widths[ids], self.heights[ids]
-        if self.shorter_side is None:
+        shifts = None
+        if self.pad_crop is not None:
+            windows, shifts = padded_windows(*images, self.pad_crop, size)
+        elif self.shorter_side is None:
             windows = random_resized_windows(*images, self.area, self.ratio)
         else:
             windows = scale_jitter_windows(*images, self.shorter_side, size)
-        flips = uniform(self._keys(_FLIP, *sample)) < self.flip
+        flips = self._flips(*sample)
         rois = np.zeros((len(ids), 4))
         rois[:, 2:] = windows[:, 2:]
         augment_params = None
-        if self.augment.draws:
+        if self.augment.draws or shifts is not None:
             keys, jitter = self._keys(_POLICY, *sample), self._keys(_JITTER, *sample)
             ops, amounts = sample_ops(self.augment, keys, jitter, size) or (None, None)
             erase = self.augment.random_erase > 0
             augment_params = AugmentParams(
-                ops, amounts, sample_erase_boxes(self.augment, self._keys(_ERASE, *sample), size) if erase else None
+                ops,
+                amounts,
+                sample_erase_boxes(self.augment, self._keys(_ERASE, *sample), size) if erase else None,
+                shifts,
             )
         return Planned(ids, epochs, windows, rois, flips, size, copies, augment_params)
 

@@ -41,6 +41,32 @@ def random_resized_windows(
     return windows.astype(np.int32)
 
 
+def padded_windows(
+    bits: np.ndarray, widths: np.ndarray, heights: np.ndarray, pad: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A crop of `size` x `size` pixels at a uniform place of the image whose shorter side was resized to `size` and
+    which was padded by `pad` pixels on every side (torchvision's Resize(size) and RandomCrop(size, padding=pad)).
+
+    Returns windows int32 [B, 4] (left, top, width, height): the part of the stored image, to the nearest pixel, that
+    becomes size x size pixels; and shifts int32 [B, 2] (right, down), by how many of these pixels it is then moved. A
+    square image is resized as a whole.
+
+    bits: uint64 [B], one hash a sample; widths, heights: pixels [B].
+    """
+    widths, heights = widths.astype(np.int64), heights.astype(np.int64)
+    draws = uniform(splitmix64(bits[:, None] + np.arange(2, dtype=np.uint64) * GOLDEN))
+    short = np.minimum(widths, heights)
+    windows, shifts = np.empty((len(bits), 4), np.int64), np.empty((len(bits), 2), np.int64)
+    for axis, length in enumerate((widths, heights)):
+        resized = size * length // short
+        wanted = np.floor(draws[:, axis] * (resized - size + 2 * pad + 1)).astype(np.int64) - pad
+        start = np.clip(wanted, 0, resized - size)
+        shifts[:, axis] = start - wanted
+        first, last = (np.rint(place * length / resized).astype(np.int64) for place in (start, start + size))
+        windows[:, axis], windows[:, 2 + axis] = first, np.maximum(last - first, 1)
+    return windows.astype(np.int32), shifts.astype(np.int32)
+
+
 def scale_jitter_windows(
     bits: np.ndarray, widths: np.ndarray, heights: np.ndarray, shorter_side: tuple[int, int], size: int
 ) -> np.ndarray:

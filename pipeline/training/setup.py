@@ -16,6 +16,7 @@ from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.data import check_labels, open_data
 from pipeline.training.milestones import Milestones
+from pipeline.training.optim.ema import average_start
 from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 from pipeline.training.ranks.consistency import refuse_differences
 from pipeline.training.ranks.stop_request import StopRequest
@@ -86,6 +87,9 @@ class RunSetup:
             self.world.on_rank_zero(lambda: start_from(model, config, classes, say, place_of_weights(config)))
         with self.world.watch.collective("sending rank 0's weights to all ranks"):
             train_step = TrainStep(model, self.config, self.world, self.schedule.copied_until)
+
+
+            train_step = TrainStep(model, self.config, self.world, average_start(self.config, self.schedule))
         if start.path is not None:
             train_step.load_state_dict(load_state(start.path, start.parts))
         return train_step

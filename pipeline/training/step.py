@@ -108,7 +108,7 @@ class TrainStep:
     are rank 0's (Goyal et al. 2017: statistics per worker), sent to the others when somebody needs them.
     """
 
-    def __init__(self, model: nn.Module, config: Config, world: World, warmup_steps: int = 0):
+    def __init__(self, model: nn.Module, config: Config, world: World, average_start: int = 0):
         self.config, self.device, self.rank = config, world.device, world.rank
         self.micro = config.train.local_micro_batch_size(world.size)
         self.model = model
@@ -117,7 +117,7 @@ class TrainStep:
         self.network = whole  # for evaluation: no gradients to exchange
         self.exchanging = exchange_gradients(whole, config.train, self.device) if world.size > 1 else whole
         self.own_time = OwnTime(self.device)
-        self.ema = WeightAverage(whole, config, warmup_steps) if config.ema.decay else None  # of rank 0's weights, too
+        self.ema = WeightAverage(whole, config, average_start) if config.ema.averages else None  # of rank 0's weights
         self.graphs = config.train.cuda_graphs and self.device.type == "cuda"
         self.forward: Callable[..., Any] = self.exchanging
         if config.train.compile:

@@ -122,7 +122,7 @@ def estimate(config: Config, options: Options) -> dict:
         "trained_parameters": trained,
         "forward_flops": step.forward_flops // at_once,
         "training_flops": step.flops // at_once,
-        "averaged": config.ema.decay > 0,
+        "averaged": config.ema.averages,
         "weights_mib": memory.weights_mib,
         "gradients_mib": memory.gradients_mib,
         "optimizer": config.optim.name,

@@ -67,7 +67,7 @@ def step_memory(tracer: Tracer, images: int) -> StepMemory:
     image, peak = (more.kept - few.kept) / 2, (more.peak - few.peak) / 2
     trained = sum(p.numel() * p.element_size() for p in tracer.model.parameters() if p.requires_grad)
     return StepMemory(
-        weights_mib=weight_bytes(tracer.model) * (2 if tracer.config.ema.decay else 1) / MIB,
+        weights_mib=weight_bytes(tracer.model) * (2 if tracer.config.ema.averages else 1) / MIB,
         gradients_mib=trained / MIB,
         optimizer_mib=values_per_parameter(tracer.config.optim) * trained / MIB,
         kept_mib=(few.kept - 2 * image) / MIB,
@@ -85,5 +85,5 @@ def weight_bytes(model: nn.Module) -> int:
 def checkpoint_bytes(model: nn.Module, config: Config) -> int:
     """Bytes of a checkpoint: weights, their average if there is one, and the optimizer's state, in float32."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    copies = 2 if config.ema.decay else 1
+    copies = 2 if config.ema.averages else 1
     return weight_bytes(model) * copies + 4 * trained * values_per_parameter(config.optim)
