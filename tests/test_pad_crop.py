@@ -9,9 +9,11 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import crop, hflip, pad, resize
 
+from pipeline import TrainLoader
 from pipeline.augment.ops import apply_ops
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig, parse_config
 from pipeline.dataset.index.scan import build_index
+from pipeline.errors import UserError
 from pipeline.loader import build
 from pipeline.loader.plan import TrainPlan, batch_digest
 from pipeline.loader.windows import padded_windows
@@ -39,6 +41,13 @@ def squares(tmp_path_factory):
     return build_index(root)
 
 
+def test_a_stream_refuses_a_reader_that_does_not_move_the_images(squares):
+    config = DataConfig(image_size=SIZE, pad_crop=PAD).resolve()
+    plan = build.make_train_plan(squares, config, TrainConfig(global_batch_size=24))
+    with pytest.raises(UserError, match=r"the plan augments \(pad_crop 8\)"):
+        build.make_train_stream(squares, plan, config, RankInfo())
+
+
 def places(windows, shifts, length, resized):
     """Where the crops begin in the resized, padded images of this length."""
     return np.rint(windows * resized / length).astype(int) - shifts + PAD
@@ -49,7 +58,7 @@ def places(windows, shifts, length, resized):
 def test_pixels_are_torchvisions_padding_and_crop(squares, loader, fill):
     config = DataConfig(loader=loader, image_size=SIZE, pad_crop=PAD).resolve()
     plan = build.make_train_plan(squares, config, TrainConfig(global_batch_size=24, seed=3))
-    stream = build.make_train_stream(squares, plan, config, RankInfo())
+    stream = build.make_train_stream(squares, plan, config, RankInfo(), applies=plan.augment)
     (batch,) = stream.batches(0, 1)
     stream.close()
     images = apply_ops(batch.images, batch.pixel_ops, "nearest", fill).numpy().astype(int)
@@ -157,3 +166,11 @@ def test_a_run_with_all_of_it_resumes_bit_identically(root, tmp_path):
     for key, value in mean.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, (six[key] + eight[key]) / 2)
+
+
+def test_a_raw_loader_is_refused(squares):
+    data = DataConfig(image_size=SIZE, pad_crop=PAD)
+    with pytest.raises(UserError, match="raw=True applies no augmentation"):
+        TrainLoader(squares.root, batch_size=8, data=data, raw=True)
+    images, _ = next(iter(TrainLoader(squares.root, batch_size=8, data=data)))
+    assert (images.std((1, 2, 3)) > 0).all() and images.shape == (8, 3, SIZE, SIZE)

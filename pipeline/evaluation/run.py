@@ -234,7 +234,7 @@ def recalibrated(
     plain = dataclasses.replace(UNAUGMENTED, repeats=config.augment.repeats)  # as `recalibrate` looks at them
     plan = make_train_plan(index, config.data, config.train, plain)
     plan.reshuffle([made.to for made in rollbacks_of(subject.meta) if made.reshuffle])
-    stream = make_train_stream(index, plan, config.data, world)
+    stream = make_train_stream(index, plan, config.data, world, applies=plain)
     step = subject.meta["step"]
     skip = frozenset(sample for sample, _ in subject.meta["blacklist"])
     try:

@@ -110,7 +110,7 @@ def make_decoder(
 
 
 def make_train_stream(
-    index: Index, plan: TrainPlan, data: ResolvedDataConfig, place: RankInfo, applies: AugmentConfig = UNAUGMENTED
+    index: Index, plan: TrainPlan, data: ResolvedDataConfig, place: RankInfo, applies: AugmentConfig | None = None
 ) -> Stream:
     """The training batches of a rank: images cropped and flipped, and beside them what is to be done to them.
 
@@ -118,9 +118,11 @@ def make_train_stream(
     `soft_targets`. Raises UserError where the plan has another one: its digests would tell of an augmentation that no
     pixel has seen. `TrainLoader` applies all of it.
     """
-    if (plan.augment.draws or plan.augment.mixes) and applies != plan.augment:
+    padded = [] if plan.pad_crop is None else [f"pad_crop {plan.pad_crop}"]
+    if (plan.augment.draws or plan.augment.mixes or padded) and applies != plan.augment:
+        drawn = [] if padded and plan.augment == UNAUGMENTED else [describe_augment(plan.augment)]
         raise UserError(
-            f"the plan augments ({describe_augment(plan.augment)}), and its reader does not apply that: "
+            f"the plan augments ({', '.join(padded + drawn)}), and its reader does not apply that: "
             "use pipeline.TrainLoader, or apply batch.pixel_ops and batch.erase_mix and give applies=plan.augment"
         )
     return _make_stream(index, "train", plan, data, plan.global_batch_size // place.size, place)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 
 from pipeline.config import AugmentConfig, Config, DataConfig, semantic_config
-from pipeline.config.augment import UNAUGMENTED
 from pipeline.errors import UserError
 from pipeline.loader.build import check_shares, make_train_plan, make_train_stream
 from pipeline.loader.loader_base import LoaderBase
@@ -98,7 +97,7 @@ class TrainLoader(LoaderBase):
 
     def _setup(self, config: Config, raw: bool, place: RankInfo) -> None:
         self.config, self.raw, self.place = config, raw, place
-        if raw and (config.augment.draws or config.augment.mixes):
+        if raw and (config.augment.draws or config.augment.mixes or config.data.pad_crop is not None):
             raise UserError("raw=True applies no augmentation, and one is asked for; give raw=False, or leave that out")
         try:
             check_shares(config, self.place.size)
@@ -108,7 +107,7 @@ class TrainLoader(LoaderBase):
         self._resumed_at = 0  # epochs are not begun before this step
         self._reader = Reader(
             lambda: make_train_stream(
-                self.index, self.plan, config.data, self.place, applies=UNAUGMENTED if raw else config.augment
+                self.index, self.plan, config.data, self.place, applies=None if raw else config.augment
             )
         )
 
