@@ -86,9 +86,6 @@ class RunSetup:
             config, classes, say = self.config.model, self.index.synsets, self.console.say
             self.world.on_rank_zero(lambda: start_from(model, config, classes, say, place_of_weights(config)))
         with self.world.watch.collective("sending rank 0's weights to all ranks"):
-            train_step = TrainStep(model, self.config, self.world, self.schedule.copied_until)
-
-
             train_step = TrainStep(model, self.config, self.world, average_start(self.config, self.schedule))
         if start.path is not None:
             train_step.load_state_dict(load_state(start.path, start.parts))

@@ -17,11 +17,11 @@ def effective_decay(config: Config) -> float:
 
 
 def average_start(config: Config, schedule: Schedule) -> int:
-    """The number of steps after which the average begins to be one: the warm-up's, or all but those of
+    """The number of steps until which the average is a copy: `Schedule.copied_until`, or all but those of
     `ema.last_epochs`."""
     if config.ema.last_epochs is None:
-        return schedule.warmup_steps
-    return max(0, schedule.total_steps - round(steps_of(config.ema.last_epochs, schedule.steps_per_epoch)))
+        return schedule.copied_until
+    return max(schedule.begin, schedule.total_steps - round(steps_of(config.ema.last_epochs, schedule.steps_per_epoch)))
 
 
 class WeightAverage:
