@@ -194,6 +194,30 @@ def test_ranks_are_forked_with_signals_held_back_and_take_them_when_they_train(r
             assert is_in(number, state(parent, "SigBlk")) and not is_in(number, state(rank, "SigBlk"))
 
 
+FORK = """
+import os, signal, sys
+from pipeline.launch.workers import HELD_BACK, Program, _run_forked
+signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+if os.fork():
+    os.wait()
+else:
+    _run_forked(Program("", (), "shows_mask", (), sys.argv[1] == "True"), {}, "", "", 0, None)
+"""
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_signals_are_held_back_from_those_alone_that_ask_for_them(tmp_path, asks):
+    """Other programs, and other verbs, have no handlers to wait for."""
+    (tmp_path / "shows_mask.py").write_text(
+        "import signal\nprint(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    )
+    environment = runs.environment()
+    environment["PYTHONPATH"] = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-c", FORK, str(asks)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert ("SIGTERM" in done.stdout, "SIGUSR2" in done.stdout) == (asks, asks), done.stderr
+
+
 def state(pid: int, name: str) -> str:
     """A line of /proc/PID/status; empty where the process has ended."""
     try:

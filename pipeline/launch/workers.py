@@ -224,6 +224,8 @@ def _run_forked(
         if os.getppid() != parent:
             os._exit(1)
     os.setsid()
+    if not program.asks_for_signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
     _forget_forkserver()
     _show_command([program.entrypoint, *program.arguments])
     _redirect(sys.stdout, stdout)
