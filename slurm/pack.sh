@@ -4,6 +4,7 @@
 #
 #   sbatch slurm/pack.sh                                       one node
 #   DATA_ROOT=/scratch/imagenet SHARDS=/scratch/imagenet-320 sbatch slurm/pack.sh --short-side 320
+#   SHARDS=/scratch/imagenet-restart sbatch slurm/pack.sh --restart
 #
 # On many nodes: each task of an array writes its share of the shards; a job after them makes the index.
 #

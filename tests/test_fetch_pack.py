@@ -1,10 +1,12 @@
 """`fetch --pack`: members straight into shards, the same bytes as a fetch and a pack, killed anywhere."""
 
 import random
+import shutil
 import threading
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fetching import BASE, QUICK, fetch, fetch_from
 from kaggle_server import Faults, KaggleServer
@@ -165,3 +167,55 @@ def test_shards_that_were_checked_before_a_stop_stay(big_zip, packed, tmp_path, 
     assert main(command) == 0
     assert "120 of 120 images exist already" in capsys.readouterr().err
     assert_same(tmp_path / "data", packed)
+
+
+@pytest.fixture(scope="module")
+def marked(kaggle_zip, tmp_path_factory) -> Path:
+    """What a fetch and `pack --restart 4` make."""
+    if shutil.which("jpegtran") is None:
+        pytest.skip("jpegtran is not installed")
+    folder = tmp_path_factory.mktemp("marked")
+    assert fetch(folder / "tree", {}, "--from", str(kaggle_zip)).code == 0
+    pack_tree(folder / "tree", folder / "shards", Options(restart=4))
+    return folder / "shards"
+
+
+def assert_same_with_tables(dest: Path, marked: Path) -> None:
+    assert_same(dest, marked)
+    tables = {path.name: path.read_bytes() for path in marked.glob("*.restart")}
+    assert tables and tables == {path.name: path.read_bytes() for path in dest.glob("*.restart")}
+    assert verify_root(dest).good
+    for split, theirs in open_index(index_folder(marked)).splits.items():
+        ours = open_index(index_folder(dest)).splits[split]
+        assert theirs.restart["table_size"].any() and np.array_equal(ours.restart, theirs.restart)
+
+
+def test_restart_markers_are_those_of_pack_restart(kaggle_zip, marked, tmp_path):
+    argv = ("--from", str(kaggle_zip), "--pack", "--restart", "4")
+    assert fetch(tmp_path / "data", {}, *argv).code == 0
+    assert_same_with_tables(tmp_path / "data", marked)
+    (tmp_path / "data/train-000000.tar").unlink()
+    done = fetch(tmp_path / "data", {}, *argv)
+    assert done.code == 0 and "24 of 120 images exist already" in done.err, done.err
+    assert_same_with_tables(tmp_path / "data", marked)
+    done = fetch(tmp_path / "other", {}, "--from", str(kaggle_zip), "--restart")
+    assert done.code == 2 and "add --pack" in done.last_line
+
+
+def test_killed_before_the_fetched_shard_is_removed(kaggle_zip, marked, tmp_path, monkeypatch):
+    """Of a shard both forms lie there then; the one with markers is whole."""
+    from pipeline.dataset.acquire import fetch_pack
+
+    def stop_after_one(function, tasks):
+        task = next(iter(tasks))
+        fetched = task.path.read_bytes()
+        yield function(task)
+        task.path.write_bytes(fetched)
+        raise KeyboardInterrupt
+
+    command = ["fetch", str(tmp_path / "data"), "--from", str(kaggle_zip), "--pack", "--restart", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch_pack, "map_in_order", stop_after_one)
+        assert main(command) == 75
+    assert main(command) == 0
+    assert_same_with_tables(tmp_path / "data", marked)

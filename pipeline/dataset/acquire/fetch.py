@@ -25,6 +25,8 @@ from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder,
 from pipeline.dataset.layouts.foreign import describe_contents
 from pipeline.dataset.lock import locked
 from pipeline.dataset.shards.plan import Options as PackOptions
+from pipeline.dataset.shards.plan import parse_restart, spell_out_restart
+from pipeline.dataset.shards.transcode import find_program
 from pipeline.errors import EXIT_INTERRUPTED, TransientError, UserError
 
 CHANGES = 3  # times that the archive may be replaced under one run
@@ -38,6 +40,7 @@ def fetch(
     from_file: str | None = None,
     pack: bool = False,
     shard_mb: int = 256,
+    restart: Literal["auto"] | int | None = None,
     index: bool = True,
     competition: str = kaggle.COMPETITION,
     streams: int = 8,
@@ -59,6 +62,7 @@ def fetch(
             (also: --from FILE).
         pack: write the members straight into tar shards (as pipeline pack makes them), without a tree.
         shard_mb: megabytes of a shard.
+        restart: with --pack, add restart markers as pipeline pack --restart does. MCUs a restart interval, or auto (8).
         index: decode every image and build the index at the end.
         competition: name of the Kaggle competition.
         streams: parallel connections.
@@ -69,7 +73,11 @@ def fetch(
     if streams < 1 or request_mb <= 0 or stall_s <= 0 or give_up_s <= 0:
         raise UserError("streams, request_mb, stall_s and give_up_s must be greater than 0")
     selection = Selection(split, parse_classes(classes))
-    packing = PackOptions(shard_mb=shard_mb) if pack else None
+    if restart is not None and not pack:
+        raise UserError("--restart is an option of shards; add --pack, or leave it out")
+    packing = PackOptions(shard_mb=shard_mb, restart=parse_restart(restart)) if pack else None
+    if restart is not None:
+        find_program()
     options = Options(streams, max(1, int(request_mb * 1e6)), Patience(stall_s, give_up_s))
     root = Path(dest).absolute()
     manifest = Manifest(
@@ -293,4 +301,4 @@ def _terminated_like_interrupted() -> Iterator[None]:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["cifar10"]:
         return cifar10.main(argv[1:])
-    return run_command(fetch, "fetch", cifar10.spell_out_from(argv))
+    return run_command(fetch, "fetch", spell_out_restart(cifar10.spell_out_from(argv)))

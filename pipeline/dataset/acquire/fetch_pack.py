@@ -2,7 +2,7 @@
 
 Every size is known from the archive's directory, so every sample's place in its shard is known before the first byte
 comes. Streams write members where they belong, in any order; a kill loses one member a stream. At the end each shard
-is read once: every image decoded in full, every CRC-32 checked again on what is on disk.
+is read once (`finish_shard.py`): every image decoded in full, every CRC-32 checked again on what is on disk.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import tarfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,30 +19,30 @@ import xxhash
 
 from pipeline.dataset import imagenet
 from pipeline.dataset.acquire.catalog import Catalog, iter_names
+from pipeline.dataset.acquire.finish_shard import FinishTask, finish_shard
 from pipeline.dataset.acquire.selection import BASE, Selection
 from pipeline.dataset.disk import explain
-from pipeline.dataset.index.decode import decode_fully
-from pipeline.dataset.index.index import PACKED, RECORD, Index, Split, index_folder
+from pipeline.dataset.index.index import PACKED, RECORD, Index, Split, index_folder, open_index
 from pipeline.dataset.index.scan import UNREADABLE
 from pipeline.dataset.index.write import pack_names
 from pipeline.dataset.shards.format import (
     BLOCK,
-    Sample,
+    exists,
     image_suffix,
     is_whole,
-    make_row,
     merge_shards,
     remove_records,
     shard_name,
     tar_header,
+    temporary_path,
     whole_size,
-    write_records,
 )
 from pipeline.dataset.shards.format import STATE as SHARD_STATE
-from pipeline.dataset.shards.plan import Options, make_key, make_plan
+from pipeline.dataset.shards.plan import RESTART_GROWTH, Options, make_key, make_plan
 from pipeline.dataset.workers import map_in_order
-from pipeline.errors import TransientError, UserError
+from pipeline.errors import UserError
 from pipeline.files import atomic_write
+from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
 LONGEST_NAME = 60  # of a file: a key must fit into one block of tar header
@@ -68,11 +67,6 @@ class Shard:
 def _sample_bytes(sizes: np.ndarray) -> np.ndarray:
     """Bytes of samples in a shard: a header, the image filled up to a block, the label's header and block."""
     return BLOCK + (sizes + BLOCK - 1) // BLOCK * BLOCK + 2 * BLOCK
-
-
-def temporary_path(dest: Path, split: str, number: int) -> Path:
-    """Where a shard is made; `pack` uses the same name."""
-    return dest / f".{shard_name(split, number)}.tmp"
 
 
 class ShardPlan:
@@ -183,70 +177,35 @@ class ShardPatcher:
         return len(data)
 
 
-@dataclass(frozen=True)
-class FinishTask:
-    """A shard whose members are all in place; `crcs` [n] as in its `Shard`."""
-
-    dest: Path
-    shard: Shard
-    sizes: np.ndarray
-    crcs: np.ndarray
-
-
-def finish_shard(task: FinishTask) -> tuple[int, list[str]]:
-    """Check a shard from disk and give it its final name: (samples, members that do not decode).
-
-    Raises TransientError where the disk does not hold what was written; the shard is removed then, to be fetched anew.
-    """
-    shard, rows, names, bad = task.shard, [], [], []
-    path = temporary_path(task.dest, shard.split, shard.number)
-    try:
-        with path.open("r+b") as file:
-            file.truncate(shard.size)
-            fields = zip(shard.places.tolist(), task.sizes.tolist(), task.crcs.tolist(), strict=True)
-            for i, (place, size, crc) in enumerate(fields):
-                file.seek(place)
-                header, data = file.read(BLOCK), file.read(size)
-                if zlib.crc32(data) != crc:
-                    path.unlink()
-                    raise TransientError(f"{path} does not hold what was written; run the same command again")
-                name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-                try:
-                    width, height = decode_fully(data)
-                except (OSError, ValueError):
-                    bad.append(name)
-                    continue
-                sample = Sample("", "", data, int(shard.labels[i]), width, height, 2 * int(shard.items[i]) + 1)
-                rows.append(make_row(sample, place + BLOCK))
-                names.append(name)
-            os.fsync(file.fileno())
-        if not bad:
-            write_records(task.dest, shard.split, shard.number, rows, names, [])
-            path.replace(task.dest / shard_name(shard.split, shard.number))
-    except OSError as error:
-        raise explain(error, path) from error
-    return len(shard.numbers), bad
-
-
 class Packing:
     """The shards of one selection in `dest`: what is whole, what is missing, and the end. Restartable anywhere."""
 
     def __init__(self, dest: Path, plan: ShardPlan):
-        self.dest, self.plan = dest, plan
+        self.dest, self.plan, self.restart = dest, plan, plan.options.restart
+        self.is_mending = False  # only shards that were lost of a set that was complete; its index stays
 
     def prepare(self) -> None:
         """Note in `dest` what is made there. UserError where it holds other shards."""
-        marker = {"options": asdict(self.plan.options), "shards": self.plan.counts(), "complete": False}
+        marker = {"options": self.plan.options.marker(), "shards": self.plan.counts(), "complete": False}
         found = {}
         with contextlib.suppress(FileNotFoundError):
             found = json.loads((self.dest / PACKED).read_bytes())
+            if found["options"].get("restart", 0) is None:
+                del found["options"]["restart"]
         if found and any(found.get(key) != marker[key] for key in ("options", "shards")):
             raise UserError(f"{self.dest} holds other shards than these; give another folder or remove it")
+        self.is_mending = self.restart is not None and bool(found.get("complete"))
+        if self.is_mending:
+            return
         self._write_marker({"source": None, **found, **marker})
         for shard in self.plan.shards:  # of a set that was complete once: its records are gone, so it is checked again
             final = self.dest / shard_name(shard.split, shard.number)
-            if final.exists() and not is_whole(self.dest, shard.split, shard.number):
+            if final.exists() and not self._is_whole(shard):
                 final.replace(temporary_path(self.dest, shard.split, shard.number))
+
+    def _is_whole(self, shard: Shard) -> bool:
+        is_there = exists if self.is_mending else is_whole
+        return is_there(self.dest, shard.split, shard.number, self.restart is not None)
 
     def _write_marker(self, marker: dict) -> None:
         atomic_write(self.dest / PACKED, json.dumps(marker, indent=1) + "\n")
@@ -258,7 +217,7 @@ class Packing:
         for shard in self.plan.shards:
             here = vouched[first : first + len(shard.numbers)]
             first += len(shard.numbers)
-            if is_whole(self.dest, shard.split, shard.number):
+            if self._is_whole(shard):
                 here = np.ones_like(here)
             elif not temporary_path(self.dest, shard.split, shard.number).exists():
                 here = np.zeros_like(here)
@@ -268,14 +227,18 @@ class Packing:
     def needed(self, whole: np.ndarray) -> int:
         """Bytes still to be written."""
         sizes = self.plan.directory.entries["size"][self.plan.numbers[~whole]].astype(np.int64)
-        return int(_sample_bytes(sizes).sum()) + len(self.plan.shards) * tarfile.RECORDSIZE
+        size = int(_sample_bytes(sizes).sum()) + len(self.plan.shards) * tarfile.RECORDSIZE
+        if self.restart is None:
+            return size
+        at_once = sum(sorted(shard.size for shard in self.plan.shards)[-available_cores() :])  # being transcoded
+        return int(RESTART_GROWTH * (size + at_once))
 
     def finish(self) -> Index:
         """Check and name every shard, and make the index. UserError where an image does not decode."""
         entries, bad = self.plan.directory.entries, []
-        todo = [shard for shard in self.plan.shards if not is_whole(self.dest, shard.split, shard.number)]
+        todo = [shard for shard in self.plan.shards if not self._is_whole(shard)]
         tasks = (
-            FinishTask(self.dest, shard, entries["size"][shard.numbers], entries["crc"][shard.numbers])
+            FinishTask(self.dest, shard, entries["size"][shard.numbers], entries["crc"][shard.numbers], self.restart)
             for shard in todo
         )
         (self.dest / SHARD_STATE).mkdir(exist_ok=True)
@@ -288,6 +251,11 @@ class Packing:
                 f"{self.dest} is complete, but {len(bad)} images do not decode, though they are as the archive has "
                 f"them ({', '.join(bad[:3])}); fetch without --pack, then: pipeline pack --unreadable skip"
             )
+        for path in self.dest.glob(".*.tmp"):  # of a kill before a fetched shard was removed
+            path.unlink()
+        if self.is_mending:
+            remove_records(self.dest)
+            return open_index(index_folder(self.dest))
         words = imagenet.read_synset_words(self.dest)
         made, _ = merge_shards(self.dest, [(s, words.get(s, s)) for s in self.plan.synsets], self.plan.counts())
         empty: dict[str, list] = {split: [] for split in self.plan.counts()}

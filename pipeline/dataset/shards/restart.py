@@ -89,29 +89,25 @@ class Cut(NamedTuple):
     columns: slice  # the intervals of each row that are taken
     checksums: np.ndarray  # uint32 [rows]
 
-    def assemble(self, data: bytes) -> bytearray:
+    def assemble(self, data: bytes | memoryview) -> bytearray:
         """The part as a JPEG of its own, from the bytes read. Raises TableError where they have changed."""
-        ends = self.ends
         if len(data) != self.size:
             raise TableError(f"has {len(data):,} bytes of {self.size:,} in its shard")
-        stops = ends[:, -1].tolist()
-        first, last = self.columns.start, self.columns.stop
-        view = memoryview(data)
-        row, sums = 0, self.checksums.tolist()
-        digest = xxhash.xxh3_64_intdigest
-        for stop, checksum in zip(stops, sums, strict=True):
-            if digest(view[row:stop]) & _MASK != checksum:
-                raise TableError("its bytes have changed since it was packed")
-            row = stop
-        starts = ends[:, first - 1].tolist() if first else [0, *stops[:-1]]
-        if last != ends.shape[1]:
-            stops = ends[:, last - 1].tolist()
-        made = bytearray(self.header)
-        made += b"".join([view[a:b] for a, b in zip(starts, stops, strict=True)])
+        ends, (first, last), view = self.ends, (self.columns.start, self.columns.stop), memoryview(data)
+        row_stops = ends[:, -1]
+        row_starts = np.zeros_like(row_stops)
+        row_starts[1:] = row_stops[:-1]
+        rows = [view[a:b] for a, b in zip(row_starts.tolist(), row_stops.tolist(), strict=True)]
+        digests = [digest & _MASK for digest in map(xxhash.xxh3_64_intdigest, rows)]
+        if digests != self.checksums.tolist():
+            raise TableError("its bytes have changed since it was packed")
+        starts, stops = (ends[:, first - 1] if first else row_starts), ends[:, last - 1]
+        if last - first != ends.shape[1]:
+            rows = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+        made = bytearray().join((self.header, *rows))
         struct.pack_into(">HH", made, self.sof, self.height, self.width)
-        lengths = np.subtract(stops, starts)
-        places = ends[:, self.columns] + (lengths.cumsum() - stops + (len(self.header) - 1))[:, None]
-        places = places.ravel()
+        shifts = (stops - starts).cumsum() - stops + (len(self.header) - 1)
+        places = (ends[:, self.columns] + shifts[:, None]).ravel()
         np.frombuffer(made, np.uint8)[places] = _markers(len(places))
         made[-1] = _EOI
         return made
