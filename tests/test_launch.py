@@ -11,7 +11,7 @@ import runs
 from launching import Job, descendants, kill, rank_pids, training, wait_for
 
 from pipeline.config import parse_config
-from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, UserError, exit_code_of
+from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
 from pipeline.launch.options import parse
 from pipeline.training.ranks.translate_error import is_gpu_fault
 
@@ -60,6 +60,18 @@ def test_what_the_user_must_mend_ends_all_at_once(worker, tmp_path):
     assert done.returncode == 2 and time.monotonic() - begun < 60
     assert starts(tmp_path) == ["0-0", "0-1"]
     assert done.stderr.splitlines() == ["rank 0 ends with 2"]  # not a word of the launcher's
+
+
+def test_a_store_that_is_gone_from_its_machine_is_not_waited_for(worker, tmp_path):
+    with Job(tmp_path, [str(worker), str(tmp_path), "600:0"], "1") as job:
+        store = job.serve()
+        job.start("n1")
+        wait_for(lambda: starts(tmp_path) == ["0-0"], say=job.all_output)
+        store.kill()
+        wait_for(lambda: not descendants(job.processes["n1"].pid), say=job.all_output)
+        begun = time.monotonic()  # the ranks have ended
+        assert job.wait("n1", 60) == EXIT_STORE_LOST
+        assert time.monotonic() - begun < 8  # 10 s where it may come back
 
 
 def test_what_the_user_must_mend_ends_all_nodes_at_once(worker, tmp_path):

@@ -31,6 +31,7 @@ from pipeline.launch.workers import Workers
 SAVE_AND_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = {"loss": 1.0, "failure": 5.0}  # between TERM and KILL; the others take as long as a step and a save
 _SAY_WAITING_S = 5.0
+_REFUSED_S = 2.0  # its machine is there, and the process that decides is not: it does not come back
 
 
 class Launcher:
@@ -100,9 +101,10 @@ class Launcher:
         if not options.serve_store:
             self.coordinator.start()
 
-    def connect(self, timeout_s: float) -> int | None:
+    def connect(self, timeout_s: float, refused_s: float = float("inf")) -> int | None:
         """Connect to the coordinator, and wait for it where it is not there yet. Returns an exit code where there is
-        nobody within `timeout_s`, or this launcher is asked to stop."""
+        nobody within `timeout_s`, where its machine refuses the connection for `refused_s`, or where this launcher is
+        asked to stop."""
         begun, said = time.monotonic(), False
         hello = {"name": self.name, "ranks": self.options.nproc, "node_rank": self.options.node_rank}
         while True:
@@ -111,10 +113,11 @@ class Launcher:
                 return None
             except OSError as error:
                 problem = error.strerror or str(error)
+                refused = isinstance(error, ConnectionRefusedError)
             waited = time.monotonic() - begun
             if self.signals:
                 return EXIT_INTERRUPTED
-            if waited > timeout_s:
+            if waited > timeout_s or (refused and waited > refused_s):
                 return EXIT_STORE_LOST
             if waited > _SAY_WAITING_S and not said:
                 said = True
@@ -154,7 +157,7 @@ class Launcher:
         self.order = {}
         if self.signals:
             return EXIT_RETRY
-        code = self.connect(2 * SILENT_S)
+        code = self.connect(2 * SILENT_S, _REFUSED_S)
         if code is None:
             say(f"{self.name} was cut off from the others; it joins again")
         return code
