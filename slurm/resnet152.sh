@@ -6,6 +6,7 @@
 #   sbatch --nodes=4 slurm/resnet152.sh                      4 nodes x 8 GPUs
 #   sbatch --gpus-per-node=1 --time=4:00:00 slurm/resnet152.sh
 #   RUN_DIR=runs/lr-0.2 sbatch slurm/resnet152.sh --optim.lr 0.2
+#   MIN_NODES=2 SPARE_NODES=1 sbatch --nodes=5 --no-kill slurm/resnet152.sh       4 train, 1 waits; 2 are enough
 #   NPROC_PER_NODE=4 sbatch --gpus-per-node=0 --mincpus=16 slurm/resnet152.sh --train.device cpu     a rehearsal
 #
 # What stands after the script's name goes to `pipeline train`. From the environment, or from slurm/site.env
@@ -18,6 +19,9 @@
 #   NPROC_PER_NODE  processes a node [its GPUs]
 #   GRACE_S         seconds from a signal until the job goes without a new checkpoint [120]
 #   MAX_RESTARTS    times that crashed workers are started again in place [3]
+#   MIN_NODES       nodes that training goes on with when others are lost; submit with --no-kill [all]
+#   SPARE_NODES     nodes that wait, and take the place of lost ones [0]
+#   REJOIN_S        seconds to wait for lost nodes where fewer than MIN_NODES are left, before the job is requeued [30]
 #   BENCH           JSON file with a measured speed, for preflight's time estimate until the run has its own [none]
 #   PIPELINE_HOME   the project's folder [where sbatch was called]
 #   PYTHON          interpreter [python]

@@ -85,6 +85,13 @@ def test_batch_not_divisible(preflight):
     assert rows["recipe"] == ("FAIL", line)
 
 
+def test_of_several_numbers_of_processes_the_largest_that_fits_counts(preflight):
+    code, rows = preflight("--world_size", "3", "--world_sizes", "1,2,3")
+    assert rows["recipe"][0] == "pass" and "over 2 processes" in rows["recipe"][1]
+    code, rows = preflight("--world_size", "7", "--world_sizes", "3,6,7")
+    assert code == 2 and "7 ranks" in rows["recipe"][1]
+
+
 def test_images_that_the_network_cannot_take(preflight):
     code, rows = preflight("--model.name", "alexnet", "--data.val_size", "32", "--data.val_resize", "32")
     assert code == 2 and rows["recipe"][0] == "FAIL" and "give at least 63" in rows["recipe"][1]

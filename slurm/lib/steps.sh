@@ -22,7 +22,11 @@ on_every_node() { # VERB ...: `pipeline VERB ...`
 }
 
 preflight() { # OPTION ...: every node reports its facts, then one of them judges
-    local nodes=$RUN_DIR/.nodes.$JOB code
+    local nodes=$RUN_DIR/.nodes.$JOB code smaller=() sizes
+    if ((nodes_required < nodes_at_most)); then
+        sizes=$(seq -s , $((nodes_required * NPROC_PER_NODE)) "$NPROC_PER_NODE" $((nodes_at_most * NPROC_PER_NODE)))
+        smaller=(--world_sizes "$sizes")
+    fi
     find_head
     echo "$ATTEMPT" >"$RUN_DIR/.token"
     on_every_node preflight "$@" --node_facts --run_token "$ATTEMPT" --rendezvous "$HEAD:$PORT" >"$nodes" || return
@@ -31,7 +35,7 @@ preflight() { # OPTION ...: every node reports its facts, then one of them judge
         return 1
     fi
     run_step 1 "$PYTHON" -m pipeline preflight "$@" --nodes_file "$nodes" --time_limit "$TIME_LIMIT" \
-        --signal_lead "$LEAD_S" --world_size $((nodes_at_most * NPROC_PER_NODE))
+        --signal_lead "$LEAD_S" --world_size $((nodes_at_most * NPROC_PER_NODE)) "${smaller[@]}"
     code=$?
     rm -f "$nodes" "$RUN_DIR/.token"
     return "$code"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.command import split_options
+from pipeline.command import parse_numbers, split_options
 from pipeline.config import Config, parse_config
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.imports import importing
@@ -30,6 +30,8 @@ class Options:
 
     world_size: int | None = None
     """Number of processes; default: the number of GPUs of this machine, or 1."""
+    world_sizes: str = ""
+    """Several such numbers, of which the largest that divides the global batch will train, e.g. 16,24,32; default: none."""
     time_limit: str = ""
     """Time limit of the job as Slurm writes it: MINUTES or [DAYS-]HH:MM:SS; default: no limit."""
     gpu_memory: float | None = None
@@ -103,6 +105,10 @@ def run_checks(config: Config, nodes: list[dict], options: Options) -> Iterator[
         raise UserError(f"--world_size {options.world_size}: give the number of processes, 1 or more")
     gpus, data = here["gpus"], here["data"]
     world = options.world_size or len(gpus) or 1
+    if options.world_sizes:
+        sizes = sorted(parse_numbers("--world_sizes", options.world_sizes, "16,24,32", smallest=1))
+        fitting = [size for size in sizes if config.train.global_batch_size % size == 0]
+        world = (fitting or sizes)[-1]
     run_dir = Path(config.run_dir).expanduser() if config.run_dir else None
     recipe = checks.check_recipe(config, world, checks.device_type(config, len(gpus)), data.get("classes"))
     yield recipe
