@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pipeline.tracking.ledger import Ledger
 from pipeline.training.data import check_labels
 from pipeline.training.guard import Guard, Rollback, Spikes, is_in_history
 from pipeline.training.ranks.step_stats import StepStats, Vote
+from pipeline.training.recorder import SPIKE_WARNING_STEPS, RunRecorder
 
 TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
 #: the first update throws the weights far out, and from the second on no loss is a number: going back heals it
@@ -157,6 +159,14 @@ def test_spikes_are_those_far_above_the_median():
     spikes = Spikes(2.0, [5.0] * 19)
     assert not spikes.observe(20.0)  # too few to judge by
     assert not spikes.observe(9.9) and spikes.observe(10.1) and not spikes.observe(math.nan)
+
+
+def test_a_loss_that_jumps_all_the_time_is_said_now_and_then():
+    said = []
+    recorder = SimpleNamespace(next_spike_warning=0, console=SimpleNamespace(warn=said.append))
+    for step in range(1, 3 * SPIKE_WARNING_STEPS + 1):
+        RunRecorder.warn_of_spike(recorder, step, 9.0)
+    assert len(said) == 3 and said[0] == "step 1: the loss jumped to 9.000"
 
 
 def test_spikes_are_judged_by_the_ledger_after_a_resume(tmp_path):

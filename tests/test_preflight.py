@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from launching import free_port
 
 from pipeline.__main__ import main
 from pipeline.config import parse_config, to_yaml
@@ -12,8 +15,9 @@ from pipeline.dataset.index.index import index_folder
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.insight.estimate.memory import estimate_step
+from pipeline.insight.preflight import between_nodes
 from pipeline.insight.preflight.checks import check_nodes
-from pipeline.insight.preflight.cli import parse_time_limit, read_bench
+from pipeline.insight.preflight.cli import Options, parse_time_limit, read_bench, run_checks
 from pipeline.insight.preflight.node_facts import gather_facts
 
 GIB = 1 << 10  # in MiB
@@ -207,6 +211,31 @@ def test_fewer_gpus_than_granted(preflight, monkeypatch):
     assert code == 2 and "Slurm granted 99" in rows["GPUs"][1]
     code, rows = preflight("--train.device", "cpu")
     assert rows["GPUs"][0] == "pass"
+
+
+def test_a_time_limit_that_the_signal_swallows():
+    config = parse_config(["--config", "smoke", "--model.name", "resnet18"])
+    rows = run_checks(config, [], Options(time_limit="00:02:00", signal_lead=300))
+    (row,) = (row for row in rows if row.name == "signal")
+    assert row.level == "WARN" and "not longer than the 300 s" in row.text
+
+
+def test_nodes_that_do_not_share_the_run_folder_or_do_not_reach_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(between_nodes, "TOKEN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(between_nodes, "CONNECT_TIMEOUT_S", 0.2)
+    assert "is not the folder that the first node (n1) sees" in between_nodes.probe_token(tmp_path, "7.0", "n1")
+    (tmp_path / ".token").write_text("7.0\n")
+    assert between_nodes.probe_token(tmp_path, "7.0", "n1") is None
+    problem = between_nodes.probe_rendezvous("no-such-node.invalid", 29400, False, 1)
+    assert "no-such-node.invalid does not resolve here" in problem and "HEAD_ADDRESS" in problem
+    port = free_port()
+    assert "can't connect to the head node 127.0.0.1" in between_nodes.probe_rendezvous("127.0.0.1", port, False, 1)
+    with socket.create_server(("", port)):
+        assert "can't be opened" in between_nodes.probe_rendezvous("n1", port, True, 1)
+    with ThreadPoolExecutor() as pool:
+        monkeypatch.setattr(between_nodes, "CONNECT_TIMEOUT_S", 20)
+        head = pool.submit(between_nodes.probe_rendezvous, "127.0.0.1", port, True, 1)
+        assert between_nodes.probe_rendezvous("127.0.0.1", port, False, 1) is None and head.result() is None
 
 
 def test_what_one_node_sees_otherwise(data, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -121,6 +122,43 @@ def test_stragglers_are_told_once():
         told.append(stragglers.observe(torch.tensor([0.1, 0.1, slow, 0.1], dtype=torch.float64)))
     assert [i for i, item in enumerate(told) if item] == [WINDOW - 1]
     assert told[WINDOW - 1] == Slow(2, pytest.approx(0.3), pytest.approx(0.1))
+
+
+def test_a_pause_of_a_rank_is_no_slowness():
+    """As after `scontrol suspend`, by which the ranks stop at different places of a step."""
+    stragglers = Stragglers(2)
+    for step in range(2 * WINDOW):
+        own = torch.tensor([0.1, 9.0 if step % WINDOW == 20 else 0.1], dtype=torch.float64)
+        assert stragglers.observe(own) is None
+
+
+SUSPENDED = """
+import time
+import torch.distributed as dist
+from pipeline.training.ranks.watchdog import Watchdog
+store = dist.PrefixStore("watch", dist.HashStore())
+pair = [Watchdog(rank, 2, hang_timeout_s=1.0, store=store) for rank in (0, 1)]
+for watch in pair:
+    watch.start()
+pair[1].phase("waiting for images", 3)
+with pair[0].collective("the exchange of gradients"):
+    print("ready", flush=True)
+    time.sleep(0.5)
+print("went on", flush=True)
+time.sleep(0.3)
+"""
+
+
+def test_a_job_that_was_suspended_does_not_count_as_hung():
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)  # three times the limit
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "went on\n")
 
 
 def complaints(output: str) -> list[str]:

@@ -271,6 +271,7 @@ class Launcher:
         failure = ""
         if code not in (EXIT_OK, EXIT_USER, EXIT_INTERRUPTED, EXIT_REGROUP):
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how += " (perhaps by the kernel, for want of memory)" if code == -signal.SIGKILL else ""
             failure = f"rank {self.order['first_rank'] + rank} ({socket.gethostname()}, pid {pid}) {how}"
         self.link.say("ended", round=self.order["round"], exit_code=code, failure=failure)
 

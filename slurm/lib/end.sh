@@ -78,7 +78,7 @@ $asked; if nobody sent that signal, $(more_memory)"
 }
 
 OUT_OF_MEMORY='exceeded (job |step )?memory limit|oom[-_]kill|OOM Killed|: Out Of Memory|killed [0-9]+ for want of host memory'
-KILLED='pipeline launch: rank .* was killed by SIGKILL[^;]*; see above' # the last time
+KILLED='pipeline launch: rank .* was killed by SIGKILL[^;]*; see above' # not the times before
 
 more_memory() {
     local amount example=''

@@ -31,7 +31,7 @@ class Options:
     world_size: int | None = None
     """Number of processes; default: the number of GPUs of this machine, or 1."""
     world_sizes: str = ""
-    """Several such numbers, of which the largest that divides the global batch will train, e.g. 16,24,32; default: none."""
+    """Several such numbers, of which the largest that divides the global batch trains, e.g. 16,24; default: none."""
     time_limit: str = ""
     """Time limit of the job as Slurm writes it: MINUTES or [DAYS-]HH:MM:SS; default: no limit."""
     gpu_memory: float | None = None
