@@ -23,6 +23,7 @@ from pipeline.errors import (
     exit_code_of,
     permission_problem,
 )
+from pipeline.logs import shown_on_command_line
 from pipeline.redact import redact
 from pipeline.training.ranks import stop_request
 
@@ -116,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER
     module, function, _ = VERBS[verb]
     try:
-        code = getattr(importlib.import_module(module), function)(rest)
+        with shown_on_command_line():
+            code = getattr(importlib.import_module(module), function)(rest)
         sys.stdout.flush()
         return code
     except (UserError, TransientError) as error:

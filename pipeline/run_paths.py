@@ -79,6 +79,11 @@ class RunPaths:
         return self.wandb / "sent.json"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
     def debug(self) -> Path:
         """Stacks and collectives of ranks that hung or failed."""
         return self.path / "debug"

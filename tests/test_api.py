@@ -1,6 +1,7 @@
 """The package from Python."""
 
 import json
+import logging
 import re
 import signal
 import socket
@@ -42,6 +43,27 @@ def test_a_run_is_that_of_the_command(root, tmp_path):
     assert scores["images"] == 24 and scores["results"][0]["val_top1"] == scores["val_top1"]
     (row,) = pipeline.read_ledger(tmp_path / "own", "eval")
     assert scores["val_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+
+
+def test_lines_go_to_the_logger_and_nothing_is_attached(root, tmp_path, capsys, caplog):
+    """A script sees what its own logging shows; the command line shows all on stdout."""
+    logger = logging.getLogger("pipeline")
+    options = {"data.root": root, "train.max_steps": 1, "run_dir": tmp_path / "script", "train.device": "cpu"}
+    config = pipeline.load_config(runs.TINY, options | {"augment.fill": None})
+    assert not logger.handlers and logger.propagate and logger.level == logging.NOTSET
+    with caplog.at_level("INFO", logger="pipeline"):
+        pipeline.train(config)
+        pipeline.evaluate(tmp_path / "script", checkpoint="last", device="cpu")
+    assert capsys.readouterr().out == ""
+    lines = [record.getMessage() for record in caplog.records if record.name == "pipeline"]
+    for words in ("starting at step 0", "step 1/1  epoch", "validation loss", "val_top1"):
+        assert any(words in line for line in lines), words
+    shown = runs.call(root, tmp_path / "command", "--train.max_steps", "1")
+    assert all(words in shown for words in ("starting at step 0", "step 1/1  epoch", "validation loss"))
+    assert not logger.handlers and logger.propagate and logger.level == logging.NOTSET
+    script = "import pipeline, logging; pipeline.train, pipeline.TrainLoader; print(logging.root.handlers)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    assert found.stdout == "[]\n"
 
 
 SEVERAL = """

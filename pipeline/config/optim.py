@@ -1,19 +1,27 @@
 """The group `optim`: how the weights are changed, and the loss."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pipeline.config.fields import Check, at_least_zero, positive
+from pipeline.config.networks import is_own
+
+OPTIMIZER_NAMES = ("sgd", "adamw", "lamb", "lars")
+LOSS_NAMES = ("ce", "bce")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """How the weights are changed, and the loss."""
 
-    name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
-    """adamw: with weight_decay 0 it is Adam; lamb: You et al. 2020 (arXiv 1904.00962); lars: You et al. 2017 (arXiv
+    name: str = "sgd"
+    """sgd, adamw, lamb or lars; or `MODULE:CLASS`, an optimizer of your own or of torch (`torch.optim:NAdam`). adamw:
+    with weight_decay 0 it is Adam; lamb: You et al. 2020 (arXiv 1904.00962); lars: You et al. 2017 (arXiv
     1708.03888)."""
+    kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Further arguments of an optimizer of your own: {"betas": [0.9, 0.99]}. momentum, betas, eps and the like below
+    are for ours."""
     lr: float = 0.1
     """Peak learning rate; see lr_batch_size."""
     lr_batch_size: int | None = 256
@@ -50,9 +58,9 @@ class OptimConfig:
     layer_decay: float = 1.0
     """Factor of the learning rate from one layer or block to the one before it, for transfer (Clark et al. 2020): 1 for
     the head, smallest for the first layer."""
-    loss: Literal["ce", "bce"] = "ce"
+    loss: str = "ce"
     """ce: cross-entropy; bce: binary cross-entropy of each class by itself, its mean over classes and batch (Wightman
-    et al. 2021)."""
+    et al. 2021); or `MODULE:FUNCTION`, a function of your own that takes (logits, targets)."""
     bce_threshold: float | None = None
     """bce: targets above this count as 1, all others as 0; default: as they are."""
     l1: float = 0.0
@@ -63,8 +71,15 @@ class OptimConfig:
     """Probability that the target distribution spreads evenly over all classes (Szegedy et al. 2016)."""
 
 
+def _choices(names: tuple[str, ...], own: str) -> str:
+    return f"give one of {', '.join(map(repr, names))}, or {own} for your own"
+
+
 def check_optim(c: OptimConfig) -> Iterator[Check]:
     """Impossible values of the group `optim`."""
+    yield "optim.name", c.name, c.name in OPTIMIZER_NAMES or is_own(c.name), _choices(OPTIMIZER_NAMES, "MODULE:CLASS")
+    yield "optim.kwargs", c.kwargs, not c.kwargs or is_own(c.name), "it is for an optimizer of your own; leave it out"
+    yield "optim.loss", c.loss, c.loss in LOSS_NAMES or is_own(c.loss), _choices(LOSS_NAMES, "MODULE:FUNCTION")
     yield positive("optim.lr", c.lr)
     yield positive("optim.lr_batch_size", c.lr_batch_size, optional=True)
     yield "optim.momentum", c.momentum, 0 <= c.momentum < 1, "give a number from 0 to below 1"
@@ -98,3 +113,5 @@ def check_optim(c: OptimConfig) -> Iterator[Check]:
     yield at_least_zero("optim.l2", c.l2)
     smoothing = c.label_smoothing
     yield "optim.label_smoothing", smoothing, 0 <= smoothing < 1, "give a number from 0 to below 1"
+    unused = smoothing > 0 and is_own(c.loss)
+    yield "optim.label_smoothing", smoothing, not unused, "it is for ce and bce; a loss of your own smooths by itself"

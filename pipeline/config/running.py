@@ -64,7 +64,7 @@ def check_checkpoint(c: CheckpointConfig) -> Iterator[Check]:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """W&B, progress lines, the final report."""
+    """W&B, TensorBoard, progress lines, the final report."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = runtime_field("auto")
     """auto: as WANDB_MODE or W&B's settings file says; else online with a key, offline without one. Of this option and
@@ -75,6 +75,8 @@ class TrackingConfig:
     """W&B user or team; default: WANDB_ENTITY or what W&B's settings file says, else your own."""
     name: str | None = runtime_field(None)
     """Name of the W&B run; default: WANDB_NAME, else the run folder's name."""
+    tensorboard: bool = runtime_field(False)
+    """Write event files for TensorBoard into the run folder's tensorboard/; needs the package (extra [tensorboard])."""
     report: bool = runtime_field(True)
     """Write report/index.html when the run is finished, and send its pictures to W&B."""
     print_every_s: float = runtime_field(30.0)

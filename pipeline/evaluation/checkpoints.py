@@ -11,6 +11,7 @@ from pipeline.config import Config, load_config
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
 from pipeline.errors import UserError
 from pipeline.evaluation.class_map import imagenet_classes
+from pipeline.logs import logger
 from pipeline.model.build import Normalized, build_model
 from pipeline.model.heads import count_outputs
 from pipeline.model.published import Published
@@ -49,9 +50,9 @@ def find_checkpoint(folder: RunFolder, name: str) -> tuple[Path, dict]:
     if name == "auto":
         name = "best" if _best_step(folder) is not None else "last"
         if name == "last":
-            print(f"{folder.path} has no evaluation, so there is no best checkpoint; the newest one is used")
+            logger.info(f"{folder.path} has no evaluation, so there is no best checkpoint; the newest one is used")
     if name == "last":
-        found = find_newest_good(folder.checkpoints, warn=print)
+        found = find_newest_good(folder.checkpoints, warn=logger.warning)
         if found is None:
             raise UserError(f"{folder.checkpoints} holds no good checkpoint; train first")
         return found

@@ -20,6 +20,7 @@ from pipeline.evaluation.checkpoints import ScoredNetwork, load_published, load_
 from pipeline.evaluation.class_map import class_positions
 from pipeline.evaluation.partial_sums import PartialSums
 from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
+from pipeline.logs import logger
 from pipeline.model.published import PREFIX, Published, find_published
 from pipeline.model.sizes import check_to_score
 from pipeline.tracking.ledger import scored_images
@@ -91,7 +92,7 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     check_to_score(config.model, (size for size, _ in sizes), f"--sizes {ask.sizes}" if ask.sizes else "the run's size")
     world = start_world(config.train)
     try:
-        index = open_data(config.data, world, print, to_score=True)
+        index = open_data(config.data, world, logger.info, to_score=True)
         if published:
             subject = load_published(config, published, index, world)
         else:
@@ -258,17 +259,18 @@ def print_scores(ask: Request, results: list[Result], subject: ScoredNetwork, pu
             for name, value in facts.items()
             if name not in shown
         ]
-        print("\n".join(f"  {name:<13} {value}" for name, value in lines))
+        for name, value in lines:
+            logger.info(f"  {name:<13} {value}")
     else:
         for name, value in where.items():
-            print(f"  {name:<13} {value}")
+            logger.info(f"  {name:<13} {value}")
         names = f"{'loss':>8} {'top-1':>8} {'top-5':>8} {'ECE':>7} {'images':>9}"
-        print(f"  {'weights':<14} {'size':>5} {'resize':>7} {names}")
+        logger.info(f"  {'weights':<14} {'size':>5} {'resize':>7} {names}")
         for row in (result.facts for result in results):
             scores = f"{row['val_loss']:8.4f} {row['val_top1']:8.3f} {row['val_top5']:8.3f} {row['val_ece']:7.3f}"
-            print(f"  {row['weights']:<14} {row['size']:5} {row['resize']:7} {scores} {row['images']:9,}")
+            logger.info(f"  {row['weights']:<14} {row['size']:5} {row['resize']:7} {scores} {row['images']:9,}")
     for line in _left_out_lines(results[0]):
-        print(line)
+        logger.warning(line)
     try:
         if ask.json:
             everything = facts | {"results": [result.facts for result in results]}
@@ -284,12 +286,12 @@ def _left_out_lines(result: Result) -> list[str]:
     scores, unreadable = result.evaluation.scores, result.evaluation.unreadable
     if not scores.left_out:
         return []
-    lines = [f"warning: the scores are of {scored_images(dataclasses.asdict(scores))}: they can't be read"]
+    lines = [f"the scores are of {scored_images(dataclasses.asdict(scores))}: they can't be read"]
     if result.evaluation.missing:
         lines[0] += f" ({result.evaluation.missing:,} of them when the data set was indexed)"
-    lines += [f"warning: {name} can't be read ({reason})" for name, reason in list(unreadable.items())[:NAMED]]
+    lines += [f"{name} can't be read ({reason})" for name, reason in list(unreadable.items())[:NAMED]]
     if len(unreadable) > NAMED:
-        lines.append(f"warning: and {len(unreadable) - NAMED:,} more; --json FILE names all")
+        lines.append(f"and {len(unreadable) - NAMED:,} more; --json FILE names all")
     return lines
 
 

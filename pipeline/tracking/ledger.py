@@ -20,13 +20,15 @@ from typing import Any
 from pipeline.files import atomic_write
 
 
-def read_rows(path: Path) -> Iterator[dict]:
-    """The rows of a ledger; a last line that was cut by a crash is left out."""
+def read_rows(path: Path, size: int | None = None) -> Iterator[dict]:
+    """The rows of a ledger, or of its first `size` bytes; a last line that was cut by a crash is left out."""
+    position = 0
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
+            position += len(line)
+            if not line.endswith(b"\n") or (size is not None and position > size):
                 return
             try:
                 row = json.loads(line)

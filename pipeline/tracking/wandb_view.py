@@ -17,12 +17,13 @@ from pipeline.config import TrackingConfig
 from pipeline.files import atomic_write
 from pipeline.redact import redact
 from pipeline.run_paths import RunPaths
+from pipeline.tracking.view import View
 from pipeline.tracking.wandb_settings import WandbPlan, find_problem, plan_wandb
 
 _INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 15, 60
 
 
-class WandbView:
+class WandbView(View):
     """Sends rows to W&B, or does nothing where it is disabled, missing or failing.
 
     Args:
@@ -161,15 +162,15 @@ class WandbView:
         if self.run is not None:
             self._try(self.run.alert, title="a run needs attention", text=redact(text), level="ERROR")
 
-    def expect_rewind(self, last_steps: dict[str, int]) -> None:
+    def before_rewind(self, last_steps: dict[str, int]) -> None:
         """The run is about to go back; `last_steps`: as for a start."""
         if self.run is not None:
             self.sent = self._high_water(self.paths.wandb_sent, last_steps)
             self.taken = max(self.taken, self.sent["train"])
 
-    def close(self, exit_code: int = 0) -> None:
+    def close(self) -> None:
         if self.run is not None:
-            self._try(self.run.finish, exit_code=exit_code)
+            self._try(self.run.finish, exit_code=0)
         if self.failed:
             import wandb
 

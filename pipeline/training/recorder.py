@@ -1,4 +1,4 @@
-"""What rank 0 writes while a run trains: the ledger, its view in W&B, the checkpoints, the markers of the run's end."""
+"""What rank 0 writes while a run trains: the ledger and its views, the checkpoints, the markers of the run's end."""
 
 import dataclasses
 import math
@@ -13,7 +13,10 @@ from pipeline.dataset.index.left_out import describe
 from pipeline.errors import TransientError
 from pipeline.loader.build import choose_loader
 from pipeline.model.build import count_parameters
-from pipeline.tracking.ledger import Ledger, best_step, last_steps, scored_images
+from pipeline.run_paths import RunPaths
+from pipeline.tracking.ledger import Ledger, best_step, last_steps
+from pipeline.tracking.tensorboard_view import TensorBoardView
+from pipeline.tracking.view import View
 from pipeline.tracking.wandb_view import WandbView
 from pipeline.training.evaluate import Evaluation
 from pipeline.training.final_report import write_report
@@ -36,7 +39,7 @@ NAMED = 10  # unreadable validation images on the console; the ledger names all
 
 
 class RunRecorder:
-    """Ledger, W&B view and checkpoints of a run. Rank 0 only.
+    """Ledger, its views and checkpoints of a run. Rank 0 only.
 
     The ledger is opened at `setup.start.step`: its rows of later steps are removed, as these steps will be done again.
     """
@@ -46,10 +49,14 @@ class RunRecorder:
         self.confirm_lock = setup.confirm_lock
         config, folder = setup.config, setup.folder
         settings = semantic_config(config) | {"world_size": setup.world.size}
-        self.wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), self.console.say)
+        wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), self.console.say)
         if setup.start.went_back:
             set_aside(folder, setup.start.step, self.console.warn)
         self.ledger = Ledger(folder.ledger, setup.start.step)
+        self.views: list[View] = [wandb, self.console]
+        if config.tracking.tensorboard:
+            paths = RunPaths(folder.path)
+            self.views.append(TensorBoardView(paths.tensorboard, paths.ledger, self.console.warn))
         self.spikes = Spikes(config.guard.spike_factor, self.ledger.losses)
         self.writer = CheckpointWriter(
             folder.checkpoints,
@@ -112,7 +119,6 @@ class RunRecorder:
             row["spike"] = True
             self.warn_of_spike(stats.step, stats.loss)
         self.log(row)
-        self.console.step(row)
 
     def warn_of_spike(self, step: int, loss: float) -> None:
         """At most once in `SPIKE_WARNING_STEPS` steps; the ledger marks them all."""
@@ -135,13 +141,10 @@ class RunRecorder:
         average = found["ema"].scores if "ema" in found else None
         self.name_unreadable(step, {name: why for part in found.values() for name, why in part.unreadable.items()})
         row = {"kind": "eval", "step": step, "epoch": epoch, **dataclasses.asdict(scores)}
-        text = f"validation loss {scores.val_loss:.4f}, top-1 {scores.val_top1:.2f} %, top-5 {scores.val_top5:.2f} %"
         if average is not None:
             own = dataclasses.asdict(average)
             row |= {key.replace("val_", "val_ema_"): value for key, value in own.items() if key.startswith("val_")}
-            text += f", with averaged weights {average.val_top1:.2f} %"
         self.log(row)
-        self.console.say(f"epoch {epoch:.2f}, step {step}: {text} of {scored_images(row)}")
 
     def name_unreadable(self, step: int, unreadable: dict[str, str]) -> None:
         """Name the validation images that could not be read, each once a start. unreadable: file -> reason."""
@@ -157,15 +160,16 @@ class RunRecorder:
 
     def alarm(self, text: str) -> None:
         """Warn, also those who only look at W&B."""
-        self.console.warn(text)
-        self.wandb.alert(text)
+        for view in self.views:
+            view.alert(text)
 
     def log(self, row: dict) -> None:
-        """A row to the ledger, and to W&B, which is a view of it. Raises TransientError where the disk refuses for too
+        """A row to the ledger, and to its views. Raises TransientError where the disk refuses for too
         long."""
         self.confirm_lock()
         self.ledger.append(row)
-        self.wandb.log(row)
+        for view in self.views:
+            view.log(row)
         if self.outage.update(self.ledger.refusal, row["step"]):
             self.save_needed = True
             if not self.folder.config.exists():  # the whole folder was removed
@@ -194,8 +198,12 @@ class RunRecorder:
     def record_rollback(self, rollback: Rollback, path: Path | None, lr: float) -> None:
         """Record that the run rolls back to `path` (None: step 0), before it does: rows and checkpoints of later steps
         are removed. lr: the learning rate from there on."""
-        self.wandb.expect_rewind(last_steps(self.folder.ledger))
+        steps = last_steps(self.folder.ledger)
+        for view in self.views:
+            view.before_rewind(steps)
         self.ledger.rewind(rollback.to, _event_row("rolled_back", rollback.at, **dataclasses.asdict(rollback)))
+        for view in self.views:
+            view.after_rewind()
         self.writer.remove_after(rollback.to)
         self.spikes = Spikes(self.config.guard.spike_factor, self.ledger.losses)
         order = ", in another order" if rollback.reshuffle else ""
@@ -212,10 +220,11 @@ class RunRecorder:
         mark_finished(self.folder, self.ledger.evaluations[-1], "finished", self.console.say)
 
     def report(self, step: int, device: str, stop: StopRequest) -> None:
-        """The run's page, and its pictures for W&B. The run is done, and nothing here makes it fail."""
+        """The run's page, and its pictures for the views. The run is done, and nothing here makes it fail."""
         page = write_report(self.folder.path, device, stop, self.console.say)
         if page is not None:
-            self.wandb.show(sorted(page.parent.glob("pictures/*.png")), step)
+            for view in self.views:
+                view.show(sorted(page.parent.glob("pictures/*.png")), step)
 
     def interrupt(self, step: int, stop: StopRequest) -> None:
         """Somebody asked to stop, and all is saved. Raises TransientError where it could not be."""
@@ -238,13 +247,14 @@ class RunRecorder:
         self.console.say(f"step {step} is saved; the ranks start again with the nodes that joined")
 
     def close(self) -> None:
-        """Let go of files and W&B; a checkpoint that is being written is finished first."""
+        """Let go of files and views; a checkpoint that is being written is finished first."""
         self.writer.close()
         try:
             self.ledger.close()
         except OSError as error:
             self.console.warn(f"the last rows can't be written ({error}); their steps will be done again")
-        self.wandb.close()
+        for view in self.views:
+            view.close()
 
 
 def _event_row(name: str, step: int, **facts: object) -> dict:

@@ -24,7 +24,7 @@ from pipeline.rng import hash_counter
 from pipeline.training.optim.clipping import adaptive_gradient_clip, clip_norm
 from pipeline.training.optim.ema import WeightAverage
 from pipeline.training.optim.loss import make_loss
-from pipeline.training.optim.optimizer import heads_for, make_optimizer
+from pipeline.training.optim.optimizer import OPTIMIZERS, heads_for, make_optimizer
 from pipeline.training.ranks.stragglers import OwnTime
 from pipeline.training.ranks.world import World
 
@@ -124,9 +124,10 @@ class TrainStep:
             self.forward = compiled(self.exchanging, data.sizes(), "reduce-overhead" if self.graphs else None)
         kinds = {buffer.dtype for buffer in self.model.buffers()}
         self.buffers = [[b for b in self.model.buffers() if b.dtype == kind] for kind in sorted(kinds, key=str)]
-        self.loss = make_loss(config, self.model)
+        self.loss = make_loss(config, self.model).to(self.device)
         heads = heads_for(config)
         self.optimizer = make_optimizer(self.model, config.optim, heads)
+        self.skips_by_itself = config.optim.name in OPTIMIZERS  # an update that is not finite; see `_update`
         #: the parameters that adaptive clipping is for
         self.body = [p for name, p in self.model.named_parameters() if p.requires_grad and not in_heads(name, heads)]
         self.held = frozen_norms(self.model)
@@ -205,11 +206,14 @@ class TrainStep:
     def _update(self, norm: torch.Tensor, before: list[torch.Tensor]) -> None:
         """Change the weights, unless the gradient's norm is NaN or infinite: then they, the optimizer's state and
         BatchNorm's statistics stay as they were. Decided on the device, without a synchronization; all ranks
-        decide the same, as they have the same averaged gradient."""
+        decide the same, as they have the same averaged gradient. (For an optimizer
+        of the user's own the host decides.)"""
         good = norm.isfinite()
-        # fused optimizers look at it on the device
-        self.optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if self.skips_by_itself:  # ours look at it on the device
+            self.optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif good.item():  # one of the user's own: the host has to know, and waits
+            self.optimizer.step()
         self.scaler.update()
         for buffers, flat, kept in zip(self.buffers, self._flat_buffers(), before, strict=True):
             mended = torch.where(good, flat, kept).split([buffer.numel() for buffer in buffers])
@@ -272,7 +276,7 @@ class TrainStep:
         load_whole(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
         lay_out_as_parameters(self.optimizer)
-        if "fused" in self.optimizer.defaults:
+        if self.skips_by_itself and "fused" in self.optimizer.defaults:
             for group in self.optimizer.param_groups:
                 group["fused"] = True  # also from a checkpoint of an optimizer that was not
         self.scaler.load_state_dict(state["optimizer"]["scaler"])

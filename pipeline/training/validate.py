@@ -13,6 +13,8 @@ from pipeline.loader.build import check_shares
 from pipeline.model.build import build_model
 from pipeline.model.meta_init import meta_init
 from pipeline.model.sizes import check_image_sizes, check_smallest_piece
+from pipeline.tracking.tensorboard_view import check_installed
+from pipeline.training.optim.own import check_loss, check_optimizer
 
 
 def validate(config: Config, world_size: int, device_type: str, data_classes: int | None = None) -> None:
@@ -27,7 +29,11 @@ def validate(config: Config, world_size: int, device_type: str, data_classes: in
         data_classes: number of classes of the data set; None: not known yet (see `check_classes`).
     """
     check_shares(config, world_size)
+    if config.tracking.tensorboard:
+        check_installed()
     check_network(config, world_size, device_type)
+    check_loss(config, config.model.num_classes or data_classes or 1000)
+    check_optimizer(config.optim)
     if data_classes is not None:
         check_classes(config.model, data_classes)
 

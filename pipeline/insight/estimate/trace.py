@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.model.build import Normalized, build_model
 from pipeline.model.heads import frozen_norms
 from pipeline.model.meta_init import meta_init
@@ -213,7 +214,14 @@ class Tracer:
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
                 autocast(torch.device("cpu"), self.config.train.precision),
             ):
-                loss = make_loss(self.config, self.model)(self.network(batch), targets)
+                output = self.network(batch)
+                try:
+                    loss = make_loss(self.config, self.model)(output, targets)
+                except DataDependentOutputException as error:
+                    raise UserError(
+                        f"--optim.loss {self.config.optim.loss} reads a tensor's values, and an estimate has none; "
+                        "estimate with --optim.loss ce"
+                    ) from error
             kept.clear()  # backward frees them as it goes
             recorder.forward = False
             loss.backward()

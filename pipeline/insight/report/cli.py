@@ -29,8 +29,8 @@ def charts(records: list["Record"]) -> str:
     colors; several: a color each."""
     alone = len(records) == 1
     drawn = []
-    binary = any(record.config.optim.loss == "bce" for record in records)
-    unit = "training: the run's loss (BCE has another scale); validation: cross-entropy" if binary else "cross-entropy"
+    losses = {record.config.optim.loss for record in records} - {"ce"}
+    unit = "training: the run's loss (of another scale); validation: cross-entropy" if losses else "cross-entropy"
     pairs = [("Loss", "loss", "val_loss", unit), ("Accuracy", "top1", "val_top1", "top-1, percent")]
     for title, train, val, unit in pairs:
         for against in ("epochs", "hours of training"):

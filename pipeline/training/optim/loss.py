@@ -5,7 +5,9 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.config import Config
+from pipeline.config.networks import is_own
 from pipeline.model.build import auxiliary_weight
+from pipeline.training.optim.own import load_loss
 
 
 class ClassLoss(nn.Module):
@@ -34,14 +36,25 @@ class ClassLoss(nn.Module):
         return functional.binary_cross_entropy_with_logits(logits, targets)
 
 
+class OwnLoss(nn.Module):
+    """A loss of the user's own, on logits float32 [B, K] whatever autocast made of them."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.function = load_loss(name)
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.function(logits.float(), targets)
+
+
 class Loss(nn.Module):
-    """`ClassLoss` of all heads, and penalties on the weights.
+    """`ClassLoss` (or `OwnLoss`) of all heads, and penalties on the weights.
 
     Takes logits [B, K], or a tuple of the logits and the auxiliary heads', whose losses count `auxiliary` times. Adds
     l1 * sum |w| + l2 / 2 * sum w^2 over the trained parameters.
     """
 
-    def __init__(self, of_classes: ClassLoss, auxiliary: float, l1: float, l2: float, parameters: list[nn.Parameter]):
+    def __init__(self, of_classes: nn.Module, auxiliary: float, l1: float, l2: float, parameters: list[nn.Parameter]):
         super().__init__()
         self.of_classes = of_classes
         self.auxiliary, self.l1, self.l2 = auxiliary, l1, l2
@@ -62,5 +75,9 @@ class Loss(nn.Module):
 def make_loss(config: Config, model: nn.Module) -> Loss:
     """The configured loss of a model's training."""
     optim, trained = config.optim, [p for p in model.parameters() if p.requires_grad]
-    of_classes = ClassLoss(optim.loss, optim.label_smoothing, optim.bce_threshold)
+    of_classes: nn.Module
+    if is_own(optim.loss):
+        of_classes = OwnLoss(optim.loss)
+    else:
+        of_classes = ClassLoss(optim.loss, optim.label_smoothing, optim.bce_threshold)
     return Loss(of_classes, auxiliary_weight(config.model), optim.l1, optim.l2, trained)

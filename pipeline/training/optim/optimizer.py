@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, OptimConfig
+from pipeline.config.networks import is_own
 from pipeline.model.depth import layer_numbers
 from pipeline.model.heads import NORMS, find_heads, in_heads
 from pipeline.training.optim.lamb_lars import LAMB, LARS
+from pipeline.training.optim.own import make_own_optimizer
 
 
 def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
@@ -82,7 +84,7 @@ def _lars(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
     return LARS(groups, 0.0, config.momentum, config.trust_coefficient, config.adapt_all)
 
 
-#: One entry for each choice of `OptimConfig.name`: builds the optimizer from parameter groups, with a rate of 0.
+#: One entry for each of `OPTIMIZER_NAMES`: builds the optimizer from parameter groups, with a rate of 0.
 OPTIMIZERS: dict[str, Callable[[list[dict], OptimConfig], torch.optim.Optimizer]] = {
     "sgd": _sgd,
     "adamw": _adamw,
@@ -94,9 +96,11 @@ OPTIMIZERS: dict[str, Callable[[list[dict], OptimConfig], torch.optim.Optimizer]
 def make_optimizer(model: nn.Module, config: OptimConfig, heads: tuple[str, ...] = ()) -> torch.optim.Optimizer:
     """The configured optimizer; its learning rate is set anew at every step by the schedule.
 
-    torch's are fused, since only then an update can be left out on the device's own judgement (`TrainStep`).
+    torch's are fused, since only then an update can be left out on the device's own judgement (`TrainStep`). Raises
+    UserError where one of the user's own can't be made.
     """
-    return OPTIMIZERS[config.name](parameter_groups(model, config, heads), config)
+    groups = parameter_groups(model, config, heads)
+    return make_own_optimizer(groups, config) if is_own(config.name) else OPTIMIZERS[config.name](groups, config)
 
 
 def values_per_parameter(config: OptimConfig) -> int:

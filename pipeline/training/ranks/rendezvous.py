@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from pipeline.errors import TransientError
+from pipeline.logs import logger
 from pipeline.progress import duration
 from pipeline.training.ranks.launcher import current_launch
 from pipeline.training.ranks.stop_request import StopRequest
@@ -70,7 +71,7 @@ def meet_at_store(rank: int, size: int, limit_s: float, stop: StopRequest | None
             )
         if now - said > SAY_EVERY_S or (said == begun and now - begun > 3):
             said = now
-            print(f"rank {rank} of {size}: waiting at {host}:{port} for {whom}", flush=True)
+            logger.info(f"rank {rank} of {size}: waiting at {host}:{port} for {whom}")
         time.sleep(_POLL_S)
 
     if rank:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import EXIT_RETRY, TransientError, UserError
+from pipeline.logs import logger
 from pipeline.run_paths import RunPaths
 from pipeline.training.ranks.launcher import current_launch
 
@@ -61,7 +62,7 @@ class RunLock:
         say: prints one line to the user.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = print):
+    def __init__(self, folder: Path, say: Callable[[str], None] = logger.info):
         self.folder, self.say = folder, say
         self.path = RunPaths(folder).lock
         self.held = False

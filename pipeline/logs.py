@@ -1,0 +1,57 @@
+"""The logger `pipeline`, and the handler by which the command line shows its lines.
+
+Importing the package attaches nothing, as the standard library has it: a script that calls `pipeline.train` decides by
+`logging.basicConfig(level="INFO")` or handlers of its own what it shows. What a verb was asked for (a table, a path) is
+printed by the verb and does not come here.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.redact import redact
+
+#: INFO: progress; WARNING: what may need attention
+logger = logging.getLogger("pipeline")
+
+
+class CommandLineHandler(logging.Handler):
+    """One line of stdout for each record, a warning with "warning: " before it. bar: rich's, which has the terminal
+    while it is shown; lines appear above it."""
+
+    bar: Any = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Raises BrokenPipeError where nobody reads any more."""
+        text = redact(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            text = f"warning: {text}"
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stdout, flush=True)
+
+
+def command_line_handler() -> CommandLineHandler | None:
+    """The handler of this process, where it is a command line."""
+    return next((one for one in logger.handlers if isinstance(one, CommandLineHandler)), None)
+
+
+@contextlib.contextmanager
+def shown_on_command_line() -> Iterator[None]:
+    """Show the logger's lines while a verb runs."""
+    if command_line_handler() is not None:
+        yield
+        return
+    handler, level, propagate = CommandLineHandler(), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # other packages attach handlers to the root, which would show each line again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
