@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.__main__ import main
+from pipeline.config import parse_config, to_yaml
 from pipeline.insight.report.charts import Series, _label, line_chart, thin, ticks
 from pipeline.insight.report.cli import distinct_names
 from pipeline.insight.report.colormap import inferno
@@ -52,7 +53,7 @@ def html(finished) -> str:
 def test_it_shows_the_run(finished, html):
     best = max(row["val_top1"] for row in runs.rows(finished, "eval"))
     assert f"{best:.2f} %" in html
-    for words in ("Loss against epochs", "Loss against hours", "Accuracy against hours", "Learning rate", "Speed"):
+    for words in ("Loss against epochs", "Loss against minutes", "Accuracy against minutes", "Learning rate", "Speed"):
         assert words in html
     assert "11,178,564 parameters in 62 tensors" in html  # ResNet-18 for 4 classes
     assert html.count("<polyline") >= 8
@@ -74,7 +75,46 @@ def test_it_is_self_contained_and_data_is_escaped(html):
     Tags().feed(html)
     assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in tags}
     places = [attributes[key] for _, attributes in tags for key in ("src", "href", "srcset") if key in attributes]
-    assert len(places) > 10 and all(place.startswith("data:") for place in places)
+    assert len(places) > 10 and {place for place in places if not place.startswith("data:")} == {"../metrics.jsonl"}
+
+
+def test_values_are_shown_under_the_pointer(finished, html):
+    """Every step of a short run has a place, with the ledger's values, and no script shows it."""
+    loss = html.partition("<figcaption>Loss against epochs")[2].partition("</figure>")[0]
+    tips = re.findall(r'<g class="at"><rect [^>]*/><g class="tip">(.*?)</g></g>', loss)
+    rows, evals = runs.rows(finished, "train"), runs.rows(finished, "eval")
+    assert len(tips) == len(rows) == 6
+    for tip, row in zip(tips, rows, strict=True):
+        assert f"epochs {row['epoch']:.4g}<" in tip and f"training {row['loss']:.4g}<" in tip
+    assert f"validation {evals[-1]['val_loss']:.4g}<" in tips[-1]
+    assert f"(at {evals[0]['epoch']:.4g})<" in tips[0]
+    assert ".at:hover .tip { visibility: visible; }" in html
+
+
+@pytest.mark.parametrize(("epochs", "steps_an_epoch"), [(600, 10), (1, 1251)])
+def test_charts_of_600_epochs_and_of_40_steps(tmp_path, epochs, steps_an_epoch):
+    """A long run's evaluations are drawn as they are; a run that is short of an epoch is drawn against its steps."""
+    steps = 40 if epochs == 1 else 6000
+    lines = [{"kind": "event", "event": "started", "step": 0, "last_step": steps}]
+    for step in range(1, steps + 1):
+        epoch = step / steps_an_epoch
+        lines.append({"kind": "train", "step": step, "epoch": epoch, "loss": 1 / step, "images_per_s": 9000.0})
+        if step % 10 == 0:
+            scores = {"val_loss": 1 / step, "val_top1": 70 * step / steps, "val_top5": 90.0, "images": 50000}
+            lines.append({"kind": "eval", "step": step, "epoch": epoch, **scores})
+    (tmp_path / "config.yaml").write_text(to_yaml(parse_config(["--config", str(runs.TINY)])))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(tmp_path), "--device", "cpu"]) == 0
+    html = (tmp_path / "report" / "index.html").read_text()
+    against = "epochs" if epochs > 1 else "steps"
+    chart = html.partition(f"<figcaption>Accuracy against {against}")[2].partition("</figure>")[0]
+    (drawn,) = re.findall(r'class="line c1" points="([^"]*)"', chart)
+    assert len(drawn.split()) == steps // 10
+    assert chart.count('class="at"') == min(50, 200 if epochs > 1 else 40)
+    first = html.index('<ul class="facts">')
+    assert html.index("<h1>") < first < html.index("top-1, best") < html.index(">state") < html.index("last evaluation")
+    assert html.index("last evaluation") < html.index("<h2>Training") and f"All {steps // 10:,} evaluations" in html
+    assert len(html) < 600_000
 
 
 def test_the_kernels_before_training_are_the_seeds(finished, html):
@@ -147,8 +187,13 @@ def test_several_runs_are_compared(finished, root, tmp_path, capsys):
     runs.call(root, other, "--train.max_steps", "3", "--optim.lr", "0.01", "--tracking.report", "false")
     assert main(["report", str(finished), str(other), "--out", str(tmp_path / "both.html")]) == 0
     html = (tmp_path / "both.html").read_text()
-    assert "Settings that differ" in html and "<td>optim.lr</td><td>0.05</td><td>0.01</td>" in html
+    assert html.index("Settings that differ") < html.index("<h2>Results") < html.index("<svg")
+    assert "<td>optim.lr</td><td>0.05</td><td>0.01</td>" in html
     assert "run: training" in html and "other: validation" in html
+    places = re.findall(r'<a href="([^"]*)">metrics.jsonl', html)
+    assert [(tmp_path / place).resolve() for place in places] == [
+        run.resolve() / "metrics.jsonl" for run in (finished, other)
+    ]
 
 
 def test_while_it_runs_and_without_the_data(finished, tmp_path, capsys):

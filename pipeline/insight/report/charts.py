@@ -1,19 +1,25 @@
 """Line charts as inline SVG, coloured by the page's CSS, so that they follow its light and dark. No drawing library."""
 
+import bisect
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
 POINTS = 200  # drawn of a series; more are averaged
+EXACT_POINTS = 1000  # the same of a series whose values are to be seen as they are
+COLUMNS = 50  # places of a chart that show their values under the pointer
+HOVER_LINES = 8
 WIDTH, HEIGHT = 380, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 38
 
 
 @dataclass(frozen=True)
 class Series:
     """A line. color: number of the page's color; faint: of the training, beside the validation's; dashed: where the
-    colors begin again."""
+    colors begin again; exact: not averaged, as evaluations."""
 
     label: str
     xs: list[float]
@@ -21,12 +27,13 @@ class Series:
     color: int
     faint: bool = False
     dashed: bool = False
+    exact: bool = False
 
 
-def thin(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
-    """At most `POINTS` points: means of equal runs; values that are no numbers are left out."""
+def thin(xs: list[float], ys: list[float], most: int = POINTS) -> tuple[list[float], list[float]]:
+    """At most `most` points: means of equal runs; values that are no numbers are left out."""
     pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if _is_number(x) and _is_number(y)]
-    size = -(-len(pairs) // POINTS) or 1
+    size = -(-len(pairs) // most) or 1
     runs = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     return [sum(x for x, _ in run) / len(run) for run in runs], [sum(y for _, y in run) / len(run) for run in runs]
 
@@ -54,11 +61,48 @@ def _label(value: float) -> str:
     return f"{value:,.10g}"
 
 
+def hover_columns(
+    drawn: list[Series], x: Callable[[float], float], y: Callable[[float], float], x_label: str
+) -> list[str]:
+    """SVG: places over the whole chart, each with the values there. The page's CSS shows those under the pointer, or
+    under a finger; no script is needed. x, y: from values to the picture's coordinates."""
+    shown = [one for one in drawn if not one.faint] if len(drawn) > HOVER_LINES else drawn
+    shown = shown[:HOVER_LINES]
+    there = sorted({value for one in shown for value in one.xs})
+    count = min(COLUMNS, len(there))
+    places = [there[round(i * (len(there) - 1) / max(1, count - 1))] for i in range(count)]
+    borders = [LEFT, *((x(a) + x(b)) / 2 for a, b in itertools.pairwise(places)), WIDTH - RIGHT]
+    parts = []
+    for place, left, right in zip(places, borders, borders[1:], strict=False):
+        at = x(place)
+        anchor, edge = ("start", at + 6) if at < (LEFT + WIDTH - RIGHT) / 2 else ("end", at - 6)
+        lines, dots = [f'<tspan x="{edge:.0f}" dy="14">{escape(x_label)} {place:.4g}</tspan>'], []
+        for one in shown:
+            here, value = _nearest(one, place)
+            where = f" (at {here:.4g})" if abs(x(here) - at) > (WIDTH - LEFT - RIGHT) / COLUMNS else ""
+            text = f"{escape(one.label)} {value:.4g}{where}"
+            lines.append(f'<tspan class="c{one.color}" x="{edge:.0f}" dy="14">{text}</tspan>')
+            dots.append(f'<circle class="c{one.color}" cx="{x(here):.0f}" cy="{y(value):.0f}" r="3.5"/>')
+        box = f'y="{TOP}" width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
+        line = f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        words = f'<text y="{TOP - 2}" text-anchor="{anchor}">{"".join(lines)}</text>'
+        parts.append(f'<g class="at"><rect x="{left:.1f}" {box}/><g class="tip">{line}{"".join(dots)}{words}</g></g>')
+    return parts
+
+
+def _nearest(one: Series, place: float) -> tuple[float, float]:
+    """The point of a series, whose xs rise, that is nearest to a place."""
+    right = min(bisect.bisect_left(one.xs, place), len(one.xs) - 1)
+    left = max(0, right - 1)
+    best = left if abs(one.xs[left] - place) <= abs(one.xs[right] - place) else right
+    return one.xs[best], one.ys[best]
+
+
 def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zero: bool = False) -> str:
     """An SVG figure with its legend, or a sentence where there is nothing to draw. zero: the y axis starts at 0."""
     drawn = []
     for one in series:
-        xs, ys = thin(one.xs, one.ys)
+        xs, ys = thin(one.xs, one.ys, EXACT_POINTS if one.exact else POINTS)
         if xs:
             drawn.append(dataclasses.replace(one, xs=xs, ys=ys))
     head = f"<figure><figcaption>{escape(title)}</figcaption>"
@@ -83,7 +127,8 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_label(value)}</text>')
     for value in ticks(x_low, x_high):
-        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_label(value)}</text>')
+        anchor, at = ("end", WIDTH) if x(value) > WIDTH - RIGHT - 12 else ("middle", x(value))
+        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="{anchor}">{_label(value)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
@@ -95,8 +140,8 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
             parts.append(f'<polyline class="{kind}" points="{points}"/>')
         if len(one.xs) <= 40:
             for a, b in zip(one.xs, one.ys, strict=True):
-                dot = f'<circle class="dot c{one.color}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.6">'
-                parts.append(f"{dot}<title>{escape(one.label)}: {b:.4g} at {a:.4g}</title></circle>")
+                parts.append(f'<circle class="dot c{one.color}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.6"/>')
+    parts += hover_columns(drawn, x, y, x_label)
     parts.append("</svg>")
     if len(drawn) == 1:
         return f'{head}<div class="unit">{escape(y_label)}</div>{"".join(parts)}</figure>'

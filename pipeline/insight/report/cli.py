@@ -6,6 +6,7 @@ import time
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from pipeline.insight.recipes import as_text
 from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
 from pipeline.insight.report.network_page import ON_CPU, network_sections
+from pipeline.insight.status.run_state import read_state
 from pipeline.progress import duration
 from pipeline.tracking.ledger import better_scores, is_start, left_out_note, world_sizes, world_sizes_in_words
 
@@ -29,27 +31,36 @@ def charts(records: list["Record"]) -> str:
     colors; several: a color each."""
     alone = len(records) == 1
     drawn = []
+    progress, column = progress_of(records)
+    longest = max((record.hours[-1] for record in records if record.hours), default=1.0)
+    unit_of_time, per_hour = ("hours", 1) if longest >= 1 else ("minutes", 60)
     losses = {record.config.optim.loss for record in records} - {"ce"}
     unit = "training: the run's loss (of another scale); validation: cross-entropy" if losses else "cross-entropy"
     pairs = [("Loss", "loss", "val_loss", unit), ("Accuracy", "top1", "val_top1", "top-1, percent")]
     for title, train, val, unit in pairs:
-        for against in ("epochs", "hours of training"):
+        for against in (progress, f"{unit_of_time} of training"):
             series = []
             for number, record in enumerate(records):
                 name = "" if alone else f"{record.name}: "
                 color, again = number % COLORS, number >= COLORS
-                x = record.column("epoch") if against == "epochs" else record.hours
-                x_eval = record.column("epoch", "eval") if against == "epochs" else record.eval_hours()
+                x = record.column(column) if against == progress else [hours * per_hour for hours in record.hours]
+                x_eval = (
+                    record.column(column, "eval")
+                    if against == progress
+                    else [hours * per_hour for hours in record.eval_hours()]
+                )
                 series.append(Series(f"{name}training", x, record.column(train), color, True, again))
                 validation = record.column(val, "eval")
-                series.append(Series(f"{name}validation", x_eval, validation, 1 if alone else color, dashed=again))
+                shade = 1 if alone else color
+                series.append(Series(f"{name}validation", x_eval, validation, shade, dashed=again, exact=True))
                 if alone and any(row.get(f"val_ema_{train}") is not None for row in record.evals):
                     averaged = record.column(f"val_ema_{train}", "eval")
-                    series.append(Series("validation, averaged weights", x_eval, averaged, 3))
+                    series.append(Series("validation, averaged weights", x_eval, averaged, 3, exact=True))
                 if alone and val == "val_top1":
-                    series.append(Series("validation, top-5", x_eval, record.column("val_top5", "eval"), 2))
+                    top5 = record.column("val_top5", "eval")
+                    series.append(Series("validation, top-5", x_eval, top5, 2, exact=True))
             drawn.append(line_chart(f"{title} against {against}", series, against, unit, zero=True))
-    for title, column, unit, factor in (
+    for title, shown, unit, factor in (
         ("Learning rate", "lr", "", 1),
         ("Speed", "images_per_s", "images/s", 1),
         ("Waiting for data", "data_wait_fraction", "percent of the step", 100),
@@ -58,23 +69,51 @@ def charts(records: list["Record"]) -> str:
         series = [
             Series(
                 record.name,
-                record.column("epoch"),
-                [factor * y for y in record.column(column)],
+                record.column(column),
+                [factor * y for y in record.column(shown)],
                 number % COLORS,
                 dashed=number >= COLORS,
             )
             for number, record in enumerate(records)
         ]
-        drawn.append(line_chart(title, series, "epochs", unit, zero=True))
+        drawn.append(line_chart(title, series, progress, unit, zero=True))
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 
+def progress_of(records: list["Record"]) -> tuple[str, str]:
+    """What curves are drawn against, and the ledger's column: epochs, or steps where no run has come to an epoch."""
+    longest = max((record.train[-1]["epoch"] for record in records if record.train), default=1.0)
+    return ("steps", "step") if longest < 1 else ("epochs", "epoch")
+
+
+def rows_section(record: "Record", page_folder: Path) -> str:
+    """Every evaluation, and where all rows are."""
+    place = os.path.relpath(record.folder.ledger, page_folder)
+    link = f'<a href="{escape(quote(place), quote=True)}">{escape(record.folder.ledger.name)}</a>'
+    text = f'<p class="soft">Point at a curve, or tap it, to see its values. Every row of the ledger: {link}</p>'
+    columns = ("step", "epoch", "val_loss", "val_top1", "val_top5", "val_ema_top1", "images")
+    names = [name for name in columns if any(name in row for row in record.evals)]
+    rows = [[_rounded(row.get(name, "")) for name in names] for row in reversed(record.evals)]
+    many = f"All {len(rows):,} evaluations, the last first"
+    return text + (page.fold(many, page.table(names, rows, set(range(len(names))))) if rows else "")
+
+
+def _rounded(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def headline(record: "Record") -> str:
-    """The large figures."""
+    """The large figures: the result, the state and the last evaluation first."""
+    state, last = read_state(record.folder.path), record.evals[-1] if record.evals else None
     best = better_scores(record.best) if record.best else None
     averaged = ", averaged weights" if best and best["averaged"] else ""
     items = [
         (f"top-1, best{averaged}{left_out_note(record.best or {})}", f"{best['top1']:.2f} %" if best else "not yet"),
+        (f"state{f' ({state.detail})' if state.detail else ''}", state.state),
+        (
+            f"last evaluation, epoch {last['epoch']:.4g}" if last else "last evaluation",
+            f"{better_scores(last)['top1']:.2f} %" if last else "not yet",
+        ),
         ("top-5 there", f"{best['top5']:.2f} %" if best else "not yet"),
         ("epochs done", f"{record.train[-1]['epoch']:.2f}" if record.train else "0"),
         ("steps done", f"{record.train[-1]['step']:,}" if record.train else "0"),
@@ -107,7 +146,7 @@ def settings(record: "Record") -> str:
 
 
 def comparison(records: list["Record"]) -> str:
-    """Results side by side, and the settings that differ."""
+    """The settings that differ, and results side by side."""
     rows = []
     for record in records:
         best, done = record.best, record.train[-1] if record.train else {}
@@ -122,9 +161,10 @@ def comparison(records: list["Record"]) -> str:
     missing = object()
     differing = [key for key in keys if len({str(record.settings.get(key, missing)) for record in records}) > 1]
     if not differing:
-        return f"{text}<p>All settings are the same.</p>"
+        return f"<p>All settings are the same.</p>{text}"
     lines = [[key, *(record.settings.get(key, "") for record in records)] for key in differing]
-    return f"{text}<h3>Settings that differ</h3>{page.table(['setting', *(r.name for r in records)], lines)}"
+    settings_table = page.table(["setting", *(r.name for r in records)], lines)
+    return f"<h2>Settings that differ</h2>{settings_table}<h2>Results</h2>{text}"
 
 
 def distinct_names(folders: list[Path]) -> list[str]:
@@ -157,8 +197,8 @@ def write_report(runs: list[str], out: Path | None, data_root: str | None, devic
                 (pictures / f"{name}.png").write_bytes(page.encode(picture))
 
             title = f"{record.name}: {record.config.model.name}"
-            body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(describe(record))}</p>', headline(record)]
-            body += ["<h2>Training</h2>", charts(records)]
+            body = [f"<h1>{escape(title)}</h1>", headline(record), f'<p class="soft">{escape(describe(record))}</p>']
+            body += ["<h2>Training</h2>", charts(records), rows_section(record, target.parent)]
             body += network_sections(record, data_root, device, most, save)
             body += ["<h2>Settings</h2>", settings(record), "<h2>Hardware and starts</h2>", history(record)]
         else:
@@ -167,7 +207,7 @@ def write_report(runs: list[str], out: Path | None, data_root: str | None, devic
             body = [f"<h1>{escape(title)}</h1>", comparison(records), "<h2>Training</h2>", charts(records)]
             for record in records:
                 body += [f"<h2>{escape(record.name)}</h2>", f'<p class="soft">{escape(describe(record))}</p>']
-                body += [settings(record), history(record)]
+                body += [rows_section(record, target.parent), settings(record), history(record)]
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         temporary.write_text(page.page(title, body), encoding="utf-8")
         temporary.replace(target)

@@ -24,7 +24,7 @@ p { margin: .3rem 0 .8rem; } .soft, .none, .unit { color: var(--soft); font-size
 .facts { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; margin: 1rem 0 0; padding: 0; list-style: none; }
 .facts b { display: block; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .facts span { color: var(--soft); font-size: .875rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .8rem 1rem; background: var(--card); border: 1px solid var(--rule); border-radius: 6px; }
 figcaption { font-weight: 600; font-size: .95rem; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font: 13px system-ui, sans-serif; }
@@ -55,6 +55,16 @@ th { text-align: left; font-weight: 600; color: var(--soft); } th, td { padding:
 .n { text-align: right; font-variant-numeric: tabular-nums; }
 td.bar { min-width: 9rem; } td.bar i { display: block; height: .8rem; margin-top: .3rem; background: var(--c0);
   border-radius: 2px; min-width: 1px; }
+.at rect { fill: none; pointer-events: all; cursor: crosshair; } .tip { visibility: hidden; pointer-events: none; }
+.at:hover .tip { visibility: visible; } .tip .axis { stroke-dasharray: 3 3; }
+svg .tip text { fill: var(--ink); font-size: 12px; paint-order: stroke; stroke: var(--card); stroke-width: 5px;
+  stroke-linejoin: round; }
+.tip .c0 { fill: var(--c0); } .tip .c1 { fill: var(--c1); } .tip .c2 { fill: var(--c2); } .tip .c3 { fill: var(--c3); }
+.tip .c4 { fill: var(--c4); } .tip .c5 { fill: var(--c5); }
+a { color: var(--c0); }
+@media (max-width: 30rem) { body { padding-top: .8rem; } h1 { font-size: 1.25rem; }
+  .facts { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem 1rem; margin-top: .5rem; }
+  .facts b { font-size: 1.2rem; line-height: 1.3; } figure { padding: .6rem .5rem; } }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--c0); }
 """
 
