@@ -1,7 +1,5 @@
 """A loss and an optimizer of one's own: from training to a resumed run, and what is said where they do not fit."""
 
-import itertools
-
 import pytest
 import runs
 import torch
@@ -34,7 +32,7 @@ def test_a_resumed_run_is_the_whole_one(root, tmp_path, options):
     runs.assert_same_state(runs.checkpoint_at(run, 4), runs.checkpoint_at(whole, 4))
     assert torch.load(runs.checkpoint_at(run, 4) / "optimizer.pt", weights_only=True)["optimizer"]["state"]
     optim = load_config(run / "config.yaml").optim
-    given = dict(itertools.batched(options, 2))
+    given = dict(zip(options[::2], options[1::2], strict=True))
     assert (optim.name, optim.loss) == (given["--optim.name"], given.get("--optim.loss", "ce"))
     assert main(["report", str(run), "--device", "cpu"]) == 0
 
@@ -67,7 +65,7 @@ def test_a_step_with_nan_changes_nothing(root, tmp_path):
     options = [*SMALL, *LION, "--optim.loss", "training_of_others:nan_at_step_two"]
     for steps in (2, 3):
         runs.call(root, tmp_path / f"{steps}", *options, "--train.max_steps", str(steps))
-    assert not runs.rows(tmp_path / "3", "train")[-1]["grad_norm"]
+    assert [row.get("skipped") for row in runs.rows(tmp_path / "3", "train")] == [None, None, True]
     runs.assert_same_state(runs.checkpoint_at(tmp_path / "2", 2), runs.checkpoint_at(tmp_path / "3", 3))
 
 

@@ -98,7 +98,9 @@ def test_charts_of_600_epochs_and_of_40_steps(tmp_path, epochs, steps_an_epoch):
     lines = [{"kind": "event", "event": "started", "step": 0, "last_step": steps}]
     for step in range(1, steps + 1):
         epoch = step / steps_an_epoch
-        lines.append({"kind": "train", "step": step, "epoch": epoch, "loss": 1 / step, "images_per_s": 9000.0})
+        lines.append(
+            {"kind": "train", "step": step, "epoch": epoch, "loss": 1 / step, "top1": 50.0, "images_per_s": 9.0}
+        )
         if step % 10 == 0:
             scores = {"val_loss": 1 / step, "val_top1": 70 * step / steps, "val_top5": 90.0, "images": 50000}
             lines.append({"kind": "eval", "step": step, "epoch": epoch, **scores})
