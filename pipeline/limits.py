@@ -5,7 +5,8 @@ import contextlib
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 _GROUPS = Path("/proc/self/cgroup")
@@ -23,6 +24,18 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0))
     quota = min(_cpu_quotas(), default=math.inf)
     return max(1, min(cores, math.ceil(quota - 1e-6) if quota < cores else cores))
+
+
+def share_of_cores(masks: Sequence[Collection[int]], own: int) -> int:
+    """The cores of the rank in place `own`, at least 1: of its affinity mask, each core shared by the ranks of this
+    machine that may use it, and an equal part of the CPU quota.
+
+    masks: the affinity mask of each rank of this machine. Ranks that are bound to the NUMA node of their GPU share it
+    with the ranks of that node alone.
+    """
+    users = Counter(core for mask in masks for core in mask)
+    share = sum(1 / users[core] for core in masks[own])
+    return max(1, math.floor(min([share, *(quota / len(masks) for quota in _cpu_quotas())]) + 1e-6))
 
 
 def memory_limit() -> int:

@@ -94,6 +94,11 @@ class RunPaths:
         return self.path / "evaluation"
 
     @property
+    def compile_cache(self) -> Path:
+        """What torch.compile has made, for the next start."""
+        return self.path / "compile_cache"
+
+    @property
     def profile(self) -> Path:
         """Traces of `train.profile_steps`."""
         return self.path / "profile"

@@ -57,7 +57,13 @@ def hold_evaluation() -> None:
     evaluation.evaluate = evaluate
 
 
-FAULTS = {"nan": spoil_gradient, "flip": flip_bit, "die": lambda _: os._exit(9), "slow": slow_down}
+def break_gpu(_: TrainStep) -> None:
+    """What torch says of a GPU whose memory fails, if this node is $BAD_NODE, or on any."""
+    if os.environ.get("BAD_NODE") in (None, os.environ.get("SLURMD_NODENAME")):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+
+FAULTS = {"gpu": break_gpu, "nan": spoil_gradient, "flip": flip_bit, "die": lambda _: os._exit(9), "slow": slow_down}
 
 
 def inject(fault: str, rank: int, step: int) -> None:

@@ -52,6 +52,11 @@ def train(*arguments, expect: int = 0, **options) -> str:
     return done.stdout + done.stderr
 
 
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    """Run a command of `command` to its end."""
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
 def call(*arguments, expect: int = 0, **options) -> str:
     """As `train`, by one process and inside this one: nothing has to be imported anew."""
     argv = command(*arguments, **options)

@@ -1,11 +1,14 @@
 """`pipeline launch`: options as torchrun's, exit codes as this project's, one line for each thing that goes wrong."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nvidia_smi
 import pytest
 import runs
 from launching import Job, descendants, kill, rank_pids, training, wait_for
@@ -13,6 +16,7 @@ from launching import Job, descendants, kill, rank_pids, training, wait_for
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
 from pipeline.launch.options import parse
+from pipeline.launch.program import binding_problem
 from pipeline.training.ranks.translate_error import is_gpu_fault
 
 #: a program whose ranks say that they started, and end as they are told: `SECONDS:CODE` of each rank
@@ -282,3 +286,35 @@ def test_options_as_torchrun_has_them():
 
 def words(text: str) -> list[str]:
     return text.split()
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A stand-in for a machine with 2 GPUs, each beside one of two NUMA nodes of four cores; and numactl."""
+    nvidia_smi.install(tmp_path / "bin", monkeypatch, 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "bin/numactl").touch(mode=0o755)
+    (tmp_path / "proc/driver/nvidia/gpus").mkdir(parents=True)
+    for number, cores in enumerate(("0-3", "4,5-7")):
+        folder = tmp_path / f"sys/devices/system/node/node{number}"
+        folder.mkdir(parents=True)
+        (folder / "cpulist").write_text(cores + "\n")
+        device = tmp_path / f"sys/bus/pci/devices/0000:{number}7:00.0"
+        device.mkdir(parents=True)
+        (device / "numa_node").write_text(f"{number}\n")
+    return tmp_path
+
+
+def test_ranks_are_bound_only_where_torch_can(machine, monkeypatch):
+    """It would end at once without numactl, and where a GPU's NUMA node has none of this job's cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 6})
+    assert binding_problem(2, machine) is None
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert binding_problem(1, machine) is None
+    assert "none of the cores beside GPU 00000000:17:00.0, those of NUMA node 1" in binding_problem(2, machine)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert binding_problem(2, machine) is None
+    (machine / "bin/numactl").unlink()
+    assert shutil.which("numactl") or "numactl is not installed" in binding_problem(1, machine)
+    shutil.rmtree(machine / "sys/devices/system/node/node1")
+    assert "one NUMA node" in binding_problem(1, machine)

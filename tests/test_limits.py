@@ -200,3 +200,42 @@ def test_index_counts_with_the_cores_of_the_quota(groups, tmp_path, monkeypatch)
     monkeypatch.setattr(scan, "map_in_order", lambda f, tasks, processes: asked.append(processes) or real(f, tasks, 1))
     build_index(root)
     assert set(asked) == {2}
+
+
+def test_ranks_that_are_bound_share_their_numa_node_alone(groups):
+    """With --numa-binding=node the affinity mask holds the cores of the ranks beside the same NUMA node."""
+    groups("0::/job\n")
+    two_sockets = [set(range(56))] * 4 + [set(range(56, 112))] * 4
+    assert [limits.share_of_cores(two_sockets, rank) for rank in range(8)] == [14] * 8
+    nps4 = [set(range(16 * rank, 16 * rank + 16)) for rank in range(8)]
+    assert limits.share_of_cores(nps4, 3) == 16
+    uneven = [set(range(12))] * 3 + [set(range(12, 24))]
+    assert [limits.share_of_cores(uneven, rank) for rank in range(4)] == [4, 4, 4, 12]
+    assert limits.share_of_cores([set(range(8))] * 3, 0) == 2  # not bound
+    assert limits.share_of_cores([{0}, {0}], 1) == 1
+    groups("0::/job\n", V2, job__cpu_DOT_max="400000 100000")
+    assert limits.share_of_cores([{0, 1, 2, 3}, {4, 5, 6, 7}], 0) == 2  # a quota is everyone's
+
+
+_RANK = """
+import os, sys
+first = 16 * int(os.environ["LOCAL_RANK"])
+own = set(range(first, first + 16)) if sys.argv[1] == "bound" else set(range(32))
+os.sched_getaffinity = lambda pid: own if pid == 0 else set(range(32))  # of a machine with two NUMA nodes
+from pipeline.config import TrainConfig
+from pipeline.loader.build import cores_of
+from pipeline.loader.setup import find_rank
+from pipeline.training.ranks.world import start_world
+world = start_world(TrainConfig(device="cpu"))
+print("cores", cores_of(world), cores_of(find_rank(None, None, "cpu")))
+world.close()
+"""
+
+
+@pytest.mark.parametrize("how", ["bound", "free"])
+def test_two_ranks_under_torchrun_have_half_the_cores_each_bound_or_not(tmp_path, how):
+    program = tmp_path / "rank.py"
+    program.write_text(_RANK)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*run, str(program), how], capture_output=True, text=True, timeout=100)
+    assert sorted(done.stdout.split()) == ["16"] * 4 + ["cores"] * 2, done.stderr

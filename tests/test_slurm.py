@@ -169,6 +169,32 @@ def the_users_fault_and_a_crash_are_not_requeued(site: Site, _: Reference) -> No
     assert site.status(crash)["state"] == "failed"
 
 
+#: The interpreter of a job: a rank on the node $BAD_NODE meets a GPU fault before its step 12.
+FAULTY = """#!/bin/bash
+[[ $* == *"pipeline launch"*train* ]] || exec {python} "$@"
+args=("$@")
+for i in "${{!args[@]}}"; do [[ ${{args[i]}} != train ]] || args[i]="-m tests.inject gpu 0 12 train"; done
+exec {python} ${{args[@]}}
+"""
+
+
+@story
+def a_gpu_fault_is_requeued_without_its_node(site: Site, uninterrupted: Reference) -> None:
+    """Nothing is started again on the bad GPU; the job goes on from its checkpoint, on two other nodes."""
+    faulty = site.folder / "python"
+    faulty.write_text(FAULTY.format(python=sys.executable))
+    faulty.chmod(0o755)
+    job = site.submit(PYTHON=str(faulty), BAD_NODE="n1", MAX_RESTARTS="1")
+    job.wait_restart(1)
+    job.wait_end("COMPLETED")
+    assert job.restarts() == 1 and job.show("ExcNodeList") == "n1"
+    assert "requeued: a GPU of n1 failed" in job.log and "n1 is excluded" in job.log
+    (fault,) = job.events("gpu_fault")
+    assert (fault["fault_node"], fault["fault_step"], fault["excluded"]) == ("n1", 13, True)
+    assert [row["event"] for row in job.rows("event")] == ["started", "gpu_fault", "resumed", "finished"]
+    assert_alike(job, uninterrupted())
+
+
 @story
 def three_requeues_without_a_new_step_stop_the_job(site: Site, _: Reference) -> None:
     job = site.submit("--nodes=1")

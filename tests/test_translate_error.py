@@ -75,6 +75,16 @@ def test_a_fault_of_a_gpu_names_host_card_and_step(tmp_path, monkeypatch, text):
     assert exit_code_of(error.value) == 71
 
 
+def test_a_network_without_deterministic_kernels_is_the_users_to_change():
+    """The warm-up meets it, before the first step."""
+    text = "upsample_bilinear2d_backward_out_cuda does not have a deterministic implementation, but you set ..."
+    with pytest.raises(UserError) as error, translating_errors(RawConfig().resolve(), WORLD):
+        raise RuntimeError(text)
+    line = str(error.value)
+    assert line.startswith("--train.deterministic: upsample_bilinear2d_backward_out_cuda, which ") and "\n" not in line
+    assert "give --train.deterministic false" in line
+
+
 def test_no_memory_for_cuda_itself(tmp_path, monkeypatch):
     nvidia_smi.install(tmp_path / "bin", monkeypatch, 1)
     line = translate_error(RuntimeError("CUDA error: out of memory\n..."), RawConfig().resolve(), WORLD)

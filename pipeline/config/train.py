@@ -26,6 +26,9 @@ class TrainConfig:
     """Memory format NHWC for images and weights."""
     compile: bool = runtime_field(False)
     """torch.compile the model."""
+    compile_cache: str | None = runtime_field(None)
+    """Folder for what torch.compile has made, for the next start; default: compile_cache in the run folder. What
+    TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR say takes precedence."""
     cuda_graphs: bool = runtime_field(False)
     """With compile, on CUDA: record the step's kernels as graphs and replay them."""
     bucket_mb: float = runtime_field(25.0)

@@ -1,6 +1,7 @@
 """What `pipeline evaluate` scores: the networks of a run's checkpoint, or torchvision's published weights."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pipeline.training.run_folder.checkpoint import (
     verify_checkpoint,
 )
 from pipeline.training.run_folder.folder import RunFolder
+from pipeline.training.run_folder.shared_state import read_on_rank_zero
 
 FILES = {"raw": "model", "ema": "ema"}  # weights -> their file in a checkpoint
 
@@ -101,7 +103,7 @@ def load_run(weights: str, checkpoint: str, config: Config, folder: RunFolder, w
         raise UserError(f"{path} has no averaged weights (no ema.decay or ema.last_epochs); give --weights raw")
     networks, outputs = {}, 0
     for name in there:
-        state = load_state(path, [FILES[name]])[FILES[name]]
+        state = read_on_rank_zero(functools.partial(load_state, path, [FILES[name]]), world)[FILES[name]]
         outputs = count_outputs(config.model, state)
         model = build_model(config.model, outputs)
         load_whole(model, state)

@@ -1,5 +1,6 @@
 """From the command line of `pipeline launch` to what torch's process starter takes: program, output, NUMA binding."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -9,6 +10,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.numa.binding import AffinityMode, NumaOptions
 
 from pipeline.command import parse_numbers
+from pipeline.gpu_facts import query_gpus, visible_gpus
 from pipeline.launch.coordinator import say
 from pipeline.launch.options import VERBS, Options
 from pipeline.launch.workers import Program
@@ -45,8 +47,33 @@ def numa_of(options: Options) -> NumaOptions | None:
     """How ranks are bound to the cores beside their GPU; None, after one line that says so, where that can't work."""
     if options.torch.numa_binding is None:
         return None
-    nodes = list(Path("/sys/devices/system/node").glob("node[0-9]*"))
-    if not (shutil.which("nvidia-smi") and Path("/proc/driver/nvidia/gpus").is_dir() and len(nodes) > 1):
-        say(f"--numa-binding {options.torch.numa_binding}: no NVIDIA GPUs or one NUMA node here; nothing is bound")
+    problem = binding_problem(options.nproc)
+    if problem:
+        say(f"--numa-binding {options.torch.numa_binding}: {problem}; nothing is bound")
         return None
     return NumaOptions(affinity_mode=AffinityMode(options.torch.numa_binding))
+
+
+def binding_problem(ranks: int, machine: Path = Path("/")) -> str | None:
+    """Why torch could not bind so many ranks to the cores beside their GPUs, in words. machine: its root folder."""
+    nodes = machine / "sys/devices/system/node"
+    gpus = visible_gpus(query_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not (gpus and (machine / "proc/driver/nvidia/gpus").is_dir() and len(list(nodes.glob("node[0-9]*"))) > 1):
+        return "no NVIDIA GPUs or one NUMA node here"
+    if shutil.which("numactl") is None:
+        return "numactl is not installed here"
+    allowed = os.sched_getaffinity(0)
+    for gpu in gpus[:ranks]:
+        device = machine / "sys/bus/pci/devices" / gpu.bus_id.lower()[-12:]  # nvidia-smi writes a longer domain
+        with contextlib.suppress(OSError, ValueError):
+            number = max(0, int((device / "numa_node").read_text()))
+            beside = parse_cores((nodes / f"node{number}/cpulist").read_text())
+            if not beside & allowed:
+                return f"this job has none of the cores beside GPU {gpu.bus_id}, those of NUMA node {number}"
+    return None
+
+
+def parse_cores(text: str) -> set[int]:
+    """The numbers in a list as the kernel writes it: 0-3,8."""
+    ranges = [part.partition("-") for part in text.strip().split(",") if part]
+    return {core for first, _, last in ranges for core in range(int(first), int(last or first) + 1)}

@@ -26,6 +26,7 @@ from pipeline.config import (
 from pipeline.dataset.index.index import Index
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
+from pipeline.limits import share_of_cores
 from pipeline.loader.stream import Batch, Stream
 from pipeline.model.build import Normalized
 from pipeline.rank_info import RankInfo
@@ -94,7 +95,18 @@ def find_rank(rank: int | None, world_size: int | None, device: torch.device | s
         raise UserError(f"rank is {rank}: give 0 to {world_size - 1}, as world_size is {world_size}")
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else 0
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size > 1 else 1
-    return RankInfo(rank, world_size, local_rank, local_size, _device(device, local_rank, world_size))
+    place = RankInfo(rank, world_size, local_rank, local_size, _device(device, local_rank, world_size))
+    return dataclasses.replace(place, cores=_cores_as_bound(local_size))
+
+
+def _cores_as_bound(local_size: int) -> int:
+    """The cores of this rank, by those of the launcher that started it: where it has bound its ranks, each to some of
+    them, they share those evenly. 0: not known."""
+    if local_size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0
+    own, all_of_node = os.sched_getaffinity(0), os.sched_getaffinity(os.getppid())
+    sharing = max(1, round(local_size * len(own) / len(all_of_node)))
+    return share_of_cores([own] * sharing, 0) if own < all_of_node else 0
 
 
 def _device(asked: torch.device | str | None, local_rank: int, world_size: int) -> torch.device:

@@ -99,9 +99,15 @@ def train_config(config: "Config", stop: StopRequest, begin: Callable[[], None] 
     """One rank of a run. begin: called by rank 0 when the run folder is its own. Returns the exit code."""
     paths = RunPaths(Path(config.run_dir).expanduser().resolve())
     from pipeline.training.ranks.flight_record import record_flights
+    from pipeline.training.run_folder.gpu_fault import refuse_restart_in_place
+
+    if config.run_dir:
+        refuse_restart_in_place(paths.path)
 
     record_flights(paths.debug)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if config.train.compile:
+        keep_compiled(Path(config.train.compile_cache or paths.compile_cache))
     with importing():
         from pipeline.training import loop
         from pipeline.training.ranks.consistency import program_and_settings, refuse_differences
@@ -148,6 +154,13 @@ def train_config(config: "Config", stop: StopRequest, begin: Callable[[], None] 
     finally:
         lock.release()
         world.close(failed)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Let torch.compile keep its caches in `folder`. Otherwise they lie in TMPDIR, which a job's end removes."""
+    folder = folder.expanduser().absolute()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def mark_failed(run_dir: str, error: UserError | TransientError) -> None:

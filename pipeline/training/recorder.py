@@ -27,6 +27,7 @@ from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.stragglers import Slow
 from pipeline.training.run_folder.checkpoint import CheckpointWriter
 from pipeline.training.run_folder.folder import mark_finished, slurm_facts
+from pipeline.training.run_folder.gpu_fault import take_gpu_fault
 from pipeline.training.run_folder.outage import Outage
 from pipeline.training.run_folder.set_aside import set_aside
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
@@ -79,6 +80,9 @@ class RunRecorder:
     def record_start(self, setup: RunSetup) -> None:
         """The ledger's row of a start, and a summary of the run on the console."""
         self.folder.clear_marks()
+        fault = take_gpu_fault(self.folder.path)
+        if fault is not None:
+            self.event("gpu_fault", setup.start.step, **fault)
         launch = current_launch()
         facts: dict[str, object] = {
             "world_size": setup.world.size,

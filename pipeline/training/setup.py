@@ -25,6 +25,7 @@ from pipeline.training.run_folder.best import place_of_weights
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder, mark_finished, open_run_folder
 from pipeline.training.run_folder.local import LocalSnapshots, local_snapshots, publish_newest
+from pipeline.training.run_folder.shared_state import read_on_rank_zero
 from pipeline.training.start import Start, find_start
 from pipeline.training.step import TrainStep
 from pipeline.training.validate import check_classes, validate, warn_of_few_images
@@ -87,8 +88,9 @@ class RunSetup:
             self.world.on_rank_zero(lambda: start_from(model, config, classes, say, place_of_weights(config)))
         with self.world.watch.collective("sending rank 0's weights to all ranks"):
             train_step = TrainStep(model, self.config, self.world, average_start(self.config, self.schedule))
-        if start.path is not None:
-            train_step.load_state_dict(load_state(start.path, start.parts))
+        path = start.path
+        if path is not None:
+            train_step.load_state_dict(read_on_rank_zero(lambda: load_state(path, start.parts), self.world))
         return train_step
 
 

@@ -24,6 +24,9 @@ leave() { # $1: exit code of the last step. Requeues the job if that makes sense
         log "failed: this must be fixed first, so it is not requeued"
     elif [[ -n $stop_reason ]]; then
         requeue
+    elif ((code)) && [[ $phase == training ]] && find_bad_node; then
+        stop_reason="a GPU of $bad_node failed"
+        requeue
     elif ((code)); then
         say_what_failed "$code"
         code=$?
@@ -50,12 +53,40 @@ find_stop_reason() { # $1: exit code. This shell had no signal, but the steps ha
 
 leave_with() { # $1: exit code
     [[ -z ${progress_at_start:-} ]] || rm -f "$PROGRESS_DIR/.requeues.$JOB"
+    rm -f "$RUN_DIR/.bad_nodes.$JOB"
     release_run_dir
     exit "$1"
 }
 
 find_in_log() { # PATTERN: its first line in this attempt's part of the log
     tail -c "+$((job_log_start + 1))" "$job_log" 2>/dev/null | grep -m 1 -E "$1"
+}
+
+# --- a GPU that failed: the job goes on without its node, three times at most
+
+find_bad_node() { # sets bad_node, where a rank of this attempt wrote RUN_DIR/gpu_fault; 1: none did, or too often
+    local marker=$RUN_DIR/gpu_fault before=$RUN_DIR/.bad_nodes.$JOB
+    grep -qs "\"attempt\": \"$ATTEMPT\"" "$marker" || return
+    bad_node=$(sed -n '1s/.*"node": "\([^"]*\)".*/\1/p' "$marker")
+    [[ -n $bad_node ]] || return
+    if (($(grep -cs . "$before") >= 3)); then
+        log "GPUs failed on $(paste -sd ' ' "$before") $bad_node, one after the other, so it is not requeued: is it the \
+driver, or the program?"
+        return 1
+    fi
+    echo "$bad_node" >>"$before"
+}
+
+exclude_bad_node() { # right after the requeue: Slurm changes ExcNodeList of pending jobs alone
+    local before answer
+    before=$(field ExcNodeList)
+    [[ $before != "(null)" ]] || before=''
+    if answer=$(LC_ALL=C timeout 30 scontrol update "JobId=$JOB" "ExcNodeList=${before:+$before,}$bad_node" 2>&1); then
+        log "$bad_node is excluded from this job; tell who looks after it: see $RUN_DIR/metrics.jsonl, event gpu_fault"
+        echo excluded >>"$RUN_DIR/gpu_fault"
+    else
+        log "$bad_node can't be excluded (${answer##*$'\n'})"
+    fi
 }
 
 say_what_failed() { # $1: exit code of the step. Returns the job's.
@@ -118,6 +149,7 @@ requeue() {
         release_run_dir
         if answer=$(LC_ALL=C timeout 90 scontrol requeue "$JOB" 2>&1); then
             log "requeued: $stop_reason"
+            [[ -z ${bad_node:-} ]] || exclude_bad_node
             exit 0
         elif [[ ! $answer =~ (ontact|onnect|imed\ out|ommunication|emporarily|ransport|Zero\ Bytes) ]]; then
             log "Slurm refuses to requeue it (${answer##*$'\n'}); submit the same again to resume"

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.dataset.index.index import Index
-from pipeline.loader.build import cores_per_rank
+from pipeline.limits import available_cores
 from pipeline.loader.reference import decode_sample
 from pipeline.training.step import autocast
 
@@ -92,7 +92,7 @@ def predict(
     predicted: list[np.ndarray] = []
     confidence: list[np.ndarray] = []
     unreadable = 0
-    with ThreadPoolExecutor(cores_per_rank(1)) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(available_cores()) as pool, torch.inference_mode():
         for first in range(0, len(chosen), BATCH):
             samples = chosen[first : first + BATCH].tolist()
             images = list(pool.map(lambda sample: load_image(index, config, sample), samples))

@@ -20,9 +20,11 @@ from pipeline.errors import GpuFault, TransientError, UserError
 from pipeline.files import FREE, why_full
 from pipeline.gpu_facts import query_gpus, visible_gpus
 from pipeline.limits import available_memory
+from pipeline.redact import redact
 from pipeline.run_paths import RunPaths
 from pipeline.training.ranks.launcher import without_launcher
 from pipeline.training.ranks.world import World
+from pipeline.training.run_folder.gpu_fault import record_gpu_fault
 
 MIB = 1 << 20
 SMALL_SHM = 256 * MIB  # NCCL takes about 10 MiB for each pair of GPUs
@@ -31,6 +33,7 @@ _HOST_MEMORY = re.compile(r"DefaultCPUAllocator: .*?(\d+) bytes")
 _NO_THREAD = "can't start new thread"  # no room for its stack, mostly
 _NO_CONTEXT = "CUDA error: out of memory"  # of CUDA, not of torch's allocator
 _GPU_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)")
+_NOT_DETERMINISTIC = "does not have a deterministic implementation"
 #: what only another GPU, or a reset of this one, mends
 _GPU_FAULT = re.compile(
     r"uncorrectable (ECC|NVLink)|hardware stack error|fallen off the bus|GPU is lost|CUDA error: unknown error|"
@@ -59,6 +62,12 @@ def translating_errors(config: Config, world: World) -> Iterator[None]:
         raise
     except (RuntimeError, OSError, MemoryError) as error:
         world.watch.phase("the end of a rank that broke", limit_s=_LIMIT_S)
+        if _NOT_DETERMINISTIC in str(error):
+            raise UserError(
+                f"--train.deterministic: {first_line(error).partition(_NOT_DETERMINISTIC)[0].strip()}, which "
+                f"{config.model.name} calls, has no deterministic form on CUDA; give --train.deterministic false, or "
+                "another network"
+            ) from error
         first = False
         message = translate_error(error, config, world)
         if message is None or not _lost_contact(error):
@@ -69,6 +78,9 @@ def translating_errors(config: Config, world: World) -> Iterator[None]:
             message += largest_fitting_batch(config, _room_mib(world))
         world.watch.dump()
         if is_gpu_fault(error):
+            if config.run_dir:
+                folder = Path(config.run_dir).expanduser()
+                record_gpu_fault(folder, world.rank, world.watch.step, redact(message))
             raise GpuFault(message) from error
         raise TransientError(
             message, on_all_ranks=_lost_contact(error) and world.rank != world.watch.reporter()

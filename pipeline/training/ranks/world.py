@@ -15,7 +15,8 @@ import torch.distributed as dist
 from pipeline.config import TrainConfig
 from pipeline.errors import TransientError, UserError, permission_problem
 from pipeline.gpu_facts import sign_of_gpus, why_no_cuda
-from pipeline.limits import MOST_FILES, available_cores, open_files_limit
+from pipeline.limits import MOST_FILES, available_cores, open_files_limit, share_of_cores
+from pipeline.model.pooling import use_deterministic_pooling
 from pipeline.rank_env import find_leftovers, has_launcher
 from pipeline.rank_info import RankInfo
 from pipeline.training.ranks.rendezvous import agree_on_name, find_store
@@ -27,6 +28,7 @@ LONG_TIMEOUT = timedelta(days=1)  # of what only waits for rank 0; the watch end
 SUSPENDED = timedelta(hours=6)  # for which a job may be suspended and resume in place
 STORE_TIMEOUT = timedelta(seconds=10)
 _LEAVE_S = 60.0
+_KEPT: list[Any] = []  # what holds as long as this process
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,6 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    else:
-        torch.set_num_threads(max(1, available_cores() // local_size))
     if train.deterministic:
         # Read when cuBLAS and NCCL are first used. NVLink SHARP sums in the switch, in an order of its own.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -188,12 +188,27 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
         ) from error
     if device.type == "cuda" and train.deterministic:
         torch.use_deterministic_algorithms(True)
+        _KEPT.append(use_deterministic_pooling())
         torch.backends.cudnn.benchmark = False
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if size > 1 else None
     watch = Watchdog(rank, size, train.hang_timeout_s, _shared_store(size))
-    return World(rank, size, local_rank, local_size, device, watch, long_timeout_group)
+    cores = _own_cores(rank, size)
+    if device.type == "cpu":
+        torch.set_num_threads(cores)
+    return World(rank, size, local_rank, local_size, device, cores, watch, long_timeout_group)
+
+
+def _own_cores(rank: int, size: int) -> int:
+    """The cores that this rank may fill with threads; a launcher may have bound it to some of its node. Collective."""
+    if size == 1:
+        return available_cores()
+    node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or socket.gethostname()
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, (node, sorted(os.sched_getaffinity(0))))
+    here = [other for other in range(size) if everyone[other][0] == node]
+    return share_of_cores([everyone[other][1] for other in here], here.index(rank))
 
 
 def _shared_store(size: int) -> dist.Store | None:
