@@ -10,10 +10,12 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from pipeline.augment import ops
 from pipeline.augment.apply import PixelOps
 from pipeline.augment.ops import apply_ops
 from pipeline.augment.params import AugmentParams
 from pipeline.augment.policies import CODE, OPS, inverse_affine
+from pipeline.training.evaluate import score
 
 COUNT, SIZE = 24, 96
 CPU = torch.device("cpu")
@@ -159,3 +161,22 @@ def test_bicubic_geometry_is_pils(images, op, fill):
         apart = np.abs(np.asarray(theirs).astype(int) - seen.numpy().astype(int))
         differing += (apart > 1).sum()  # on the very edge a pixel may lie inside for one and outside for the other
     assert differing <= 2e-4 * ours.numel()
+
+
+class _NoHostData(torch.overrides.TorchFunctionMode):
+    """Refuses tensors made from values of the host: on a GPU each is a copy that the host waits for."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.tolist, torch.Tensor.item)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_nothing_is_copied_from_the_host_for_each_batch(mode):
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    matrices = torch.eye(2, 3).expand(3, 2, 3)
+    logits, targets = torch.randn(5, 7), torch.arange(5)
+    with _NoHostData():
+        ops.hue(images, torch.full((3,), 0.1))
+        ops.affine(images, matrices, mode, (1, 2, 3))
+        score(logits, targets)

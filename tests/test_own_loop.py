@@ -260,6 +260,8 @@ def test_a_state_of_other_batches_is_refused(root, tmp_path):
         with pytest.raises(UserError, match=said):
             TrainLoader(root, **(SMALL | options)).load_state_dict(state)
     TrainLoader(root, **SMALL, data=DataConfig(threads=1, prefetch=1)).load_state_dict(state)
+    older = {**state, "settings": {name: value for name, value in state["settings"].items() if name != "data.decode"}}
+    TrainLoader(root, **SMALL).load_state_dict(older)  # of a version that did not know the option yet
     with pytest.raises(UserError, match="no state of a TrainLoader"):
         loader.load_state_dict({"epoch": 3})
     own = shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("index"))

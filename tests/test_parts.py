@@ -5,14 +5,17 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import resnet18
 
-from pipeline.config import ModelConfig, OptimConfig, ScheduleConfig
+from pipeline.config import DataConfig, ModelConfig, OptimConfig, RawConfig, ScheduleConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.model.build import Normalized, build_model, count_parameters
 from pipeline.training.evaluate import score
 from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 from pipeline.training.optim.optimizer import make_optimizer, parameter_groups
+from pipeline.training.ranks.world import World
+from pipeline.training.step import TrainStep
 
 CPU = torch.device("cpu")
 
@@ -102,3 +105,22 @@ def test_score_counts_first_and_first_five():
     assert (top1, top5, images) == (1, 2, 3)
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, torch.tensor([0, 4, 5]), reduction="sum").item())
     assert score(torch.tensor([[0.0, 1.0]]), torch.tensor([0]))[2] == 1  # two classes only
+
+
+@pytest.mark.parametrize(("device", "images"), [("cuda", 24), ("cpu", 2)])
+def test_the_warm_up_takes_the_real_micro_batch_on_a_gpu(device, images):
+    """There convolutions are tuned for its size, and memory that is short is found. (Fake tensors stand for the GPU's;
+    a CPU has nothing to tune.)"""
+    data, train = DataConfig(image_size=64), TrainConfig(global_batch_size=48, micro_batch_size=24)
+    config = RawConfig(model=ModelConfig(name="resnet18"), data=data, train=train).resolve()
+    step, seen = TrainStep(build_model(config.model, 10), config, World()), []
+    step.device = torch.device(device)
+
+    def forward(pixels, *_):
+        seen.append((tuple(pixels.shape), pixels.device.type))
+        return torch.zeros(len(pixels), 10, requires_grad=True)
+
+    step.forward, step.loss = forward, lambda logits, targets: logits.sum()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        step.warm_up()
+    assert seen == [((images, 64, 64, 3), device)] * 2

@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pipeline.config import load_config
+from pipeline.config import load_config, parse_config, semantic_config
 from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.scan import build_index
+from pipeline.errors import UserError
 from pipeline.insight.preflight.checks import check_recipe, device_type
 from pipeline.training import setup
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
+from pipeline.training.validate import validate
 
 TINY = Path(__file__).parent / "tiny.yaml"
 MIXED = ("--augment.mixup", "0.2")
@@ -153,3 +155,13 @@ def test_the_two_commands_say_the_same(root, tmp_path, ranks, options, words):
     row = next(text for text in preflight.splitlines() if text.startswith("FAIL  recipe"))
     assert code == 2 and words in line
     assert line.removeprefix("pipeline train: ") == row.removeprefix("FAIL  recipe").strip()
+
+
+def test_decoding_on_a_gpu_is_refused_on_a_cpu_and_without_dali():
+    mixed = parse_config(["--data.decode", "mixed", "--model.name", "resnet18"])
+    with pytest.raises(UserError, match=r"--data.decode mixed decodes on a GPU, .* give --data.decode cpu"):
+        validate(mixed, 1, "cpu")
+    validate(mixed, 1, "cuda")
+    with pytest.raises(UserError, match=r"--data.decode mixed is DALI's"):
+        validate(parse_config(["--data.decode", "mixed", "--data.loader", "reference"]), 1, "cuda")
+    assert semantic_config(mixed)["data.decode"] == "mixed"  # of the run's identity

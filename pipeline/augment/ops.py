@@ -4,6 +4,8 @@ uint8 in and out; the result equals torchvision.transforms.v2.functional's for e
 kernels without an amount are called, the others are computed by the same sums in the same order.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import grid_sample
 from torchvision.transforms.v2 import functional as tv
@@ -11,6 +13,11 @@ from torchvision.transforms.v2 import functional as tv
 from pipeline.augment.apply import PixelOps
 
 _ON_A_CPU = 4  # images at a time, to stay in the caches; a GPU gets all at once
+#: red, green and blue: in each sixth of the color circle which of value, p, q, t it is, two bits each
+_SECTORS = tuple(
+    sum(level << 2 * sixth for sixth, level in enumerate(levels))
+    for levels in ((0, 2, 1, 1, 3, 0), (3, 0, 0, 2, 1, 1), (1, 1, 3, 0, 0, 2))
+)
 _RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114  # ITU-R 601-2, as in PIL and torchvision
 
 
@@ -54,6 +61,11 @@ def _put(images: torch.Tensor, rows: torch.Tensor, changed: torch.Tensor) -> Non
         return
     for row, image in zip(rows.tolist(), changed, strict=True):
         images[row] = image
+
+
+def _constant(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """float32 [n] on the device, filled there: a copy from the host would wait for it."""
+    return torch.stack([torch.full((), float(value), device=device) for value in values])
 
 
 def _each(amounts: torch.Tensor) -> torch.Tensor:
@@ -147,8 +159,8 @@ def hue(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     rest = 1 - saturation
     p, q, t = rest * value, (1 - part) * value, (part + rest) * value
     levels = torch.stack([value, *(level.clamp_(0, 1) for level in (p, q, t))], 1)
-    chosen = torch.tensor([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]], device=images.device)
-    picks = chosen[:, sector.to(torch.int64).remainder_(6)].movedim(0, 1)
+    place = sector.to(torch.int64).remainder_(6).mul_(2)
+    picks = torch.stack([torch.bitwise_right_shift(table, place).bitwise_and_(3) for table in _SECTORS], 1)
     return tv.to_dtype(levels.gather(1, picks), torch.uint8, scale=True)
 
 
@@ -159,7 +171,7 @@ def affine(images: torch.Tensor, matrices: torch.Tensor, mode: str, fill: tuple[
     base = torch.ones(height, width, 3, device=device)
     base[..., 0] = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=device)
     base[..., 1] = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=device)[:, None]
-    half = torch.tensor([width / 2, height / 2]).to(device, non_blocking=True)
+    half = _constant((width / 2, height / 2), device)
     grid = base.view(1, -1, 3).expand(count, -1, -1).bmm(matrices.transpose(1, 2) / half)
     grid = grid.view(count, height, width, 2)
     values = images.float()
@@ -170,7 +182,7 @@ def affine(images: torch.Tensor, matrices: torch.Tensor, mode: str, fill: tuple[
     values = grid_sample(values, grid, mode, "zeros", align_corners=False)
     if fill is not None:
         values, covered = values.split([channels, 1], 1)
-        color = torch.tensor(fill, dtype=torch.float32).view(1, -1, 1, 1).to(device, non_blocking=True)
+        color = _constant(fill, device).view(1, -1, 1, 1)
         if mode == "nearest":
             values = torch.where(covered < 0.5, color, values)
         else:
@@ -203,7 +215,7 @@ def _bicubic(values: torch.Tensor, grid: torch.Tensor, fill: tuple[int, int, int
             index = (row * width + column).view(count, 1, -1).expand(-1, channels, -1)
             line.addcmul_(flat.gather(2, index).view_as(values), weight_x[:, None])
         total.addcmul_(line, weight_y[:, None])
-    color = torch.tensor(fill or (0, 0, 0), dtype=torch.float32).view(1, -1, 1, 1).to(values.device, non_blocking=True)
+    color = _constant(fill or (0, 0, 0), values.device).view(1, -1, 1, 1)
     return torch.where((in_x & in_y)[:, None], total.clamp_(0, 255), color).to(torch.uint8)
 
 

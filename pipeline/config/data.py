@@ -24,6 +24,9 @@ class DataConfig:
     """Folder of the index; default ROOT/index."""
     loader: Literal["auto", "dali", "reference"] = runtime_field("auto")
     """DALI, or torch and torchvision (slower, same batches); auto: DALI where it is installed."""
+    decode: Literal["cpu", "mixed"] = "cpu"
+    """mixed: DALI decodes JPEGs on the GPU, for nodes with few cores. Its pixels differ a little from the CPU's, and
+    from GPU to GPU, so it is part of the run; scores on a CPU are then of the CPU's pixels."""
     image_size: int | None = None
     """Pixels of a training image's side; default: what the network was made for (299 for Inception v3, else mostly
     224)."""

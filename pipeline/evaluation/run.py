@@ -91,6 +91,10 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
         raise UserError(f"--recalibrate {ask.recalibrate}: give a number of training batches, or 0 for none")
     check_to_score(config.model, (size for size, _ in sizes), f"--sizes {ask.sizes}" if ask.sizes else "the run's size")
     world = start_world(config.train)
+    if config.data.decode == "mixed" and world.device.type == "cpu":
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, decode="cpu"))
+        if world.is_rank_zero:
+            print("the run's images were decoded on a GPU; scored here on those of the CPU, which differ a little")
     try:
         index = open_data(config.data, world, logger.info, to_score=True)
         if published:

@@ -39,9 +39,9 @@ def choose_loader(name: str) -> tuple[str, str | None]:
     return "reference", f"DALI can't be imported ({problem}): decoding with PIL, which is slower"
 
 
-def cores_per_rank(local_world_size: int) -> int:
-    """This rank's share of the cores that this process may use, at least 1."""
-    return max(1, available_cores() // local_world_size)
+def cores_of(place: RankInfo) -> int:
+    """The cores that this rank may fill with threads, at least 1."""
+    return place.cores or max(1, available_cores() // place.local_size)
 
 
 def check_shares(config: Config, world_size: int) -> None:
@@ -58,6 +58,14 @@ def check_shares(config: Config, world_size: int) -> None:
             f"--augment.mix_group {group} does not divide the {local} images that each of {world_size} ranks has of "
             f"--train.global_batch_size {size}; give a divisor of {local}, or another number of ranks"
         )
+
+
+def check_decode(data: ResolvedDataConfig, device_type: str) -> None:
+    """Raises UserError where images can't be decoded the way that is asked for."""
+    if data.decode == "mixed" and device_type != "cuda":
+        raise UserError("--data.decode mixed decodes on a GPU, and this is a CPU; give --data.decode cpu")
+    if data.decode == "mixed" and choose_loader(data.loader)[0] != "dali":
+        raise UserError("--data.decode mixed is DALI's; install it and give --data.loader dali, or --data.decode cpu")
 
 
 def make_train_plan(
@@ -98,12 +106,14 @@ def make_decoder(
     prefetch: int,
     resize: int | None = None,
     interpolation: str = "bilinear",
+    decode: str = "cpu",
 ) -> Decoder:
-    """A decoder by name, "dali" or "reference". resize: of the shorter side in validation, None in training."""
+    """A decoder by name, "dali" or "reference". resize: of the shorter side in validation, None in training. decode: as
+    `data.decode`."""
     if name == "dali":
         from pipeline.loader.dali import DaliDecoder
 
-        return DaliDecoder(batch_size, threads, device, prefetch, interpolation)
+        return DaliDecoder(batch_size, threads, device, prefetch, interpolation, decode)
     from pipeline.loader.reference import ReferenceDecoder
 
     return ReferenceDecoder(threads, prefetch, resize, interpolation)
@@ -159,10 +169,12 @@ def _make_stream(
     index: Index, name: str, plan: TrainPlan | EvalPlan, data: ResolvedDataConfig, batch_size: int, place: RankInfo
 ) -> Stream:
     split = index.splits[name]
-    threads = data.threads or cores_per_rank(place.local_size)
+    threads = data.threads or cores_of(place)
     name_of_loader, _ = choose_loader(data.loader)
     resize = data.val_resize if name == "val" else None
-    decoder = make_decoder(name_of_loader, batch_size, threads, place.device, data.prefetch, resize, data.interpolation)
+    check_decode(data, place.device.type)
+    settings = (batch_size, threads, place.device, data.prefetch, resize, data.interpolation, data.decode)
+    decoder = make_decoder(name_of_loader, *settings)
     labels = split.records["label"]
     source = Source(split)
     return Stream(

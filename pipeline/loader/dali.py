@@ -3,9 +3,9 @@
 What DALI refuses, or sees otherwise than PIL (`pixels.dali_agrees`), it is given as PIL's pixels.
 
 DALI holds no state of the run: bytes, windows and flips come in through external_source, so any step can be first. The
-window is always decoded on the CPU: hardware decoders give other pixels than the CPU's, and a run must not depend on
-which one a node has. On a GPU DALI resizes it there; without one torch does (`resize.py`), at an eighth of the cost of
-DALI's resize on a CPU.
+window is decoded on the CPU unless the run's `data.decode` says otherwise: hardware decoders give other pixels than the
+CPU's, and a run must not depend on which one a node has. On a GPU DALI resizes it there; without one torch does
+(`resize.py`), at an eighth of the cost of DALI's resize on a CPU.
 """
 
 import re
@@ -33,6 +33,7 @@ class DaliDecoder:
         device: "cpu", or a CUDA device (resize there; batches are delivered there).
         prefetch: batches decoded ahead.
         interpolation: "bilinear" or "bicubic".
+        decode: "cpu", or "mixed": on the CUDA device.
 
     The size of the output comes with each batch: images may grow from one to the next.
     """
@@ -46,8 +47,9 @@ class DaliDecoder:
         device: torch.device,
         prefetch: int = 2,
         interpolation: str = "bilinear",
+        decode: str = "cpu",
     ):
-        self.interpolation, self.device = interpolation, device
+        self.interpolation, self.device, self.decode_on = interpolation, device, decode
         self.settings = {"batch_size": max_batch_size, "num_threads": threads, "prefetch_queue_depth": prefetch}
         self.on_gpu = device.type == "cuda"
         self.resizer = None if self.on_gpu else Resizer(threads, interpolation)
@@ -108,13 +110,13 @@ class DaliDecoder:
                 ndim=[1, 1, 1, 1, 1, 0, 1][:rows],
             )
             images = fn.decoders.image_slice(
-                data, anchor, shape, axes=[0, 1], output_type=types.RGB, adjust_orientation=False, device="cpu"
+                data, anchor, shape, axes=[0, 1], output_type=types.RGB, adjust_orientation=False, device=self.decode_on
             )
             if not self.on_gpu:
                 return images
             roi_start, roi_end, flip, size = more
             images = fn.resize(
-                images.gpu(),
+                images if self.decode_on == "mixed" else images.gpu(),
                 size=size,
                 interp_type=kind,
                 antialias=True,
@@ -163,7 +165,7 @@ class DaliDecoder:
 
     def _find_undecodable(self, encoded: EncodedBatch) -> int | None:
         """The first position of a batch that fails when it is decoded alone: DALI's message does not always say."""
-        alone = DaliDecoder(1, 1, self.device, 1, self.interpolation)
+        alone = DaliDecoder(1, 1, self.device, 1, self.interpolation, self.decode_on)
         for position in range(len(encoded.data)):
             try:
                 list(alone.decode([encoded.only(position)]))

@@ -22,8 +22,9 @@ those that are present of: ops (uint8), amounts (float32), erased (int32), shift
 augmentation that is off adds nothing.
 """
 
-import functools
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +39,7 @@ from pipeline.rng import hash_counter, uniform
 _ORDER, _CROP, _FLIP, _SUBSTITUTE, _AGAIN, _POLICY, _JITTER, _ERASE, _MIX = (
     np.uint64(i) for i in range(1, 10)
 )  # independent streams of one seed
+ORDER_AHEAD_STEPS = 50  #: before an epoch's border, when the next order is begun with: 0.13 s for 1.28 M samples
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,48 @@ def batch_digest(
     return state.hexdigest()
 
 
+class Permutations:
+    """Orders of all samples by number: each computed once, by whichever thread asks first, and the newest kept.
+
+    Args:
+        make: number -> int64 [n].
+    """
+
+    KEPT = 3  #: a batch at an epoch's border, and the order that is computed in advance
+
+    def __init__(self, make: Callable[[int], np.ndarray]):
+        self.make = make
+        self._lock = threading.Lock()
+        self._known: dict[int, Future[np.ndarray]] = {}  # the one asked for last comes last
+
+    def __call__(self, number: int) -> np.ndarray:
+        future, is_new = self._find(number)
+        if is_new:
+            self._compute(number, future)
+        return future.result()
+
+    def prepare(self, number: int) -> None:
+        """Begin with an order that will be asked for, in a thread of its own."""
+        future, is_new = self._find(number)
+        if is_new:
+            threading.Thread(target=self._compute, args=(number, future), name="order", daemon=True).start()
+
+    def _find(self, number: int) -> tuple["Future[np.ndarray]", bool]:
+        with self._lock:
+            future = self._known.pop(number, None)
+            self._known[number] = found = Future() if future is None else future
+            while len(self._known) > self.KEPT:
+                self._known.pop(next(iter(self._known)))
+        return found, future is None
+
+    def _compute(self, number: int, future: "Future[np.ndarray]") -> None:
+        try:
+            future.set_result(self.make(number))
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+
+
 class TrainPlan:
     """The training samples of every step.
 
@@ -136,11 +180,11 @@ class TrainPlan:
     def reshuffle(self, steps: list[int]) -> None:
         """Permute the rest of an epoch anew from each of these steps on. Each sample still comes as often."""
         self.reshuffled_from = list(steps)
-        self.permutation = functools.lru_cache(maxsize=2)(self._permutation)
+        self.permutation = Permutations(self._permutation)
 
     def _permutation(self, number: int) -> np.ndarray:
         """The order of all samples, int64 [n], in one epoch, or in so many epochs as a sample is repeated (reached as
-        `permutation`, which keeps two)."""
+        `permutation`, which keeps some)."""
         keys = hash_counter(self.seed, _ORDER, number, np.arange(self.samples))
         order = np.argsort(keys, kind="stable")
         for i, step in enumerate(self.reshuffled_from):
@@ -234,6 +278,13 @@ class TrainPlan:
             return planned
         key = hash_counter(self.seed, _MIX, step)
         return replace(planned, mixing=sample_mixing(self.augment, key, start, stop, size))
+
+    def prepare_order(self, step: int) -> None:
+        """Begin with the order of the next epoch, in the background, where it is needed soon after `step`."""
+        whole = self.samples * self.augment.repeats
+        number = step * self.global_batch_size // whole
+        if (step + ORDER_AHEAD_STEPS) * self.global_batch_size // whole > number:
+            self.permutation.prepare(number + 1)
 
     def local(self, step: int, rank: int = 0, world_size: int = 1) -> Planned:
         """The slice of the global batch of `step` that belongs to `rank` of `world_size`."""

@@ -185,6 +185,8 @@ class Stream:
 
     def _prepare(self, step: int) -> EncodedBatch:
         planned = self.plan.local(step, self.rank, self.world_size)
+        if isinstance(self.plan, TrainPlan):
+            self.plan.prepare_order(step)
         data, origins = self._read(planned)
         for i, sample_id in enumerate(planned.ids.tolist()):
             item = data[i]

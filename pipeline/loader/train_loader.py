@@ -209,7 +209,9 @@ class TrainLoader(LoaderBase):
         """
         if state.get("format") != _FORMAT or not isinstance(state.get("step"), int):
             raise UserError("this is no state of a TrainLoader; give what its state_dict() returned")
-        differing = differences(state["settings"], self._settings())
+        default = semantic_config(DataConfig().resolve(), "data.")
+        known = {name: default[name] for name in ("data.decode",)} | state["settings"]  # that older states lack
+        differing = differences(known, self._settings())
         if state["data"] != self.index.fingerprint:
             differing.append("the images are others")
         if differing:

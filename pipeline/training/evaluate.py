@@ -226,7 +226,7 @@ def score(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = guesses == targets[:, None]
     loss = cross_entropy(logits, targets, reduction="sum")
-    counted = torch.tensor(len(targets), dtype=torch.float64, device=logits.device)
+    counted = torch.full((), len(targets), dtype=torch.float64, device=logits.device)
     return torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double(), counted])
 
 

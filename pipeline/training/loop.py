@@ -9,6 +9,7 @@ import time
 
 from pipeline.errors import EXIT_OK, EXIT_REGROUP
 from pipeline.loader.build import make_eval_stream, make_train_stream
+from pipeline.loader.prefetch import DigestsAhead, OngoingBatches
 from pipeline.loader.stream import Stream
 from pipeline.training.evaluate import Evaluation, score_recalibrated
 from pipeline.training.guard import Guard
@@ -16,7 +17,7 @@ from pipeline.training.profile import Profiler
 from pipeline.training.ranks.consistency import compare_parameters
 from pipeline.training.ranks.step_stats import StepStats, StepStatsExchange, Vote
 from pipeline.training.ranks.stop_request import interrupted_exit_code
-from pipeline.training.ranks.stragglers import Stragglers
+from pipeline.training.ranks.stragglers import IdleTime, Stragglers
 from pipeline.training.ranks.world import Clock
 from pipeline.training.recorder import RunRecorder, open_recorder
 from pipeline.training.setup import RunSetup, already_finished
@@ -75,6 +76,8 @@ class Trainer:
         self.console, self.watch, self.local = setup.console, setup.world.watch, setup.local
         self.train_step, self.train_stream, self.eval_stream = train_step, train_stream, eval_stream
         self.recorder, self.profiler = recorder, profiler
+        self.batches = OngoingBatches(self.milestones.last_step)
+        self.digests = DigestsAhead(self.plan)
         self.guard = Guard(self.config.guard, self.config.train.precision)
         self.step_stats = StepStatsExchange(self.world)
         self.stragglers = Stragglers(self.world.size)
@@ -91,7 +94,9 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.blacklist = start.blacklist  # unreadable sample -> the step in which it was found
         self.guard.restore(start.rollbacks, start.last_good_step)
+        self.batches.close()
         self.plan.reshuffle(self.guard.reshuffled_from())
+        self.digests.clear()
 
     def run(self) -> int:
         """Train to the last step, or until the run is asked to stop. Returns the exit code."""
@@ -122,18 +127,22 @@ class Trainer:
         """
         epoch_start = self.plan.epoch_end(self.plan.epochs_done(self.step))
         skip = frozenset(sample for sample, step in self.blacklist.items() if step <= epoch_start)
-        batches = self.train_stream.batches(self.step, pause, skip)
-        clock = Clock()
+        batches = self.batches.read(self.train_stream, self.step, pause, skip)
+        clock, idle = Clock(), IdleTime(self.world.device)
         while self.step < pause and not self.stopping and self.guard.tripped is None:
             self.watch.phase("waiting for images", self.step + 1)
             batch = next(batches)
             waited = clock.peek()
+            idle.begin(waited)
+            if self.recorder:
+                self.digests.start(self.step)
             seed_step(self.config.train.seed, self.step, self.world.rank)
             with self.watch.collective("forward, backward and the exchange of gradients"):
                 numbers = self.train_step(batch, self.lr(self.step), self.step)
+            idle.end()
             own = waited + self.train_step.own_time.take()
             self.step += 1
-            self.step_stats.push(self.step, numbers, batch.ids, self.vote(), waited, clock.lap(), own)
+            self.step_stats.push(self.step, numbers, batch.ids, self.vote(), idle.take(), clock.lap(), own)
             self.train_step.average(self.step)
             if self.profiler and not self.profiler.step(self.step):
                 self.profiler = None
@@ -142,10 +151,10 @@ class Trainer:
                 compare_parameters(self.train_step.model, self.world, self.step)
             if self.saves_now():
                 self.save()
+                idle.pause()
                 clock.lap()
             elif self.snapshot_requested:
                 self.save_snapshot()
-        batches.close()
         self.process_step_stats(self.step_stats.due(everything=True))
 
     def lr(self, step: int) -> float:
@@ -183,7 +192,7 @@ class Trainer:
             self.save_requested |= stats.vote == Vote.SAVE
             self.snapshot_requested |= stats.vote == Vote.SNAPSHOT
             if self.recorder:
-                self.recorder.record_step(stats, self.lr(before), self.plan.digest(before, ids))
+                self.recorder.record_step(stats, self.lr(before), self.digests.take(before, ids))
             warning = self.guard.observe(stats)
             if warning:
                 self.console.warn(warning)
@@ -202,6 +211,8 @@ class Trainer:
         meanwhile."""
         if self.saved_step != self.step:
             self.save()  # the best checkpoint must be one that was scored
+        if self.config.evaluation.recalibrate_batches:
+            self.batches.close()  # which reads training batches, too
         found: dict[str, Evaluation] = {}
         for name, network in self.train_step.networks.items():
             scores = score_recalibrated(
@@ -292,6 +303,8 @@ class Trainer:
             self.profiler.close()
         if self.local:
             self.local.close()
+        self.batches.close()
+        self.digests.close()
         self.train_stream.close()
         self.eval_stream.close()
         if self.recorder:

@@ -1,4 +1,4 @@
-"""After which steps a checkpoint, an evaluation or a new order of the loader is due: pure functions of the step."""
+"""After which steps a checkpoint, an evaluation or a look at the blacklist is due: pure functions of the step."""
 
 import math
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Milestones:
         return at_epoch_end or at_multiple or step == self.last_step
 
     def next_pause(self, step: int) -> int:
-        """The first step after `step` at which an epoch ends (the loader starts anew) or an evaluation is due."""
+        """The first step after `step` at which an epoch ends (other samples may be avoided) or an evaluation is due."""
         epoch_end = self.plan.epoch_end(self.plan.epochs_done(step) + 1)
         pause = min(epoch_end, self.last_step)
         return next((between for between in range(step + 1, pause) if self.evaluates_at(between)), pause)

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.config import Config, ModelConfig
 from pipeline.config.networks import is_torchvision
 from pipeline.errors import UserError
-from pipeline.loader.build import check_shares
+from pipeline.loader.build import check_decode, check_shares
 from pipeline.model.build import build_model
 from pipeline.model.meta_init import meta_init
 from pipeline.model.sizes import check_image_sizes, check_smallest_piece
@@ -31,6 +31,7 @@ def validate(config: Config, world_size: int, device_type: str, data_classes: in
     check_shares(config, world_size)
     if config.tracking.tensorboard:
         check_installed()
+    check_decode(config.data, device_type)
     check_network(config, world_size, device_type)
     check_loss(config, config.model.num_classes or data_classes or 1000)
     check_optimizer(config.optim)

@@ -83,6 +83,7 @@ def measure(config: Config, world: "World", steps: int, rounds: int, save_every_
 
     world.on_rank_zero(lambda: Path(config.run_dir).mkdir(parents=True, exist_ok=True))
     trainer = open_trainer(config, world)
+    trainer.batches.last_step = 0  # the loader alone is timed, too: it must not read ahead meanwhile
     stream, step = trainer.train_stream, trainer.train_step
     (batch,) = ResidentStream(stream, world, config.data.image_size).batches(0, 1)
     exchanging = step.exchanging if isinstance(step.exchanging, DistributedDataParallel) else None

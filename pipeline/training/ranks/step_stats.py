@@ -1,12 +1,14 @@
 """What all ranks learn of each step: losses, waiting times, votes to stop or save, and the ids that were really used.
 
-One small all-gather a step carries it. It is read `lag` steps later, when the device has long finished it, so nobody
-waits; and since every rank reads the same statistics at the same distance, all decide the same.
+One small all-gather a step carries it, beside the training's own stream on a GPU. It is read `lag` steps later, when
+the device has long finished it, so nobody waits; and since every rank reads the same statistics at the same distance,
+all decide the same without a further message.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,13 +56,26 @@ class StepStats:
     own_s: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
 
 
+class _Pending(NamedTuple):
+    """An exchange under way. landing: where the statistics of all ranks will be, on the host. event: when they are
+    there, on a GPU. work: the all-gather. sent: kept until then, as the device still reads it."""
+
+    step: int
+    landing: torch.Tensor
+    event: torch.cuda.Event | None
+    work: Any
+    sent: tuple[torch.Tensor, ...]
+
+
 class StepStatsExchange:
     """Gathers each step's statistics and returns them `lag` steps later (0 on the CPU: there is nothing to hide)."""
 
     def __init__(self, world: World, lag: int | None = None):
         self.world = world
-        self.lag = (2 if world.device.type == "cuda" else 0) if lag is None else lag
-        self.pending: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+        on_gpu = world.device.type == "cuda"
+        self.lag = (2 if on_gpu else 0) if lag is None else lag
+        self.pending: deque[_Pending] = deque()
+        self._beside = torch.cuda.Stream(world.device) if on_gpu else None
 
     def push(
         self,
@@ -83,29 +98,35 @@ class StepStatsExchange:
         mine[_HEAD:] = ids  # exact: ids are far below 2^53
         everyone = torch.empty(self.world.size * len(mine), dtype=torch.float64, device=self.world.device)
         with self.world.watch.collective("the exchange of step statistics"):
-            dist.all_gather_into_tensor(everyone, mine)
-        event = None
-        if self.world.device.type == "cuda":
-            landing = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
-            everyone = landing.copy_(everyone, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.pending.append((step, everyone, event))
+            work = dist.all_gather_into_tensor(everyone, mine, async_op=True)
+        assert work is not None  # this rank is one of the group
+        landing, event = everyone, None
+        if self._beside is not None:
+            with torch.cuda.stream(self._beside):  # the training's stream waits for nobody's statistics
+                work.wait()
+                landing = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
+                landing.copy_(everyone, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+        self.pending.append(_Pending(step, landing, event, work, (mine, everyone)))
 
     def due(self, everything: bool = False) -> list[StepStats]:
         """The statistics that are at least `lag` steps old, or all of them; oldest first."""
         ready = []
         while self.pending and (everything or len(self.pending) > self.lag):
-            ready.append(self._read(*self.pending.popleft()))
+            ready.append(self._read(self.pending.popleft()))
         return ready
 
-    def _read(self, step: int, everyone: torch.Tensor, event: torch.cuda.Event | None) -> StepStats:
-        if event is not None:
+    def _read(self, one: _Pending) -> StepStats:
+        if one.event is not None:
             with self.world.watch.collective("the steps before this one on the GPU"):
-                event.synchronize()
-        table = everyone.view(self.world.size, -1)
+                one.event.synchronize()
+        else:
+            with self.world.watch.collective("the exchange of step statistics"):
+                one.work.wait()
+        table = one.landing.view(self.world.size, -1)
         return StepStats(
-            step=step,
+            step=one.step,
             loss=table[:, _LOSS].mean().item(),
             top1=100 * table[:, _HITS].sum().item() / table[:, _HEAD:].numel(),
             grad_norm=table[0, _NORM].item(),
