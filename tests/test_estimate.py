@@ -1,5 +1,6 @@
 """What `estimate` says of networks before a GPU is touched, against published and hand-counted figures."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.insight.estimate.gpus import find_card
-from pipeline.insight.estimate.memory import MIB, step_memory
+from pipeline.insight.estimate.memory import MIB, run_memory, step_memory
 from pipeline.insight.estimate.trace import Tracer
 from pipeline.model.build import build_model
 from pipeline.training.optim.optimizer import values_per_parameter
@@ -38,7 +39,7 @@ def test_the_slides_resnet152(estimate):
     assert facts["weights_file_mib"] == pytest.approx(231, rel=5e-3)
     for batch, mib in facts["card_mib_by_batch"].items():
         assert mib == pytest.approx(MEASURED[int(batch)], rel=0.1), batch
-    assert facts["largest_batch"] == 256  # the largest of the slides' table, which filled the card
+    assert facts["largest_batch_of_step"] == 256  # the largest of the slides' table, which filled the card
     assert facts["epoch_s"] == pytest.approx(1_281_167 / 198)
     assert facts["roofline_epoch_s"] < facts["epoch_s"]
     assert facts["forward_flops"] == pytest.approx(
@@ -192,6 +193,27 @@ def test_the_largest_batch_is_the_last_that_fits():
     most = memory.most_images(8192)
     assert memory.card_mib(most) <= 8192 < memory.card_mib(most + 1)
     assert memory.most_images(1000) == 0
+
+
+def test_what_a_run_has_beside_its_step_is_named_and_counts():
+    """The largest batch leaves room for it, and a reserve."""
+    config = parse_config(["--model.name", "resnet18", "--data.image_size", "64", "--train.global_batch_size", "64"])
+    memory = step_memory(Tracer(config, 10), 8)
+    alone, many = (run_memory(memory, config, size) for size in (1, 4))
+    copied = memory.weights_mib + memory.optimizer_mib
+    assert alone.parts["copy of the state while a checkpoint is saved"] == copied
+    assert set(many.parts) - set(alone.parts) == {"buffers of NCCL"}
+    assert alone.by_name(8)["DALI's pool"] == alone.by_name(64)["DALI's pool"] > many.by_name(8)["DALI's pool"] > 0
+    reference = run_memory(
+        memory, dataclasses.replace(config, data=dataclasses.replace(config.data, loader="reference")), 1
+    )
+    assert "DALI's pool" not in reference.by_name(8)
+    train = dataclasses.replace(config.train, compile=True, cuda_graphs=True)
+    graphs = run_memory(memory, dataclasses.replace(config, train=train), 1)
+    assert graphs.by_name(8)["pool of CUDA graphs"] == pytest.approx(0.1 * memory.allocated_mib(8))
+    most = alone.most_images(8192)
+    assert alone.card_mib(most) <= 0.95 * 8192 < alone.card_mib(most + 1) and most < memory.most_images(8192)
+    assert alone.most_images(1000) == 0
 
 
 def test_time_from_a_run(estimate, tmp_path):

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "train.device": "test_gpu",
     "train.cuda_graphs": "test_gpu",
     "tracking.wandb": "test_wandb",
+    "tracking.tensorboard": "test_tensorboard",
 }
 
 

@@ -9,7 +9,9 @@ import nvidia_smi
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.insight.qualify import cli, speed
+from pipeline.errors import UserError
+from pipeline.insight.preflight import qualified
+from pipeline.insight.qualify import cli, network, speed
 from pipeline.insight.qualify.page import render
 from pipeline.insight.qualify.parts import PARTS, Part
 from pipeline.insight.qualify.rows import Settings
@@ -143,3 +145,55 @@ def test_bad_options_are_one_line(capsys, options, words):
 
 def test_the_time_is_shared_out():
     assert sum(part.share for part in PARTS) == pytest.approx(1.0)
+
+
+def test_the_link_the_peers_and_the_overlap_on_a_cpu(tmp_path):
+    code, found = qualify(tmp_path, "--minutes", "6", "--parts", "network,overlap,peers,lecture")
+    assert code == 0, found["parts"]
+    small, large, step = found["parts"]["network"]
+    assert "1 MiB" in small["what"] and small["rate"] > 0 and large["rate"] > 0
+    assert step["what"] == "step with 2 processes on the CPU"
+    (overlap,) = found["parts"]["overlap"]
+    assert "beside computing" in overlap["value"]
+    rows = found["parts"]["peers"]
+    assert rows[-1]["verdict"] == "info" and any("torchvision" in row["what"] for row in rows)
+    assert [row["verdict"] for row in found["parts"]["lecture"]] == ["skipped"]
+
+
+def test_bus_bandwidth_is_counted_as_nccls_tests_count_it():
+    assert network.bus_gb_s(10**9, 0.01, 8) == pytest.approx(175.0)
+    assert network.bus_gb_s(10**9, 0.01, 2) == pytest.approx(100.0)
+
+
+def node(folder: Path, name: str, speed: float, verdict: str = "pass") -> None:
+    """What qualify writes for a node."""
+    (folder / name).mkdir()
+    row = {"what": "GPU 3: bf16 product", "value": f"{speed} TFLOP/s", "bound": "", "verdict": verdict, "rate": speed}
+    content = {"node": name, "parts": {"ceilings": [row, {**row, "what": "other", "rate": None}]}}
+    (folder / name / "qualify.json").write_text(json.dumps(content))
+
+
+def test_preflight_names_the_node_that_is_slow_or_failed(tmp_path):
+    for name, rate in (("n1", 700.0), ("n2", 560.0), ("n3", 690.0)):
+        node(tmp_path, name, rate)
+    found = qualified.read_qualified(tmp_path)
+    result = qualified.check_qualified(found, ["n1", "n2", "n3"])
+    assert result.level == "WARN" and "n2 is slow: ceilings, GPU 3: bf16 product 560.0, the median 690.0" in result.text
+    result = qualified.check_qualified([found[0], found[2]], ["n1", "n3"])
+    assert result.level == "pass" and "2 nodes" in result.text
+    assert "n4 not qualified yet" in qualified.check_qualified([found[0], found[2]], ["n1", "n3", "n4"]).text
+    node(tmp_path, "n5", 700.0, "FAIL")
+    result = qualified.check_qualified(qualified.read_qualified(tmp_path), [])
+    assert result.level == "FAIL" and "n5 failed: GPU 3: bf16 product: 700.0 TFLOP/s" in result.text
+    (tmp_path / "n1/qualify.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"n1/qualify.json is no result of pipeline qualify"):
+        qualified.read_qualified(tmp_path)
+    with pytest.raises(UserError, match=r"holds no qualify.json; on all nodes run: srun pipeline qualify"):
+        qualified.read_qualified(tmp_path / "none")
+
+
+def test_preflight_reads_what_qualify_writes(tmp_path, capsys):
+    assert main(["qualify", "--device", "cpu", "--parts", "ceilings", "--out", str(tmp_path / "q")]) == 0
+    main(["preflight", "--qualified", str(tmp_path / "q"), "--model.name", "resnet18", "--train.device", "cpu"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.split()[1:2] == ["qualified"])
+    assert line.startswith("pass")

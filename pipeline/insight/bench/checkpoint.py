@@ -1,10 +1,12 @@
 """`bench checkpoint`: how long a save blocks the training, and what it takes in the background."""
 
 import functools
+import multiprocessing
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,8 @@ def checkpoint(
     rounds: int = 7,
     device: Literal["auto", "cuda", "cpu"] = "auto",
 ) -> dict:
-    """How long a step waits for a checkpoint, and how long the background work takes: writing, hashing, reading back.
+    """How long a step waits for a checkpoint, how long the background work takes (writing, hashing, reading back), and
+    how much slower training is meanwhile: with one thread for its arithmetic, so that a second core is free to write.
 
     Args:
         model: a torchvision classification model, with SGD and momentum.
@@ -75,6 +78,11 @@ def checkpoint(
             timed("verify", functools.partial(verify_checkpoint, path), counts)
             timed("load", functools.partial(load_state, path), counts)
             shutil.rmtree(path)
+            write = functools.partial(write_checkpoint, scratch, number, copy, {})
+            for name, seconds in steps_while(write, place).items():
+                if counts:
+                    seen.setdefault(name, []).append(1e3 * seconds)
+            shutil.rmtree(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     spreads = {name: Spread.of(values) for name, values in seen.items()}
@@ -101,8 +109,70 @@ def checkpoint(
         )
     )
     print(f"  host memory is allocated once, in {reserve_s:.2f} s; a save waits until the previous one is written")
+    ratios = {
+        name: Spread.of(
+            [busy / free for busy, free in zip(seen[f"step_while_{name}_ms"], seen["step_ms"], strict=True)]
+        )
+        for name in ("thread", "process")
+        if f"step_while_{name}_ms" in seen
+    }
+    for name, ratio in ratios.items():
+        print(
+            f"  a step takes {ratio.median:.3f} x its time while a {name} writes a checkpoint "
+            f"({ratio.minimum:.3f} to {ratio.maximum:.3f}; {spreads['step_ms'].median:.1f} ms without)"
+        )
     values = {name: spread.as_dict(2) for name, spread in spreads.items()}
-    return {"model": model, "device": place.type, "bytes": host.bytes, "reserve_s": round(reserve_s, 3), **values}
+    return {"model": model, "device": place.type, "bytes": host.bytes, "reserve_s": round(reserve_s, 3), **values} | {
+        f"step while a {name} writes / step": ratio.as_dict() for name, ratio in ratios.items()
+    }
+
+
+def steps_while(write: Callable[[], Any], place: Any) -> dict[str, float]:
+    """Seconds of a small network's training step: step_ms with nothing beside it, step_while_thread_ms
+    while a thread of this process calls `write`, as a run does; on a CPU also step_while_process_ms, a process that has
+    an interpreter's lock of its own. The step's many small operators are the hard case: each has to get the lock back.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    network = _small_network(place)
+    images = torch.randn(4, 3, 32, 32, device=place)
+
+    def seconds(enough: Callable[[int], bool]) -> float:
+        begun, done = time.perf_counter(), 0
+        while done == 0 or not enough(done):
+            network.zero_grad()
+            network(images).sum().backward()
+            if place.type == "cuda":
+                torch.cuda.synchronize()
+            done += 1
+        return (time.perf_counter() - begun) / done
+
+    found = {}
+    try:
+        seconds(lambda done: done >= 3)
+        before = seconds(lambda done: done >= 10)
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(write)
+            found["step_while_thread_ms"] = seconds(lambda _: writing.done())
+            writing.result()
+        if place.type == "cpu":  # a fork has what is to be written
+            child = multiprocessing.get_context("fork").Process(target=write)
+            child.start()
+            found["step_while_process_ms"] = seconds(lambda _: not child.is_alive())
+            child.join()
+        found["step_ms"] = (before + seconds(lambda done: done >= 10)) / 2
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def _small_network(place: Any) -> Any:
+    from pipeline.config import ModelConfig
+    from pipeline.model.build import build_model
+
+    return build_model(ModelConfig(name="resnet18"), 10).to(place).train()
 
 
 def _copied(value: Any) -> Any:

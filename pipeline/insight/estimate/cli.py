@@ -88,7 +88,7 @@ def measured_rate(options: Options) -> tuple[float, str, int] | None:
 
 def estimate(config: Config, options: Options) -> dict:
     """The results as plain values. Bytes are in MiB, times in seconds, FLOPs of one image."""
-    from pipeline.insight.estimate.memory import MIB, checkpoint_bytes, step_memory, weight_bytes
+    from pipeline.insight.estimate.memory import MIB, checkpoint_bytes, run_memory, step_memory, weight_bytes
     from pipeline.insight.estimate.trace import Tracer, by_kind
     from pipeline.model.sizes import check_image_sizes
 
@@ -110,6 +110,7 @@ def estimate(config: Config, options: Options) -> dict:
     check_image_sizes(config)
     tracer = Tracer(config, classes, options.conv_bias)
     memory = step_memory(tracer, at_once)
+    run = run_memory(memory, config, world_size)
     step = tracer.trace(at_once)
     trained = sum(p.numel() for p in tracer.model.parameters() if p.requires_grad)
     facts = {
@@ -132,6 +133,7 @@ def estimate(config: Config, options: Options) -> dict:
         "transient_mib": memory.transient_mib,
         "images_at_once": at_once,
         "local_batch": local,
+        "beside_mib": run.by_name(at_once),
         "card_mib_by_batch": {n: memory.card_mib(n) for n in batches},
         "weights_file_mib": weight_bytes(tracer.model) / MIB,
         "checkpoint_mib": checkpoint_bytes(tracer.model, config) / MIB,
@@ -139,7 +141,8 @@ def estimate(config: Config, options: Options) -> dict:
         "world_size": world_size,
     }
     if card_mib is not None:
-        facts |= {"card": options.card, "card_mib": card_mib, "largest_batch": memory.most_images(card_mib)}
+        facts |= {"card": options.card, "card_mib": card_mib, "largest_batch": run.most_images(card_mib)}
+        facts["largest_batch_of_step"] = memory.most_images(card_mib)
     if rate is not None:
         facts |= {"images_per_s": rate[0], "images_per_s_from": rate[1], "epoch_s": images / rate[0]}
     if card is not None:
@@ -211,7 +214,7 @@ def _flops(value: float) -> str:
 
 def render(facts: dict) -> str:
     """The results as text."""
-    from pipeline.insight.estimate.memory import CONTEXT_MIB, SLACK
+    from pipeline.insight.estimate.memory import CONTEXT_MIB, RESERVE, SLACK
 
     layout = ", channels_last" if facts["channels_last"] else ""
     frozen = facts["parameters"] - facts["trained_parameters"]
@@ -232,13 +235,19 @@ def render(facts: dict) -> str:
         f"  {facts['image_mib']:10,.2f}  kept for backward, each image",
         f"  {facts['transient_mib']:10,.2f}  transient, each image",
         f"  {CONTEXT_MIB:10,.2f}  CUDA context and workspaces, and {SLACK:.0%} on all above for the allocator (fitted)",
+        *(f"  {mib:10,.2f}  {name}" for name, mib in facts["beside_mib"].items()),
         "",
+        "the step alone",
         "  images at once  " + " ".join(f"{n:>8,}" for n in facts["card_mib_by_batch"]),
         "  GPU MiB         " + " ".join(f"{mib:8,.0f}" for mib in facts["card_mib_by_batch"].values()),
     ]
     if "card_mib" in facts:
         name = facts["card"] or "the card"
-        lines += ["", f"  at most {facts['largest_batch']:,} images at once on {name} ({facts['card_mib']:,.0f} MiB)"]
+        lines += [
+            "",
+            f"  at most {facts['largest_batch']:,} images at once on {name} ({facts['card_mib']:,.0f} MiB), with all "
+            f"of the above and {RESERVE:.0%} left free; {facts['largest_batch_of_step']:,} fit the step alone",
+        ]
     lines += [""] if "epoch_s" in facts or "roofline_epoch_s" in facts else []
     many = f"{facts['training_images']:,} images"
     if "epoch_s" in facts:

@@ -12,6 +12,12 @@ MIB = 1 << 20
 CONTEXT_MIB = 1500.0  # the CUDA context, and the libraries' code and workspaces
 SLACK = 0.08  # what the caching allocator holds above what tensors take
 # Both are fitted to ten measurements of one card (RTX A6000, ResNet-152, fp32), which they meet within 8 %.
+RESERVE = 0.05  # of the card, that the largest batch leaves free: for fragmentation, and what a driver takes
+# What a run has beside its step is not measured yet: `pipeline qualify` compares on a card.
+NCCL_MIB = 400.0  # of several ranks: 4 MiB a channel and protocol, for up to 32 channels (NCCL_BUFFSIZE), and its own
+CUDNN_MIB = 256.0  # the largest workspace that a convolution's fastest algorithm takes beside the context's share
+GRAPHS = 0.1  # of what a step allocates: replayed graphs share no memory with what runs beside them
+_WINDOW_MIB = 0.33  # of a training image that DALI brings to the GPU: 110,000 pixels at ImageNet's sizes
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,54 @@ class StepMemory:
         return self.card_mib(self.images)
 
     def most_images(self, card_mib: float) -> int:
-        """How many images at once fit a card; 0 if not even one does."""
+        """How many images at once fit a card with nothing beside the step; 0 if not even one does."""
         left = (card_mib - CONTEXT_MIB) / (1 + SLACK) - self.fixed_mib
         return max(0, int(left // (self.image_mib + self.transient_mib)))
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """What a run has on the card beside its step, in MiB by name; `loader_image_mib` for each image of the local batch,
+    `graphs_share` of what a step allocates."""
+
+    step: StepMemory
+    parts: dict[str, float]
+    loader_image_mib: float
+    graphs_share: float
+    local_batch: int
+
+    def by_name(self, images: int) -> dict[str, float]:
+        """All of it, with so many images at once."""
+        found = dict(self.parts)
+        if self.loader_image_mib:
+            found["DALI's pool"] = self.loader_image_mib * max(images, self.local_batch)
+        if self.graphs_share:
+            found["pool of CUDA graphs"] = self.graphs_share * self.step.allocated_mib(images)
+        return found
+
+    def card_mib(self, images: int) -> float:
+        """What the card shows as used."""
+        return self.step.card_mib(images) + sum(self.by_name(images).values())
+
+    def most_images(self, card_mib: float) -> int:
+        """How many images at once fit a card and leave `RESERVE` of it free; 0 if not even one does."""
+        room, most = (1 - RESERVE) * card_mib, self.step.most_images(card_mib)
+        while most > 0 and self.card_mib(most) > room:
+            most -= 1
+        return most
+
+
+def run_memory(step: StepMemory, config: Config, world_size: int) -> RunMemory:
+    """Of a run on so many GPUs. The host's memory is not in it."""
+    parts = {"workspaces of cuDNN": CUDNN_MIB}
+    if world_size > 1:
+        parts["buffers of NCCL"] = NCCL_MIB
+    parts["copy of the state while a checkpoint is saved"] = step.weights_mib + step.optimizer_mib
+    loader = 0.0
+    if config.data.loader != "reference":  # windows, as they are and resized, in each batch that is decoded ahead
+        loader = (config.data.prefetch + 1) * (_WINDOW_MIB + 3 * config.data.image_size**2 / MIB)
+    local = config.train.local_batch_size(world_size)
+    return RunMemory(step, parts, loader, GRAPHS if config.train.cuda_graphs else 0.0, local)
 
 
 def estimate_step(config: Config, num_classes: int, images: int) -> StepMemory:

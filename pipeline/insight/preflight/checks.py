@@ -210,7 +210,7 @@ def check_wandb(config: Config) -> CheckResult:
 
 def check_memory(config: Config, world_size: int, classes: int | None, card_mib: float | None) -> CheckResult:
     """Does a step fit into the GPU's memory? An estimate."""
-    from pipeline.insight.estimate.memory import estimate_step
+    from pipeline.insight.estimate.memory import RESERVE, estimate_step, run_memory
 
     if config.train.device == "cpu":
         return CheckResult(PASS, "memory", "not checked on a CPU")
@@ -219,15 +219,17 @@ def check_memory(config: Config, world_size: int, classes: int | None, card_mib:
         step = estimate_step(config, config.model.num_classes or classes or 1000, images)
     except UserError as error:
         return CheckResult(FAIL, "memory", str(error))
-    text = f"about {step.total_mib / 1024:.1f} GiB a GPU for {images} images at once (estimated)"
+    run = run_memory(step, config, world_size)
+    total = run.card_mib(images)
+    text = f"about {total / 1024:.1f} GiB a GPU for {images} images at once (estimated)"
     if card_mib is None:
         return CheckResult(PASS, "memory", f"{text}; give --gpu_memory to compare")
     text += f", the card has {card_mib / 1024:.1f}"
-    fitting = step.most_images(0.9 * card_mib)
+    fitting = run.most_images(0.9 * card_mib / (1 - RESERVE))
     remedy = f"give --train.micro_batch_size {fitting}" if fitting > 0 else "the model alone is too large"
-    if step.total_mib > card_mib:
+    if total > card_mib:
         return CheckResult(FAIL, "memory", f"{text}; {remedy}")
-    if step.total_mib > 0.9 * card_mib:
+    if total > 0.9 * card_mib:
         return CheckResult(WARN, "memory", f"{text}: tight; {remedy}")
     return CheckResult(PASS, "memory", text)
 

@@ -20,6 +20,7 @@ from pipeline.imports import importing
 from pipeline.insight.preflight import between_nodes, checks, hardware
 from pipeline.insight.preflight.check_result import FAIL, PASS, CheckResult
 from pipeline.insight.preflight.node_facts import gather_facts
+from pipeline.insight.preflight.qualified import check_qualified, read_qualified
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Options:
     bench: str | None = None
     """A file written by `pipeline bench train --json FILE`: the speed for the time estimate until the run has measured
     its own."""
+    qualified: str | None = None
+    """The --out folder of `pipeline qualify` on the nodes: names a node that failed there, or is slower than the
+    others."""
     node_facts: bool = False
     """Print the facts about this machine as one JSON line, for --nodes_file."""
     nodes_file: str | None = None
@@ -117,6 +121,9 @@ def run_checks(config: Config, nodes: list[dict], options: Options) -> Iterator[
     yield hardware.check_open_files(nodes or [here], world)
     if nodes or "SLURM_JOB_NUM_NODES" in os.environ:
         yield checks.check_nodes(nodes, int(os.environ.get("SLURM_JOB_NUM_NODES", len(nodes))))
+    if options.qualified:
+        found = read_qualified(Path(options.qualified).expanduser())
+        yield check_qualified(found, [node["node"] for node in nodes])
     yield checks.check_data(data, config)
     yield from checks.check_run_folder(run_dir, here["run_folder"], config, data)
     yield checks.check_wandb(config)

@@ -29,10 +29,14 @@ PARTS = (
     Part("numerics", "numerics.numerics", 0.18),
     Part("pixels", "pixels.pixels", 0.05),
     Part("ceilings", "speed.ceilings", 0.05),
-    Part("repeat and resume", "whole_runs.repeat_and_resume", 0.20),
-    Part("elastic", "whole_runs.elastic", 0.10),
-    Part("steps", "speed.step_table", 0.25),
-    Part("checkpoints", "speed.checkpoint_stall", 0.05),
+    Part("network", "network.network", 0.05),
+    Part("repeat and resume", "whole_runs.repeat_and_resume", 0.16),
+    Part("elastic", "whole_runs.elastic", 0.08),
+    Part("overlap", "whole_runs.overlap", 0.05),
+    Part("steps", "speed.step_table", 0.13),
+    Part("peers", "peers.plain_loops", 0.05),
+    Part("lecture", "peers.lecture_table", 0.05),
+    Part("checkpoints", "speed.checkpoint_stall", 0.03),
     Part("training", "speed.training", 0.10),
 )
 

@@ -16,12 +16,14 @@ class Row:
         value: what was found, with its unit.
         bound: what it must be; empty: it is only reported.
         verdict: "info" where there is no bound, "skipped" where it can't be found out here.
+        rate: a speed, where it is one: what preflight compares between nodes.
     """
 
     what: str
     value: str
     bound: str = ""
     verdict: Verdict = "info"
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Settings:
     seconds: float
 
 
-def judged(what: str, value: str, bound: str, good: bool) -> Row:
+def judged(what: str, value: str, bound: str, good: bool, rate: float | None = None) -> Row:
     """A row with a bound."""
-    return Row(what, value, bound, "pass" if good else "FAIL")
+    return Row(what, value, bound, "pass" if good else "FAIL", rate)
 
 
 def skipped(what: str, why: str) -> Row:

@@ -11,6 +11,7 @@ from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.synthetic.generate import Settings as Synthetic
 from pipeline.dataset.synthetic.generate import generate_tree
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK
+from pipeline.insight.bench.overlap import common, length, read_spans
 from pipeline.insight.chaos.compare import check_samples, compare_ledgers, compare_weights, rows_of
 from pipeline.insight.qualify.rows import Row, Settings, judged, skipped
 from pipeline.run_paths import RunPaths, list_checkpoints
@@ -52,6 +53,21 @@ def elastic(settings: Settings) -> Iterator[Row]:
     found = check_samples(fewer)
     value = "; ".join(found) or f"same images, losses off by {worst:.1e} at most"
     yield judged(f"{ranks} ranks, then {ranks // 2}", value, "same images; at most 5e-2", not found and worst < 5e-2)
+
+
+def overlap(settings: Settings) -> Iterator[Row]:
+    """How much of the exchange of gradients runs beside the backward pass, by a trace of a run on several ranks."""
+    ranks = settings.gpus if settings.device == "cuda" else 2
+    if ranks < 2:
+        yield skipped("exchange of gradients", "one GPU")
+        return
+    run = _train(settings, _data(settings), "traced", ranks, "--train.profile_steps", "2")
+    (trace,) = sorted(RunPaths(run).profile.glob("*.json*"))[:1]
+    exchange, computing = read_spans(trace)
+    took, hidden = length(exchange), common(exchange, computing)
+    yield Row(
+        "exchange of gradients", f"{took / 1e3:,.1f} ms in 2 steps, {hidden / max(took, 1e-9):.0%} beside computing"
+    )
 
 
 def _data(settings: Settings) -> Path:
