@@ -95,6 +95,14 @@ def test_recipes_page_and_picture_are_current() -> None:
     assert written == done.stdout, "run: python scripts/make_recipes_page.py"
 
 
+def test_figures_of_losing_nodes_are_those_of_the_committed_files() -> None:
+    import runpy
+
+    made = runpy.run_path(str(ROOT / "scripts/make_elastic_table.py"))
+    page = made["PAGE"].read_text()
+    assert page == made["section"](page), "run: python scripts/make_elastic_table.py"
+
+
 def test_code_layout_names_what_is_there() -> None:
     """The README's layout lists every folder of the package, and nothing that is not there."""
     layout = (ROOT / "README.md").read_text().split("## Code layout")[1].split("```")[1]

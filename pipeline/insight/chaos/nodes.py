@@ -64,7 +64,7 @@ class NodeJob:
         nnodes: as the option, "1:3".
         launcher: one of `LAUNCHERS`.
         timeout_s: for whatever is waited for.
-        options: further options of the launcher.
+        options, training: further options of the launcher, and of `train`.
         nodes: the launchers that were started and not killed.
     """
 
@@ -74,6 +74,7 @@ class NodeJob:
     launcher: str = OURS
     timeout_s: float = 120.0
     options: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
     nodes: list[subprocess.Popen] = field(default_factory=list)
     store: subprocess.Popen | None = None
 
@@ -90,7 +91,7 @@ class NodeJob:
         command = [sys.executable, *LAUNCHERS[self.launcher], *meeting, *self.options, *options, *module]
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [*command, *train_options(self.work, self.run)],
+                [*command, *train_options(self.work, self.run), *self.training],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment(),
