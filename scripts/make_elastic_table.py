@@ -52,8 +52,9 @@ def tries_text(made: dict) -> str:
     bad, load = len(result["problems"]), made["machine"]["load"][2]
     lines = [
         "",
-        f"A busy machine ({made['machine']['cores']} cores, load {load:.0f} over 15 minutes): {result['tries']} times a node",
-        "of a running job was killed, or frozen until the others trained without it. Nothing but that node was lost,",
+        f"A busy machine ({made['machine']['cores']} cores, load {load:.0f} over 15 minutes):",
+        f"{result['tries']} times a node of a running job was killed, or frozen",
+        "until the others trained without it. Nothing but that node was lost,",
         f"and no second world trained, in {result['tries'] - bad} of them. From the loss to the first new step: median",
         f"{statistics.median(seconds):.1f} s, at most {seconds[-1]:.1f}.",
         f"`{made['command']}` ([raw](../benchmarks/{TRIES.name}))",

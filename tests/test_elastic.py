@@ -15,7 +15,8 @@ from launching import Job, descendants, kill, rank_pids, training, wait_for
 
 from pipeline.__main__ import main
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_NODE_LOST, EXIT_STORE_LOST
-from pipeline.insight.chaos.compare import check_wandb, wandb_steps
+from pipeline.insight.chaos.compare import check_wandb, differences, wandb_steps
+from pipeline.training.run_folder.checkpoint import load_state
 
 ENDLESS = ["--schedule.epochs", "100000", "--train.global_batch_size", "24"]
 
@@ -284,6 +285,30 @@ def test_a_run_that_lost_nothing_but_a_node_loses_a_second_of_work_at_most(root,
     assert_one_run(run, root, tmp_path)
 
 
+@pytest.mark.long
+def test_the_snapshots_of_all_nodes_are_of_rank_0s_state(root, tmp_path):
+    """BatchNorm's running statistics too, which each rank has of its own: any node may be the one that is left."""
+
+    def states() -> list[dict]:
+        found = [path for name in ("n1", "n2") for path in snapshots(job, name)]
+        same = [path for path in found if sum(path.name == other.name for other in found) == 2]
+        try:
+            return [load_state(path) for path in same]
+        except OSError:  # removed meanwhile: a newer one is there
+            return []
+
+    read: list[dict] = []
+    with elastic(tmp_path, root, "2") as job:
+        job.serve()
+        for name in ("n1", "n2"):
+            job.start(name)
+        wait_for(lambda: read.extend(states()) or len(read) >= 2, say=job.all_output)
+    assert not differences(read[0], read[1])
+
+
+def snapshots(job: Job, name: str) -> list[Path]:
+    return list(Path("/dev/shm").glob(f"pipeline-{os.getuid()}-*-{job.processes[name].pid}-*/snapshots/step-*"))
+
+
 def local_steps(job: Job) -> list[int]:
-    found = Path("/dev/shm").glob(f"pipeline-{os.getuid()}-*-{job.processes['n1'].pid}-*/snapshots/step-*")
-    return [int(path.name.removeprefix("step-")) for path in found]
+    return [int(path.name.removeprefix("step-")) for path in snapshots(job, "n1")]

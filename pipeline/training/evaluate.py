@@ -93,8 +93,12 @@ class Evaluation:
 def share_buffers(model: nn.Module, world: World) -> None:
     """Give every rank rank 0's buffers (BatchNorm's running statistics). Collective."""
     if world.size > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+        for kind in sorted({buffer.dtype for buffer in model.buffers()}, key=str):
+            buffers = [buffer for buffer in model.buffers() if buffer.dtype == kind]
+            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+            torch.distributed.broadcast(flat, src=0)
+            parts = flat.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(parts, buffers, strict=True)])
 
 
 def predict(network: nn.Module, images: torch.Tensor, ids: torch.Tensor, flip: bool, crops: bool) -> torch.Tensor:

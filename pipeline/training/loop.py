@@ -11,7 +11,7 @@ from pipeline.errors import EXIT_OK, EXIT_REGROUP
 from pipeline.loader.build import make_eval_stream, make_train_stream
 from pipeline.loader.prefetch import DigestsAhead, OngoingBatches
 from pipeline.loader.stream import Stream
-from pipeline.training.evaluate import Evaluation, score_recalibrated
+from pipeline.training.evaluate import Evaluation, score_recalibrated, share_buffers
 from pipeline.training.guard import Guard
 from pipeline.training.profile import Profiler
 from pipeline.training.ranks.consistency import compare_parameters
@@ -247,6 +247,8 @@ class Trainer:
         if self.guard.last_good_step is not None:
             return
         compare_parameters(self.train_step.model, self.world, self.step)
+        with self.watch.collective("the exchange of buffers"):
+            share_buffers(self.train_step.model, self.world)  # rank 0's count, and its node may be the one that is lost
         if self.local and self.world.local_rank == 0:
             self.watch.phase("a local snapshot")
             self.local.save(self.step, self.train_step.state_dict(), self.meta())
