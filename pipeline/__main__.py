@@ -23,7 +23,9 @@ from pipeline.errors import (
     exit_code_of,
     permission_problem,
 )
+from pipeline.files import give_home
 from pipeline.logs import shown_on_command_line
+from pipeline.rank_env import own_rank
 from pipeline.redact import redact
 from pipeline.training.ranks import stop_request
 
@@ -98,13 +100,27 @@ VERBS = {
 }
 
 
+#: verbs that train or score, for which Linux is needed: /proc, shared memory, DALI
+LINUX_ONLY = ("train", "continue", "launch", "evaluate", "qualify", "chaos", "bench")
+
+
 def usage() -> str:
     return verb_page("pipeline", "VERB", {verb: about for verb, (_, _, about) in VERBS.items()})
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return its exit code (see `pipeline.errors`)."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one verb and return its exit code (see `pipeline.errors`), also after a help page or a mistaken option: a
+    program or notebook that calls this goes on."""
+    try:
+        return _main(sys.argv[1:] if argv is None else list(argv))
+    except SystemExit as asked:
+        if asked.code is None or isinstance(asked.code, int):
+            return asked.code or EXIT_OK
+        print(asked.code, file=sys.stderr)
+        return EXIT_RETRY
+
+
+def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return EXIT_OK
@@ -115,7 +131,13 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"pipeline: unknown verb '{verb}'; one of: {', '.join(VERBS)}", file=sys.stderr)
         return EXIT_USER
+    if verb in LINUX_ONLY and not sys.platform.startswith("linux"):
+        complain(f"pipeline {verb}", f"needs Linux, and this is {sys.platform}: run it in a Linux container")
+        return EXIT_USER
     module, function, _ = VERBS[verb]
+    moved = give_home()
+    if moved and own_rank() == 0:
+        complain(f"pipeline {verb}", moved)
     try:
         with shown_on_command_line():
             code = getattr(importlib.import_module(module), function)(rest)
@@ -164,10 +186,7 @@ def run() -> None:
     sys.excepthook = print_traceback
     threading.excepthook = lambda found: print_traceback(*found[:3])
     atexit.register(leave)  # registered first, so it is called last
-    try:
-        code = main()
-    except SystemExit as asked:
-        code = asked.code
+    code = main()
     sys.exit(code)
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -61,3 +63,29 @@ def read_note(path: Path) -> str:
     """The text of a small file, or of a link that stands for it: a link can be made on a full disk, its target is the
     text. Raises OSError."""
     return str(path.readlink()) if path.is_symlink() else path.read_text()
+
+
+def give_home() -> str | None:
+    """Where this account has no home folder (HOME is not set and its uid is in no passwd file, as in many containers):
+    set HOME to one of its own below the temporary folder, and LOGNAME, which torch and W&B ask for.
+
+    Returns what was done, in words; None where there is a home.
+    """
+    try:
+        Path.home()
+        return None
+    except RuntimeError:
+        pass
+    uid = os.getuid()
+    home = Path(tempfile.gettempdir()) / f"pipeline-home-{uid}"
+    try:
+        home.mkdir(mode=0o700, exist_ok=True)
+        facts = home.lstat()
+        ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == uid and not facts.st_mode & 0o077
+    except OSError:
+        ours = False
+    if not ours:  # another account was there first
+        home = Path(tempfile.mkdtemp(prefix=f"pipeline-home-{uid}-"))
+    os.environ["HOME"] = str(home)
+    os.environ.setdefault("LOGNAME", str(uid))
+    return f"uid {uid} has no home folder and HOME is not set: caches and keys are looked for in {home}"

@@ -118,3 +118,22 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
             if path.name.startswith(_STEP) and number.isdigit() and path.is_dir():
                 found.append((int(number), path))
     return sorted(found, reverse=True)
+
+
+def is_run(folder: Path) -> bool:
+    """Has a run begun in this folder?"""
+    return (RunPaths(folder).config.exists() and RunPaths(folder).checkpoints.is_dir()) or RunPaths(
+        folder
+    ).ledger.exists()
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder itself if it is a run's, otherwise the run folders below it, by name; [] where there are none. A run's
+    own folders are not searched, nor hidden ones."""
+    if is_run(folder) or not folder.is_dir():
+        return [folder] if is_run(folder) else []
+    found: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
+            found += find_runs(path)
+    return found

@@ -22,6 +22,7 @@ from pipeline.evaluation.class_map import class_positions
 from pipeline.loader.eval_plan import EvalPlan, FiveCropPlan
 from pipeline.loader.reference import ReferenceDecoder
 from pipeline.loader.stream import EncodedBatch
+from pipeline.tracking.ledger import best_step, read_rows
 from pipeline.training.evaluate import Tally
 
 
@@ -238,3 +239,14 @@ def test_partial_sums_of_other_settings_or_damaged_ones_are_not_taken(run, evalu
     counted.seen = 0
     assert without_speed(evaluate(run, "--batch_size", "10")) == without_speed(wanted)
     assert counted.seen == 6 and not (run / "evaluation").exists()
+
+
+@pytest.mark.parametrize("verb", [["evaluate", "RUN"], ["export", "RUN", "OUT.pth"]])
+def test_a_best_checkpoint_that_is_gone_is_named_beside_those_that_are_there(run, tmp_path, capsys, verb):
+    there = shutil.copytree(run, tmp_path / "run")
+    best = best_step(row for row in read_rows(there / "metrics.jsonl") if row["kind"] == "eval")
+    (there / "checkpoints" / f"step-{best:09d}").rename(there / "checkpoints/step-000000777")
+    argv = [item.replace("RUN", str(there)).replace("OUT", str(tmp_path / "out")) for item in verb]
+    assert main(argv) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"step-{best:09d}, is not there" in line and "step-000000777" in line and "--checkpoint last" in line

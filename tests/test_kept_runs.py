@@ -1,6 +1,5 @@
 """What a run has done is kept: through mistaken starts, moved and copied folders, returns to older checkpoints."""
 
-import json
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ import yaml
 
 from pipeline.config import TrackingConfig
 from pipeline.tracking.wandb_view import WandbView
+from pipeline.training import setup
 
 SAVING = ["--checkpoint.every_steps", "2", "--checkpoint.keep", "9", "--train.max_steps", "6"]
 
@@ -34,18 +34,40 @@ def saved(folder):
     return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("mistake", [["--optim.lr", "0.01"], ["--train.max_steps", "4"], ["--data.root", "nowhere"]])
-def test_a_refused_start_leaves_a_finished_run_finished(root, run, mistake):
-    before = json.loads((run / "finished").read_text())
+MISTAKES = [
+    ["--optim.lr", "0.01"],
+    ["--train.max_steps", "4"],
+    ["--data.root", "nowhere"],
+    ["--resume", "nowhere"],
+    ["--resume", "never"],
+    ["--model.num_classes", "2"],
+]
+
+
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+@pytest.mark.parametrize("mistake", MISTAKES, ids=" ".join)
+def test_a_refused_start_leaves_a_run_as_it_was(root, run, mistake, state):
+    """Its marker, its settings, its ledger and its checkpoints."""
+    if state == "interrupted":
+        (run / "finished").rename(run / "interrupted")
+
+    def kept():
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+
+    before = kept()
     runs.call(root, run, *SAVING, *mistake, expect=2)
-    assert json.loads((run / "finished").read_text()) == before
-    assert not (run / "failed").exists()
+    assert kept() == before
 
 
-def test_a_refused_start_leaves_an_interrupted_run_interrupted(root, run):
-    (run / "finished").rename(run / "interrupted")
-    runs.call(root, run, *SAVING, "--optim.lr", "0.01", expect=2)
-    assert (run / "interrupted").exists() and not (run / "failed").exists()
+def test_a_stop_while_a_finished_run_is_looked_at_leaves_it_finished(root, run, monkeypatch):
+    def stopped(*_, stop, **__):
+        stop.ask("SIGTERM")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup, "open_data", stopped)
+    before = (run / "finished").read_bytes()
+    runs.call(root, run, *SAVING, expect=75)
+    assert (run / "finished").read_bytes() == before and not (run / "interrupted").exists()
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(root, run):

@@ -1,9 +1,13 @@
 """Starts in every kind of shell: leftovers of launchers, srun alone, notebooks, small data, interruptions."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import runs
@@ -176,3 +180,98 @@ def test_the_first_interrupt_says_what_happens(root, tmp_path):
 def test_quickstart_needs_no_address_of_the_own_host_name():
     script = (runs.Path(__file__).parents[1] / "scripts/quickstart.sh").read_text()
     assert "--local-addr=127.0.0.1" in script
+
+
+#: an account that no passwd file knows, in an empty environment; it may read what the interpreter lies in
+STRANGER = [
+    *("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"),
+    *("--inh-caps=+dac_override,+dac_read_search", "--ambient-caps=+dac_override,+dac_read_search"),
+    *("env", "-i", "PATH=/usr/bin:/bin", "OMP_NUM_THREADS=1", "PYTHONDONTWRITEBYTECODE=1"),
+]
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+def test_an_account_without_a_home_or_a_name(root, tmp_path):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir(mode=0o777)
+    temporary.chmod(0o777)
+    here = [f"PYTHONPATH={runs.Path(__file__).parents[1]}", f"TMPDIR={temporary}"]
+
+    def as_stranger(*argv):
+        command = [*STRANGER, *here, sys.executable, "-m", "pipeline", *argv]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert "Traceback" not in done.stderr, done.stderr[-3000:]
+        assert f"HOME is not set: caches and keys are looked for in {temporary}/pipeline-home-54321" in done.stderr
+        return done
+
+    run = temporary / "run"
+    argv = runs.command(root, run, *ONE_STEP, "--tracking.wandb", "auto")
+    done = as_stranger(*argv[argv.index("pipeline") + 1 :])
+    assert done.returncode == 0 and len(runs.rows(run, "train")) == 1, done.stderr
+    assert "finished" in as_stranger("status", str(run)).stdout
+    fetched = as_stranger("fetch", str(temporary / "data"))
+    assert fetched.returncode == 2 and "no Kaggle credentials" in fetched.stderr
+    assert (temporary / "pipeline-home-54321").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_program_that_calls_main_gets_a_code_and_goes_on(root, tmp_path, capsys):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers], sys.excepthook, threading.excepthook
+    for argv, code in (
+        (["train", "--help"], 0),
+        (["train", "--optim.lr", "many"], 2),
+        (["train", "--no.such", "1"], 2),
+        (["status"], 2),
+        (["continue", "nowhere", "--epochs", "9"], 2),
+        (["evaluate", "nowhere"], 2),
+        (["report", "nowhere", "--device", "gpu"], 2),
+        (["recipes"], 0),
+        (["nothing"], 2),
+    ):
+        assert main(argv) == code, argv
+        printed = "".join(capsys.readouterr())
+        assert "Traceback" not in printed
+    assert before == ([signal.getsignal(number) for number in numbers], sys.excepthook, threading.excepthook)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hang_up_saves_unless_it_was_ignored_at_the_start(root, tmp_path, ignored):
+    run = tmp_path / "run"
+    command = runs.command(root, run, "--schedule.epochs", "4000")
+    process = subprocess.Popen(["nohup", *command] if ignored else command, env=runs.environment(), **PIPED)
+    while len(runs.rows(run, "train")) < 2 and process.poll() is None:
+        time.sleep(0.01)  # polls a condition
+    process.send_signal(signal.SIGHUP)
+    if ignored:
+        done = len(runs.rows(run, "train"))
+        while len(runs.rows(run, "train")) < done + 3 and process.poll() is None:
+            time.sleep(0.01)  # polls a condition
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    facts = json.loads((run / "interrupted").read_text())
+    assert facts["reason"] == ("SIGTERM" if ignored else "SIGHUP")
+    assert runs.checkpoint_at(run, facts["step"]).is_dir()
+
+
+@pytest.mark.parametrize("verb", ["train", "continue", "launch", "evaluate"])
+def test_another_system_is_one_line(monkeypatch, capsys, verb):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert main([verb, "--help"]) == 2
+    printed = capsys.readouterr().err
+    assert printed == f"pipeline {verb}: needs Linux, and this is darwin: run it in a Linux container\n"
+
+
+def has_uts():
+    return subprocess.run(["unshare", "--uts", "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or not has_uts(), reason="needs root for unshare --uts")
+def test_launch_where_the_own_host_name_has_no_address(root, tmp_path):
+    command = runs.command(root, tmp_path / "run", *ONE_STEP, "--train.eval_every_epochs", "100")
+    launch = [sys.executable, "-m", "pipeline", "launch", "--nproc-per-node=2", *command[1:]]
+    script = ["unshare", "--uts", "sh", "-c", 'hostname no-such-host-x; exec "$@"', "sh", *launch]
+    done = subprocess.run(script, env=runs.environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert runs.rows(tmp_path / "run", "event")[0]["host"] == "no-such-host-x"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -202,3 +203,37 @@ def test_needs_neither_torch_nor_numpy(run):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.fixture
+def sweep(run, tmp_path_factory):
+    """A folder of three runs, one of them in a folder below, and what is none; best top-1 of 30, 50, none."""
+    train(run, 1, 25)
+    folder = tmp_path_factory.mktemp("many") / "sweep"
+    for name, top1 in (("a", 30.0), ("deep/b", 50.0), ("c", None)):
+        there = shutil.copytree(run, folder / name)
+        if top1 is not None:
+            evaluate(there, 20, top1)
+    (folder / "notes").mkdir()
+    (folder / "a/set-aside-after-step-000000002").mkdir()
+    (folder / "a/set-aside-after-step-000000002/metrics.jsonl").write_text("")
+    return folder
+
+
+def test_several_runs_or_a_folder_of_them_are_a_line_each(sweep, capsys):
+    assert main(["status", str(sweep)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["run", "state"]
+    assert [line.split()[0] for line in lines] == [str(sweep / name) for name in ("a", "c", "deep/b")]
+    assert "30.00 %" in lines[0] and "training" in lines[0] and "25 of 40" in lines[0] and "50.00 %" in lines[2]
+    assert main(["status", str(sweep), str(sweep / "a"), "--sort", "best"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == [str(sweep / name) for name in ("deep/b", "a", "c")]
+    assert main(["status", str(sweep / "c"), str(sweep / "a"), "--json"]) == 0
+    seen = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["run"] for row in seen] == [str(sweep / "c"), str(sweep / "a")]
+
+
+def test_a_folder_without_runs_is_named(sweep, capsys):
+    assert main(["status", str(sweep / "a"), str(sweep / "notes")]) == 2
+    assert f"{sweep / 'notes'} is not a run folder, and none is below it" in capsys.readouterr().err

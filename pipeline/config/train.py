@@ -43,6 +43,9 @@ class TrainConfig:
     """Determines initial weights, order of the samples and augmentation."""
     max_steps: int | None = runtime_field(None)
     """Stop after this many steps in all, in the midst of the schedule; default: to its end."""
+    stop_after_evals_without_gain: int | None = runtime_field(None)
+    """Early stopping: end the run, as finished, after so many evaluations in a row without a higher top-1 (of the
+    weights or their average); default: train to the end."""
     device: Literal["auto", "cuda", "cpu"] = runtime_field("auto")
     """Where to train; auto: on the GPUs, or on the CPU of a machine without any."""
     hang_timeout_s: float = runtime_field(600.0)
@@ -71,6 +74,7 @@ def check_train(c: TrainConfig) -> Iterator[Check]:
     yield positive("train.eval_batch_size", c.eval_batch_size, optional=True)
     yield positive("train.eval_every_epochs", c.eval_every_epochs)
     yield positive("train.max_steps", c.max_steps, optional=True)
+    yield positive("train.stop_after_evals_without_gain", c.stop_after_evals_without_gain, optional=True)
     yield "train.cuda_graphs", c.cuda_graphs, c.compile or not c.cuda_graphs, "give train.compile, too"
     yield positive("train.bucket_mb", c.bucket_mb)
     yield positive("train.profile_steps", c.profile_steps, optional=True)

@@ -63,16 +63,27 @@ def find_checkpoint(folder: RunFolder, name: str) -> tuple[Path, dict]:
         if step is None:
             raise UserError(f"{folder.ledger} holds no evaluation yet; give --checkpoint last")
         path = folder.checkpoint(step)
+        if not path.is_dir():
+            raise UserError(
+                f"the best checkpoint of {folder.path}, {path.name}, is not there; give --checkpoint last, or one of "
+                f"these: {_names(folder)}"
+            )
     else:
         own = folder.checkpoint(int(name)) if name.isdecimal() else folder.checkpoints / name
         path = own if own.is_dir() else Path(name).expanduser()
         if not path.is_dir():
-            known = ", ".join(found.name for _, found in reversed(list_checkpoints(folder.checkpoints))) or "none"
-            raise UserError(f"--checkpoint {name} is no checkpoint; give best, last, or one of {folder.path}: {known}")
+            raise UserError(
+                f"--checkpoint {name} is no checkpoint; give best, last, or one of {folder.path}: {_names(folder)}"
+            )
     try:
         return path, verify_checkpoint(path)
     except DamagedCheckpoint as error:
-        raise UserError(f"{error}; give another --checkpoint") from error
+        raise UserError(f"{error}; give another --checkpoint, of these: {_names(folder)}") from error
+
+
+def _names(folder: RunFolder) -> str:
+    """The names of a run's checkpoint folders, oldest first."""
+    return ", ".join(found.name for _, found in reversed(list_checkpoints(folder.checkpoints))) or "none"
 
 
 def _best_step(folder: RunFolder) -> int | None:

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,22 @@ def best_step(evaluations: Iterable[dict]) -> int | None:
     """The step with the highest `top1_of` among "eval" rows, the earliest of equals; None without any."""
     best = max(evaluations, key=lambda row: (top1_of(row), -row["step"]), default=None)
     return None if best is None else best["step"]
+
+
+def evals_without_gain(evaluations: Sequence[dict]) -> int:
+    """How many "eval" rows there are since the best one, in their order."""
+    best = best_step(evaluations)
+    return sum(row["step"] > best for row in evaluations) if best is not None else 0
+
+
+def early_stop(evaluations: Sequence[dict], patience: int | None) -> str | None:
+    """Why a run with these "eval" rows ends before its last step; None: it goes on. A function of the rows alone, so
+    that a resumed run ends at the same step. patience: `train.stop_after_evals_without_gain`."""
+    if patience is None or evals_without_gain(evaluations) < patience:
+        return None
+    best = best_step(evaluations)
+    score = next(top1_of(row) for row in evaluations if row["step"] == best)
+    return f"stopped early: {patience} evaluations without a top-1 above the {score:.2f} % of step {best:,}"
 
 
 def _line(row: dict) -> bytes:

@@ -148,7 +148,8 @@ def train_config(config: "Config", stop: StopRequest, begin: Callable[[], None] 
             world.wait_for_all()  # the first rank that is gone makes torchrun and Slurm end the others
         raise
     except KeyboardInterrupt:  # asked to stop where there was nothing to save
-        if lock.held and paths.path.is_dir():
+        ended = paths.finished.exists() or paths.interrupted.exists()
+        if lock.held and paths.path.is_dir() and not ended:
             RunFolder(paths.path).mark("interrupted", step=0, reason=stop.reason or "interrupted")
         raise
     finally:

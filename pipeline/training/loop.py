@@ -108,7 +108,7 @@ class Trainer:
                 self.roll_back()
             elif self.milestones.evaluates_at(self.step) and not self.is_evaluated():
                 self.evaluate()
-            elif self.step == self.milestones.last_step:
+            elif self.step == self.milestones.last_step or self.stops_early():
                 return self.finish()
             else:
                 self.train_until(self.milestones.next_pause(self.step))
@@ -207,8 +207,7 @@ class Trainer:
         return self.world.any(self.recorder is not None and self.recorder.is_evaluated(self.step))
 
     def evaluate(self) -> None:
-        """Score the weights, and their average, on the validation set. Nothing is recorded if the run is asked to stop
-        meanwhile."""
+        """Score the weights and their average. Nothing is recorded if the run is asked to stop meanwhile."""
         if self.saved_step != self.step:
             self.save()  # the best checkpoint must be one that was scored
         if self.config.evaluation.recalibrate_batches:
@@ -224,6 +223,11 @@ class Trainer:
             found[name] = scores
         if self.recorder:
             self.recorder.record_scores(self.step, found)
+
+    def stops_early(self) -> bool:
+        """Have too many evaluations passed without a gain? Collective."""
+        asked = self.config.train.stop_after_evals_without_gain is not None and self.milestones.evaluates_at(self.step)
+        return asked and self.world.any(self.recorder is not None and self.recorder.stops_early() is not None)
 
     # --- checkpoints
 

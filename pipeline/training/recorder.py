@@ -14,7 +14,7 @@ from pipeline.errors import TransientError
 from pipeline.loader.build import choose_loader
 from pipeline.model.build import count_parameters
 from pipeline.run_paths import RunPaths
-from pipeline.tracking.ledger import Ledger, best_step, last_steps
+from pipeline.tracking.ledger import Ledger, best_step, early_stop, last_steps
 from pipeline.tracking.tensorboard_view import TensorBoardView
 from pipeline.tracking.view import View
 from pipeline.tracking.wandb_view import WandbView
@@ -191,6 +191,10 @@ class RunRecorder:
         """Does the ledger hold an evaluation of this step? (A kill in its midst: it is done again.)"""
         return any(row["step"] == step for row in self.ledger.evaluations)
 
+    def stops_early(self) -> str | None:
+        """Why the run ends at its last evaluation; None: it goes on."""
+        return early_stop(self.ledger.evaluations, self.config.train.stop_after_evals_without_gain)
+
     def save(self, step: int, state: dict[str, dict], meta: dict) -> None:
         """Copy a state and write it as a checkpoint behind the training; waits for the one before it. The ledger
         reaches the disk before it does."""
@@ -219,9 +223,10 @@ class RunRecorder:
         """The last step is done, scored and on the disk. Raises TransientError where its checkpoint could not be."""
         if not self.writer.wait():
             raise TransientError(f"the last checkpoint could not be written to {self.folder.checkpoints}; start again")
-        self.event("finished", step)
+        reason = self.stops_early()
+        self.event("finished", step, **({"reason": reason} if reason else {}))
         self.ledger.sync()
-        mark_finished(self.folder, self.ledger.evaluations[-1], "finished", self.console.say)
+        mark_finished(self.folder, self.ledger.evaluations[-1], "finished", self.console.say, reason)
 
     def report(self, step: int, device: str, stop: StopRequest) -> None:
         """The run's page, and its pictures for the views. The run is done, and nothing here makes it fail."""

@@ -13,7 +13,7 @@ from pipeline.loader.plan import TrainPlan
 from pipeline.model.build import build_model
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger import early_stop, read_rows
 from pipeline.training.data import check_labels, open_data
 from pipeline.training.milestones import Milestones
 from pipeline.training.optim.ema import average_start
@@ -23,7 +23,7 @@ from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
 from pipeline.training.run_folder.best import place_of_weights
 from pipeline.training.run_folder.checkpoint import load_state
-from pipeline.training.run_folder.folder import RunFolder, mark_finished, open_run_folder
+from pipeline.training.run_folder.folder import RunFolder, accept_start, mark_finished, open_run_folder
 from pipeline.training.run_folder.local import LocalSnapshots, local_snapshots, publish_newest
 from pipeline.training.run_folder.shared_state import read_on_rank_zero
 from pipeline.training.start import Start, find_start
@@ -123,19 +123,24 @@ def prepare_run(
     local = local_snapshots(world, console.warn)
     publish_newest(world, local, folder, console.say)
     start = world.on_rank_zero(lambda: find_start(config, folder, index.fingerprint, last_step, console.warn))
+    world.on_rank_zero(lambda: accept_start(folder, config))
     return RunSetup(
         config, world, stop, console, folder, index, plan, schedule, milestones, classes, start, local, confirm_lock
     )
 
 
 def already_finished(setup: RunSetup) -> bool:
-    """Is the last step done and scored? Then rank 0 says so, and there is nothing to train. Collective."""
-    last_step = setup.milestones.last_step
+    """Is the last step done and scored, or has the run stopped early? Then rank 0 says so, and there is nothing to
+    train. Collective."""
 
     def find_scores() -> bool:
-        rows = [row for row in read_rows(setup.folder.ledger) if row.get("kind") == "eval" and row["step"] == last_step]
-        if rows:
-            mark_finished(setup.folder, rows[-1], "already finished", setup.console.say)
-        return bool(rows)
+        evaluations = [row for row in read_rows(setup.folder.ledger) if row.get("kind") == "eval"]
+        if not evaluations or evaluations[-1]["step"] != setup.start.step:
+            return False
+        reason = early_stop(evaluations, setup.config.train.stop_after_evals_without_gain)
+        ended = setup.start.step == setup.milestones.last_step or reason is not None
+        if ended:
+            mark_finished(setup.folder, evaluations[-1], "already finished", setup.console.say, reason)
+        return ended
 
-    return setup.start.step == last_step and setup.world.on_rank_zero(find_scores)
+    return setup.world.on_rank_zero(find_scores)

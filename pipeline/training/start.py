@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config import Config, semantic_config
 from pipeline.errors import UserError
 from pipeline.run_paths import list_checkpoints
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger import early_stop, read_rows
 from pipeline.training.guard import Guard, Rollback, is_in_history, rollbacks_of, rollbacks_of_ledger
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
@@ -95,9 +95,12 @@ def find_start(
     rows = list(read_rows(folder.ledger))
     rollbacks = rollbacks_of_ledger(rows)
     explicit = config.resume not in ("auto", "never")
-    scored = any(row.get("kind") == "eval" and row["step"] == last_step for row in rows)
-    if scored and not explicit and not list_checkpoints(folder.checkpoints):
-        return Start(meta={"step": last_step}, rollbacks=rollbacks)  # finished: nothing is trained
+    scores = [row for row in rows if row.get("kind") == "eval"]
+    ended = bool(scores) and (
+        scores[-1]["step"] == last_step or early_stop(scores, config.train.stop_after_evals_without_gain) is not None
+    )
+    if ended and not explicit and not list_checkpoints(folder.checkpoints):
+        return Start(meta={"step": scores[-1]["step"]}, rollbacks=rollbacks)  # finished: nothing is trained
     found: tuple[Path, dict] | None = None
     if not explicit:
         found = _newest(folder, rows, warn)

@@ -16,6 +16,7 @@ from pipeline.insight.recipes import as_text
 from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
 from pipeline.insight.report.network_page import ON_CPU, network_sections
+from pipeline.insight.runs import expand
 from pipeline.insight.status.run_state import read_state
 from pipeline.progress import duration
 from pipeline.tracking.ledger import better_scores, is_start, left_out_note, world_sizes, world_sizes_in_words
@@ -227,7 +228,7 @@ def describe(record: "Record") -> str:
 
 def main(argv: list[str]) -> int:
     parser = make_parser("pipeline report", "One self-contained page of a run, or of several side by side.")
-    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("runs", nargs="+", help="run folders, or folders of runs")
     parser.add_argument("--out", type=str, help="file to write; default: RUN/report/index.html (several: compare.html)")
     parser.add_argument("--data_root", type=str, help="the data set's folder now; default: the run's")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="device for the predictions")
@@ -243,5 +244,7 @@ def main(argv: list[str]) -> int:
     if options.images is not None and options.images < 1:
         raise UserError(f"--images {options.images}: give a number above 0")
     out = Path(options.out).expanduser() if options.out else None
-    print(write_report(options.runs, out, options.data_root, options.device, options.images))
+    print(
+        write_report([str(run) for run in expand(options.runs)], out, options.data_root, options.device, options.images)
+    )
     return EXIT_OK

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 from json import dumps
-from pathlib import Path
+from typing import Literal
 
-from pipeline.command import run_command
+from pipeline.command import make_parser, normalize, summary
+from pipeline.insight.runs import expand
 from pipeline.insight.status.run_state import RunState, read_state
 from pipeline.progress import duration
 from pipeline.tracking.ledger import world_sizes_in_words
@@ -78,25 +79,49 @@ def render(state: RunState, slurm: dict[str, str] | None) -> str:
     return "\n".join(f"{name:<11} {value}" for name, value in rows)
 
 
-def status(run: str, watch: bool = False, json: bool = False) -> int:
-    """Show how a run stands, also while it runs and from another machine that sees its folder.
+def one_line(state: RunState, width: int) -> str:
+    """A run as a line of a list. width: of the column of names."""
+    done = "" if state.last_step is None else f" of {state.last_step:,}"
+    best = "?" if state.best_top1 is None else f"{state.best_top1:.2f} %"
+    speed = "?" if state.images_per_s is None else f"{state.images_per_s:,.0f}"
+    left = "" if state.state in ENDED else duration(state.left_s)
+    columns = [f"{state.run:<{width}}", f"{state.state:<10}", f"{state.step:,}{done:<10}", f"{best:>8}"]
+    return "  ".join([*columns, f"{speed:>8}", f"{left:>9}", state.detail]).rstrip()
+
+
+def render_list(states: list[RunState], best_first: bool) -> str:
+    """Several runs, a line each."""
+    if best_first:
+        states = sorted(states, key=lambda state: -1.0 if state.best_top1 is None else state.best_top1, reverse=True)
+    width = max(len("run"), *(len(state.run) for state in states))
+    head = f"{'run':<{width}}  {'state':<10}  step        best top-1  images/s  time left"
+    return "\n".join([head, *(one_line(state, width) for state in states)])
+
+
+def status(runs: list[str], watch: bool = False, json: bool = False, sort: Literal["given", "best"] = "given") -> int:
+    """Show how runs stand, also while they train and from another machine that sees their folders.
 
     Args:
-        run: the run folder.
-        watch: show it again every 5 s until the run ends.
-        json: print one JSON object instead; times in seconds.
+        runs: run folders, or folders of runs; several are shown a line each.
+        watch: show it again every 5 s until the runs end.
+        json: print one JSON object a run and line instead; times in seconds.
+        sort: of several runs: as given, or the best top-1 first.
     """
     while True:
-        state = read_state(Path(run).expanduser().resolve())
-        slurm = query_slurm(state.slurm_job_id)
+        states = [read_state(folder) for folder in expand(runs)]
+        queued = [query_slurm(state.slurm_job_id) for state in states] if json or len(states) == 1 else []
         if json:
-            text = dumps(dataclasses.asdict(state) | {"slurm": slurm})
+            text = "\n".join(
+                dumps(dataclasses.asdict(state) | {"slurm": slurm}) for state, slurm in zip(states, queued, strict=True)
+            )
+        elif len(states) > 1:
+            text = render_list(states, best_first=sort == "best")
         else:
-            text = render(state, slurm)
+            text = render(states[0], queued[0])
         if watch and sys.stdout.isatty() and not json:
             text = f"\033[H\033[J{text}"
         print(text, flush=True)
-        if not watch or state.state in ENDED:
+        if not watch or all(state.state in ENDED for state in states):
             return 0
         try:
             time.sleep(WATCH_EVERY_S)
@@ -105,4 +130,12 @@ def status(run: str, watch: bool = False, json: bool = False) -> int:
 
 
 def main(argv: list[str]) -> int:
-    return run_command(status, "status", argv)
+    parser = make_parser("pipeline status", summary(status), "RUN [RUN ...] [options]")
+    parser.add_argument("runs", nargs="+", help="run folders, or folders of runs; several are shown a line each")
+    parser.add_argument("--watch", type=bool, default=False, help="show it again every 5 s until the runs end")
+    parser.add_argument(
+        "--json", type=bool, default=False, help="print one JSON object a run and line instead; times in seconds"
+    )
+    parser.add_argument("--sort", choices=["given", "best"], default="given", help="several runs: the best top-1 first")
+    options = parser.parse_args(normalize(argv, {"--watch", "--json"}))
+    return status(options.runs, options.watch, options.json, options.sort)

@@ -69,11 +69,13 @@ class RunFolder(RunPaths):
         atomic_write(self.path / name, json.dumps(facts) + "\n")
 
     def clear_marks(self, but: tuple[str, ...] = ()) -> None:
-        """Remove the marks of the start before this one, except those in `but`. A request to stop that was meant for
-        this one stays."""
+        """Remove the marks of the start before this one, except those in `but`."""
         for name in END_MARKERS:
             if name not in but:
                 (self.path / name).unlink(missing_ok=True)
+
+    def clear_stop(self) -> None:
+        """Remove a request to stop, unless it was meant for this start."""
         if not is_for_this_start(self.stop):
             self.stop.unlink(missing_ok=True)
 
@@ -107,7 +109,7 @@ def make_run_folder(config: Config) -> RunFolder:
 
 
 def open_run_folder(config: Config) -> RunFolder:
-    """The run folder, ready for a start. Rank 0 only, which holds its lock.
+    """The run folder, checked; `accept_start` follows. Rank 0 only, which holds its lock.
 
     Raises UserError where it is of another recipe, or has checkpoints though `--resume never` is given.
     """
@@ -120,9 +122,16 @@ def open_run_folder(config: Config) -> RunFolder:
     for leftover in folder.path.glob(".*.tmp"):
         if _LEFTOVER.fullmatch(leftover.name):
             leftover.unlink(missing_ok=True)
+    if not folder.ledger.exists() or not folder.config.exists():
+        folder.save_config(config)
+    folder.clear_stop()
+    return folder
+
+
+def accept_start(folder: RunFolder, config: Config) -> None:
+    """The start is refused no more: its settings and its state are those of the run now. Rank 0 only."""
     folder.save_config(config)
     folder.clear_marks(but=("finished",))  # that goes when a step is to be trained
-    return folder
 
 
 def is_for_this_start(stop: Path) -> bool:
@@ -142,10 +151,15 @@ def slurm_facts() -> dict:
     return {key: os.environ[name] for key, name in names.items() if name in os.environ}
 
 
-def mark_finished(folder: RunFolder, scores: dict, verb: str, say: Callable[[str], None]) -> None:
-    """Write the marker `finished` and print it. scores: the ledger's row of the last evaluation."""
+def mark_finished(
+    folder: RunFolder, scores: dict, verb: str, say: Callable[[str], None], reason: str | None = None
+) -> None:
+    """Write the marker `finished` and print it. scores: the ledger's row of the last evaluation; reason: why that came
+    before the last step, if it did."""
     keys = ("step", "val_top1", "val_top5", "val_ema_top1", "val_ema_top5", "images", "left_out")
-    folder.mark("finished", **{key: scores[key] for key in keys if key in scores})
+    facts = {key: scores[key] for key in keys if key in scores}
+    folder.mark("finished", **facts, **({"message": reason} if reason else {}))
     average = f", with averaged weights {scores['val_ema_top1']:.2f} %" if "val_ema_top1" in scores else ""
     score = f"top-1 {scores['val_top1']:.2f} %{average}{left_out_note(scores)}"
-    say(f"{verb}: {scores['step']} steps, {score}; {folder.path}")
+    early = f"{reason}; " if reason else ""
+    say(f"{verb}: {early}{scores['step']} steps, {score}; {folder.path}")
