@@ -1,5 +1,6 @@
 """The file names of a run folder. Every other module takes them from here; nothing heavy is imported."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,13 +128,16 @@ def is_run(folder: Path) -> bool:
     ).ledger.exists()
 
 
-def find_runs(folder: Path) -> list[Path]:
+def find_runs(folder: Path, depth: int = 3) -> list[Path]:
     """The folder itself if it is a run's, otherwise the run folders below it, by name; [] where there are none. A run's
-    own folders are not searched, nor hidden ones."""
+    own folders are not searched, nor hidden ones, nor what lies deeper than `depth` folders."""
     if is_run(folder) or not folder.is_dir():
         return [folder] if is_run(folder) else []
     found: list[Path] = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
-            found += find_runs(path)
+    if depth:
+        with os.scandir(folder) as entries:
+            below = sorted(entry.path for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        for path in map(Path, below):
+            if not path.is_symlink() or is_run(path):  # a link to another folder of runs may lead back
+                found += find_runs(path, depth - 1)
     return found

@@ -14,5 +14,5 @@ def expand(runs: list[str]) -> list[Path]:
         below = find_runs(folder)
         if not below and folder.is_dir() and not RunPaths(folder).config.exists():
             raise UserError(f"{run} is not a run folder, and none is below it; give a --run_dir, or a folder of runs")
-        found |= dict.fromkeys(below or [folder])
+        found |= dict.fromkeys(path.resolve() for path in below or [folder])
     return list(found)
