@@ -28,6 +28,7 @@ def test_stop_file_at_the_start(tmp_path, monkeypatch, text, restart, stays):
     folder = RunFolder(tmp_path)
     folder.stop.write_text(text)
     (tmp_path / "interrupted").write_text("{}")
+    folder.clear_marks()
     folder.clear_stop()
     assert folder.stop.exists() == stays
     assert not (tmp_path / "interrupted").exists()
