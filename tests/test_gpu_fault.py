@@ -5,7 +5,8 @@ import json
 import pytest
 import runs
 
-from pipeline.errors import EXIT_GPU_FAULT
+from pipeline.errors import EXIT_GPU_FAULT, GpuFault
+from pipeline.training.run_folder import gpu_fault
 
 
 @pytest.mark.slow
@@ -27,3 +28,32 @@ def test_torchrun_starts_nobody_again_on_the_same_gpu(root, tmp_path):
     assert names == ["started", "gpu_fault", "resumed", "finished"]
     (event,) = (row for row in runs.rows(run, "event") if row["event"] == "gpu_fault")
     assert event["fault_step"] == 4 and event["excluded"] is False and not (run / "gpu_fault").exists()
+
+
+@pytest.mark.parametrize(
+    ("now", "refused"),
+    [
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, False),  # somebody has started it again
+        ({"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "other"}, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "1", "SLURM_RESTART_COUNT": "1"}, False),  # requeued
+        ({"TORCHELASTIC_RESTART_COUNT": "1", "SLURMD_NODENAME": "n2"}, True),  # torchrun starts all or none
+        ({"TORCHELASTIC_RESTART_COUNT": "1", "PIPELINE_LAUNCH_ROUND": "2"}, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "1", "PIPELINE_LAUNCH_ROUND": "2", "SLURMD_NODENAME": "n2"}, False),
+    ],
+)
+def test_who_is_refused_after_a_fault(tmp_path, monkeypatch, now, refused):
+    """`pipeline launch` leaves the node out; where the rank was killed before it could say so, it does not know yet."""
+    for name in ("PIPELINE_LAUNCH_ROUND", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"}.items():
+        monkeypatch.setenv(name, value)
+    gpu_fault.record_gpu_fault(tmp_path, 3, 12, "GPU fault on rank 3")
+    for name, value in now.items():
+        monkeypatch.setenv(name, value)
+    if refused:
+        with pytest.raises(GpuFault, match="not started again on n1, where GPU fault on rank 3"):
+            gpu_fault.refuse_restart_in_place(tmp_path)
+    else:
+        gpu_fault.refuse_restart_in_place(tmp_path)
+    assert gpu_fault.take_gpu_fault(tmp_path)["fault_node"] == "n1" and gpu_fault.take_gpu_fault(tmp_path) is None

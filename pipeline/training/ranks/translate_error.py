@@ -68,6 +68,9 @@ def translating_errors(config: Config, world: World) -> Iterator[None]:
                 f"{config.model.name} calls, has no deterministic form on CUDA; give --train.deterministic false, or "
                 "another network"
             ) from error
+        if is_gpu_fault(error) and config.run_dir:  # first of all: the launcher may end this process any time
+            folder = Path(config.run_dir).expanduser()
+            record_gpu_fault(folder, world.rank, world.watch.step, redact(first_line(error)))
         first = False
         message = translate_error(error, config, world)
         if message is None or not _lost_contact(error):
@@ -79,7 +82,6 @@ def translating_errors(config: Config, world: World) -> Iterator[None]:
         world.watch.dump()
         if is_gpu_fault(error):
             if config.run_dir:
-                folder = Path(config.run_dir).expanduser()
                 record_gpu_fault(folder, world.rank, world.watch.step, redact(message))
             raise GpuFault(message) from error
         raise TransientError(

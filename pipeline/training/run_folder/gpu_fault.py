@@ -24,6 +24,11 @@ def _attempt() -> str | None:
     return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else None
 
 
+def _node() -> str:
+    """This machine, as Slurm calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def _launch() -> list[str | None]:
     """What all starts of ranks by the same launcher have in common."""
     return [os.environ.get("TORCHELASTIC_RUN_ID"), _attempt()]
@@ -32,7 +37,7 @@ def _launch() -> list[str | None]:
 def record_gpu_fault(folder: Path, rank: int, step: int | None, message: str) -> None:
     """Write the marker, if the folder can be written."""
     facts = {
-        "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "node": _node(),
         "rank": rank,
         "step": step,
         "message": message,
@@ -54,12 +59,14 @@ def _read(folder: Path) -> dict | None:
 
 
 def refuse_restart_in_place(folder: Path) -> None:
-    """Raises GpuFault where torchrun starts ranks again after a GPU fault: they would have the same GPU. (`pipeline
-    launch` leaves the node out.)"""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or "PIPELINE_LAUNCH_ROUND" in os.environ:
+    """Raises GpuFault where ranks are started again after a GPU fault, and would have the same GPU: under torchrun all
+    of them, under `pipeline launch` those of that node, which it then leaves out."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return
     fault = _read(folder)
-    if fault is not None and fault.get("launch") == _launch():
+    if fault is None or fault.get("launch") != _launch():
+        return
+    if "PIPELINE_LAUNCH_ROUND" not in os.environ or fault.get("node") == _node():
         error = GpuFault(f"not started again on {fault['node']}, where {fault['message']}")
         error.on_all_ranks = True
         raise error
