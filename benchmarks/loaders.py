@@ -1,10 +1,10 @@
-"""CPU time of an image in this project's loader and in torchvision's, timm's and FFCV's, on the same images.
+"""CPU time of an image in this project's loader and in torchvision's, timm's, LitData's and FFCV's, on the same images.
 
     python benchmarks/loaders.py DATA [--shards SHARDS] [--images 576]
 
 DATA: a data root with an index and images in class folders. The loaders take turns, a process each; the ratios are
-found round by round. A loader that is not installed (timm, ffcv) is named in the table. Each is used as its own project
-uses it. The result goes to --json (default: runs/bench).
+found round by round. A loader that is not installed (timm, litdata, ffcv) is named in the table. Each is used as its
+own project uses it. The result goes to --json (default: runs/bench).
 """
 
 import argparse
@@ -50,6 +50,70 @@ def torchvision_loader(root: str, split: str, size: int, batch: int, images: int
     sampler = RandomSampler(dataset, num_samples=images)
     loader = DataLoader(dataset, batch, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
     return lambda: sum(len(targets) for _, targets in loader)
+
+
+def torchvision_io_loader(root: str, split: str, size: int, batch: int, images: int, workers: int) -> Callable[[], int]:
+    """torchvision.io's decoder and v2 transforms on uint8, in this process: without DataLoader and what that costs."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.io import read_file
+
+    torch.set_num_threads(1)
+    files = [path for path, _ in ImageFolder(str(class_folders(root, split))).samples]
+    transform = io_transform(split, size)
+
+    def one_round() -> int:
+        count = 0
+        while count < images:
+            order = torch.randperm(len(files)).tolist() if split == "train" else range(len(files))
+            for first in range(0, len(files), batch):
+                some = order[first : first + batch]
+                count += len(torch.stack([transform(read_file(files[i])) for i in some]))
+                if count >= images:
+                    break
+        return count
+
+    return one_round
+
+
+def io_transform(split: str, size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The bytes of a JPEG -> uint8 [3, size, size], by torchvision.io and v2."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms import v2
+
+    if split == "train":
+        steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    else:
+        steps = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+    transform = v2.Compose(steps)
+    return lambda data: transform(decode_jpeg(data, mode=ImageReadMode.RGB))
+
+
+def read_for_litdata(item: tuple[str, int]) -> dict:
+    """A sample of LitData's optimized form: the bytes as they are."""
+    return {"image": Path(item[0]).read_bytes(), "target": item[1]}
+
+
+def litdata_loader(root: str, split: str, size: int, batch: int, images: int, workers: int) -> Callable[[], int]:
+    """LitData's chunks of the same JPEG bytes (written first, not timed), torchvision.io and v2, in this process."""
+    try:
+        import litdata
+    except ImportError as error:
+        raise Unavailable(f"litdata can't be imported ({error})") from error
+    from torchvision.datasets import ImageFolder
+
+    torch.set_num_threads(1)
+    transform = io_transform(split, size)
+
+    class Decoded(litdata.StreamingDataset):
+        def __getitem__(self, index: object) -> tuple[torch.Tensor, int]:
+            sample = super().__getitem__(index)
+            return transform(torch.frombuffer(bytearray(sample["image"]), dtype=torch.uint8)), sample["target"]
+
+    folder = tempfile.mkdtemp(prefix="bench-litdata-")
+    samples = ImageFolder(str(class_folders(root, split))).samples
+    litdata.optimize(read_for_litdata, samples, folder, chunk_bytes="64MB", num_workers=1)
+    dataset = Decoded(folder, shuffle=split == "train")
+    return _rounds(litdata.StreamingDataLoader(dataset, batch_size=batch, num_workers=0), images)
 
 
 def timm_loader(root: str, split: str, size: int, batch: int, images: int, workers: int) -> Callable[[], int]:
@@ -121,7 +185,18 @@ def _rounds(loader: Iterable, images: int) -> Callable[[], int]:
     return one_round
 
 
-OTHERS = {"torchvision": torchvision_loader, "timm": timm_loader, "ffcv": ffcv_loader}
+OTHERS = {
+    "torchvision": torchvision_loader,
+    "torchvision.io": torchvision_io_loader,
+    "timm": timm_loader,
+    "litdata": litdata_loader,
+    "ffcv": ffcv_loader,
+}
+
+
+def other_candidates(arguments: dict) -> list[Candidate]:
+    """Other projects' loaders; one that crashes is named in the table."""
+    return [Candidate(other, make, arguments, may_crash=True) for other, make in OTHERS.items()]
 
 
 def main() -> None:
@@ -142,7 +217,7 @@ def main() -> None:
     for name, own in own_candidates(data, shards, **common, threads=threads).items():
         split = {"training": "train", "validation": "val"}[name]
         arguments = {"root": data, "split": split, **common, "workers": threads}
-        others = [Candidate(other, make, arguments) for other, make in OTHERS.items()]
+        others = other_candidates(arguments)
         measured = run_interleaved([*own, *others], options.rounds, WARM_UP, f"loaders, {name}")
         result["splits"][name] = report(name, measured)
     write_result(options.json or default_path("loaders"), "loaders", ["python", *sys.argv], result)

@@ -297,3 +297,46 @@ def test_a_table_that_does_not_fit_costs_time_and_no_pixel(own, how, capsys):
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 and "restart table damaged or missing" in warnings[0]
     assert "pipeline verify" in warnings[0]
+
+
+def encode(kind: str, pixels: np.ndarray) -> bytes:
+    image, stream = Image.fromarray(pixels), BytesIO()
+    if kind == "16-bit PNG":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    elif kind in ("CMYK", "L"):
+        image = image.convert(kind)
+    image.save(stream, "PNG" if "PNG" in kind else "JPEG")
+    return stream.getvalue()
+
+
+@pytest.mark.skipif(build.dali_problem() is not None, reason="no DALI")
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_on_a_cpu_whole_samples_of_any_format_are_decoded_as_dali_does(interpolation):
+    """On a CPU restart shards are decoded without DALI; not every sample in them is a part of a JPEG."""
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    data = [np.frombuffer(encode(kind, pixels), np.uint8) for kind in ("RGB", "L", "CMYK", "PNG", "16-bit PNG")]
+    count = len(data)
+    windows = np.tile(np.array([11, 9, 70, 60], np.int32), (count, 1))
+    whole = np.tile(np.array([0.0, 0, 70, 60]), (count, 1))
+    flips = np.arange(count) % 2 == 0
+    for rois in (whole, np.tile(np.array([9.0, 9, 61, 49]), (count, 1))):
+        planned = Planned(np.arange(count), np.zeros(count, np.int64), windows, rois, flips, 20)
+        found = []
+        for parts in (False, True):
+            decoder = build.make_decoder("dali", count, 2, torch.device("cpu"), 2, None, interpolation, parts)
+            batch = EncodedBatch(0, planned, [decoder.prepare(item) for item in data])
+            found += decoder.decode([batch])
+            kind = type(decoder).__name__
+            decoder.close()
+        assert kind == "PartDecoder" and torch.equal(*found)
+
+
+def test_another_jpeg_library_than_pils_is_not_used(monkeypatch):
+    from pipeline.loader import parts
+
+    assert parts.decodes_as_pil()
+    monkeypatch.setattr(parts, "_decode_jpeg", lambda data: torch.zeros((40, 56, 3), dtype=torch.uint8))
+    assert not parts.decodes_as_pil()
+    decoder = build.make_decoder("dali", 4, 1, torch.device("cpu"), 2, parts=True)
+    assert type(decoder).__name__ == "DaliDecoder"
+    decoder.close()

@@ -107,9 +107,15 @@ def make_decoder(
     resize: int | None = None,
     interpolation: str = "bilinear",
     decode: str = "cpu",
+    parts: bool = False,
 ) -> Decoder:
     """A decoder by name, "dali" or "reference". resize: of the shorter side in validation, None in training. decode: as
-    `data.decode`."""
+    `data.decode`. parts: it is given parts of samples that hold their windows: nothing is left for DALI to leave out."""
+    if name == "dali" and parts and device.type == "cpu":
+        from pipeline.loader.parts import PartDecoder, decodes_as_pil
+
+        if decodes_as_pil():
+            return PartDecoder(threads, prefetch, interpolation)
     if name == "dali":
         from pipeline.loader.dali import DaliDecoder
 
@@ -174,7 +180,7 @@ def _make_stream(
     resize = data.val_resize if name == "val" else None
     check_decode(data, place.device.type)
     settings = (batch_size, threads, place.device, data.prefetch, resize, data.interpolation, data.decode)
-    decoder = make_decoder(name_of_loader, *settings)
+    decoder = make_decoder(name_of_loader, *settings, parts=split.restart is not None)
     labels = split.records["label"]
     source = Source(split)
     return Stream(

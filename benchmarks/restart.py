@@ -1,0 +1,220 @@
+"""Shards with restart markers against the originals and other loaders: CPU time, bytes read, and what packing costs.
+
+    python benchmarks/restart.py FOLDER [--images 300] [--rounds 5]
+
+FOLDER: JPEGs, in any folders below it. Some are packed as a tree, as shards, and as shards with a marker about every 8,
+every 4 and every MCU, below --work. Then all loaders take turns, a process each; the ratios are found round by round.
+Some minutes with the defaults. The result goes to --json (default: runs/bench).
+"""
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import loaders
+
+from pipeline.dataset.index.index import Split
+from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.shards.pack import pack_tree
+from pipeline.dataset.shards.plan import Options
+from pipeline.dataset.shards.restart import TABLE, plan_cut
+from pipeline.errors import UserError
+from pipeline.insight.bench.interleaved import Candidate, Spread, run_interleaved
+from pipeline.insight.bench.loader import report
+from pipeline.insight.bench.results import default_path, write_result
+from pipeline.insight.bench.streams import open_stream, stream_rounds
+from pipeline.limits import available_cores
+
+INTERVALS = (8, 4, 1)
+CLASSES = 10
+WARM_UP = 2
+ORIGINALS, SHARDS, STRONGEST = "ours, originals", "ours, shards", "torchvision.io"
+
+
+def name_of(interval: int) -> str:
+    return f"ours, restart ~{interval}" if interval > 1 else "ours, restart 1"
+
+
+def make_roots(folder: Path, count: int, work: Path) -> tuple[dict[str, Path], dict[str, dict[str, float]]]:
+    """The same images in all forms, and what packing each cost, CPU ms an image, child processes included."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if len(files) < CLASSES:
+        raise UserError(f"{folder} holds {len(files)} JPEGs; give a folder with at least {CLASSES}")
+    files = random.Random(0).sample(files, min(count, len(files)))
+    tree = work / "tree"
+    for split in ("train", "val"):
+        for i, file in enumerate(files):
+            path = tree / split / f"class{i % CLASSES}" / f"{i:06d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, path)
+    build_index(tree)
+    roots, costs = {ORIGINALS: tree}, {}
+    for name, options in {SHARDS: Options(), **{name_of(n): Options(restart=n) for n in INTERVALS}}.items():
+        roots[name] = work / name.replace(",", "").replace(" ", "-")
+        before = cpu_seconds()
+        pack_tree(tree, roots[name], options, processes=1)
+        cost = 1e3 * (cpu_seconds() - before) / (2 * len(files))
+        size = sum(path.stat().st_size for path in roots[name].glob("train-*"))
+        costs[name] = {"cpu_ms": round(cost, 3), "train_bytes": size}
+        print(f"{name}: packed in {cost:.2f} CPU ms an image, {size / 1e6:.1f} MB")
+    return roots, costs
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of its children that have ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def read_counter(name: str) -> int:
+    """rchar (bytes asked for) or read_bytes (from the disk, read-ahead included) of this process."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def evict(root: Path) -> None:
+    """Drop a folder's files from the page cache."""
+    for path in root.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def measure_reading(root: Path, size: int, batch: int) -> dict[str, dict[str, float]]:
+    """Bytes an image that reading, without decoding, asks for and takes from the disk, and its time, cold and warm."""
+    stream = open_stream(str(root), "train", size, batch, 1, "auto")
+    steps = max(1, len(stream.source.split) // batch)
+    found = {}
+    stream._read(stream.plan.local(steps))  # files are opened
+    for state in ("cold", "warm"):
+        if state == "cold":
+            evict(root)
+        before = read_counter("rchar"), read_counter("read_bytes"), cpu_seconds(), time.perf_counter()
+        for step in range(steps):
+            stream._read(stream.plan.local(step))
+        after = read_counter("rchar"), read_counter("read_bytes"), cpu_seconds(), time.perf_counter()
+        asked, disk, cpu, wall = ((b - a) / (steps * batch) for a, b in zip(before, after, strict=True))
+        found[state] = {"asked": round(asked), "from_disk": round(disk), "cpu_us": cpu * 1e6, "wall_us": wall * 1e6}
+    stream.close()
+    return found
+
+
+def measure_cut(root: Path, size: int, batch: int, rounds: int = 9) -> dict[str, float]:
+    """Microseconds of CPU to cut a window out: its place in the table, checksums of the rows, and the new JPEG."""
+    stream = open_stream(str(root), "train", size, batch, 1, "auto")
+    source, split = stream.source, stream.source.split
+    jobs = []
+    for step in range(max(1, len(split) // batch)):
+        planned = stream.plan.local(step)
+        windows = [tuple(window) for window in planned.windows.tolist()]
+        jobs += [job for pair in zip(planned.ids.tolist(), windows, strict=True) if (job := cut_job(split, *pair))]
+    times = []
+    for _ in range(rounds):
+        start = time.thread_time()
+        for entry, digest, window, data in jobs:
+            cut = plan_cut(entry, digest, window)
+            assert cut is not None
+            cut.assemble(data)
+        times.append(1e6 * (time.thread_time() - start) / len(jobs))
+    source.close()
+    return Spread.of(times).as_dict(1)
+
+
+def cut_job(split: Split, sample: int, window: tuple) -> tuple[bytes, int, tuple, bytes] | None:
+    """The entry of a sample's table, its digest, the window, and the bytes of its rows; None where it is read whole."""
+    record, restart = split.records[sample], split.restart
+    assert restart is not None
+    start, size = int(restart["table_offset"][sample]), int(restart["table_size"][sample])
+    digest, path = int(record["digest"]), split.path(sample)
+    entry = path.with_suffix(TABLE).read_bytes()[start : start + size]
+    cut = plan_cut(entry, digest, window) if size else None
+    if cut is None:
+        return None
+    with path.open("rb") as file:
+        file.seek(int(record["offset"]) + cut.start)
+        return entry, digest, window, file.read(cut.size)
+
+
+def candidates(roots: dict[str, Path], split: str, common: dict[str, int], threads: int) -> list[Candidate]:
+    ours = {"split": split, **common, "threads": threads, "loader": "auto"}
+    own = [Candidate(name, stream_rounds, {"root": str(root), **ours}) for name, root in roots.items()]
+    theirs = {"root": str(roots[ORIGINALS]), "split": split, **common, "workers": threads}
+    return own + loaders.other_candidates(theirs)
+
+
+def goals(result: dict[str, Any]) -> dict[str, tuple[float, float, bool]]:
+    """What was to be reached: goal, what was found at the best interval, and whether it was."""
+    names = [name_of(n) for n in INTERVALS]
+
+    def ratio(split: str, other: str) -> float:
+        found = result["splits"][split]["cpu_ratios"]
+        return max(found[f"{other} / {name}"]["median"] for name in names)
+
+    def least(of: Callable[[str], float]) -> float:
+        return min(map(of, names))
+
+    asked = {name: result["reading"][name]["warm"]["asked"] for name in result["reading"]}
+    at_least = {
+        f"training, {STRONGEST} / restart": (1.6, ratio("train", STRONGEST)),
+        "training, originals / restart": (1.25, ratio("train", ORIGINALS)),
+        "validation, originals / restart": (1.15, ratio("val", ORIGINALS)),
+        f"validation, {STRONGEST} / restart": (1.15, ratio("val", STRONGEST)),
+    }
+    at_most = {
+        "bytes read, restart / originals": (0.75, least(lambda name: asked[name] / asked[ORIGINALS])),
+        "packing, CPU ms": (8.0, least(lambda name: result["packing"][name]["cpu_ms"])),
+        "cut, CPU us": (25.0, least(lambda name: result["cut_us"][name]["median"])),
+    }
+    found = {name: (goal, value, value >= goal) for name, (goal, value) in at_least.items()}
+    return found | {name: (goal, value, value <= goal) for name, (goal, value) in at_most.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a folder with JPEGs in it or below")
+    parser.add_argument("--images", type=int, default=300, help="images that are taken, and read a round")
+    parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
+    parser.add_argument("--batch_size", type=int, default=50, help="images a batch")
+    parser.add_argument("--rounds", type=int, default=5, help=f"rounds that count, after {WARM_UP} that do not")
+    parser.add_argument("--threads", type=int, help="decoding threads and worker processes; default: the cores")
+    parser.add_argument("--work", type=Path, help="folder for the packed images; default: a temporary one")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    options = parser.parse_args()
+    threads = options.threads or available_cores()
+    common = {"size": options.size, "batch": options.batch_size, "images": options.images}
+    with tempfile.TemporaryDirectory(prefix="bench-restart-", dir=options.work) as work:
+        roots, packing = make_roots(options.folder, options.images, Path(work))
+        result: dict[str, Any] = {"threads": threads, **common, "rounds": options.rounds, "packing": packing}
+        sizes = common["size"], common["batch"]
+        result["reading"] = {name: measure_reading(root, *sizes) for name, root in roots.items()}
+        result["cut_us"] = {name_of(n): measure_cut(roots[name_of(n)], *sizes) for n in INTERVALS}
+        result["splits"] = {}
+        for split in ("train", "val"):
+            measured = run_interleaved(candidates(roots, split, common, threads), options.rounds, WARM_UP, split)
+            baselines = [ORIGINALS, *map(name_of, INTERVALS)]
+            result["splits"][split] = report(split, measured, baselines)
+    print("\nbytes an image that reading asks for, cold: from the disk, wall us; warm: CPU us")
+    for name, found in result["reading"].items():
+        cold, warm = found["cold"], found["warm"]
+        print(f"  {name:<18} {warm['asked']:>8,} {cold['from_disk']:>8,} {cold['wall_us']:8.0f} {warm['cpu_us']:8.0f}")
+    result["goals"] = {}
+    for name, (goal, value, reached) in goals(result).items():
+        result["goals"][name] = {"goal": goal, "found": round(value, 3), "reached": reached}
+        print(f"{name}: {value:.2f} (goal {goal:g}{'' if reached else ', not reached'})")
+    write_result(options.json or default_path("restart"), "restart", ["python", *sys.argv], result)
+
+
+if __name__ == "__main__":
+    main()
