@@ -1,6 +1,7 @@
 """Shards with restart markers against the originals and other loaders: CPU time, bytes read, and what packing costs.
 
     python benchmarks/restart.py FOLDER [--images 300] [--rounds 5]
+    python benchmarks/restart.py --table RESULT.json        its table for docs/performance.md
 
 FOLDER: JPEGs, in any folders below it. Some are packed as a tree, as shards, and as shards with a marker about every 8,
 every 4 and every MCU, below --work. Then all loaders take turns, a process each; the ratios are found round by round.
@@ -8,6 +9,7 @@ Some minutes with the defaults. The result goes to --json (default: runs/bench).
 """
 
 import argparse
+import json
 import os
 import random
 import resource
@@ -18,8 +20,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import loaders
 
 from pipeline.dataset.index.index import Split
 from pipeline.dataset.index.scan import build_index
@@ -32,6 +32,9 @@ from pipeline.insight.bench.loader import report
 from pipeline.insight.bench.results import default_path, write_result
 from pipeline.insight.bench.streams import open_stream, stream_rounds
 from pipeline.limits import available_cores
+
+sys.path.insert(0, str(Path(__file__).parent))  # where another program starts this one
+import loaders
 
 INTERVALS = (8, 4, 1)
 CLASSES = 10
@@ -181,9 +184,48 @@ def goals(result: dict[str, Any]) -> dict[str, tuple[float, float, bool]]:
     return found | {name: (goal, value, value <= goal) for name, (goal, value) in at_most.items()}
 
 
+NEEDS = {
+    ORIGINALS: "an index (one decode of each image)",
+    SHARDS: "`pipeline pack`",
+    **{name_of(n): f"`pipeline pack --restart {n}`" for n in INTERVALS},
+    "torchvision": "class folders",
+    STRONGEST: "class folders",
+    "timm": "class folders",
+    "litdata": "`litdata.optimize`: its own chunks",
+    "ffcv": "its own format",
+}
+TITLES = {
+    "torchvision": "torchvision: ImageFolder, PIL, DataLoader",
+    STRONGEST: "torchvision.io and v2 on uint8, without DataLoader",
+    "timm": "timm: create_loader (PIL), without its work on the device",
+    "litdata": "LitData with torchvision.io and v2, one process",
+    "ffcv": "FFCV",
+}
+BASELINE = name_of(4)
+
+
+def table(result: dict[str, Any]) -> str:
+    """A row for each loader, in Markdown: what it needs first, and CPU time over that of `BASELINE`."""
+    lines = [f"| loader | needs first | training, x {BASELINE} | validation, x {BASELINE} |", "|---|---|---|---|"]
+    for name in result["splits"]["train"]["measured"]:
+        cells = []
+        for split in ("train", "val"):
+            found = result["splits"][split]
+            ratio = found["cpu_ratios"].get(f"{name} / {BASELINE}")
+            if name == BASELINE:
+                cells.append("1")
+            elif ratio is None:
+                cells.append("not installed")
+            else:
+                cells.append(f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+        lines.append(f"| {TITLES.get(name, name)} | {NEEDS[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a folder with JPEGs in it or below")
+    parser.add_argument("folder", type=Path, nargs="?", help="a folder with JPEGs in it or below")
+    parser.add_argument("--table", type=Path, help="print the table of a result instead of measuring")
     parser.add_argument("--images", type=int, default=300, help="images that are taken, and read a round")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
     parser.add_argument("--batch_size", type=int, default=50, help="images a batch")
@@ -192,6 +234,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the packed images; default: a temporary one")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())["result"]))
+        return
+    if options.folder is None:
+        parser.error("give a folder with JPEGs")
     threads = options.threads or available_cores()
     common = {"size": options.size, "batch": options.batch_size, "images": options.images}
     with tempfile.TemporaryDirectory(prefix="bench-restart-", dir=options.work) as work:

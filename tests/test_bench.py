@@ -170,7 +170,7 @@ def test_the_loaders_variants_are_measured(synthetic_root, tmp_path):
     assert validation["cpu_ratios"].keys() == {"reference / DALI"}
 
 
-@pytest.mark.parametrize("script", ["loaders.py", "gpu_decoders.py", "startup.py"])
+@pytest.mark.parametrize("script", ["loaders.py", "gpu_decoders.py", "startup.py", "restart.py"])
 def test_the_scripts_beside_the_package_start(script):
     path = Path(__file__).parent.parent / "benchmarks" / script
     done = subprocess.run([sys.executable, path, "--help"], env=runs.environment(), capture_output=True, text=True)

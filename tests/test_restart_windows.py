@@ -88,6 +88,7 @@ def assert_equal_window(data: bytes, window: tuple[int, int, int, int]) -> int:
 
 
 SIZES = [(1, 1), (3, 2), (8, 8), (17, 9), (33, 35), (35, 70), (64, 64), (131, 94), (250, 131), (499, 61), (5000, 33)]
+SIZES += [(21, 4999)]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -122,7 +123,7 @@ def test_a_window_is_a_fraction_of_the_bytes():
     assert cut.size < 0.35 * len(data)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", [*LOADERS, "parts"])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_decoders_see_the_same_in_the_part_as_in_the_whole(loader, sampling):
     side = 24
@@ -137,7 +138,9 @@ def test_decoders_see_the_same_in_the_part_as_in_the_whole(loader, sampling):
     planned = Planned(np.arange(count), np.zeros(count, int), windows, rois, np.zeros(count, bool), side)
     encoded = [np.frombuffer(piece, np.uint8) for piece, _, _ in pieces]
     origins = np.array([piece[1:] for piece in pieces], np.int32)
-    decoder = build.make_decoder(loader, count, 1, torch.device("cpu"), 1)
+    name, parts = ("dali", True) if loader == "parts" else (loader, False)
+    decoder = build.make_decoder(name, count, 1, torch.device("cpu"), 1, parts=parts)
+    assert (type(decoder).__name__ == "PartDecoder") == parts
     (images,) = decoder.decode([EncodedBatch(0, planned, encoded, origins)])
     decoder.close()
     for image, (x, y) in zip(images.numpy(), corners, strict=True):
