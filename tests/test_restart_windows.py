@@ -28,7 +28,7 @@ from pipeline.dataset.shards.transcode import transcode
 from pipeline.loader import build
 from pipeline.loader.plan import Planned
 from pipeline.loader.source import Source
-from pipeline.loader.stream import EncodedBatch
+from pipeline.loader.stream import EncodedBatch, UndecodableSample
 from pipeline.rank_info import RankInfo
 
 pytestmark = pytest.mark.skipif(
@@ -332,6 +332,18 @@ def test_on_a_cpu_whole_samples_of_any_format_are_decoded_as_dali_does(interpola
             kind = type(decoder).__name__
             decoder.close()
         assert kind == "PartDecoder" and torch.equal(*found)
+
+
+def test_what_no_decoder_takes_is_named_by_its_step_and_position():
+    whole = np.frombuffer(make_jpeg(37, 50, "4:2:0", 1), np.uint8)
+    windows = np.tile(np.array([0, 0, 20, 20], np.int32), (2, 1))
+    planned = Planned(np.arange(2), np.zeros(2, int), windows, windows.astype(float), np.zeros(2, bool), 20)
+    decoder = build.make_decoder("dali", 2, 1, torch.device("cpu"), 1, parts=True)
+    with pytest.raises(UndecodableSample) as raised:
+        list(decoder.decode([EncodedBatch(7, planned, [whole, whole[:30]])]))
+    assert (raised.value.step, raised.value.position) == (7, 1)
+    assert len(list(decoder.decode([EncodedBatch(7, planned, [whole, whole])]))) == 1, "it goes on"
+    decoder.close()
 
 
 def test_another_jpeg_library_than_pils_is_not_used(monkeypatch):
