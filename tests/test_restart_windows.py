@@ -326,7 +326,7 @@ def test_on_a_cpu_whole_samples_of_any_format_are_decoded_as_dali_does(interpola
         planned = Planned(np.arange(count), np.zeros(count, np.int64), windows, rois, flips, 20)
         found = []
         for parts in (False, True):
-            decoder = build.make_decoder("dali", count, 2, torch.device("cpu"), 2, None, interpolation, parts)
+            decoder = build.make_decoder("dali", count, 2, torch.device("cpu"), 2, None, interpolation, parts=parts)
             batch = EncodedBatch(0, planned, [decoder.prepare(item) for item in data])
             found += decoder.decode([batch])
             kind = type(decoder).__name__

@@ -110,7 +110,7 @@ def make_decoder(
     parts: bool = False,
 ) -> Decoder:
     """A decoder by name, "dali" or "reference". resize: of the shorter side in validation, None in training. decode: as
-    `data.decode`. parts: it is given parts of samples that hold their windows: nothing is left for DALI to leave out."""
+    `data.decode`. parts: it is given parts of samples that hold their windows: nothing is left for DALI to skip."""
     if name == "dali" and parts and device.type == "cpu":
         from pipeline.loader.parts import PartDecoder, decodes_as_pil
 
