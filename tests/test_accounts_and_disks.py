@@ -114,6 +114,28 @@ def test_a_root_that_can_only_be_read(pets, tmp_path):
     assert as_another(*bench, "--index", elsewhere).returncode == 0
 
 
+@needs_setpriv
+def test_a_run_on_a_root_that_can_only_be_read_now(pets, tmp_path):
+    """evaluate, report and bench loader take the index from elsewhere; nothing is written into the root."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    runs.call(pets, run, "--train.global_batch_size", "4", "--schedule.epochs", "1")
+    shutil.rmtree(pets / "index")
+    build_index(pets, elsewhere)
+    for path in (*pets.rglob("*"), pets):
+        if path.is_dir():
+            path.chmod(0o555)
+    refused = as_another("evaluate", run)
+    assert refused.returncode == 2 and "--index DIR" in refused.stderr
+    done = as_another("evaluate", run, "--index", elsewhere)
+    assert done.returncode == 0 and "4 images" in done.stdout, done.stderr
+    assert main(["report", str(run), "--index", str(elsewhere), "--device", "cpu"]) == 0
+    page = (run / "report/index.html").read_text()
+    assert "no index" not in page and "Predictions" in page
+    bench = ["bench", "loader", str(pets), "--size", "32", "--batch_size", "2", "--images", "4", "--rounds", "1"]
+    assert main(bench) == 2
+    assert main([*bench, "--threads", "1", "--index", str(elsewhere), "--json", str(tmp_path / "b.json")]) == 0
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY])
 def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
     def refuse(file, how):

@@ -177,10 +177,11 @@ def test_official_files_that_do_not_suffice_are_one_line(tmp_path, capsys):
     assert main(["fetch", dest, "--from", str(kit)]) == 2
     assert "holds labels and no images" in capsys.readouterr().err
     assert main(["fetch", dest, "--from", str(source), "--classes", "1"]) == 2
-    assert main(["fetch", dest, "--from", str(source), "--pack"]) == 2
-    assert "pipeline pack" in capsys.readouterr().err
-    assert main(["index", str(source)]) == 2
-    assert f"pipeline fetch DEST --from {source}" in capsys.readouterr().err
+    assert main(["fetch", dest, "--from", str(source), "--pack", "--split", "val"]) == 2
+    assert "--pack requires both tar files" in capsys.readouterr().err
+    assert main(["fetch", dest, "--from", str(source / "ILSVRC2012_img_train.tar"), "--pack"]) == 2
+    assert "ILSVRC2012_img_val.tar is not there" in capsys.readouterr().err
+    dest = str(tmp_path / "tree")
     write(kit, make_tar({name: data for name, data in kit_files().items() if "meta" not in name}, "w:gz"))
     assert main(["fetch", dest, "--from", str(source)]) == 2
     assert "meta.mat" in capsys.readouterr().err
@@ -276,7 +277,8 @@ def test_two_data_sets_below_are_named(tmp_path, capsys):
         (["data.mdb"], "LMDB"),
         (["train.rec"], "RecordIO"),
         (["imagenet-object-localization-challenge.zip"], "pipeline fetch DEST --from"),
-        (["imagenet-train-000000.tar", "imagenet-val-000000.tar"], "WebDataset shards"),
+        (["imagenet-train-000000.tar", "imagenet-val-000000.tar"], "cut or damaged"),
+        (["train/imagenet-0.tar.gz", "val/imagenet-0.tar.gz"], "unpack it"),
         (["ILSVRC2012_img_train.tar"], "put ILSVRC2012_img_val.tar beside it"),
         (["n01440764/a.JPEG", "n01443537/a.JPEG"], "class folders"),
     ],

@@ -30,6 +30,7 @@ def _evaluate(argv: list[str], stop: StopRequest) -> int:
         weights: str = "both",
         model: str = "resnet152",
         data_root: str | None = None,
+        index: str | None = None,
         sizes: str | None = None,
         ten_crop: bool = False,
         flip: bool | None = None,
@@ -49,6 +50,8 @@ def _evaluate(argv: list[str], stop: StopRequest) -> int:
             model: whose published weights to score.
             data_root: other validation images; default: where the run had them. A data root, or any folder with one
                 folder a class: of the same names, or named 0, 1, ... (ImageNet-V2).
+            index: folder of the data root's index, where the root can't be written; default: the run's, or
+                DATA_ROOT/index.
             sizes: pixels to score at, e.g. 224,288 or 224/232,288/288 (crop/resize); default: as in the run.
             ten_crop: the mean over middle, corners, and all mirrored.
             flip: the mean with the mirrored image; default: as in the run.

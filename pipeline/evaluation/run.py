@@ -45,6 +45,7 @@ class Request:
     weights: str = "both"
     model: str = "resnet152"
     data_root: str | None = None
+    index: str | None = None
     sizes: str | None = None
     ten_crop: bool = False
     flip: bool | None = None
@@ -82,7 +83,7 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     if published is None and not folder.config.exists():
         raise UserError(f"{ask.run} is not a run folder: it has no config.yaml; give the --run_dir of a run")
     config = published_config(ask, published) if published else load_config(folder.config, verb="evaluate")
-    config = relocated(config, ask.data_root, ask.batch_size, ask.device)
+    config = relocated(config, ask.data_root, ask.batch_size, ask.device, ask.index)
     root = Path(config.data.root).expanduser()
     if folder is not None and not root.is_dir():
         raise UserError(f"the run's data is not at {root} on this machine; give --data_root DIR, where it lies here")
@@ -114,9 +115,12 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     return EXIT_OK
 
 
-def relocated(config: Config, data_root: str | None, batch_size: int | None, device: Device) -> Config:
+def relocated(
+    config: Config, data_root: str | None, batch_size: int | None, device: Device, index: str | None = None
+) -> Config:
     """A saved configuration for this machine: other places and sizes, the same recipe."""
     data = dataclasses.replace(config.data, root=data_root, index=None) if data_root else config.data
+    data = dataclasses.replace(data, index=index) if index else data
     train = dataclasses.replace(
         config.train, device=device, eval_batch_size=batch_size or config.train.eval_batch_size, compile=False
     )

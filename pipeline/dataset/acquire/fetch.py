@@ -16,7 +16,7 @@ from pipeline.dataset.acquire.manifest import ALL, Manifest, read_manifest
 from pipeline.dataset.acquire.remote import ArchiveChangedError, LocalFile, Patience, RemoteFile
 from pipeline.dataset.acquire.selection import SPLITS, Selection, parse_classes
 from pipeline.dataset.acquire.sources import cifar10
-from pipeline.dataset.acquire.sources.official import OfficialFiles, find_official, unpack_official
+from pipeline.dataset.acquire.sources.official import OfficialFiles, find_official, pack_official, unpack_official
 from pipeline.dataset.acquire.tree import STATE, ExistingFiles
 from pipeline.dataset.acquire.zip_directory import NotAnArchiveError
 from pipeline.dataset.disk import check_space, explain
@@ -86,11 +86,6 @@ def fetch(
     official = find_official(Path(from_file).absolute()) if from_file else None
     if official is not None:
         selection = official.select(selection)
-        if pack:
-            raise UserError(
-                f"--from {from_file}: the tar files of image-net.org are unpacked first; leave --pack out, then: "
-                f"pipeline pack {dest} SHARDS"
-            )
     elif from_file and Path(from_file).is_dir():
         raise describe_contents(Path(from_file)) or UserError(
             f"--from {from_file} is a folder without the tar files of image-net.org; give an archive, or index the "
@@ -103,7 +98,7 @@ def fetch(
                 if official is None:
                     _fetch_until_complete(root, manifest, selection, options, via, packing)
                 else:
-                    _unpack_official(official, root, manifest, selection)
+                    _take_official(official, root, manifest, selection, packing)
                 _finish(root, index)
         except KeyboardInterrupt:
             print("pipeline fetch: interrupted; run the same command again to resume", file=sys.stderr)
@@ -143,13 +138,18 @@ def repair(root: Path, members: list[str], options: Options | None = None) -> No
         _sort_val(root)
 
 
-def _unpack_official(files: OfficialFiles, root: Path, manifest: Manifest, selection: Selection) -> None:
+def _take_official(
+    files: OfficialFiles, root: Path, manifest: Manifest, selection: Selection, packing: PackOptions | None
+) -> None:
     earlier = read_manifest(root)
     if earlier is not None:
         manifest.selected, manifest.whole, manifest.images = earlier.selected, earlier.whole, earlier.images
     manifest.add(selection)
     manifest.write(root)
-    unpack_official(files, root, selection)
+    if packing is None:
+        unpack_official(files, root, selection)
+    else:
+        pack_official(files, root, selection, packing)
 
 
 def _check_kind(root: Path, packing: PackOptions | None) -> None:

@@ -66,6 +66,22 @@ def read_file(path: str) -> FileContent:
         return FileContent(b"", 0, str(error.strerror))
 
 
+def read_member(member: tuple[str, int, int]) -> FileContent:
+    """Read an image in a tar file: (path of the tar, offset, bytes). Errors as of `read_file`."""
+    path, offset, size = member
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data, mtime_ns = os.pread(descriptor, size, offset), os.fstat(descriptor).st_mtime_ns
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise TransientError(f"can't read {path} ({error.strerror}); run the same command again") from error
+        return FileContent(b"", 0, str(error.strerror))
+    return FileContent(data, mtime_ns, "" if len(data) == size else "cut")
+
+
 def inspect(content: FileContent) -> ScannedFile:
     """Decode one file's bytes."""
     data, mtime_ns, reason = content
@@ -81,3 +97,8 @@ def inspect(content: FileContent) -> ScannedFile:
 def inspect_all(paths: list[str]) -> list[ScannedFile]:
     """Read and decode files."""
     return [inspect(content) for content in read_ahead(read_file, paths)]
+
+
+def inspect_members(members: list[tuple[str, int, int]]) -> list[ScannedFile]:
+    """Read and decode images in tar files, as `read_member` takes them."""
+    return [inspect(content) for content in read_ahead(read_member, members)]

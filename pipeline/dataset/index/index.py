@@ -108,8 +108,13 @@ class Index:
     words: tuple[str, ...]
     splits: dict[str, Split]
     fingerprint: str
-    folders: dict[str, int]  # scanned folder, relative to root -> mtime_ns; empty for shards
+    folders: dict[str, int]  # scanned folder or tar file, relative to root -> mtime_ns; empty for packed shards
     left_out: LeftOut = field(default_factory=dict)  # what lies in the root and is not in the index
+
+    @property
+    def is_packed(self) -> bool:
+        """Are these shards that this project wrote, rather than a tree or tar files of others?"""
+        return not self.folders
 
     @property
     def num_classes(self) -> int:
@@ -153,11 +158,13 @@ def index_folder(root: Path) -> Path:
     return root / FOLDER
 
 
-def locate_index(data: DataConfig, data_root: str | None = None) -> Path:
+def locate_index(data: DataConfig, data_root: str | None = None, index: str | None = None) -> Path:
     """The folder of the index that a configuration means: `data.index`, or else the default one of the data root.
 
-    data_root: where the data lies now; default: `data.root`.
+    data_root: where the data lies now; default: `data.root`. index: where the index lies now.
     """
+    if index:
+        return Path(index).expanduser()
     if data.index and not data_root:
         return Path(data.index).expanduser()
     return index_folder(Path(data_root or data.root).expanduser())

@@ -35,13 +35,27 @@ FLAT_FOLDERS = ("images", "ILSVRC2012_img_val", "val", "val_images")
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the images of a split in tar files lie.
+
+    shards: tar files, relative to the root; shard: [n] int64, numbers into `shards`; offset, size: [n] int64, bytes.
+    """
+
+    shards: list[str]
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+
+
+@dataclass(frozen=True)
 class Listing:
     """The images of one split.
 
     names: [n] paths relative to the root with '/', in class order, then as ImageFolder orders them.
     classes: sorted names of the classes; labels: [n] int32 into `classes`.
-    mtimes: folder or list that was read, relative to the root -> mtime_ns.
+    mtimes: folder, list or tar file that was read, relative to the root -> mtime_ns.
     left_out: what lies there and is in no class, by reason.
+    places: where they lie, for a split in tar files; None: each is a file of its own.
     """
 
     names: list[str]
@@ -49,6 +63,12 @@ class Listing:
     labels: np.ndarray
     mtimes: dict[str, int]
     left_out: Tally
+    places: Places | None = None
+
+    def describe(self, i: int) -> str:
+        """Image i, for messages and lists: its path relative to the root, behind a tar file's path and a colon."""
+        name = self.names[i]
+        return name if self.places is None else f"{self.places.shards[self.places.shard[i]]}:{name}"
 
 
 class _Walk:

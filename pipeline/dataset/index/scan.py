@@ -1,4 +1,4 @@
-"""Scan a tree in class folders into an index: every image is decoded once in full, on all cores.
+"""Scan a tree in class folders, or tar files, into an index: every image is decoded once in full, on all cores.
 
 Only a full decode finds every truncated or corrupt image; images that can't be decoded are listed and left out. A
 killed scan resumes where it stopped; a later one reads only files that have changed.
@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.command import run_command
-from pipeline.dataset.index.decode import ScannedFile, inspect_all
+from pipeline.dataset.index.decode import ScannedFile, inspect_all, inspect_members
 from pipeline.dataset.index.index import PACKED, RECORD, Index, has_index, index_folder, is_current, open_index
 from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, describe, kind_of
 from pipeline.dataset.index.listing import Listing, list_places
-from pipeline.dataset.index.scan_journal import PreviousScan, ScanJournal
+from pipeline.dataset.index.scan_journal import PreviousScan, ScanJournal, member_key
+from pipeline.dataset.index.tar_listing import list_tars
 from pipeline.dataset.index.write import write_index
-from pipeline.dataset.layouts.find import find_layout
-from pipeline.dataset.layouts.foreign import refuse_tars
+from pipeline.dataset.layouts.find import Layout, find_layout
 from pipeline.dataset.layouts.words import read_words
 from pipeline.dataset.lock import locked
 from pipeline.dataset.names import distinguish, twin_of
@@ -52,31 +52,50 @@ def scan_split(
     """
     records = np.zeros(len(listing.names), RECORD)
     records["label"], records["shard"] = listing.labels, -1
+    places = listing.places
+    if places is not None:
+        records["shard"], records["offset"] = places.shard, places.offset
     keep, unreadable = np.ones(len(records), bool), []
 
     def take(i: int, seen: ScannedFile) -> None:
         record = records[i]
-        record["size"], record["mtime_ns"], record["digest"] = seen.size, seen.mtime_ns, seen.digest
+        record["size"], record["digest"] = seen.size, seen.digest
+        record["mtime_ns"] = seen.mtime_ns if places is None else 0
         record["width"], record["height"] = seen.width, seen.height
         if seen.reason:
             keep[i] = False
-            entry = {"file": listing.names[i], "class": listing.classes[listing.labels[i]], "reason": seen.reason}
-            unreadable.append(entry | {"size": seen.size, "mtime_ns": seen.mtime_ns})
+            entry: dict[str, str | int] = {"file": listing.describe(i)}
+            entry |= {"class": listing.classes[listing.labels[i]], "reason": seen.reason}
+            entry |= {"size": seen.size, "mtime_ns": seen.mtime_ns}
+            unreadable.append(entry if places is None else entry | {"tar": place(i)[0], "offset": place(i)[1]})
+
+    def place(i: int) -> tuple[str, int, int]:
+        """Of an image in a tar file: its tar, offset and bytes."""
+        assert places is not None
+        return places.shards[places.shard[i]], int(places.offset[i]), int(places.size[i])
 
     todo = []
     for i, name in enumerate(listing.names):
-        seen = known.find(root, name)
+        seen = known.find(root, name) if places is None else known.find_member(*place(i), listing.mtimes[place(i)[0]])
         if seen is None:
             todo.append(i)
         else:
             take(i, seen)
-    paths = ([f"{root}/{listing.names[i]}" for i in chunk] for chunk in _chunks(todo))
+    processes = 1 if len(todo) <= SMALL else processes
+    results: Iterator[list[ScannedFile]]
+    if places is None:
+        paths = ([f"{root}/{listing.names[i]}" for i in chunk] for chunk in _chunks(todo))
+        results = map_in_order(inspect_all, paths, processes)
+    else:
+        todo.sort(key=lambda i: place(i)[:2])  # tars are read front to back
+        members = ([(f"{root}/{shard}", *at) for shard, *at in map(place, chunk)] for chunk in _chunks(todo))
+        results = map_in_order(inspect_members, members, processes)  # type: ignore[arg-type]
     with Progress(f"Indexing {split}", len(todo), "images", quiet=not todo) as progress:
-        results = map_in_order(inspect_all, paths, 1 if len(todo) <= SMALL else processes)
         for chunk, found in zip(_chunks(todo), results, strict=True):
             for i, seen in zip(chunk, found, strict=True):
                 take(i, seen)
-            journal.add([listing.names[i] for i in chunk], found)
+            keys = [listing.names[i] if places is None else member_key(*place(i)[:2]) for i in chunk]
+            journal.add(keys, found)
             progress.advance(len(chunk))
     unreadable.sort(key=lambda entry: entry["file"])
     return records[keep], [listing.names[i] for i in np.flatnonzero(keep)], unreadable
@@ -104,7 +123,8 @@ def _locked_folder(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(
                 f"can't write the index into {folder} ({reason_of(error, folder)}); choose another folder with "
-                "--data.index DIR (train, preflight), --index DIR (pack, verify, bench) or --out DIR (index)"
+                "--data.index DIR (train, preflight), --index DIR (pack, verify, evaluate, report, bench) or --out DIR "
+                "(index)"
             ) from error
         yield
 
@@ -143,7 +163,7 @@ def build_index(
     known = (root / PACKED).exists() or has_index(index_folder(root))
     folder = folder or (index_folder(root) if known else _default_folder(root, to_score))
     previous = _open_previous(folder)
-    if previous is not None and not previous.folders:  # packed shards: there is no tree to scan
+    if previous is not None and previous.is_packed:  # there is no tree to scan
         return previous
     if previous is None and (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards without a sound index; run the same pack command again")
@@ -151,9 +171,6 @@ def build_index(
     root = layout.root
     if layout.note:
         print(layout.note, file=sys.stderr, flush=True)
-    if layout.tars:
-        raise refuse_tars({split: tars.kind for split, tars in layout.tars.items()}, root)
-    places = layout.folders
 
     def is_valid(index: Index) -> bool:
         if index.root != root or not is_current(index, layout.places()):
@@ -167,7 +184,7 @@ def build_index(
         previous = _open_previous(folder, quiet=True)
         if previous is not None and is_valid(previous):  # by the process that was waited for
             return previous
-        return _scan(root, places, folder, previous, processes or available_cores())
+        return _scan(layout, folder, previous, processes or available_cores())
 
 
 def _default_folder(root: Path, to_score: bool) -> Path:
@@ -178,19 +195,19 @@ def _default_folder(root: Path, to_score: bool) -> Path:
     return index_folder(layout.root if root.resolve() in layout.places() else root)
 
 
-def _scan(
-    root: Path, places: dict[str, tuple[Path, ...]], folder: Path, previous: Index | None, processes: int
-) -> Index:
-    listings = {split: list_places(place, root) for split, place in places.items()}
+def _scan(layout: Layout, folder: Path, previous: Index | None, processes: int) -> Index:
+    root, of_folders = layout.root, layout.folders
+    found = {split: list_places(place, root) for split, place in of_folders.items()}
+    found |= list_tars(layout.tars, root, processes)
+    listings = {split: found[split] for split in layout.splits}
+    home = {split: (*of_folders.get(split, ()), *_tar_files(layout, split))[0] for split in listings}  # for messages
     whole = next(iter(listings))  # the split that every class is in: train, or the only one
     classes = listings[whole].classes
     unknown = sorted(set(listings["val"].classes) - set(classes))
     if unknown:
         twin = twin_of(unknown[0], classes)
         remedy = "add or remove it" if twin is None else f"it is {distinguish(unknown[0], twin)}"
-        raise UserError(
-            f"{places['val'][0]} has the class '{unknown[0]}' that {places[whole][0]} does not have; {remedy}"
-        )
+        raise UserError(f"{home['val']} has the class '{unknown[0]}' that {home[whole]} does not have; {remedy}")
     splits: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
     bad, done = {}, False
     journal = ScanJournal(folder / JOURNAL)
@@ -199,24 +216,28 @@ def _scan(
             known = PreviousScan(previous, split, journal)
             records, names, bad[split] = scan_split(root, split, listing, known, journal, processes)
             if not len(records):
-                raise UserError(f"{places[split][0]} has no readable image; fetch it again")
+                raise UserError(f"{home[split]} has no readable image; fetch it again")
             records["label"] = np.searchsorted(classes, listing.classes)[records["label"]]
             missing = np.setdiff1d(np.arange(len(classes)), records["label"])
             if split == whole and len(missing):
-                raise UserError(
-                    f"class '{classes[missing[0]]}' has no readable image in {places[split][0]}; see {folder}"
-                )
+                raise UserError(f"class '{classes[missing[0]]}' has no readable image in {home[split]}; see {folder}")
             splits[split] = records, names
         words = read_words(root)
         noted = {name: mtime for listing in listings.values() for name, mtime in listing.mtimes.items()}
         atomic_write(folder / UNREADABLE, json.dumps(bad, indent=1))
         named = [(name, words.get(name, name)) for name in classes]
         left_out = {split: _tally(listing, bad[split]).reasons for split, listing in listings.items()}
-        made = write_index(folder, root, named, splits, folders=noted, left_out=left_out)
+        shards: dict[str, Sequence[str]]
+        shards = {split: listing.places.shards for split, listing in listings.items() if listing.places is not None}
+        made = write_index(folder, root, named, splits, shards, noted, left_out)
         done = True
         return made
     finally:
         journal.close(remove=done)
+
+
+def _tar_files(layout: Layout, split: str) -> tuple[Path, ...]:
+    return layout.tars[split].files if split in layout.tars else ()
 
 
 def _tally(listing: Listing, unreadable: list[dict]) -> Tally:
@@ -228,7 +249,8 @@ def _tally(listing: Listing, unreadable: list[dict]) -> Tally:
 
 
 def read_unreadable(folder: Path) -> dict[str, list[dict]]:
-    """Split -> image files that the scan left out: {"file", "class", "reason", "size", "mtime_ns"}."""
+    """Split -> image files that the scan left out: {"file", "class", "reason", "size", "mtime_ns"}, and of one in a
+    tar file "tar" and "offset"."""
     path = folder / UNREADABLE
     try:
         return json.loads(path.read_bytes())
@@ -239,10 +261,11 @@ def read_unreadable(folder: Path) -> dict[str, list[dict]]:
 
 
 def index(root: str, out: str | None = None, processes: int | None = None) -> int:
-    """Scan a tree in class folders once, decode every image in full, and write its index.
+    """Scan a data root once, decode every image in full, and write its index. Nothing is copied or unpacked.
 
     Args:
-        root: an ILSVRC root, or a folder with train/ and val/ (or test/), each with a folder a class.
+        root: an ILSVRC root; a folder with train/ and val/ (or test/), each with a folder a class; or a folder with
+            WebDataset shards, or with the tar files of image-net.org.
         out: folder of the index; default ROOT/index.
         processes: number of processes; default: all cores.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.dataset.imagenet import CLS_LOC, SYNSET
-from pipeline.dataset.layouts.foreign import describe_contents, describe_file
+from pipeline.dataset.layouts.foreign import describe_contents, describe_file, describe_format
 from pipeline.dataset.names import dead_link
 from pipeline.errors import UserError
 
@@ -73,11 +73,11 @@ def find_layout(root: Path, to_score: bool = False) -> Layout:
         raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds {wanted}")
     own = _look(root)
     if "train" in own.splits:
+        bare = "train" in own.folders and not any(path for folder in own.folders["train"] for path in _folders(folder))
+        foreign = describe_format(root) if bare else None
+        if foreign is not None:
+            raise foreign
         if "val" not in own.splits:
-            bare = not any(path for folder in own.folders.get("train", ()) for path in _folders(folder))
-            foreign = describe_contents(root) if bare and "train" in own.folders else None
-            if foreign is not None:
-                raise foreign
             what = own.tars["train"].files[0].name if "train" in own.tars else "train/"
             where = (
                 f"put {OFFICIAL['val']} beside it"

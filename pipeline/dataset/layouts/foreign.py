@@ -20,7 +20,7 @@ _FORMATS: list[tuple[Callable[[str], bool], str, str]] = [
     (
         _to(r".*\.parquet"),
         "Hugging Face parquet files",
-        "write each image into a folder of its class (train/CLASS/NAME.JPEG, val/CLASS/NAME.JPEG)",
+        "make shards of them: pipeline pack {root} DEST",
     ),
     (
         _to(r".*\.arrow"),
@@ -83,8 +83,8 @@ def describe_file(path: Path) -> UserError:
     return UserError(f"data root {path} is a file, no folder; give the folder that holds train/ and val/")
 
 
-def describe_contents(root: Path) -> UserError | None:
-    """What a folder without splits holds, and what to type; None where that is nothing known."""
+def describe_format(root: Path) -> UserError | None:
+    """Which known format the files in a folder, or in the folders below it, have; None where they have none."""
     files, folders = _entries(root)
     inner = [path for folder in folders[:50] for path in _entries(folder)[0][:200]]
     for belongs, what, remedy in _FORMATS:
@@ -93,6 +93,16 @@ def describe_contents(root: Path) -> UserError | None:
             return UserError(
                 f"data root {root} holds {what} ({found.relative_to(root)}); {remedy.format(root=root, file=found)}"
             )
+    return None
+
+
+def describe_contents(root: Path) -> UserError | None:
+    """What a folder without splits holds, and what to type; None where that is nothing known."""
+    known = describe_format(root)
+    if known is not None:
+        return known
+    files, folders = _entries(root)
+    inner = [path for folder in folders[:50] for path in _entries(folder)[0][:200]]
     if any(path.suffix.lower() in _IMAGES for path in inner) and len(folders) > 1:
         return UserError(
             f"data root {root} holds no train/ folder, but class folders (such as {folders[0].name}); "
@@ -118,17 +128,3 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     except PermissionError:
         return [], []
     return sorted(files), sorted(folders)
-
-
-def refuse_tars(kinds: dict[str, str], root: Path) -> UserError:
-    """For a data root with splits in tar files, which are not indexed in place. kinds: split -> `TarFiles.kind`."""
-    split, kind = next(iter(kinds.items()))
-    if kind == "samples":
-        return UserError(
-            f"data root {root} holds WebDataset shards of others ({split}), which are not read in place; unpack them "
-            f"into {split}/CLASS/IMAGE, then: pipeline index {root}"
-        )
-    return UserError(
-        f"data root {root} holds official tar files of image-net.org ({split}); unpack them: pipeline fetch DEST "
-        f"--from {root}"
-    )

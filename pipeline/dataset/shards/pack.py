@@ -16,8 +16,10 @@ from pipeline.dataset import imagenet
 from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, open_index
 from pipeline.dataset.index.left_out import only_images
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
-from pipeline.dataset.selected import read_selected
+from pipeline.dataset.layouts.parquet_files import find_parquet
+from pipeline.dataset.selected import MANIFEST, read_selected
 from pipeline.dataset.shards.format import (
+    STATE,
     exists,
     is_whole,
     merge_shards,
@@ -41,6 +43,7 @@ from pipeline.progress import Progress
 
 #: Lists of the archive that go with the shards, so that `verify` knows what is to be there.
 LISTS = (imagenet.SYNSET_MAPPING, imagenet.VAL_SOLUTION, imagenet.TRAIN_LIST)
+_OWN = (MANIFEST, ".fetch", STATE)  # what may be there before the marker is
 
 
 def _check_dest(dest: Path, wanted: dict) -> dict | None:
@@ -48,7 +51,9 @@ def _check_dest(dest: Path, wanted: dict) -> dict | None:
     try:
         found = json.loads((dest / PACKED).read_bytes())
     except FileNotFoundError:
-        if dest.exists() and (not dest.is_dir() or any(PACKED not in path.name for path in dest.iterdir())):
+        others = (path.name for path in dest.iterdir()) if dest.is_dir() else ()
+        foreign = any(PACKED not in name and name not in _OWN for name in others)
+        if dest.exists() and (not dest.is_dir() or foreign):
             raise UserError(f"{dest} exists and holds something else; give a new or empty folder") from None
         return None
     except (OSError, ValueError) as error:
@@ -87,7 +92,7 @@ def _opens(folder: Path) -> bool:
     return True
 
 
-def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
+def prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
     """Make `dest` ready, or return True if it is complete. Raises UserError where it can't be used."""
     shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
     marker = {"source": index.fingerprint, "options": options.marker(), "shards": shards, "complete": False}
@@ -107,14 +112,14 @@ def _prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
     return False
 
 
-def _finish(
+def finish(
     root: Path, dest: Path, index: Index, shards: dict[str, int], selected: dict | None, options: Options
 ) -> Index:
     """Merge the shards' records into the index, take the archive's lists along, and mark the folder as complete."""
     for folder in (dest, index_folder(dest)):
         for path in folder.glob(".*.tmp"):  # what killed runs left
             path.unlink()
-    saved = options.unreadable == "reencode" and bool(index.folders)  # only those listed in the notes
+    saved = options.unreadable == "reencode" and not index.is_packed  # only those listed in the notes
     classes = list(zip(index.synsets, index.words, strict=True))
     made, notes = merge_shards(dest, classes, shards, None if saved else only_images(index.left_out))
     for name in LISTS:
@@ -160,7 +165,7 @@ def pack_tree(
             "again, or give --unreadable skip (leave them out) or reencode (save what can be seen)"
         )
     plan = make_plan(index, options, unreadable)
-    complete = _prepare(dest, index, options, plan)
+    complete = prepare(dest, index, options, plan)
     mine = [shard for i, shard in enumerate(plan.shards()) if i % parts == turn - 1]
     is_there, restart = exists if complete else is_whole, options.restart is not None
     todo = [shard for shard in mine if not is_there(dest, *shard, restart)]
@@ -184,7 +189,7 @@ def pack_tree(
         return open_index(index_folder(dest))
     if part is not None:
         return None
-    return _finish(root, dest, index, {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}, selected, options)
+    return finish(root, dest, index, {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}, selected, options)
 
 
 def pack(
@@ -204,7 +209,7 @@ def pack(
     """Write a data root as WebDataset tar shards with an index. Run the same command again to resume.
 
     Args:
-        root: a data root; it is indexed first if need be.
+        root: a data root, which is indexed first if need be, or a folder with Hugging Face's parquet files.
         dest: folder for the shards: new, empty, or begun by the same command.
         short_side: reduce training images to this shorter side in pixels (smaller ones stay as they are).
         quality: JPEG quality of what is re-encoded.
@@ -220,7 +225,15 @@ def pack(
     """
     options = Options(short_side, quality, shard_mb, resize_val, unreadable, seed, parse_restart(restart))
     source_index = Path(index).expanduser() if index else None
-    made = pack_tree(Path(root), Path(dest), options, part, processes, quiet=False, source_index=source_index)
+    found = find_parquet(Path(root))
+    if found:
+        from pipeline.dataset.shards.parquet import pack_parquet
+
+        if part is not None or source_index is not None:
+            raise UserError(f"{root} holds parquet files, which are packed by one job; leave --part and --index out")
+        made: Index | None = pack_parquet(Path(root), found, Path(dest), options, processes, quiet=False)
+    else:
+        made = pack_tree(Path(root), Path(dest), options, part, processes, quiet=False, source_index=source_index)
     if made is None:
         print(f"{dest}: part {part} is written; when all parts are, run the same command without --part")
         return 0

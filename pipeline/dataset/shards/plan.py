@@ -66,11 +66,13 @@ def spell_out_restart(argv: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Extra:
-    """A file that the index left out, to be saved as far as it goes. `order` as in `shards.Sample`."""
+    """An image that the index left out, to be saved as far as it goes. `order` as in `shards.Sample`; `place`: its tar
+    file, offset and bytes, None for a file of its own."""
 
     name: str
     label: int
     order: int
+    place: tuple[str, int, int] | None = None
 
 
 def list_extras(index: Index, split: str, unreadable: list[dict]) -> list[Extra]:
@@ -84,8 +86,11 @@ def list_extras(index: Index, split: str, unreadable: list[dict]) -> list[Extra]
     for entry in sorted(unreadable, key=lambda entry: entry["file"]):
         label = index.synsets.index(entry["class"])
         first, last = np.searchsorted(labels, [label, label + 1])
-        key = tuple(entry["file"].rpartition("/")[::2])
-        extras.append(Extra(entry["file"], label, 2 * (int(first) + sum(other < key for other in keys[first:last]))))
+        name = entry["file"].removeprefix(f"{entry.get('tar')}:")
+        key = tuple(name.rpartition("/")[::2])
+        place = (entry["tar"], entry["offset"], entry["size"]) if "tar" in entry else None
+        order = 2 * (int(first) + sum(other < key for other in keys[first:last]))
+        extras.append(Extra(entry["file"], label, order, place))
     return extras
 
 
@@ -138,7 +143,7 @@ def make_key(synset: str, name: str, is_twin: bool = False) -> str:
 
 def _find_twins(index: Index, split: str, extras: list[Extra]) -> frozenset[int]:
     of_split = index.splits[split]
-    if of_split.shards:  # its names are keys already
+    if index.is_packed and of_split.shards:  # its names are keys already
         return frozenset()
     hashes = np.zeros(len(of_split) + len(extras), np.uint64)
     labels = of_split.records["label"].tolist()

@@ -49,7 +49,7 @@ def copy_file(there: Path, here: Path, advance: Callable[[int], None]) -> None:
     temporary.replace(here)
 
 
-def _list_files(split: Split) -> Iterator[str]:
+def list_shard_files(split: Split) -> Iterator[str]:
     """The shards of a split, and their restart tables."""
     for shard in split.shards:
         yield shard
@@ -72,7 +72,9 @@ def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: boo
     for name, split in opened.splits.items():
         if not split.shards:
             raise UserError(f"{source}: {name} is a tree of single files; pack it into shards first (pipeline pack)")
-    wanted = {safe_join(opened.root, name): name for split in opened.splits.values() for name in _list_files(split)}
+    wanted = {
+        safe_join(opened.root, name): name for split in opened.splits.values() for name in list_shard_files(split)
+    }
     try:
         dest.mkdir(parents=True, exist_ok=True)
         with locked_folder(dest):
@@ -115,11 +117,18 @@ def stage(source: str, dest: str, index: str | None = None) -> int:
     """Copy packed shards to a node's own disk, reusing existing copies; then train with --data.root DEST.
 
     Args:
-        source: data root with packed shards, seen by every node.
+        source: data root with packed shards, seen by every node; or s3://BUCKET/FOLDER that one was uploaded to.
         dest: folder on the node's own disk.
         index: folder of the source's index; default SOURCE/index.
     """
-    opened, copied = stage_shards(Path(source), Path(dest), Path(index) if index else None)
+    from pipeline.dataset.shards.stage_remote import is_url, stage_url
+
+    if is_url(source):
+        if index is not None:
+            raise UserError(f"--index {index}: shards of {source} are staged with the index beside them; leave it out")
+        opened, copied = stage_url(source, Path(dest))
+    else:
+        opened, copied = stage_shards(Path(source), Path(dest), Path(index) if index else None)
     total = sum(len(split.shards) for split in opened.splits.values())
     print(
         f"{dest}: {copied} of {total} shards copied, {total - copied} existed already; fingerprint {opened.fingerprint}"

@@ -58,16 +58,26 @@ def write_shard(task: Task) -> int:
             if restart is not None:
                 data = transcode(data, restart) or data
             label = int(record["label"])
-            key = name.rpartition(".")[0] if split.shards else make_key(index.synsets[label], name, item in task.twins)
+            is_key = index.is_packed and split.shards
+            key = name.rpartition(".")[0] if is_key else make_key(index.synsets[label], name, item in task.twins)
             writer.add(Sample(key, image_suffix(data, name), data, label, width, height, 2 * item + 1, original))
     return len(task.items)
+
+
+def _read_extra(index: Index, extra: Extra) -> bytes:
+    if extra.place is None:
+        return safe_join(index.root, extra.name).read_bytes()
+    tar, offset, size = extra.place
+    with safe_join(index.root, tar).open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def _save(writer: ShardWriter, index: Index, extra: Extra, is_twin: bool, side: int | None, options: Options) -> None:
     """Add what can be seen of a damaged image, or note that nothing can."""
     note = {"file": extra.name, "class": index.synsets[extra.label]}
     try:
-        raw = safe_join(index.root, extra.name).read_bytes()
+        raw = _read_extra(index, extra)
         data, width, height = reencode(raw, side, options.quality, damaged=True)
         decode_fully(data)
     except (OSError, ValueError) as error:

@@ -71,7 +71,7 @@ def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[NamedSample
     """
     known: dict[str, set[str]] = {}
     synsets = index.synsets if index is not None else ()
-    places = {} if index is not None and not index.folders else find_split_folders(root)
+    places = {} if index is not None and index.is_packed else find_split_folders(root)
     current = index is not None and is_current(index, itertools.chain(*places.values()))
     for name, split in index.splits.items() if index is not None else ():
         labels = split.records["label"]
@@ -199,9 +199,10 @@ def repair_root(report: Report, decode: bool, processes: int | None, quiet: bool
         split = report.index.splits
         of = {(name, split[name].name(i)): split[name].path(i).name for name in split for i in range(len(split[name]))}
         shards = sorted({of.get((named.split, named.name), "?") for named in report.broken()})
+        remedy = "run the same pack command again" if report.index.is_packed else "get these files again"
         raise UserError(
             f"{report.root} holds shards, which are not repaired one image at a time: remove {', '.join(shards[:5])} "
-            "and run the same pack command again"
+            f"and {remedy}"
         )
     from pipeline.dataset import valprep
     from pipeline.dataset.acquire import fetch

@@ -30,6 +30,7 @@ def loader(
     rounds: int = 7,
     threads: int | None = None,
     flat: int = 0,
+    index: str | None = None,
 ) -> dict:
     """CPU time of an image in the loader: with DALI and without, from an image tree and from shards.
 
@@ -42,38 +43,44 @@ def loader(
         rounds: rounds that count, after three that do not.
         threads: decoding threads; default: the cores.
         flat: also read so many images in one go, and report the resident memory after each tenth of them.
+        index: folder of the index of `data`; default DATA/index.
     """
-    data, shards = check_roots(data, shards)
+    index = str(Path(index).expanduser()) if index else None
+    data, shards = check_roots(data, shards, index)
     count = threads or available_cores()
     common = {"size": size, "batch": batch_size, "images": images}
     result: dict[str, Any] = {"data": Path(data).name, "threads": count, **common, "rounds": rounds, "splits": {}}
-    for split, candidates in own_candidates(data, shards, **common, threads=count).items():
+    for split, candidates in own_candidates(data, shards, **common, threads=count, index=index).items():
         measured = run_interleaved(candidates, rounds, WARM_UP, f"bench loader, {split}")
         result["splits"][split] = report(split, measured)
     if flat:
-        result["memory_mib"] = memory_over(data, size, batch_size, flat, count)
+        result["memory_mib"] = memory_over(data, size, batch_size, flat, count, index)
         print(f"\n{flat:,} images in one go: resident MiB " + ", ".join(f"{mib:,.0f}" for mib in result["memory_mib"]))
     return result
 
 
-def check_roots(data: str, shards: str | None) -> tuple[str, str | None]:
+def check_roots(data: str, shards: str | None, index: str | None = None) -> tuple[str, str | None]:
     """Both data roots, expanded. Raises UserError for one without an index."""
     roots = [str(Path(root).expanduser()) if root else None for root in (data, shards)]
     for root in filter(None, roots):
-        if not has_index(index_folder(Path(root))):
-            raise UserError(f"{root} has no index; make one: pipeline index {root}")
+        own = index if root == roots[0] else None
+        if not has_index(Path(own) if own else index_folder(Path(root))):
+            raise UserError(
+                f"{own or root} has no index; make one: pipeline index {root}{f' --out {own}' if own else ''}"
+            )
     return str(roots[0]), roots[1]
 
 
 def own_candidates(
-    data: str, shards: str | None, size: int, batch: int, images: int, threads: int
+    data: str, shards: str | None, size: int, batch: int, images: int, threads: int, index: str | None = None
 ) -> dict[str, list[Candidate]]:
     """Split -> the variants of this project's loader."""
     from pipeline.insight.bench.streams import pil_decode, stream_rounds
 
     def candidate(name: str, root: str, split: str, loader: str, **more: bool) -> Candidate:
         arguments = {"root": root, "split": split, "size": size, "batch": batch, "images": images, "threads": threads}
-        return Candidate(name, stream_rounds, {**arguments, "loader": loader, **more})
+        at = index if root == data else None
+        return Candidate(name, stream_rounds, {**arguments, "loader": loader, "index_at": at, **more})
 
     training = [
         candidate("DALI", data, "train", "dali"),
@@ -83,7 +90,7 @@ def own_candidates(
         training.append(candidate("DALI, shards", shards, "train", "dali"))
     training += [
         candidate("reference", data, "train", "reference"),
-        Candidate("PIL decode alone", pil_decode, {"root": data, "images": images}),
+        Candidate("PIL decode alone", pil_decode, {"root": data, "images": images, "index_at": index}),
     ]
     validation = [candidate("DALI", data, "val", "dali"), candidate("reference", data, "val", "reference")]
     return {"training": training, "validation": validation}
@@ -104,12 +111,12 @@ def report(title: str, measured: dict[str, Measured], baselines: Sequence[str] =
     return {"measured": {name: one.as_dict() for name, one in measured.items()}, "cpu_ratios": found}
 
 
-def memory_over(root: str, size: int, batch: int, images: int, threads: int) -> list[float]:
+def memory_over(root: str, size: int, batch: int, images: int, threads: int, index: str | None = None) -> list[float]:
     """Resident memory, MiB, after each tenth of so many training images."""
     from pipeline.insight.bench.streams import open_stream
     from pipeline.progress import Progress
 
-    stream = open_stream(root, "train", size, batch, threads, "auto")
+    stream = open_stream(root, "train", size, batch, threads, "auto", index)
     steps = max(10, images // batch)
     seen = []
     with Progress("bench loader, memory", steps, "batches") as progress:

@@ -36,11 +36,13 @@ class _NoResizer:
         pass
 
 
-def open_stream(root: str, split: str, size: int, batch: int, threads: int | None, loader: Loader) -> Stream:
-    """The stream of `split` ("train" or "val") of a run with one rank, on the CPU."""
+def open_stream(
+    root: str, split: str, size: int, batch: int, threads: int | None, loader: Loader, index_at: str | None = None
+) -> Stream:
+    """The stream of `split` ("train" or "val") of a run with one rank, on the CPU. index_at: folder of the index."""
     resize = round(size * 256 / 224)
     data = DataConfig(root, loader=loader, image_size=size, val_size=size, val_resize=resize, threads=threads).resolve()
-    index = open_index(index_folder(Path(root)))
+    index = open_index(Path(index_at) if index_at else index_folder(Path(root)))
     rank = RankInfo()
     if split == "val":
         return make_eval_stream(index, data, batch, rank)
@@ -57,9 +59,10 @@ def stream_rounds(
     threads: int | None,
     loader: Loader,
     crops_only: bool = False,
+    index_at: str | None = None,
 ) -> Callable[[], int]:
     """A round reads `images` images. crops_only: no crop is resized, as where a GPU trains and does that."""
-    stream = open_stream(root, split, size, batch, threads, loader)
+    stream = open_stream(root, split, size, batch, threads, loader, index_at)
     if crops_only:
         stream.decoder.resizer = _NoResizer()  # type: ignore[attr-defined]  # DALI's decoder has one
     steps = max(1, images // batch)
@@ -75,11 +78,11 @@ def stream_rounds(
     return one_round
 
 
-def pil_decode(root: str, images: int) -> Callable[[], int]:
+def pil_decode(root: str, images: int, index_at: str | None = None) -> Callable[[], int]:
     """A round decodes whole training images with PIL in one thread; their bytes are in memory."""
     from PIL import Image
 
-    split = open_index(index_folder(Path(root))).splits["train"]
+    split = open_index(Path(index_at) if index_at else index_folder(Path(root))).splits["train"]
     sample_ids = np.random.default_rng(0).permutation(len(split))[:images]
     encoded = [split.read(int(sample_id)) for sample_id in sample_ids]
 

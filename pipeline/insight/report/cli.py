@@ -178,7 +178,9 @@ def distinct_names(folders: list[Path]) -> list[str]:
     return names
 
 
-def write_report(runs: list[str], out: Path | None, data_root: str | None, device: str, most: int | None) -> Path:
+def write_report(
+    runs: list[str], out: Path | None, data_root: str | None, device: str, most: int | None, index: str | None = None
+) -> Path:
     """Write the page and return its place. Raises UserError for a folder that is not a run, or can't be written."""
     from pipeline.insight.report.run_record import read_record
 
@@ -200,7 +202,7 @@ def write_report(runs: list[str], out: Path | None, data_root: str | None, devic
             title = f"{record.name}: {record.config.model.name}"
             body = [f"<h1>{escape(title)}</h1>", headline(record), f'<p class="soft">{escape(describe(record))}</p>']
             body += ["<h2>Training</h2>", charts(records), rows_section(record, target.parent)]
-            body += network_sections(record, data_root, device, most, save)
+            body += network_sections(record, data_root, device, most, save, index)
             body += ["<h2>Settings</h2>", settings(record), "<h2>Hardware and starts</h2>", history(record)]
         else:
             title = " against ".join(record.name for record in records[:3])
@@ -231,6 +233,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", help="run folders, or folders of runs")
     parser.add_argument("--out", type=str, help="file to write; default: RUN/report/index.html (several: compare.html)")
     parser.add_argument("--data_root", type=str, help="the data set's folder now; default: the run's")
+    parser.add_argument("--index", type=str, help="folder of its index; default: the run's, or DATA_ROOT/index")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="device for the predictions")
     parser.add_argument(
         "--images", type=int, help=f"validation images to classify; default: all with CUDA, otherwise {ON_CPU:,}"
@@ -244,7 +247,6 @@ def main(argv: list[str]) -> int:
     if options.images is not None and options.images < 1:
         raise UserError(f"--images {options.images}: give a number above 0")
     out = Path(options.out).expanduser() if options.out else None
-    print(
-        write_report([str(run) for run in expand(options.runs)], out, options.data_root, options.device, options.images)
-    )
+    runs = [str(run) for run in expand(options.runs)]
+    print(write_report(runs, out, options.data_root, options.device, options.images, options.index))
     return EXIT_OK

@@ -140,7 +140,12 @@ def grad_cams(
 
 
 def network_sections(
-    record: "Record", data_root: str | None, device_name: str, most: int | None, save: SavePicture
+    record: "Record",
+    data_root: str | None,
+    device_name: str,
+    most: int | None,
+    save: SavePicture,
+    index_folder: str | None = None,
 ) -> Iterator[str]:
     """The sections that require the weights; where something is missing, a sentence says what."""
     import torch
@@ -153,7 +158,7 @@ def network_sections(
 
     index = None
     try:
-        index = open_index_of(record, data_root)
+        index = open_index_of(record, data_root, index_folder)
     except UserError as error:
         missing = str(error)
     try:

@@ -96,11 +96,11 @@ class Networks:
     missing: str = ""
 
 
-def open_index_of(record: Record, data_root: str | None) -> Index:
+def open_index_of(record: Record, data_root: str | None, index: str | None = None) -> Index:
     """The run's data set. Raises UserError where it is missing."""
-    if not (data_root or record.config.data.root):
+    if not (index or data_root or record.config.data.root):
         raise UserError("the run has no data.root; give --data_root")
-    return open_index(locate_index(record.config.data, data_root))
+    return open_index(locate_index(record.config.data, data_root, index))
 
 
 def load_networks(record: Record) -> Networks:

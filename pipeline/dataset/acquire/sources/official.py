@@ -4,6 +4,7 @@
 `ILSVRC2012_devkit_t12.tar.gz` their labels. An image that is in the tree already, with its size, is not written again.
 """
 
+import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from pathlib import Path
 
 from pipeline.dataset.acquire.selection import BASE, Selection
 from pipeline.dataset.acquire.tarball import read_member
-from pipeline.dataset.acquire.tree import ExistingFiles, TreeWriter
+from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter
 from pipeline.dataset.disk import check_space
 from pipeline.dataset.imagenet import SYNSET
+from pipeline.dataset.index.scan import build_index, read_unreadable
 from pipeline.dataset.layouts import devkit
 from pipeline.dataset.layouts.find import OFFICIAL
+from pipeline.dataset.shards.pack import pack_tree
+from pipeline.dataset.shards.plan import Options
 from pipeline.errors import TransientError, UserError
 from pipeline.files import atomic_write
 from pipeline.progress import Progress
@@ -94,6 +98,27 @@ def unpack_official(files: OfficialFiles, root: Path, selection: Selection) -> N
                         progress.advance(info.size)
             except (tarfile.TarError, EOFError) as error:
                 raise TransientError(f"{path} is cut or damaged ({error}); download it again from {PAGE}") from error
+
+
+def pack_official(files: OfficialFiles, root: Path, selection: Selection, options: Options) -> None:
+    """Write both splits straight into tar shards in `root`, the very ones that `pack` writes from the unpacked tree.
+
+    The tar files are indexed in place for that, in the state folder of `root`. Raises UserError where one of them is
+    missing or an image does not decode.
+    """
+    if selection.split != "all":
+        lost = next(name for split, name in OFFICIAL.items() if split not in files.tars or not selection.has(split))
+        raise UserError(f"--pack requires both tar files of image-net.org: {lost} is not there, or was not asked for")
+    source, folder = files.tars["train"].parent, root / STATE / "source-index"
+    build_index(source, folder)
+    bad = [entry["file"] for entries in read_unreadable(folder).values() for entry in entries]
+    if bad:
+        raise UserError(
+            f"{len(bad)} images of {source} do not decode ({', '.join(bad[:3])}); run: "
+            f"pipeline pack {source} DEST --unreadable skip"
+        )
+    pack_tree(source, root, options, quiet=False, source_index=folder)
+    shutil.rmtree(folder)
 
 
 def _images(path: Path, tar: tarfile.TarFile, split: str) -> Iterator[tuple[str, tarfile.TarFile, tarfile.TarInfo]]:

@@ -1,0 +1,243 @@
+"""Packed shards from an object store (`s3://BUCKET/SHARDS`) to a node's own disk, by fsspec.
+
+A download that was cut goes on where it stopped. Every sample's digest is compared with the index before a shard gets
+its name, so that a shard that is there is whole; its size and time tell later runs so.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pipeline.dataset.disk import check_space, explain
+from pipeline.dataset.index.index import (
+    FOLDER,
+    MAIN_FILE,
+    Index,
+    Split,
+    index_folder,
+    list_files,
+    open_index,
+    safe_join,
+)
+from pipeline.dataset.shards.stage import CHUNK, THREADS, copy_index, list_shard_files, locked_folder
+from pipeline.errors import TransientError, UserError
+from pipeline.files import atomic_write
+from pipeline.progress import Progress
+
+_PARTIAL = ".index.stage"  # folder below the destination: the source's index, until the shards are there
+_REFUSED = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "ProfileNotFound", "NoRegionError")
+
+
+def is_url(source: str) -> bool:
+    return "://" in source
+
+
+@dataclass(frozen=True)
+class _File:
+    """A shard or a restart table that is to be copied. mtime_ns: that its copy gets; digests: [n, 3] uint64, of the
+    samples in it: offset, bytes, xxh3_64."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    digests: np.ndarray
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Errors of the store in one line. Its own libraries raise many kinds; what is no user's fault may be retried."""
+    try:
+        yield
+    except (UserError, TransientError):
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{url}: no such bucket or object; pack, and upload the folder of the shards whole") from error
+    except PermissionError as error:
+        raise UserError(f"{url}: access denied; check the credentials (such as AWS_PROFILE)") from error
+    except Exception as error:
+        kind = type(error).__name__
+        if kind in _REFUSED:
+            raise UserError(
+                f"{url}: no usable credentials ({kind}); set AWS_PROFILE, or AWS_ACCESS_KEY_ID "
+                "and AWS_SECRET_ACCESS_KEY"
+            ) from error
+        text = " ".join(str(error).split())[:200]
+        raise TransientError(f"{url} can't be read ({kind}: {text}); run the same command again") from error
+
+
+class Store:
+    """A folder in an object store. Raises UserError where the package for its protocol is missing."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        protocol = url.partition("://")[0]
+        try:
+            from fsspec import url_to_fs
+            from fsspec.core import get_filesystem_class
+
+            get_filesystem_class(protocol)
+        except (ImportError, ValueError) as error:
+            extra = "s3" if protocol in ("s3", "s3a") else protocol
+            raise UserError(
+                f"{url}: {protocol}:// requires a package that is not installed ({error}); "
+                f"install it with: pip install 'imagenet-pipeline[{extra}]'"
+                if extra == "s3"
+                else f"{url}: {protocol}:// can't be read here ({error}); install its fsspec package, or give s3://"
+            ) from error
+        with _explained(url):
+            self.files, self.path = url_to_fs(self.url)
+
+    def info(self, name: str) -> dict[str, Any]:
+        with _explained(f"{self.url}/{name}"):
+            return self.files.info(f"{self.path}/{name}")
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        with _explained(f"{self.url}/{name}"):
+            return self.files.cat_file(f"{self.path}/{name}", start=start, end=end)
+
+
+def stage_url(url: str, dest: Path, quiet: bool = False) -> tuple[Index, int]:
+    """Copy a packed data set from an object store to `dest`. Returns the index of the copy and the number of files
+    copied.
+
+    Raises UserError for a store that can't be used, a folder without shards and a disk that is too small,
+    TransientError for a store that does not answer and for bytes that arrive damaged twice.
+    """
+    store = Store(url)
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        with locked_folder(dest):
+            index = _fetch_index(store, dest)
+            wanted = list(_list_wanted(store, index))
+            missing = [file for file in wanted if not _is_there(file, dest)]
+            have = sum(min(file.size, _size(_temporary(file, dest))) for file in missing)
+            total = sum(file.size for file in missing)
+            check_space(dest, max(0, total - have), len(missing))
+            with Progress(f"Copying to {dest}", total, "bytes", quiet) as progress, ThreadPoolExecutor(THREADS) as pool:
+                lock = threading.Lock()
+
+                def advance(count: int) -> None:
+                    with lock:
+                        progress.advance(count)
+
+                tasks = [pool.submit(_copy, store, file, dest, advance) for file in missing]
+                try:
+                    for task in tasks:
+                        task.result()
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+            copy_index(dest / _PARTIAL, index_folder(dest))
+            shutil.rmtree(dest / _PARTIAL)
+    except OSError as error:
+        raise explain(error, error.filename or dest) from error
+    return open_index(index_folder(dest)), len(missing)
+
+
+def _fetch_index(store: Store, dest: Path) -> Index:
+    """The source's index, in a folder below `dest` that no verb looks at."""
+    folder = dest / _PARTIAL
+    folder.mkdir(exist_ok=True)
+    raw = store.read(f"{FOLDER}/{MAIN_FILE}")
+    try:
+        meta = json.loads(raw) | {"root": ".."}
+        names = [name for entry in meta["splits"].values() for name in list_files(entry)]
+        bare = all(entry["shards"] for entry in meta["splits"].values())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"index {store.url}/{FOLDER}/{MAIN_FILE} is damaged ({error}); upload it again") from error
+    if not bare:
+        raise UserError(f"{store.url} is a tree of single files; pack it into shards first (pipeline pack)")
+    for name in names:
+        if "/" in name or name.startswith("."):
+            raise UserError(f"index {store.url}/{FOLDER}/{MAIN_FILE} names the file {name!r}: refused")
+        atomic_write(folder / name, store.read(f"{FOLDER}/{name}"), durable=False)
+    atomic_write(folder / MAIN_FILE, json.dumps(meta, indent=1), durable=False)
+    return open_index(folder)
+
+
+def _list_wanted(store: Store, index: Index) -> Iterator[_File]:
+    for split in index.splits.values():
+        digests = _digests(split)
+        for name in list_shard_files(split):
+            try:
+                safe_join(index.root, name)
+            except ValueError as error:
+                raise UserError(f"index of {store.url}: {error}: refused") from error
+            info = store.info(name)
+            modified = info.get("LastModified") or info.get("mtime") or info.get("created") or 0
+            seconds = modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
+            mtime_ns = index.folders.get(name, int(seconds) * 10**9)
+            yield _File(name, int(info["size"]), mtime_ns, digests.get(name, np.zeros((0, 3), np.uint64)))
+
+
+def _digests(split: Split) -> dict[str, np.ndarray]:
+    """Shard -> `_File.digests`, in the order of the bytes."""
+    records = np.asarray(split.records)
+    rows = np.stack([records[name].astype(np.uint64) for name in ("offset", "size", "digest")], axis=1)
+    order = np.lexsort((records["offset"], records["shard"]))
+    cuts = np.searchsorted(records["shard"][order], np.arange(len(split.shards) + 1))
+    return {name: rows[order[cuts[i] : cuts[i + 1]]] for i, name in enumerate(split.shards)}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _temporary(file: _File, dest: Path) -> Path:
+    here = dest / file.name
+    return here.with_name(f".{here.name}.stage.tmp")
+
+
+def _is_there(file: _File, dest: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        found = (dest / file.name).stat()
+        return (found.st_size, found.st_mtime_ns) == (file.size, file.mtime_ns)
+    return False
+
+
+def _copy(store: Store, file: _File, dest: Path, advance: Callable[[int], None]) -> None:
+    here, temporary = dest / file.name, _temporary(file, dest)
+    here.parent.mkdir(parents=True, exist_ok=True)
+    if _size(temporary) > file.size:
+        temporary.unlink()
+    for begun in (_size(temporary), 0):  # what a killed copy left may be of another upload: then once more, from 0
+        with temporary.open("ab") as target:
+            target.truncate(begun)
+            advance(begun)
+            for start in range(begun, file.size, CHUNK):
+                target.write(store.read(file.name, start, min(start + CHUNK, file.size)))
+                advance(min(start + CHUNK, file.size) - start)
+        if _is_sound(temporary, file):
+            os.utime(temporary, ns=(file.mtime_ns, file.mtime_ns))
+            temporary.replace(here)
+            return
+        advance(-file.size)
+        if not begun:
+            break
+    temporary.unlink()
+    raise TransientError(
+        f"{store.url}/{file.name} does not hold the samples that its index names; upload the shards and their index "
+        "again, or run the same command again"
+    )
+
+
+def _is_sound(path: Path, file: _File) -> bool:
+    """Has the file its size, and every sample in it its digest?"""
+    if path.stat().st_size != file.size:
+        return False
+    with path.open("rb") as opened:
+        for offset, size, digest in file.digests.tolist():
+            opened.seek(offset)
+            if xxhash.xxh3_64_intdigest(opened.read(size)) != digest:
+                return False
+    return True

@@ -1,0 +1,228 @@
+"""Tar files of others, read in place: WebDataset shards in every usual form, and image-net.org's own files."""
+
+import random
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import runs
+import webdataset
+from test_layouts import (
+    KIT,
+    SYNSETS,
+    expected,  # noqa: F401 - a fixture
+    flat_val,
+    index_of,
+    jpeg,
+    kit_files,
+    make_tar,
+    official_tars,
+    train_images,
+    val_images,
+    write,
+)
+
+from pipeline.__main__ import main
+from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.scan import build_index, read_unreadable
+
+NUMBER = {synset: number for number, synset in enumerate(sorted(SYNSETS.values()))}
+
+
+def samples(split: str) -> list[tuple[str, str, bytes]]:
+    """(key, class, image), shuffled."""
+    if split == "train":
+        found = [
+            (name.partition("/")[2][:-5], name.partition("/")[0], data) for name, data in sorted(train_images().items())
+        ]
+    else:
+        found = [(name[:-5], synset, data) for name, (synset, data) in sorted(val_images().items())]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def label_members(form: str, key: str, synset: str) -> dict[str, object]:
+    number = NUMBER[synset]
+    return {
+        "cls": {"cls": number},
+        "json": {"json": {"label": number, "width": 32, "filename": f"{key}.JPEG"}},
+        "both": {"cls": number, "json": {"label": number}},
+        "synset in json": {"json": {"class_id": number, "wnid": synset, "text": "kit fox"}},
+        "text": {"cls.txt": synset.encode()},
+    }[form]
+
+
+def write_shards(root: Path, form: str, names: tuple[str, str], image: str = "jpg") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for split, pattern in zip(("train", "val"), names, strict=True):
+        (root / pattern).parent.mkdir(parents=True, exist_ok=True)
+        with webdataset.ShardWriter(str(root / pattern), maxcount=4, verbose=0) as sink:
+            for key, synset, data in samples(split):
+                sink.write({"__key__": key, image: data, **label_members(form, key, synset)})
+    return root
+
+
+TIMM = ("imagenet1k-train-%04d.tar", "imagenet1k-validation-%02d.tar")
+
+
+@pytest.mark.parametrize("form", ["cls", "json", "both", "synset in json", "text"])
+@pytest.mark.parametrize("names", [TIMM, ("train/%05d.tar", "val/%05d.tar"), ("training-%d.tar", "test-%d.tar")])
+def test_webdataset_shards_are_indexed_in_place(tmp_path, expected, form, names):  # noqa: F811
+    root = write_shards(tmp_path / "wds", form, names)
+    before = {path: path.read_bytes() for path in root.rglob("*.tar")}
+    index = index_of(root)
+    assert index.fingerprint == expected and not index.left_out["train"]
+    assert before == {path: path.read_bytes() for path in root.rglob("*.tar")}
+    assert main(["verify", str(root)]) == 0
+
+
+def test_members_in_any_order_with_folders_in_keys(tmp_path, expected):  # noqa: F811
+    root = tmp_path / "wds"
+    for split in ("train", "val"):
+        members: dict[str, bytes] = {}
+        for key, synset, data in samples(split):
+            members[f"./part/{key}.cls"] = f"{NUMBER[synset]}\n".encode()
+            members[f"./part/{key}.JPEG"] = data
+            members[f"./part/._{key}.JPEG"] = b"resource fork"
+        shuffled = list(members.items())
+        random.Random(1).shuffle(shuffled)
+        write(root / f"{split}-0.tar", make_tar(dict(shuffled)))
+    index = index_of(root)
+    assert index.fingerprint == expected
+    assert index.left_out["train"]["foreign leftovers"]["count"] == 9
+
+
+def test_numbers_without_synsets_keep_their_order(tmp_path):
+    for split in ("train", "val"):
+        with webdataset.TarWriter(str(tmp_path / f"{split}.tar")) as sink:
+            for number in range(12):
+                sink.write({"__key__": f"{number % 3:06d}{number}", "jpg": jpeg(number), "cls": number})
+    index = index_of(tmp_path)
+    assert index.synsets == tuple(f"{number:02d}" for number in range(12))
+    train = index.splits["train"]
+    assert [train.read(i) for i in range(12)] == [jpeg(number) for number in range(12)]
+
+
+def test_the_same_key_in_every_shard(tmp_path, capsys):
+    for split in ("train", "val"):
+        for shard in range(3):
+            with webdataset.TarWriter(str(tmp_path / f"{split}-{shard}.tar")) as sink:
+                for number in range(2):
+                    sink.write({"__key__": f"{number:06d}", "jpg": jpeg(10 * shard + number), "cls": number})
+    index = index_of(tmp_path)
+    assert len(set(index.splits["train"].iter_names())) == 6
+    assert main(["pack", str(tmp_path), str(tmp_path / "out")]) == 0
+    packed = open_index(tmp_path / "out/index")
+    assert packed.fingerprint == index.fingerprint
+    with tarfile.open(tmp_path / "out" / packed.splits["train"].shards[0]) as tar:
+        assert len(set(tar.getnames())) == 12
+
+
+def test_what_a_shard_holds_besides_is_counted(tmp_path, capsys):
+    members = {"a.jpg": jpeg(1), "a.cls": b"0", "b.jpg": jpeg(2), "c.cls": b"1", "d.jpg": jpeg(3)[:-200], "d.cls": b"0"}
+    members |= {"e.jpg": jpeg(4), "e.right.jpg": jpeg(5), "e.cls": b"1"}
+    for split in ("train", "val"):
+        write(tmp_path / f"{split}-0.tar", make_tar(members))
+    said = (main(["index", str(tmp_path)]), capsys.readouterr().out)[1]
+    for reason in ("1 samples without a label", "1 samples without an image", "1 further images", "1 unreadable"):
+        assert reason in said, said
+    (entry,) = read_unreadable(tmp_path / "index")["train"]
+    assert entry["file"] == "train-0.tar:d.jpg"
+    assert main(["pack", str(tmp_path), str(tmp_path / "out"), "--unreadable", "reencode"]) == 0
+    assert len(open_index(tmp_path / "out/index").splits["train"]) == 3
+
+
+def test_a_changed_shard_is_read_again_and_the_others_are_not(tmp_path, monkeypatch):
+    root = write_shards(tmp_path / "wds", "cls", TIMM)
+    first = index_of(root)
+    assert build_index(root).splits["train"].records.filename == first.splits["train"].records.filename
+    read: list[str] = []
+    with webdataset.TarWriter(str(root / "imagenet1k-train-0001.tar")) as sink:
+        sink.write({"__key__": f"{SYNSETS[1]}_99", "jpg": jpeg(77), "cls": NUMBER[SYNSETS[1]]})
+    from pipeline.dataset.index import decode, scan
+
+    def spy(members):
+        read.extend(Path(path).name for path, _, _ in members)
+        return decode.inspect_members(members)
+
+    monkeypatch.setattr(scan, "inspect_members", spy)
+    assert len(build_index(root).splits["train"]) == 6
+    assert read == ["imagenet1k-train-0001.tar"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("../x.jpg", "archive refused"), ("/x.jpg", "archive refused"), ("x.jpg", "images without labels")],
+)
+def test_shards_that_will_not_do_are_one_line(tmp_path, capsys, name, says):
+    write(tmp_path / "train-0.tar", make_tar({name: jpeg(0)}))
+    write(tmp_path / "val-0.tar", make_tar({name: jpeg(0)}))
+    assert main(["index", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert says in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("end", ["in a member", "between members"])
+def test_a_cut_shard_is_said(tmp_path, capsys, end):
+    root = write_shards(tmp_path / "wds", "cls", TIMM)
+    path = root / "imagenet1k-train-0000.tar"
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-2]
+    size = last.offset if end == "between members" else last.offset_data + 100
+    path.write_bytes(path.read_bytes()[:size])
+    assert main(["index", str(root)]) == (0 if end == "between members" else 2)
+    assert ("no end mark" if end == "between members" else "cut or damaged") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["official", "train as class tars", "train unpacked"])
+def test_the_files_of_image_net_org_in_place(tmp_path, expected, form):  # noqa: F811
+    root = tmp_path / "set"
+    if form == "official":
+        official_tars(root)
+    else:
+        flat_val(root)
+        for name, data in kit_files().items():
+            write(root / name, data)
+    if form == "train as class tars":
+        with tarfile.open(official_tars(tmp_path / "o") / "ILSVRC2012_img_train.tar") as tar:
+            shutil.rmtree(root / "train")
+            tar.extractall(root / "train", filter="data")
+    elif form == "train unpacked":
+        shutil.rmtree(root / "val")
+        write(root / "ILSVRC2012_img_val.tar", make_tar({name: data for name, (_, data) in val_images().items()}))
+    assert index_of(root).fingerprint == expected
+    assert main(["verify", str(root)]) == 0
+
+
+def test_the_official_val_tar_requires_its_kit(tmp_path, capsys):
+    root = official_tars(tmp_path / "set")
+    (root / f"{KIT}.tar.gz").unlink()
+    assert main(["index", str(root)]) == 2
+    assert "ILSVRC2012_devkit_t12" in capsys.readouterr().err
+
+
+def test_pack_of_the_official_tars_is_pack_of_the_tree(tmp_path, expected):  # noqa: F811
+    tree, tars = tmp_path / "expected", official_tars(tmp_path / "set")
+    assert main(["pack", str(tree), str(tmp_path / "a")]) == 0
+    assert main(["pack", str(tars), str(tmp_path / "b")]) == 0
+    command = ["fetch", str(tmp_path / "c"), "--from", str(tars), "--pack"]
+    assert main(command) == 0
+    assert not list((tmp_path / "c/.fetch").glob("*index*"))
+    for path in (tmp_path / "a").glob("*.tar"):
+        for other in "bc":
+            assert path.read_bytes() == (tmp_path / other / path.name).read_bytes()
+    assert open_index(tmp_path / "b/index").fingerprint == open_index(tmp_path / "c/index").fingerprint == expected
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*.tar")}
+    assert main(command) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*.tar")}
+
+
+def test_training_from_shards_of_others_is_training_from_the_tree(tmp_path, expected):  # noqa: F811
+    root = write_shards(tmp_path / "wds", "cls", TIMM)
+    made = []
+    for data in (tmp_path / "expected", root):
+        run = tmp_path / f"run-{data.name}"
+        runs.call(data, run, "--train.global_batch_size", "4", "--schedule.epochs", "1")
+        made.append(runs.repeatable(run))
+    assert made[0] and made[0] == made[1]
