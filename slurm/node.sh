@@ -32,7 +32,7 @@ keep_requesting() {
 
 settings() {
     local cpus
-    cpus=$(env -u OMP_NUM_THREADS nproc) # what this shell is bound to, if the site binds
+    cpus=$("$PYTHON" -c 'from pipeline.limits import available_cores as n; print(n())') # bound cores, CPU quota
     # shellcheck disable=SC2153
     ((cpus <= SLURM_CPUS_ON_NODE)) || cpus=$SLURM_CPUS_ON_NODE
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_NODE : 1))}

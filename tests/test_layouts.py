@@ -260,6 +260,13 @@ def test_a_root_too_high_or_too_low(tmp_path, expected, given, capsys):
     assert not (base / "ILSVRC/Data/CLS-LOC/train/index").exists()
 
 
+def test_leftovers_beside_a_data_set_are_no_second_one(tmp_path, expected):
+    sorted_tree(tmp_path / "up/unzipped/set")
+    sorted_tree(tmp_path / "up/__MACOSX/set")
+    sorted_tree(tmp_path / "up/#recycle/set")
+    assert build_index(tmp_path / "up").fingerprint == expected
+
+
 def test_two_data_sets_below_are_named(tmp_path, capsys):
     sorted_tree(tmp_path / "both/one")
     sorted_tree(tmp_path / "both/two")

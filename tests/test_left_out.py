@@ -32,7 +32,7 @@ def test_a_clean_tree_leaves_nothing_out(pets, capsys):
 
 LEFTOVERS = [
     *(".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", ".Trash-1000", "#recycle", ".snapshot", ".hidden"),
-    *("$RECYCLE.BIN", "#snapshot", "~snapshot"),
+    *("$RECYCLE.BIN", "#snapshot", "~snapshot", "Network Trash Folder", "@Recently-Snapshot", ".zfs", ".AppleDouble"),
 ]
 
 

@@ -104,6 +104,13 @@ def test_numbers_without_synsets_keep_their_order(tmp_path):
     assert [train.read(i) for i in range(12)] == [jpeg(number) for number in range(12)]
 
 
+def test_leftovers_beside_shards_are_passed_over(tmp_path, expected):  # noqa: F811
+    root = write_shards(tmp_path / "wds", "cls", ("train/%d.tar", "val/%d.tar"))
+    (root / "train/@eaDir").mkdir()
+    write(root / "train/._0.tar", b"resource fork")
+    assert index_of(root).fingerprint == expected
+
+
 def test_the_same_key_in_every_shard(tmp_path, capsys):
     for split in ("train", "val"):
         for shard in range(3):

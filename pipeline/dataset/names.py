@@ -1,9 +1,25 @@
-"""Names that deceive: links that lead nowhere, and names that look the same and are not, as Unicode writes "é" as one
-character (NFC) or as two (NFD)."""
+"""Names that deceive: leftovers of other programs, links that lead nowhere, and names that look the same and are not, as
+Unicode writes "é" as one character (NFC) or as two (NFD)."""
 
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+
+#: Names that systems and programs leave in folders; so is every name that begins with a dot, such as
+#: `.ipynb_checkpoints`, `._image.jpg`, `.Trash-1000` and `.snapshot`.
+FOREIGN_NAMES = frozenset(
+    {
+        *("__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information", "RECYCLER"),
+        *("lost+found", "~snapshot", "__pycache__", "ehthumbs.db", "Icon\r"),
+        *("Network Trash Folder", "Temporary Items", "TheVolumeSettingsFolder", "@SynoResource", "@SynoEAStream"),
+        *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@__thumb", "@tmp"),
+    }
+)
+
+
+def is_foreign(name: str) -> bool:
+    """Is a file or folder of this name a leftover of a system or program, and no part of a data set?"""
+    return name[0] == "." or name in FOREIGN_NAMES
 
 
 def form(name: str) -> str:

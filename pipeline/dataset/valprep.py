@@ -12,10 +12,10 @@ from pathlib import Path
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
-from pipeline.dataset.index.left_out import is_foreign
 from pipeline.dataset.index.listing import IMAGE_SUFFIXES
 from pipeline.dataset.layouts.find import find_val_folder
 from pipeline.dataset.layouts.labels import TINY_LIST, find_val_labels
+from pipeline.dataset.names import is_foreign
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 

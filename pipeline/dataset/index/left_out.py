@@ -7,16 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TypedDict
 
-#: Names that systems and programs leave in folders; so is every name that begins with a dot, such as
-#: `.ipynb_checkpoints`, `._image.jpg`, `.Trash-1000` and `.snapshot`.
-FOREIGN_NAMES = frozenset(
-    {
-        *("__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information", "RECYCLER"),
-        *("lost+found", "~snapshot", "__pycache__"),
-        *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@__thumb", "@tmp"),
-    }
-)
-
 UNREADABLE = "unreadable"
 NO_PERMISSION = "without permission"
 DEAD_LINKS = "dead links"
@@ -37,11 +27,6 @@ class Reason(TypedDict):
 
 
 LeftOut = Mapping[str, Mapping[str, Reason]]  #: split -> reason -> how many
-
-
-def is_foreign(name: str) -> bool:
-    """Is a file or folder of this name a leftover of a system or program, and no part of a data set?"""
-    return name[0] == "." or name in FOREIGN_NAMES
 
 
 def by_suffix(name: str) -> str:

@@ -16,15 +16,13 @@ from pipeline.dataset.imagenet import SYNSET
 from pipeline.dataset.index.left_out import (
     DEAD_LINKS,
     FOREIGN,
-    FOREIGN_NAMES,
     LOOPS,
     NO_CLASS,
     Tally,
     by_suffix,
-    is_foreign,
 )
 from pipeline.dataset.layouts.labels import EXPECTED, ValLabels, find_val_labels
-from pipeline.dataset.names import dead_link, distinguish, twin_of
+from pipeline.dataset.names import FOREIGN_NAMES, dead_link, distinguish, is_foreign, twin_of
 from pipeline.errors import UserError
 
 #: Suffixes, lower case, that count as images: those of torchvision's ImageFolder.

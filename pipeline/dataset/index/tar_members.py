@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.dataset.imagenet import SYNSET
-from pipeline.dataset.index.left_out import FOREIGN, Tally, is_foreign
+from pipeline.dataset.index.left_out import FOREIGN, Tally
+from pipeline.dataset.names import is_foreign
 from pipeline.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")  #: suffixes, the preferred one first

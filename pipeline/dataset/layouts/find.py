@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.dataset.imagenet import CLS_LOC, SYNSET
 from pipeline.dataset.layouts.foreign import describe_contents, describe_file, describe_format
-from pipeline.dataset.names import dead_link
+from pipeline.dataset.names import dead_link, is_foreign
 from pipeline.errors import UserError
 
 OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}  #: of image-net.org
@@ -152,7 +152,7 @@ def _below(root: Path) -> list[Layout]:
 def _folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir() and entry.name[0] not in ".@")
+            return sorted(Path(entry.path) for entry in entries if not is_foreign(entry.name) and entry.is_dir())
     except PermissionError:
         return []
 
@@ -201,7 +201,7 @@ def _tars_of(folder: Path) -> TarFiles | None:
     names = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name[0] == ".":
+            if is_foreign(entry.name):
                 continue
             if entry.is_dir() or entry.name.lower().endswith((".jpeg", ".jpg", ".png")):
                 return None
