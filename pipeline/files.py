@@ -5,11 +5,13 @@ import errno
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 DISK_FULL = "disk full"
+LATE_S = 3.0  #: seconds that a network file system may need to show what another node made
 FREE = "free some space"  #: the remedy for what `why_full` says
 
 
@@ -57,6 +59,20 @@ def atomic_write(path: Path, data: str | bytes, durable: bool = True) -> None:
     """Write a small file atomically, as `atomic_open` does. Text is written as UTF-8. Raises OSError."""
     with atomic_open(path, durable) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def appears(path: Path, within_s: float = LATE_S) -> bool:
+    """Is `path` there, or will it be within some seconds? A network file system may show late what another node made;
+    listing the folders above asks its server anew."""
+    deadline = time.monotonic() + within_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        for folder in reversed(path.absolute().parents):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
+        time.sleep(0.1)
+    return True
 
 
 def read_note(path: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import runs
 from test_index import make_folder
+from test_layouts import official_tars
 
 from pipeline.__main__ import main
 from pipeline.dataset import disk, lock
@@ -83,6 +84,29 @@ def test_a_folder_of_another_user_is_one_line(pets, tmp_path, closed):
 
 
 @needs_setpriv
+def test_a_folder_of_another_user_beside_the_data_set_is_passed_over(pets, tmp_path):
+    (tmp_path / "private").mkdir()
+    close(tmp_path / "private")
+    found = as_another("index", tmp_path)
+    assert found.returncode == 0 and f"taking {pets}" in found.stderr
+    shutil.rmtree(pets)
+    alone = as_another("index", tmp_path)
+    assert alone.returncode == 2 and f"{tmp_path / 'private'}: Permission denied" in alone.stderr
+
+
+@needs_setpriv
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar", "ILSVRC2012_devkit_t12.tar.gz"])
+def test_a_file_of_another_user_is_not_called_damaged(tmp_path, name):
+    root = official_tars(tmp_path / "set")
+    close(root / name)
+    for verb in (["index", root], ["fetch", tmp_path / "dest", "--from", root], ["pack", root, tmp_path / "out"]):
+        done = as_another(*verb)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"{root / name}" in done.stderr and "Permission denied" in done.stderr, (verb, done.stderr)
+        assert "again" not in done.stderr and "can't write" not in done.stderr, (verb, done.stderr)
+
+
+@needs_setpriv
 def test_an_image_without_permission_is_counted(pets):
     shutil.rmtree(pets / "index")
     image = pets / "train/a/1.png"
@@ -137,13 +161,14 @@ def test_a_run_on_a_root_that_can_only_be_read_now(pets, tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY])
-def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code, capsys):
     def refuse(file, how):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
     with lock.locked(tmp_path / "lock", "busy", wait=False), (tmp_path / "lock").open() as file:
         assert lock.try_lock(file)
+    assert capsys.readouterr().err == f"{tmp_path}: its file system has no locks; run only one command at a time here\n"
 
 
 @pytest.mark.parametrize("linked", ["train", "val", "train/n99000000"])

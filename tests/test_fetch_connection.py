@@ -111,7 +111,7 @@ def test_a_captive_portal_is_no_answer_of_kaggle():
 def test_an_intercepting_certificate_names_the_variable(certificate, monkeypatch):
     with Server(200, b"{}", certificate) as server:
         address = f"https://{server.address}/"
-        with pytest.raises(UserError, match="REQUESTS_CA_BUNDLE .it is not set"):
+        with pytest.raises(UserError, match=r"REQUESTS_CA_BUNDLE \(it is not set"):
             reason(address)
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
         assert requests.get(address, timeout=10).json() == {}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import xxhash
 from PIL import Image
+from test_index import make_folder
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
@@ -361,3 +363,16 @@ def test_lists_go_along_and_a_lost_index_is_told(source, packed, tmp_path, capsy
     assert "run the same pack command again" in capsys.readouterr().err
     pack_tree(source, tmp_path / "shards", OPTIONS)
     assert contents(tmp_path / "shards") == contents(packed)
+
+
+@pytest.mark.parametrize("late", ["index", "train/a"])
+def test_a_part_waits_for_folders_that_a_network_file_system_shows_late(tmp_path, late):
+    root, dest = tmp_path / "set", tmp_path / "out"
+    make_folder(root, {f"{split}/{kind}": ["1.png", "2.png"] for split in ("train", "val") for kind in "ab"})
+    build_index(root)
+    (root / late).rename(tmp_path / "away")
+    timer = threading.Timer(0.5, (tmp_path / "away").rename, [root / late])
+    timer.start()
+    assert main(["pack", str(root), str(dest), "--part", "1/1", "--processes", "1"]) == 0
+    timer.join()
+    assert len(list(dest.glob("*.tar"))) == 2

@@ -19,6 +19,11 @@ def try_lock(file: IO) -> bool:
 
     On a file system without locks: True. Raises OSError.
     """
+    return _try(file) is not False
+
+
+def _try(file: IO) -> bool | None:
+    """True: locked; False: another process holds the lock; None: the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -26,6 +31,7 @@ def try_lock(file: IO) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return None
     return True
 
 
@@ -34,10 +40,18 @@ def locked(path: Path, busy: str, wait: bool = True) -> Iterator[None]:
     """Hold the lock file `path`, created if missing.
 
     busy: message if another process holds it: printed before waiting for it, or with `wait=False` raised as UserError.
+    On a file system without locks nothing is held, and one line says so.
     Raises OSError where the file can't be opened.
     """
     with path.open("a") as file:
-        if not try_lock(file):
+        got = _try(file)
+        if got is None:
+            print(
+                f"{path.parent}: its file system has no locks; run only one command at a time here",
+                file=sys.stderr,
+                flush=True,
+            )
+        if got is False:
             if not wait:
                 raise UserError(busy)
             print(busy, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Names that deceive: leftovers of other programs, links that lead nowhere, and names that look the same and are not, as
+"""Names that deceive: leftovers of other programs, links that lead nowhere, and names that look the same and differ, as
 Unicode writes "é" as one character (NFC) or as two (NFD)."""
 
 import unicodedata

@@ -88,6 +88,8 @@ def read_archive(path: Path) -> Devkit:
                     file = tar.extractfile(member)
                     assert file is not None
                     files[name] = file.read()
+    except PermissionError:
+        raise
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} can't be read ({error}); download it again from image-net.org") from error
     if TRUTH not in files:

@@ -92,7 +92,7 @@ def find_layout(root: Path, to_score: bool = False) -> Layout:
         layout = _look(above)
         if len(layout.splits) == 2 and not (to_score and above == root.parent and root.name in VAL_NAMES):
             return _taken(layout, root)
-    below = _below(root)
+    below, denied = _below(root)
     if len(below) == 1:
         return _taken(below[0], root)
     if to_score:
@@ -100,6 +100,10 @@ def find_layout(root: Path, to_score: bool = False) -> Layout:
     if below:
         some = ", ".join(layout.root.name for layout in below[:4])
         raise UserError(f"data root {root} holds {len(below)} data sets ({some}{', ...' * (len(below) > 4)}); give one")
+    if denied:
+        raise UserError(
+            f"{denied[0]}: Permission denied for this account; ask its owner for access, or give another root"
+        )
     raise describe_contents(root) or UserError(
         f"data root {root} holds no train/ folder; expected train/CLASS/IMAGE and val/CLASS/IMAGE"
     )
@@ -111,7 +115,7 @@ def find_val_folder(root: Path) -> Path:
         raise describe_file(root)
     if not root.is_dir():
         raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds ILSVRC/ or val/")
-    for here in [root, *_above(root), *(layout.root for layout in _below(root))]:
+    for here in [root, *_above(root), *(layout.root for layout in _below(root)[0])]:
         folders = _look(here, with_test=False).folders.get("val", ())
         if len(folders) == 1:
             return folders[0]
@@ -138,15 +142,23 @@ def _above(root: Path) -> Iterator[Path]:
         yield root.parent
 
 
-def _below(root: Path) -> list[Layout]:
-    """The data roots one level below `root`, or else two."""
-    level = [root]
+def _below(root: Path) -> tuple[list[Layout], list[Path]]:
+    """The data roots one level below `root`, or else two; and the folders that this account may not enter."""
+    level, denied = [root], []
     for _ in range(2):
-        level = [path for folder in level for path in _folders(folder)]
-        found = [layout for layout in map(_look, level) if len(layout.splits) == 2]
+        level = [path for folder in level if folder not in denied for path in _folders(folder)]
+        found = []
+        for folder in level:
+            try:
+                layout = _look(folder)
+            except PermissionError:
+                denied.append(folder)
+                continue
+            if len(layout.splits) == 2:
+                found.append(layout)
         if found or len(level) > _MANY:
-            return found
-    return []
+            return found, denied
+    return [], denied
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -44,6 +44,8 @@ def read_tiny_list(path: Path) -> dict[str, str]:
     labels = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except PermissionError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read ({error}); unpack the data set again") from error
     for number, line in enumerate(lines, 1):

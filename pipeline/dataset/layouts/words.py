@@ -23,6 +23,8 @@ def read_words(root: Path) -> dict[str, str]:
         if path.is_file():
             lines = (line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines())
             return {synset: text.strip() for synset, tab, text in lines if tab}
+    except PermissionError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} can't be read ({error}); unpack the data set again, or remove the file") from error
     return {}

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
-from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, open_index
+from pipeline.dataset.index.index import MAIN_FILE, PACKED, Index, index_folder, open_index
 from pipeline.dataset.index.left_out import only_images
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
 from pipeline.dataset.layouts.parquet_files import find_parquet
@@ -37,7 +37,7 @@ from pipeline.dataset.shards.transcode import find_program
 from pipeline.dataset.shards.write_shard import Task, write_shard
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError
-from pipeline.files import atomic_write, reason_of
+from pipeline.files import appears, atomic_write, reason_of
 from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
@@ -79,7 +79,7 @@ def parse_part(part: str | None) -> tuple[int, int]:
 def _open_source(root: Path, folder: Path, part: str | None, processes: int | None) -> Index:
     if part is None:
         return build_index(root, folder, processes)
-    if not has_index(folder):  # many parts must not scan the same tree at once
+    if not appears(folder / MAIN_FILE):  # many parts must not scan the same tree at once
         raise UserError(f"{folder} holds no index yet; run first: pipeline index {root}")
     return open_index(folder)
 

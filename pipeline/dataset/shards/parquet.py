@@ -32,7 +32,7 @@ from pipeline.dataset.shards.pack import finish, prepare
 from pipeline.dataset.shards.parquet_scan import Group, read_column, scan_parquet
 from pipeline.dataset.shards.plan import Options, Plan, make_key, make_plan
 from pipeline.dataset.workers import map_in_order
-from pipeline.errors import UserError
+from pipeline.errors import UserError, permission_problem
 from pipeline.files import atomic_write
 from pipeline.limits import available_cores
 from pipeline.progress import Progress
@@ -194,6 +194,8 @@ def pack_parquet(
             _write(dest, index, groups, plan, processes, quiet)
             shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
             made = finish(root, dest, index, shards, None, options)
+    except PermissionError as error:
+        raise permission_problem(error) from error
     except OSError as error:
         raise explain(error, error.filename or dest) from error
     atomic_write(dest / PACKED, json.dumps(_read_marker(dest) | {"parquet": source}, indent=1) + "\n")

@@ -52,6 +52,8 @@ def _open_groups(path: Path) -> tuple[list[Group], list[str]]:
     """The row groups of a file, and the names of its classes by number, empty where it has none."""
     import pyarrow as pa
 
+    with path.open("rb"):  # a missing permission is no damage
+        pass
     try:
         file = _parquet().ParquetFile(path)
         schema = file.schema_arrow

@@ -14,6 +14,7 @@ from pipeline.dataset.index.index import Index
 from pipeline.dataset.shards.format import SAMPLE_OVERHEAD
 from pipeline.dataset.shards.reencode import reencode
 from pipeline.errors import UserError
+from pipeline.files import appears
 
 AUTO_RESTART = 8  # MCUs a restart interval: the files do not grow, as their Huffman tables are optimized, too
 RESTART_GROWTH = 1.08  # at most so much larger for restart markers and their tables (an interval of one MCU)
@@ -119,7 +120,12 @@ def read_checked(index: Index, split: str, sample: int) -> bytes:
     of_split = index.splits[split]
     remedy = "run pipeline verify on the source first"
     try:
-        data = of_split.read(sample)
+        try:
+            data = of_split.read(sample)
+        except FileNotFoundError:
+            if not appears(of_split.path(sample)):
+                raise
+            data = of_split.read(sample)
     except OSError as error:
         raise UserError(f"image {of_split.name(sample)} can't be read ({error.strerror}); {remedy}") from error
     if xxhash.xxh3_64_intdigest(data) != int(of_split.records["digest"][sample]):

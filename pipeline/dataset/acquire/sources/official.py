@@ -20,7 +20,7 @@ from pipeline.dataset.layouts import devkit
 from pipeline.dataset.layouts.find import OFFICIAL
 from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
-from pipeline.errors import TransientError, UserError
+from pipeline.errors import TransientError, UserError, permission_problem
 from pipeline.files import atomic_write
 from pipeline.progress import Progress
 
@@ -87,6 +87,11 @@ def unpack_official(files: OfficialFiles, root: Path, selection: Selection) -> N
         (root / KIT_FOLDER).mkdir(parents=True, exist_ok=True)
         for name, data in files.kit.files.items():
             atomic_write(root / KIT_FOLDER / name, data)
+    for path in tars.values():
+        try:
+            path.open("rb").close()
+        except PermissionError as error:
+            raise permission_problem(error) from error
     with Progress("Unpacking", total, "bytes") as progress:
         for split, path in tars.items():
             try:
