@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,6 @@ from test_tar_layouts import TIMM, write_shards
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
-from pipeline.dataset.synthetic.archive import write_kaggle_zip
 
 PAGE = Path(__file__).parents[1] / "docs/dataset.md"
 
@@ -53,7 +53,10 @@ def kaggle_tree(root: Path, tmp_path: Path) -> None:
 def kaggle_zip_of(root: Path, tmp_path: Path) -> None:
     kaggle_tree(tmp_path / "kaggle", tmp_path)
     root.mkdir()
-    write_kaggle_zip(tmp_path / "kaggle", root / "imagenet-object-localization-challenge.zip")
+    with zipfile.ZipFile(root / "imagenet-object-localization-challenge.zip", "w") as archive:
+        for path in sorted((tmp_path / "kaggle").rglob("*")):
+            if path.is_file():
+                archive.write(path, path.relative_to(tmp_path / "kaggle"))
 
 
 def numeric(root: Path, tmp_path: Path) -> None:

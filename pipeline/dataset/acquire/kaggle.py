@@ -257,7 +257,10 @@ def _check_version() -> None:
 
 
 def _say_which(found: Found, method: str) -> None:
-    """Two credentials are two accounts, perhaps: say which one was used."""
+    """Two credentials are two accounts, perhaps: say which one was used.
+
+    Raises UserError for a token that is not accepted: the client sends it in every call, whatever else is there.
+    """
     if found.token is None or found.key is None:
         return
     if method.endswith("ACCESS_TOKEN"):
@@ -265,8 +268,9 @@ def _say_which(found: Found, method: str) -> None:
             f"two Kaggle credentials found: using the access token of {found.token}, not {found.key}", file=sys.stderr
         )
     else:
-        print(
-            f"the access token of {found.token} is not accepted (wrong or expired): using {found.key}", file=sys.stderr
+        raise UserError(
+            f"Kaggle does not accept the access token of {found.token} (wrong or expired), which is used before "
+            f"{found.key}; remove or renew it (see {SETTINGS_PAGE})"
         )
 
 

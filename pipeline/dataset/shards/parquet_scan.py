@@ -50,12 +50,13 @@ def _parquet() -> Any:
 
 def _open_groups(path: Path) -> tuple[list[Group], list[str]]:
     """The row groups of a file, and the names of its classes by number, empty where it has none."""
+    parquet = _parquet()
     import pyarrow as pa
 
     with path.open("rb"):  # a missing permission is no damage
         pass
     try:
-        file = _parquet().ParquetFile(path)
+        file = parquet.ParquetFile(path)
         schema = file.schema_arrow
         fields = {field.name: field.type for field in schema}
         of_struct = [n for n, kind in fields.items() if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
