@@ -64,6 +64,8 @@ def tries_text(made: dict) -> str:
 
 def section(page: str) -> str:
     """The page with the figures of the committed files."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise SystemExit(f"{PAGE}: the lines {BEGIN.strip()!r} and {END.strip()!r} must be there once each")
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
     text = trials_table(json.loads(TRIALS.read_text()))
