@@ -68,9 +68,9 @@ find_network() { # the network interface on the way to the other nodes, since th
     fi
 }
 
-serve_rendezvous() {
+serve_rendezvous() { # VERB ...: the ranks must divide its global batch
     trap '' TERM USR1 USR2 INT HUP
-    exec "$PYTHON" -m pipeline launch --serve-store "${meeting[@]}" --rdzv-conf=is_host=1
+    exec "$PYTHON" -m pipeline launch --serve-store "${meeting[@]}" --rdzv-conf=is_host=1 "$@"
 }
 
 launch_ranks() { # VERB ...
@@ -115,7 +115,7 @@ main() { # VERB ...: `pipeline VERB ...`
     settings
     if [[ -n $elastic && $hosts == 1 ]]; then
         hosts=0
-        serve_rendezvous &
+        serve_rendezvous "$@" &
         store=$!
     fi
     launch_ranks "$@" &
