@@ -329,32 +329,6 @@ def test_a_signal_to_the_step_of_an_evaluation_goes_to_the_launcher(job, node):
     assert (job.run / ".code.7.0").read_text() == "75\n"
 
 
-ELASTIC = """#!/bin/bash
-echo "$SLURM_NODEID $*" >>"$RUN_DIR/calls"
-touch "$RUN_DIR/launched"
-[[ $* != *--serve-store* ]] || { /bin/sleep 1; exit 69; }
-exit "$CODE"
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "ends", "requeued"), [("0", "1", 69, ""), ("1", "68", 68, "7\n"), ("1", "69", 69, "")]
-)
-def test_the_rendezvous_of_a_job_that_may_lose_nodes(job, node, number, code, ends, requeued):
-    """The first node hosts it beside its launcher, and says the job's exit code even where that launcher is lost. Where
-    the host is lost, another node has the job requeued."""
-    (job.folder / "python").write_text(ELASTIC)
-    job.record(text="Requeue=1 Restarts=0 BatchFlag=1")
-    process = node(SLURM_NNODES="3", SPARE_NODES="1", MIN_NODES="1", SLURM_NODEID=number, CODE=code)
-    log, _ = process.communicate(timeout=30)
-    assert (process.returncode, job.file("requeued")) == (ends, requeued), log
-    calls = (job.run / "calls").read_text().splitlines()
-    assert all("--nnodes=1:2" in call and call.endswith(" train") for call in calls)
-    hosts = [("--serve-store" in call, "is_host=1" in call) for call in sorted(calls)]
-    assert hosts == ([(True, True), (False, False)] if number == "0" else [(False, False)])
-    assert (job.run / ".code.7.0").exists() == (number == "0")
-
-
 def test_a_script_that_is_edited_while_it_runs(job, node):
     """Written in place, as by rsync --inplace: bash would read on in the middle of it."""
     copy = job.folder / "node.sh"
