@@ -8,6 +8,7 @@ import runs
 
 from pipeline.training.cli import keep_compiled
 
+_PLAIN = ("--model.zero_init_residual", "false", "--train.precision", "fp32")
 _NET = """
 from torch import nn
 def make(num_classes):
@@ -32,7 +33,7 @@ def test_a_second_start_compiles_nothing_anew_and_a_third_may_do_without(root, t
 
     def start(folder, number, *options):
         (tmp_path / f"tmp{number}").mkdir()
-        command = runs.command(root, folder, "--model.name", "net:make", "--train.precision", "fp32", *options)
+        command = runs.command(root, folder, "--model.name", "net:make", *_PLAIN, *options)
         own = {"TMPDIR": str(tmp_path / f"tmp{number}"), "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
         done = subprocess.run(command, env=runs.environment() | own, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr[-3000:]
