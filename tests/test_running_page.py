@@ -62,7 +62,7 @@ def run_line(line: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_line_does_what_it_says(here):
     ran = 0
     for language, text in blocks():
