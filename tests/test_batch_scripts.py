@@ -281,6 +281,7 @@ def test_every_signal_to_the_batch_shell_asks_for_a_save(job, name):
 
 
 PYTHON = """#!/bin/bash
+[[ $1 != -c ]] || { echo 1; exit; } # the count of cores
 touch "$RUN_DIR/launched"
 trap 'touch "$RUN_DIR/terminated"; exit 75' TERM
 until [[ -e $RUN_DIR/stop || -e $RUN_DIR/end ]]; do /bin/sleep 0.1; done

@@ -19,8 +19,8 @@ from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
 from pipeline.errors import UserError
 from pipeline.evaluation.class_map import class_positions
+from pipeline.loader.decode.reference import ReferenceDecoder
 from pipeline.loader.eval_plan import EvalPlan, FiveCropPlan
-from pipeline.loader.reference import ReferenceDecoder
 from pipeline.loader.stream import EncodedBatch
 from pipeline.tracking.ledger import best_step, read_rows
 from pipeline.training.evaluate import Tally

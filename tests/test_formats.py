@@ -209,7 +209,7 @@ def test_16_bit_gray_keeps_its_shades(tmp_path):
 @needs_dali
 def test_what_dali_refuses_unexpectedly_goes_through_pil(tmp_path, monkeypatch):
     """A file that should be DALI's own: the first refusal turns to PIL, and no image is lost."""
-    monkeypatch.setattr("pipeline.loader.dali.dali_agrees", lambda data: True)
+    monkeypatch.setattr("pipeline.loader.decode.dali.dali_agrees", lambda data: True)
     for split, count in (("train", 16), ("val", 4)):
         (tmp_path / "set" / split / "a").mkdir(parents=True)
         for i in range(count):

@@ -17,9 +17,9 @@ from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
 from pipeline.errors import TransientError
 from pipeline.loader import build
+from pipeline.loader.decode.resize import Resizer
 from pipeline.loader.eval_plan import EvalPlan
 from pipeline.loader.plan import Planned
-from pipeline.loader.resize import Resizer
 from pipeline.loader.source import UnreadableSample
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
 from pipeline.rank_info import RankInfo
@@ -232,7 +232,7 @@ def test_a_sample_that_only_the_decoder_refuses_is_substituted(own_root, loader,
 def test_decoders_find_the_sample_they_refuse(loader, named, monkeypatch):
     """DALI's message names the sample, except where it does not."""
     if not named:
-        monkeypatch.setattr("pipeline.loader.dali._sample_number", lambda message: None)
+        monkeypatch.setattr("pipeline.loader.decode.dali._sample_number", lambda message: None)
     decoder = build.make_decoder(loader, 3, 1, CPU, 1)
     noise = BytesIO()
     Image.effect_noise((64, 64), 90).save(noise, "JPEG")

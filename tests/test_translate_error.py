@@ -206,7 +206,7 @@ def little_memory():
 def test_too_little_memory_is_no_bad_image(root):
     """It ends the run in one line, though it came up amid DALI's decoding."""
     pytest.importorskip("nvidia.dali")
-    from pipeline.loader.dali import DaliDecoder
+    from pipeline.loader.decode.dali import DaliDecoder
 
     source = Source(build_index(root).splits["train"])
     decoder = DaliDecoder(8, 1, torch.device("cpu"))

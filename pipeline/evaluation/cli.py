@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+from pipeline.command import importing
 from pipeline.errors import UserError
-from pipeline.imports import importing
 from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun, join_srun_tasks
 
 

@@ -1,8 +1,6 @@
 """`pipeline evaluate`: score a run's checkpoint, or published weights, on a validation set, by one process or many."""
 
-import csv
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +17,17 @@ from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.checkpoints import ScoredNetwork, load_published, load_run
 from pipeline.evaluation.class_map import class_positions
 from pipeline.evaluation.partial_sums import PartialSums
+from pipeline.evaluation.scores import Result, print_scores
 from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
 from pipeline.logs import logger
 from pipeline.model.published import PREFIX, Published, find_published
 from pipeline.model.sizes import check_to_score
-from pipeline.tracking.ledger import scored_images
 from pipeline.training.data import open_data
-from pipeline.training.evaluate import Evaluation, evaluate
+from pipeline.training.evaluate import evaluate
 from pipeline.training.guard import rollbacks_of
 from pipeline.training.ranks.stop_request import StopRequest, interrupted_exit_code
 from pipeline.training.ranks.world import World, start_world
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
-from pipeline.training.recorder import NAMED
 from pipeline.training.run_folder.folder import RunFolder
 
 Device = Literal["auto", "cuda", "cpu"]
@@ -108,7 +105,7 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     if results is None:
         return interrupted_exit_code()
     if world.is_rank_zero:
-        print_scores(ask, results, subject, published)
+        print_scores(results, subject, published, ask.json, ask.per_class)
         for result in results:
             if result.kept is not None:
                 result.kept.remove()
@@ -141,32 +138,6 @@ def published_config(ask: Request, published: Published) -> Config:
     )
     model = ModelConfig(name=ask.model, num_classes=published.outputs, weights=published.name)
     return RawConfig(data=data, model=model, train=TrainConfig(precision="fp32")).resolve()
-
-
-@dataclass(frozen=True)
-class Result:
-    """One network at one size. seconds: that it took. folders: (class folder, its words, its output). kept: the partial
-    sums in the run folder."""
-
-    weights: str
-    size: int
-    resize: int
-    evaluation: Evaluation
-    seconds: float
-    folders: list[tuple[str, str, int]]
-    kept: PartialSums | None = None
-
-    @property
-    def facts(self) -> dict:
-        scores = self.evaluation.scores
-        named = {"weights": self.weights, "size": self.size, "resize": self.resize, **dataclasses.asdict(scores)}
-        if self.evaluation.among is not None:  # only the data set's own classes compete
-            own = self.evaluation.among.scores
-            named |= {"own_classes": len(self.folders), "own_top1": own.val_top1, "own_top5": own.val_top5}
-        return named | {
-            "images_per_s": round(scores.images / self.seconds, 1),
-            "unreadable": self.evaluation.unreadable,
-        }
 
 
 def score_all(
@@ -252,64 +223,3 @@ def recalibrated(
         return recalibrate(network, stream, last, skip, world, config.train.precision, stop, at_once)
     finally:
         stream.close()
-
-
-def print_scores(ask: Request, results: list[Result], subject: ScoredNetwork, published: Published | None) -> None:
-    """Print the scores, and write them where that was asked for."""
-    where = {"checkpoint": str(subject.path), "step": subject.meta["step"]} if subject.path else {}
-    facts = where | results[0].facts
-    shown = "left_out", "unreadable"  # said in words below
-    if published is not None:
-        facts |= {"published_top1": published.top1, "published_top5": published.top5}
-    if len(results) == 1:
-        lines = [
-            (name, f"{value:.4f}" if isinstance(value, float) else value)
-            for name, value in facts.items()
-            if name not in shown
-        ]
-        for name, value in lines:
-            logger.info(f"  {name:<13} {value}")
-    else:
-        for name, value in where.items():
-            logger.info(f"  {name:<13} {value}")
-        names = f"{'loss':>8} {'top-1':>8} {'top-5':>8} {'ECE':>7} {'images':>9}"
-        logger.info(f"  {'weights':<14} {'size':>5} {'resize':>7} {names}")
-        for row in (result.facts for result in results):
-            scores = f"{row['val_loss']:8.4f} {row['val_top1']:8.3f} {row['val_top5']:8.3f} {row['val_ece']:7.3f}"
-            logger.info(f"  {row['weights']:<14} {row['size']:5} {row['resize']:7} {scores} {row['images']:9,}")
-    for line in _left_out_lines(results[0]):
-        logger.warning(line)
-    try:
-        if ask.json:
-            everything = facts | {"results": [result.facts for result in results]}
-            Path(ask.json).expanduser().write_text(json.dumps(everything, indent=1) + "\n")
-        if ask.per_class:
-            write_per_class(Path(ask.per_class).expanduser(), results)
-    except OSError as error:
-        raise UserError(f"{error.filename} can't be written ({error.strerror}); give another file") from error
-
-
-def _left_out_lines(result: Result) -> list[str]:
-    """What the scores are not of: how many, and the names of those that can't be read now."""
-    scores, unreadable = result.evaluation.scores, result.evaluation.unreadable
-    if not scores.left_out:
-        return []
-    lines = [f"the scores are of {scored_images(dataclasses.asdict(scores))}: they can't be read"]
-    if result.evaluation.missing:
-        lines[0] += f" ({result.evaluation.missing:,} of them when the data set was indexed)"
-    lines += [f"{name} can't be read ({reason})" for name, reason in list(unreadable.items())[:NAMED]]
-    if len(unreadable) > NAMED:
-        lines.append(f"and {len(unreadable) - NAMED:,} more; --json FILE names all")
-    return lines
-
-
-def write_per_class(path: Path, results: list[Result]) -> None:
-    """A CSV with a row for each class of each result: class, words, images, top-1 and top-5 in percent."""
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["weights", "size", "class", "words", "images", "top1", "top5"])
-        for result in results:
-            for folder, words, output in result.folders:
-                images, top1, top5 = result.evaluation.classes[output].tolist()
-                shares = [round(100 * hits / images, 4) if images else "" for hits in (top1, top5)]
-                rows.writerow([result.weights, result.size, folder, words, int(images), *shares])

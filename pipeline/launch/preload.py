@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from pipeline.imports import importing
+from pipeline.command import importing
 from pipeline.training.ranks.stop_request import HELD_BACK
 
 #: of `pipeline train`, and what it imports later than at its start
@@ -27,7 +27,7 @@ MODULES = (
     "pipeline.training.run_folder.lock",
     "pipeline.training.setup",
     "pipeline.evaluation.run",
-    "pipeline.loader.dali",
+    "pipeline.loader.decode.dali",
     "nvidia.dali.fn",
     "nvidia.dali.plugin.pytorch",
     "torch.distributed.optim",

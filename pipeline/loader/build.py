@@ -112,15 +112,15 @@ def make_decoder(
     """A decoder by name, "dali" or "reference". resize: of the shorter side in validation, None in training. decode: as
     `data.decode`. parts: it is given parts of samples that hold their windows: nothing is left for DALI to skip."""
     if name == "dali" and parts and device.type == "cpu":
-        from pipeline.loader.parts import PartDecoder, decodes_as_pil
+        from pipeline.loader.decode.parts import PartDecoder, decodes_as_pil
 
         if decodes_as_pil():
             return PartDecoder(threads, prefetch, interpolation)
     if name == "dali":
-        from pipeline.loader.dali import DaliDecoder
+        from pipeline.loader.decode.dali import DaliDecoder
 
         return DaliDecoder(batch_size, threads, device, prefetch, interpolation, decode)
-    from pipeline.loader.reference import ReferenceDecoder
+    from pipeline.loader.decode.reference import ReferenceDecoder
 
     return ReferenceDecoder(threads, prefetch, resize, interpolation)
 

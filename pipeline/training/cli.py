@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.command import importing
 from pipeline.errors import TransientError, UserError
-from pipeline.imports import importing
 from pipeline.rank_env import own_rank
 from pipeline.redact import redact
 from pipeline.run_paths import RunPaths

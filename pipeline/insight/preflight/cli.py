@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.command import parse_numbers, split_options
+from pipeline.command import importing, parse_numbers, split_options
 from pipeline.config import Config, parse_config
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
-from pipeline.imports import importing
 from pipeline.insight.preflight import between_nodes, checks, hardware
 from pipeline.insight.preflight.check_result import FAIL, PASS, CheckResult
 from pipeline.insight.preflight.node_facts import gather_facts

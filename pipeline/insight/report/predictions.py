@@ -10,7 +10,7 @@ from torch import nn
 from pipeline.config import Config
 from pipeline.dataset.index.index import Index
 from pipeline.limits import available_cores
-from pipeline.loader.reference import decode_sample
+from pipeline.loader.decode.reference import decode_sample
 from pipeline.training.step import autocast
 
 BATCH = 64

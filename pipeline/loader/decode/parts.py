@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline.dataset.index.pixels import open_image, to_rgb
-from pipeline.loader.resize import Resizer, Resizing
+from pipeline.loader.decode.resize import Resizer, Resizing
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
 
 _JPEG = b"\xff\xd8"

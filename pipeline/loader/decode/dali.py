@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from pipeline.dataset.index.pixels import as_ppm, dali_agrees
-from pipeline.loader.resize import Resizer, Resizing
+from pipeline.loader.decode.resize import Resizer, Resizing
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
 
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|cannot allocate memory|can't start new thread", re.IGNORECASE)
