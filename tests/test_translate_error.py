@@ -100,9 +100,9 @@ def test_gpu_memory(monkeypatch):
 
 def test_the_batch_that_fits_is_asked_of_estimate(tmp_path):
     config = load_config(runs.TINY, ["--run_dir", str(tmp_path)])
-    assert "--card_mib 2000" in largest_fitting_batch(config, 2000)  # there is no saved configuration yet: how to ask
+    assert "--card_mib 6000" in largest_fitting_batch(config, 6000)  # there is no saved configuration yet: how to ask
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    line = largest_fitting_batch(config, 2000)
+    line = largest_fitting_batch(config, 6000)
     batch = int(line.rsplit(" or less", 1)[0].rsplit(" ", 1)[1])
     assert batch > 1 and f"{batch} images at once fit: give --train.micro_batch_size {batch} or less" in line
 

@@ -223,6 +223,10 @@ class RunRecorder:
         """The last step is done, scored and on the disk. Raises TransientError where its checkpoint could not be."""
         if not self.writer.wait():
             raise TransientError(f"the last checkpoint could not be written to {self.folder.checkpoints}; start again")
+        try:
+            self.writer.prune()  # the last scores may have made another checkpoint the best
+        except OSError as error:
+            self.console.warn(f"old checkpoints could not be removed: {error}")
         reason = self.stops_early()
         self.event("finished", step, **({"reason": reason} if reason else {}))
         self.ledger.sync()
