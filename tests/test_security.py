@@ -120,7 +120,7 @@ def test_the_watch_shows_and_leaves_no_credential(secrets, capsys, tmp_path):
     watch.folder, watch.detail = tmp_path / "debug", lambda: secrets
     watch.phase("waiting for images", 3, limit_s=1000)
     watch._say_if_long(replace(watch._here(), age_s=99.0))
-    watch._speak(f"{secrets}; it counts as hung", own=True)  # leaves the stacks of all threads, this one's too
+    watch._report(f"{secrets}; it counts as hung", own=True)  # leaves the stacks of all threads, this one's too
     told = capsys.readouterr().err
     assert told.count("could not reach") == 2 and told.count(MASK) >= 8 and leaks(told) == []
     assert b"has ended: could not reach" in store.get("gone") and leaks(store.get("gone")) == []
