@@ -32,7 +32,8 @@ keep_requesting() {
 
 settings() {
     local cpus
-    cpus=$("$PYTHON" -c 'from pipeline.limits import available_cores as n; print(n())') # bound cores, CPU quota
+    cpus=$("$PYTHON" -c 'from pipeline.limits import available_cores as n; print(n())') || cpus='' # bound cores, CPU quota
+    [[ $cpus =~ ^[0-9]+$ ]] || cpus=$(nproc)
     # shellcheck disable=SC2153
     ((cpus <= SLURM_CPUS_ON_NODE)) || cpus=$SLURM_CPUS_ON_NODE
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_NODE : 1))}

@@ -264,6 +264,8 @@ RECORDER = """#!/bin/bash
 if [[ $* == *"pipeline launch"* ]]; then
     echo "$SLURMD_NODENAME $IN_CONTAINER $BY_SRUN $OMP_NUM_THREADS $*" >>"$RUN_DIR/calls"
     touch "$RUN_DIR/finished"
+elif [[ $1 == -c ]]; then # the count of cores
+    exec PYTHON "$@"
 else
     echo "$*" >>"$RUN_DIR/preflight"
     echo '{"node": "any"}'
@@ -276,7 +278,7 @@ def shapes_and_the_site_file(site: Site, _: Reference) -> None:
     """What the launcher is told on 1 x 1, 1 x 8 and 3 x 8 GPUs and in a rehearsal on CPUs, the same script and site
     file for all: here an interpreter that writes it down."""
     recorder, settings = site.folder / "python", site.folder / "site.env"
-    recorder.write_text(RECORDER)
+    recorder.write_text(RECORDER.replace("PYTHON", sys.executable))
     recorder.chmod(0o755)
     options = "CONTAINER=(env IN_CONTAINER=yes)\nSRUN_OPTIONS=(--export=ALL,BY_SRUN=yes)\n"
     settings.write_text(f"PYTHON={recorder}\n{options}")
