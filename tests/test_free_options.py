@@ -22,7 +22,7 @@ TOGGLED = {
         *("--guard.rollback_reshuffle", "true", "--guard.spike_factor", "3", "--checkpoint.every_minutes", "0.001"),
         *("--checkpoint.every_epoch", "false", "--checkpoint.keep", "1", "--tracking.print_every_s", "1"),
         *("--checkpoint.outage_timeout_minutes", "1", "--tracking.name", "other", "--tracking.report", "true"),
-        *("--tracking.project", "other", "--tracking.entity", "other"),
+        *("--tracking.project", "other", "--tracking.entity", "other", "--train.stop_after_evals_without_gain", "9"),
     ): (),
 }
 #: the others, and why they are not toggled here
