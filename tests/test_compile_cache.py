@@ -41,7 +41,7 @@ def test_a_second_start_compiles_nothing_anew_and_a_third_may_do_without(root, t
     for number in (1, 2):
         start(run, number, "--train.compile", "--train.max_steps", str(2 * number))
         libraries.append({path.name for path in (run / "compile_cache/inductor").rglob("*.so")})
-    assert libraries[0] and libraries[1] == libraries[0]
+    assert libraries[0] and libraries[1] == libraries[0], sorted(libraries[1] ^ libraries[0])
     start(run, 3, "--train.max_steps", "6")
     start(whole, 4, "--train.max_steps", "6")
     losses = [[row["loss"] for row in runs.rows(folder, "train")] for folder in (run, whole)]
