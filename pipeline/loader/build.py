@@ -41,7 +41,8 @@ def choose_loader(name: str) -> tuple[str, str | None]:
 
 def cores_of(place: RankInfo) -> int:
     """The cores that this rank may fill with threads, at least 1."""
-    return place.cores or max(1, available_cores() // place.local_size)
+    bound = getattr(place, "cores", 0)  # other programs describe a rank by fewer fields
+    return bound or max(1, available_cores() // place.local_size)
 
 
 def check_shares(config: Config, world_size: int) -> None:
