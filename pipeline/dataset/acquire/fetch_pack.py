@@ -7,7 +7,6 @@ is read once (`finish_shard.py`): every image decoded in full, every CRC-32 chec
 
 import contextlib
 import json
-import os
 import sys
 import tarfile
 from collections.abc import Iterable
@@ -21,7 +20,6 @@ from pipeline.dataset import imagenet
 from pipeline.dataset.acquire.catalog import Catalog, iter_names
 from pipeline.dataset.acquire.finish_shard import FinishTask, finish_shard
 from pipeline.dataset.acquire.selection import BASE, Selection
-from pipeline.dataset.disk import explain
 from pipeline.dataset.index.index import PACKED, RECORD, Index, Split, index_folder, open_index
 from pipeline.dataset.index.scan import UNREADABLE
 from pipeline.dataset.index.write import pack_names
@@ -33,11 +31,11 @@ from pipeline.dataset.shards.format import (
     merge_shards,
     remove_records,
     shard_name,
-    tar_header,
     temporary_path,
     whole_size,
 )
 from pipeline.dataset.shards.format import STATE as SHARD_STATE
+from pipeline.dataset.shards.in_place import sample_members, write_in_place
 from pipeline.dataset.shards.plan import RESTART_GROWTH, Options, make_key, make_plan
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError
@@ -125,12 +123,12 @@ class ShardPlan:
         """The shard of a member and its place there."""
         return self.shards[self._shard[number]], int(self._place[number])
 
-    def make_sample(self, number: int, name: str, data: bytes) -> tuple[str, int]:
-        """(member name in the shard, label) of an image."""
+    def make_sample(self, number: int, name: str, data: bytes) -> bytes:
+        """An image as it stands in its shard."""
         synset, file = _class_and_file(name, self.selection)
         split = "train" if name.startswith(f"{BASE}/train/") else "val"
         key = make_key(synset, f"{BASE}/{split}/{synset}/{file}", number in self.twin_numbers)
-        return f"{key}.{image_suffix(data, name)}", self.label_of[synset]
+        return sample_members(key, image_suffix(data, name), data, self.label_of[synset])
 
 
 def _class_and_file(name: str, selection: Selection) -> tuple[str, str]:
@@ -156,24 +154,7 @@ class ShardPatcher:
         """Write one sample; what `chunks` raises leaves no trace."""
         data = b"".join(chunks)
         shard, place = self.plan.locate(number)
-        member, label = self.plan.make_sample(number, name, data)
-        text = str(label).encode()
-        key = member.rpartition(".")[0]
-        sample = [tar_header(member, len(data)), data, bytes(-len(data) % BLOCK)]
-        sample += [tar_header(f"{key}.cls", len(text)), text, bytes(-len(text) % BLOCK)]
-        whole = b"".join(sample)
-        path = temporary_path(self.dest, shard.split, shard.number)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                view = memoryview(whole)
-                while view:
-                    written = os.pwrite(descriptor, view, place)
-                    view, place = view[written:], place + written
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise explain(error, path) from error
+        write_in_place(self.dest, shard.split, shard.number, self.plan.make_sample(number, name, data), place)
         return len(data)
 
 

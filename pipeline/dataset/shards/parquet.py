@@ -28,6 +28,7 @@ from pipeline.dataset.shards.format import (
     whole_size,
     write_records,
 )
+from pipeline.dataset.shards.in_place import sample_members, write_in_place
 from pipeline.dataset.shards.pack import finish, prepare
 from pipeline.dataset.shards.parquet_scan import Group, read_column, scan_parquet
 from pipeline.dataset.shards.plan import Options, Plan, make_key, make_plan
@@ -90,13 +91,10 @@ def _deal(dest: Path, index: Index, plan: Plan) -> tuple[list[_Shard], dict[tupl
 
 def _members(place: _Place, data: bytes) -> bytes:
     """A sample as it stands in its shard."""
-    name, text = f"{place.key}.{image_suffix(data, place.name)}", str(place.label).encode()
-    header = tar_header(name, len(data))
-    if len(header) != place.header:
+    suffix = image_suffix(data, place.name)
+    if len(tar_header(f"{place.key}.{suffix}", len(data))) != place.header:
         raise UserError(f"image {place.name} has too long a name for a tar header; rename it")
-    parts = [header, data, bytes(-len(data) % BLOCK)]
-    parts += [tar_header(f"{place.key}.cls", len(text)), text, bytes(-len(text) % BLOCK)]
-    return b"".join(parts)
+    return sample_members(place.key, suffix, data, place.label)
 
 
 def _write_group(task: tuple[Group, Path, str, list[tuple[int, _Place]]]) -> int:
@@ -107,17 +105,7 @@ def _write_group(task: tuple[Group, Path, str, list[tuple[int, _Place]]]) -> int
         data = column[row - group.first] or b""
         if xxhash.xxh3_64_intdigest(data) != place.digest:
             raise UserError(f"{group.path} has changed since it was read; run the same command again")
-        path, whole, at = temporary_path(dest, split, place.number), memoryview(_members(place, data)), place.start
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                while whole:
-                    written = os.pwrite(descriptor, whole, at)
-                    whole, at = whole[written:], at + written
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise explain(error, path) from error
+        write_in_place(dest, split, place.number, _members(place, data), place.start)
     return len(rows)
 
 
