@@ -10,7 +10,8 @@ import torch
 from pipeline.config import TrainConfig
 from pipeline.loader import plan as plans
 from pipeline.loader import prefetch
-from pipeline.loader.plan import Permutations, TrainPlan
+from pipeline.loader.permutations import Permutations
+from pipeline.loader.plan import TrainPlan
 from pipeline.loader.prefetch import DigestsAhead, OngoingBatches
 from pipeline.training.ranks.step_stats import StepStatsExchange, Vote
 from pipeline.training.ranks.stragglers import IdleTime

@@ -11,7 +11,8 @@ from pipeline.errors import (
     EXIT_RETRY,
     EXIT_USER,
 )
-from pipeline.launch.membership import SETTLE_S, Limits, Membership, Node
+from pipeline.launch.membership import SETTLE_S, Membership
+from pipeline.launch.node import Limits, Node
 
 
 class Case:

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.launch.membership import Limits, Membership, Node
+from pipeline.launch.membership import Membership
+from pipeline.launch.node import Limits, Node
 from pipeline.redact import redact
 
 BEAT_S = 1.0  # between two signs of life of a launcher

@@ -9,8 +9,6 @@ import time
 from string import Template
 from typing import Any
 
-import torch.distributed as dist
-
 from pipeline.errors import (
     EXIT_GPU_FAULT,
     EXIT_INTERRUPTED,
@@ -26,6 +24,7 @@ from pipeline.launch.link import Link
 from pipeline.launch.local import LocalFolder
 from pipeline.launch.options import Options
 from pipeline.launch.program import logs_of, numa_of, program_of
+from pipeline.launch.store import is_here, open_store
 from pipeline.launch.workers import Workers
 
 SAVE_AND_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -86,10 +85,10 @@ class Launcher:
         """Host it if it is for this node to do so. Raises UserError where that was asked for and can't be."""
         options = self.options
         wanted = True if options.serve_store else options.is_host
-        if wanted is False or (wanted is None and not _is_here(options.host)):
+        if wanted is False or (wanted is None and not is_here(options.host)):
             return
         try:
-            self.coordinator = Coordinator(options.limits, options.port, _open_store)
+            self.coordinator = Coordinator(options.limits, options.port, open_store)
         except OSError as error:
             if wanted:
                 raise UserError(
@@ -290,22 +289,3 @@ def _sum_up(codes: dict[int, int]) -> tuple[int, int]:
         if code in codes.values():
             return code, next(rank for rank, found in codes.items() if found == code)
     return EXIT_OK, next(iter(codes))
-
-
-def _is_here(host: str) -> bool:
-    """Is this an address of this machine?"""
-    try:
-        found = socket.getaddrinfo(host, 0, socket.AF_INET, socket.SOCK_STREAM)
-    except OSError:
-        return False
-    for *_, address in found:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.bind((address[0], 0))
-            return True
-    return False
-
-
-def _open_store() -> tuple[Any, int]:
-    """A new store, by which the ranks of one round find each other, and its port."""
-    store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-    return store, store.port

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from pipeline.command import split_list
 from pipeline.errors import EXIT_USER, UserError, complain
-from pipeline.launch.membership import Limits
+from pipeline.launch.node import Limits
 
 VERBS = ("train", "evaluate")  # of this package, that run as ranks
 _DEFAULT_PORT = 29400

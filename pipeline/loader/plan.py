@@ -22,9 +22,7 @@ those that are present of: ops (uint8), amounts (float32), erased (int32), shift
 augmentation that is off adds nothing.
 """
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +31,7 @@ import xxhash
 from pipeline.augment.params import AugmentParams, Mixing, sample_erase_boxes, sample_mixing
 from pipeline.augment.policies import sample_ops
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
+from pipeline.loader.permutations import Permutations
 from pipeline.loader.windows import padded_windows, random_resized_windows, scale_jitter_windows
 from pipeline.rng import hash_counter, uniform
 
@@ -93,48 +92,6 @@ def batch_digest(
     for array, dtype in parts:
         state.update(np.ascontiguousarray(array, dtype).data)
     return state.hexdigest()
-
-
-class Permutations:
-    """Orders of all samples by number: each computed once, by whichever thread asks first, and the newest kept.
-
-    Args:
-        make: number -> int64 [n].
-    """
-
-    KEPT = 3  #: a batch at an epoch's border, and the order that is computed in advance
-
-    def __init__(self, make: Callable[[int], np.ndarray]):
-        self.make = make
-        self._lock = threading.Lock()
-        self._known: dict[int, Future[np.ndarray]] = {}  # the one asked for last comes last
-
-    def __call__(self, number: int) -> np.ndarray:
-        future, is_new = self._find(number)
-        if is_new:
-            self._compute(number, future)
-        return future.result()
-
-    def prepare(self, number: int) -> None:
-        """Begin with an order that will be asked for, in a thread of its own."""
-        future, is_new = self._find(number)
-        if is_new:
-            threading.Thread(target=self._compute, args=(number, future), name="order", daemon=True).start()
-
-    def _find(self, number: int) -> tuple["Future[np.ndarray]", bool]:
-        with self._lock:
-            future = self._known.pop(number, None)
-            self._known[number] = found = Future() if future is None else future
-            while len(self._known) > self.KEPT:
-                self._known.pop(next(iter(self._known)))
-        return found, future is None
-
-    def _compute(self, number: int, future: "Future[np.ndarray]") -> None:
-        try:
-            future.set_result(self.make(number))
-        except BaseException as error:
-            future.set_exception(error)
-            raise
 
 
 class TrainPlan:

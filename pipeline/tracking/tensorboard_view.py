@@ -1,7 +1,7 @@
 """TensorBoard as a view of the ledger: one event for each row, in the run folder's `tensorboard/`.
 
-A restart repeats steps, and a kill loses events that were not written yet. So each start writes the whole history anew
-from the ledger, which has every step once, and removes the files of the starts before. A thread does it: training does
+A restart repeats steps, and a kill loses events that were not written yet. The ledger has every step once, so each
+start writes the whole history from it again and removes the files of earlier starts. A thread does it: training does
 not wait, not even for the history of a long run.
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.dataset import imagenet
+from pipeline.dataset.acquire.access.backoff import Patience
 from pipeline.dataset.acquire.catalog import (
     BOXES,
     LISTS,
@@ -24,7 +25,6 @@ from pipeline.dataset.acquire.catalog import (
     read_val_labels,
 )
 from pipeline.dataset.acquire.journal import Journal
-from pipeline.dataset.acquire.remote import Patience
 from pipeline.dataset.acquire.selection import BASE, Selection, final_name
 from pipeline.dataset.acquire.tarball import TarUnpacker, ZipMemberStream, is_tar
 from pipeline.dataset.acquire.transfer import Transfer, Writer, plan_requests

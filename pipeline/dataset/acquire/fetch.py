@@ -11,9 +11,10 @@ from typing import Literal
 
 from pipeline.command import run_command
 from pipeline.dataset.acquire import kaggle
+from pipeline.dataset.acquire.access.backoff import Patience
 from pipeline.dataset.acquire.acquisition import UNPACKED, Acquisition, Options
 from pipeline.dataset.acquire.manifest import ALL, Manifest, read_manifest
-from pipeline.dataset.acquire.remote import ArchiveChangedError, LocalFile, Patience, RemoteFile
+from pipeline.dataset.acquire.remote import ArchiveChangedError, LocalFile, RemoteFile
 from pipeline.dataset.acquire.selection import SPLITS, Selection, parse_classes
 from pipeline.dataset.acquire.sources import cifar10
 from pipeline.dataset.acquire.sources.official import OfficialFiles, find_official, pack_official, unpack_official

@@ -20,9 +20,10 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
+from pipeline.dataset.acquire.access.backoff import Backoff, Patience, parse_retry_after
 from pipeline.dataset.acquire.access.connection import PROXY_USER, explain_connection
 from pipeline.dataset.acquire.access.credentials import Found, prepare_credentials
-from pipeline.dataset.acquire.remote import BUSY, REFUSED, Address, Backoff, Patience, parse_retry_after
+from pipeline.dataset.acquire.remote import BUSY, REFUSED, Address
 from pipeline.dataset.disk import explain
 from pipeline.errors import TransientError, UserError
 from pipeline.progress import Progress

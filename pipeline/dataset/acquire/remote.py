@@ -5,9 +5,7 @@ A stream either delivers every byte of its range from one version of the file, o
 """
 
 import io
-import random
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,13 +17,12 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError as Urllib3Error
 
+from pipeline.dataset.acquire.access.backoff import Backoff, Patience, parse_retry_after
 from pipeline.dataset.acquire.access.connection import PROXY_USER, explain_connection
 from pipeline.errors import TransientError, UserError
 
 BUFFER = 1 << 18
 SLOWEST = 1024  #: bytes/s; a stream that is slower for `stall_s` counts as stalled
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 30.0
-MESSAGE_AFTER_S, MESSAGE_EVERY_S = 10.0, 60.0  #: waits that the user gets a message about
 REFUSALS = 4  #: fresh addresses refused in a row before giving up
 REFUSED = (400, 401, 403, 404, 410)  # what storage services answer to an address that has expired
 BUSY = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)
@@ -54,64 +51,10 @@ class Address:
         return urlsplit(self.url).hostname or "server"
 
 
-@dataclass(frozen=True)
-class Patience:
-    """Seconds: without data, until a connection is dropped; without any progress, until the command stops."""
-
-    stall_s: float = 30.0
-    give_up_s: float = 900.0
-
-
 class _TryAgain(Exception):
     def __init__(self, reason: str, wait_s: float | None = None):
         super().__init__(reason)
         self.wait_s = wait_s
-
-
-def parse_retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header (a number or an HTTP date); None where there is none."""
-    if not value:
-        return None
-    if value.strip().isdigit():
-        return float(value)
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-class Backoff:
-    """Waits between tries: doubling, with jitter, from 0.25 s to 30 s; gives up `give_up_s` after the last progress."""
-
-    last_message_at = -60.0  #: time of the last message about a wait
-
-    def __init__(self, patience: Patience, stop: threading.Event):
-        self.patience, self.stop = patience, stop
-        self.progressed()
-
-    def progressed(self) -> None:
-        self.tries, self.last = 0, time.monotonic()
-
-    def wait(self, who: str, reason: str, asked_s: float | None = None) -> None:
-        """Sleep before the next try. Raises TransientError when patience has run out, or on `stop`."""
-        self.tries += 1
-        wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(self.tries - 1, 10)) * random.uniform(0.75, 1.25)
-        wait = wait if asked_s is None else asked_s
-        idle = time.monotonic() - self.last
-        if idle + (asked_s or 0) > self.patience.give_up_s:
-            asked = f" and asks to wait {asked_s:.0f} s" if asked_s else ""
-            raise TransientError(
-                f"{who}: {reason}{asked}; no progress for {idle:.0f} s; run the same command again to resume"
-            )
-        if asked_s is None:
-            wait = min(wait, max(0.05, self.patience.give_up_s - idle))
-        if idle > MESSAGE_AFTER_S and time.monotonic() - Backoff.last_message_at > MESSAGE_EVERY_S:
-            Backoff.last_message_at = time.monotonic()
-            print(f"{who}: {reason}; trying again", file=sys.stderr, flush=True)
-        if self.stop.wait(wait):
-            raise TransientError("stopped")
 
 
 class RemoteFile:

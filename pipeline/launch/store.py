@@ -1,0 +1,26 @@
+"""Where the ranks of a round find each other."""
+
+import contextlib
+import socket
+from typing import Any
+
+import torch.distributed as dist
+
+
+def is_here(host: str) -> bool:
+    """Is this an address of this machine?"""
+    try:
+        found = socket.getaddrinfo(host, 0, socket.AF_INET, socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for *_, address in found:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((address[0], 0))
+            return True
+    return False
+
+
+def open_store() -> tuple[Any, int]:
+    """A new store, by which the ranks of one round find each other, and its port."""
+    store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+    return store, store.port
