@@ -7,6 +7,8 @@ import pytest
 import runs
 
 from pipeline.__main__ import main
+from pipeline.training import loop
+from pipeline.training.start import Start
 
 FEW = ["--checkpoint.keep", "2", "--train.precision", "fp32", "--train.eval_every_epochs", "2"]
 STEPWISE = [
@@ -95,6 +97,36 @@ def test_interrupted_it_resumes_without_the_old_folder(root, run, capfd):
     assert main(["train", "--config", str(new / "config.yaml"), "--train.max_steps", "15"]) == 0
     assert column(new, "step") == [11, 12, 13, 14, 15]
     assert sum(row["event"] == "continued" for row in runs.rows(new, "event")) == 1
+
+
+def test_a_run_does_not_start_before_its_schedule(root, run, tmp_path, capfd):
+    """Its learning rates would be negative. Not by the option itself, by the configuration of a run that was continued
+    in another folder, or where that run was killed before the checkpoint was copied."""
+    code = main(["train", *runs.command(root, tmp_path / "typed")[4:], "--schedule.begin", "2"])
+    printed = "".join(capfd.readouterr())
+    assert code == 2 and "--schedule.begin 2" in printed and "step 10" in printed and "pipeline continue" in printed
+    runs.call(root, tmp_path / "typed", "--train.max_steps", "1")
+    assert column(tmp_path / "typed", "step") == [1]
+    new, options = tmp_path / "new", ["--epochs", "6", "--train.max_steps", "12"]
+    extend(capfd, run, *options, "--run_dir", new)
+    assert main(["train", "--config", str(new / "config.yaml"), "--run_dir", str(tmp_path / "other")]) == 2
+    assert "--schedule.begin 10ba" in "".join(capfd.readouterr())
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    shutil.copy(new / "config.yaml", killed)
+    (killed / "metrics.jsonl").write_text((new / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
+    assert main(["train", "--config", str(new / "config.yaml"), "--run_dir", str(killed)]) == 2
+    assert "has no checkpoint, though its metrics.jsonl records 10 steps" in "".join(capfd.readouterr())
+    extend(capfd, run, *options, "--run_dir", killed)
+    assert runs.repeatable(killed) == runs.repeatable(new)
+
+
+def test_a_continued_run_does_not_roll_back_before_its_beginning(run, tmp_path, capfd, monkeypatch):
+    """There it would have new weights and a negative learning rate. Its ledger stays as it is."""
+    monkeypatch.setattr(loop, "find_rollback_start", lambda *given: Start())  # as if its checkpoints were gone
+    options = ["--epochs", "6", "--optim.lr", "1e30", "--guard.max_skipped", "2", "--run_dir", tmp_path / "new"]
+    assert "--schedule.begin 10ba" in extend(capfd, run, *options, expect=2)
+    assert "rolled_back" not in [row["event"] for row in runs.rows(tmp_path / "new", "event")]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pipeline.training.ranks.stragglers import IdleTime, Stragglers
 from pipeline.training.ranks.world import Clock
 from pipeline.training.recorder import RunRecorder, open_recorder
 from pipeline.training.setup import RunSetup, already_finished
-from pipeline.training.start import Start, find_rollback_start
+from pipeline.training.start import Start, check_begin, find_rollback_start
 from pipeline.training.step import TrainStep, seed_step
 
 
@@ -276,6 +276,7 @@ class Trainer:
         assert self.recorder is not None
         self.recorder.writer.wait()
         found = find_rollback_start(self.setup.folder, self.guard, self.console.warn)
+        check_begin(found, self.schedule, self.setup.folder)
         rollback = self.guard.roll_back(self.step, found.step)
         self.recorder.record_rollback(rollback, found.path, self.lr(rollback.to))
         return Start(found.path, found.meta, self.guard.rollbacks)

@@ -26,7 +26,7 @@ from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder, accept_start, mark_finished, open_run_folder
 from pipeline.training.run_folder.local import LocalSnapshots, local_snapshots, publish_newest
 from pipeline.training.run_folder.shared_state import read_on_rank_zero
-from pipeline.training.start import Start, find_start
+from pipeline.training.start import Start, check_begin, find_start
 from pipeline.training.step import TrainStep
 from pipeline.training.validate import check_classes, validate, warn_of_few_images
 
@@ -123,6 +123,7 @@ def prepare_run(
     local = local_snapshots(world, console.warn)
     publish_newest(world, local, folder, console.say)
     start = world.on_rank_zero(lambda: find_start(config, folder, index.fingerprint, last_step, console.warn))
+    check_begin(start, schedule, folder)
     world.on_rank_zero(lambda: accept_start(folder, config))
     return RunSetup(
         config, world, stop, console, folder, index, plan, schedule, milestones, classes, start, local, confirm_lock

@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 from pipeline.run_paths import list_checkpoints
 from pipeline.tracking.ledger import early_stop, read_rows
 from pipeline.training.guard import Guard, Rollback, is_in_history, rollbacks_of, rollbacks_of_ledger
+from pipeline.training.optim.lr_schedule import Schedule
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
     find_newest_good,
@@ -18,7 +19,8 @@ from pipeline.training.run_folder.checkpoint import (
 from pipeline.training.run_folder.folder import RunFolder
 from pipeline.training.run_folder.same_recipe import check_fingerprints
 
-_AFTER_A_SAVE = ("interrupted", "finished", "resumed")  # events that only a run with a checkpoint records
+#: events that only a run with a checkpoint records
+_AFTER_A_SAVE = ("interrupted", "finished", "resumed", "continued")
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,17 @@ def find_start(
             "raise --train.max_steps, or give another --run_dir"
         )
     return start
+
+
+def check_begin(start: Start, schedule: Schedule, folder: RunFolder) -> None:
+    """Raises UserError where a run would start before the first step of its schedule, which has no rate there."""
+    if start.step >= schedule.begin:
+        return
+    raise UserError(
+        f"--schedule.begin {schedule.config.begin}: the learning rates begin after step {schedule.begin:,}, and "
+        f"{folder.path} has no checkpoint to start from but step {start.step:,}; --schedule.begin is for a run that "
+        "another one began: pipeline continue RUN_FOLDER --epochs N"
+    )
 
 
 def find_rollback_start(folder: RunFolder, guard: Guard, warn: Callable[[str], None]) -> Start:
