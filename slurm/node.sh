@@ -2,11 +2,12 @@
 # Runs once on every node of a job, started by srun: `pipeline launch` with one rank for each GPU. A signal to the job's
 # steps reaches this shell, which turns it into the file RUN_DIR/stop; the launcher of a training ignores it, the one of
 # an evaluation is sent TERM. With MIN_NODES or SPARE_NODES the job survives the loss of nodes: the first node hosts the
-# rendezvous in a process of its own, and where the first node itself is lost, the others have the job requeued.
+# rendezvous in a process of its own, and where Slurm says that the first node itself is lost, the others have the job
+# requeued.
 # Bash reads a script while it runs it: all of this is functions and one last line, so that it may be edited.
 set -u
 
-STORE_LOST=68 # exit code of `pipeline launch`: the host of the rendezvous is gone
+STORE_LOST=68 INTERRUPTED=75 # exit codes of `pipeline launch`: the rendezvous is out of reach; asked to stop
 
 # shellcheck disable=SC2317,SC2329 # the traps call it
 on_signal() { # $1: its name
@@ -14,8 +15,9 @@ on_signal() { # $1: its name
         request_stop "$RENDEZVOUS_ID $1 to the step on $node" || keep_requesting "$RENDEZVOUS_ID $1 to the step on $node" &
     elif [[ -n $launcher ]]; then
         kill -TERM "$launcher" # its ranks keep what they have
-    else
-        exit 1
+    else # nothing has begun
+        [[ -z $scratch ]] || rm -rf "$scratch"
+        exit "$INTERRUPTED"
     fi
 }
 
@@ -38,7 +40,7 @@ settings() {
     ((cpus <= SLURM_CPUS_ON_NODE)) || cpus=$SLURM_CPUS_ON_NODE
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > NPROC_PER_NODE ? cpus / NPROC_PER_NODE : 1))}
     export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # no stack trace when the ranks part
-    TMPDIR=$(mktemp -d) && export TMPDIR # the launcher leaves files behind
+    scratch=$(mktemp -d) && export TMPDIR=$scratch # the launcher leaves files behind
     options=()
     if [[ -d /sys/devices/system/node/node1 && -n ${SLURM_GPUS_ON_NODE:-} ]] && nvidia-smi --list-gpus >/dev/null 2>&1; then
         options+=(--numa-binding=node)
@@ -85,21 +87,35 @@ await() { # $1: pid; returns its exit code. A signal ends `wait`, not what it wa
     wait "$1"
 }
 
-requeue_for_the_first_node() { # the batch shell was lost with it, or does the same
-    local answer end=$((SECONDS + ${REQUEUE_S:-600})) restarts
+requeue_for_the_first_node() { # The batch shell was lost with it, or does the same. Where only the way to it is broken,
+    # the job may be healthy: Slurm knows.
+    local answer end=$((SECONDS + ${REQUEUE_S:-600})) first lost='' said='' state
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     while ((SECONDS < end)); do
-        restarts=$(LC_ALL=C timeout 90 scontrol show job --oneliner "$SLURM_JOB_ID" 2>&1) && {
-            [[ $restarts == *" JobState=RUNNING "* && $restarts == *" Restarts=${RENDEZVOUS_ID##*.} "* ]] || return
-            if answer=$(LC_ALL=C timeout 90 scontrol requeue "$JOB" 2>&1); then
-                echo "$node: the first node was lost; the job is requeued"
-                return
+        [[ ! -e $RUN_DIR/.code.$RENDEZVOUS_ID ]] || return # the first node was there to the end
+        if answer=$(LC_ALL=C timeout 90 scontrol show job --oneliner "$SLURM_JOB_ID" 2>&1); then
+            [[ $answer == *" JobState=RUNNING "* && $answer == *" Restarts=${RENDEZVOUS_ID##*.} "* ]] || return
+            if answer=$(LC_ALL=C timeout 90 scontrol show node --oneliner "$first" 2>&1); then
+                [[ $answer =~ \ State=([^ ]+) ]] && state=${BASH_REMATCH[1]} || state=unknown
+                lost='' answer="Slurm has it as $state"
+                [[ $state != *DOWN* && $state != *NOT_RESPONDING* && $state != *"*"* ]] || lost=yes
             fi
-        }
-        echo "$node: the first node was lost, and the job can't be requeued yet: ${answer:-$restarts}"
+        fi
+        if [[ -n $lost ]] && answer=$(LC_ALL=C timeout 90 scontrol requeue "$JOB" 2>&1); then
+            echo "$node: the first node was lost; the job is requeued"
+            return
+        elif [[ $answer != "$said" ]]; then
+            said=$answer
+            echo "$node: the rendezvous on $first is out of reach, and the job is not requeued yet: $answer"
+        fi
         sleep 3
     done
-    echo "$node: the first node was lost, and the job can't be requeued: it is cancelled; submit the same again to resume"
-    scancel "$JOB"
+    if [[ -n $lost ]]; then
+        echo "$node: $first was lost, and the job can't be requeued: it is cancelled; submit the same again to resume"
+        scancel "$JOB"
+    else
+        echo "$node: $first answers Slurm, so the job goes on without this node: is the network between them broken?"
+    fi
 }
 
 main() { # VERB ...: `pipeline VERB ...`
@@ -108,7 +124,7 @@ main() { # VERB ...: `pipeline VERB ...`
     mkdir -p "$RUN_DIR/logs"
     log=$RUN_DIR/logs/$SLURM_JOB_ID-$node.log
     exec > >(trap '' TERM USR1 USR2 INT HUP && exec tee -a "$log") 2>&1
-    launcher=''
+    launcher='' scratch=''
     for signal in TERM USR1 USR2 INT HUP; do
         # shellcheck disable=SC2064
         trap "on_signal SIG$signal" "$signal"
@@ -132,7 +148,7 @@ main() { # VERB ...: `pipeline VERB ...`
     if [[ ${SLURM_NODEID:-0} == 0 ]]; then
         echo "$code" >"$RUN_DIR/.code.$RENDEZVOUS_ID"
     fi
-    rm -rf "$TMPDIR"
+    [[ -z $scratch ]] || rm -rf "$scratch"
     exit "$code"
 }
 

@@ -27,7 +27,7 @@ fi
 case "$1 $2" in
     "show job") cat "$STATE/record" ;;
     "show hostnames") echo n1 ;;
-    "show node") echo "NodeName=$4 NodeAddr=127.0.0.1 " ;;
+    "show node") echo "NodeName=$4 State=$(cat "$STATE/node" 2>/dev/null || echo ALLOCATED) NodeAddr=127.0.0.1 " ;;
     requeue*)
         echo "$2" >>"$STATE/requeued"
         [[ ! -e $STATE/refuses ]] || { echo "Requested operation is presently disabled" >&2; exit 1; }

@@ -75,6 +75,35 @@ def test_sruns_code_is_not_taken_for_the_launchers(job):
     assert ended.code == 0 and job.file("requeued") and not list(job.run.glob(".code*"))
 
 
+def test_an_empty_code_file_is_no_success(job):
+    """The disk was full when node.sh wrote the code."""
+    ended = job.source('phase=evaluating; : >"$RUN_DIR/.code.$ATTEMPT"; leave 1', name="evaluate.sh")
+    assert ended.code == 1 and "failed with exit code 1" in ended.log and "syntax error" not in ended.log
+
+
+def test_a_node_with_a_failed_gpu_is_left_out_three_times(job):
+    """The first time there is no file of such nodes yet."""
+    fault = '{"attempt": "7.0", "node": "n%d"}'
+    for node in range(1, 5):
+        (job.run / "gpu_fault").write_text(fault % node + "\n")
+        ended = job.source("phase=training; leave 71")
+        assert "syntax error" not in ended.log
+        assert ended.code == (0 if node < 4 else 71), ended.log
+    assert job.file("requeued") == "7\n" * 3 and "GPUs failed on n1 n2 n3 n4" in ended.log
+
+
+def test_a_lost_node_or_memory_that_ran_out(job):
+    """What the log says is repeated in one line, not by itself."""
+    log = job.folder / "job.log"
+    killed = "error: Detected 1 oom_kill event in StepId=7.0"
+    script = f'. "$PIPELINE_HOME/slurm/job.sh"\nphase=training\necho "{killed}"\nleave 69'
+    with log.open("w") as file:
+        command = ["bash", "-c", script, str(ROOT / "slurm/resnet152.sh")]
+        done = subprocess.run(command, env=job.env, stdout=file, stderr=file, timeout=60, check=False)
+    lines = log.read_text().splitlines()
+    assert done.returncode == 2 and lines.count(killed) == 1 and "memory ran out" in lines[-1]
+
+
 def test_a_stop_file_of_somebodys_own_ends_the_job(job):
     (job.run / "stop").write_text("enough")
     ended = job.source("export STOP_FILE=$RUN_DIR/stop; phase=training; leave 75")
@@ -233,6 +262,19 @@ def test_numbers_of_nodes_that_cannot_be(job, env, said):
     assert ended.code == 2 and said in ended.log and "never" not in ended.log.splitlines()
 
 
+def test_numbers_of_nodes_in_the_site_file_are_for_trainings(job):
+    """The scripts of one node, or of all nodes, read the same file."""
+    (job.folder / "site.env").write_text("MIN_NODES=2 SPARE_NODES=1\n")
+    (job.folder / "python").write_text('#!/bin/bash\necho "ran $3, ${MIN_NODES:-}"\n')
+    (job.folder / "python").chmod(0o755)
+    env = {"SITE_ENV": "site.env", "PYTHON": str(job.folder / "python"), "NPROC_PER_NODE": "1"}
+    for script in ("fetch", "pack", "evaluate"):
+        ended = job.submit(str(ROOT / f"slurm/{script}.sh"), **env)
+        assert ended.code == 0 and ("ran" in ended.log) and "MIN_NODES" not in ended.log, ended.log
+    ended = job.submit(str(ROOT / "slurm/resnet152.sh"), **env)
+    assert ended.code == 2 and "SPARE_NODES=1: give a number below the job's 1 nodes" in ended.log
+
+
 # --- what failed
 
 
@@ -328,6 +370,71 @@ def test_a_signal_to_the_step_of_an_evaluation_goes_to_the_launcher(job, node):
     process.communicate(timeout=30)
     assert process.returncode == 75 and (job.run / "terminated").exists() and not (job.run / "stop").exists()
     assert (job.run / ".code.7.0").read_text() == "75\n"
+
+
+def test_a_signal_before_the_launcher_is_there_asks_for_a_requeue(job, node):
+    """Here while the node looks for its network; its temporary folder goes, too."""
+    (job.folder / "bin/getent").write_text('#!/bin/bash\ntouch "$RUN_DIR/launched"; exec /bin/sleep 1\n')
+    (job.folder / "bin/getent").chmod(0o755)
+    (job.folder / "tmp").mkdir()
+    process = node(SLURM_NNODES="2", SLURM_NODEID="1", TMPDIR=str(job.folder / "tmp"))
+    assert list((job.folder / "tmp").iterdir())
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert process.returncode == 75 and not list((job.folder / "tmp").iterdir())
+
+
+# --- the rendezvous is out of reach
+
+
+@pytest.fixture
+def cut_off(job, node):
+    """node.sh on the second node of three, whose launcher finds nobody at the rendezvous."""
+    (job.folder / "lost").write_text(
+        '#!/bin/bash\n[[ $1 != -c ]] || { echo 1; exit; }\ntouch "$RUN_DIR/launched"; exit 68\n'
+    )
+    (job.folder / "lost").chmod(0o755)
+    many = {"SLURM_NNODES": "3", "SLURM_NODEID": "1", "MIN_NODES": "1", "STOP_FILE": str(job.run / "stop")}
+    return lambda **more: node(**many, PYTHON=str(job.folder / "lost"), **more)
+
+
+@pytest.mark.parametrize("state", ["DOWN", "DOWN*+DRAIN", "ALLOCATED*", "MIXED+NOT_RESPONDING"])
+def test_the_job_is_requeued_where_slurm_has_lost_the_first_node(job, cut_off, state):
+    (job.state / "node").write_text(state)
+    process = cut_off()
+    log, _ = process.communicate(timeout=30)
+    assert process.returncode == 68 and job.file("requeued") == "7\n" and "the first node was lost" in log
+
+
+def test_a_loss_that_slurm_notices_later(job, cut_off):
+    process = cut_off()
+    time.sleep(0.5)
+    assert process.poll() is None and not job.file("requeued")
+    (job.state / "node").write_text("DOWN*")
+    process.communicate(timeout=30)
+    assert job.file("requeued") == "7\n"
+
+
+def test_a_node_that_is_cut_off_does_not_requeue_a_healthy_job(job, cut_off):
+    process = cut_off(REQUEUE_S="2")
+    log, _ = process.communicate(timeout=30)
+    assert process.returncode == 68 and not job.file("requeued") and not job.file("cancelled")
+    assert "n1 is out of reach, and the job is not requeued yet: Slurm has it as ALLOCATED" in log
+    assert "n1 answers Slurm, so the job goes on without this node" in log and len(log.splitlines()) == 2
+
+
+def test_a_node_that_is_cut_off_ends_with_the_first_one(job, cut_off):
+    process = cut_off()
+    (job.run / ".code.7.0").write_text("0\n")
+    process.communicate(timeout=30)
+    assert process.returncode == 68 and not job.file("requeued") and not job.file("cancelled")
+
+
+def test_a_lost_first_node_and_a_refused_requeue_cancel_the_job(job, cut_off):
+    (job.state / "node").write_text("DOWN*")
+    (job.state / "refuses").touch()
+    log, _ = cut_off(REQUEUE_S="2").communicate(timeout=30)
+    assert job.file("cancelled") == "7\n" and "it is cancelled; submit the same again to resume" in log
 
 
 def test_a_script_that_is_edited_while_it_runs(job, node):
