@@ -7,7 +7,8 @@ leave() { # $1: exit code of the last step. Requeues the job if that makes sense
     local code=$1
     trap '' USR1 USR2 TERM INT HUP
     end_background
-    code=$(cat "$RUN_DIR/.code.$ATTEMPT" 2>/dev/null) || code=$1 # the launchers'; srun's is the highest of all nodes
+    code=$(cat "$RUN_DIR/.code.$ATTEMPT" 2>/dev/null) # the launchers'; srun's is the highest of all nodes
+    [[ $code =~ ^[0-9]+$ ]] || code=$1                # none, or empty: the disk was full
     rm -f "$RUN_DIR/.code.$ATTEMPT"
     find_stop_reason "$code"
     if ((${signal_ms:-0})); then
@@ -46,7 +47,7 @@ find_stop_reason() { # $1: exit code. This shell had no signal, but the steps ha
         signal_ms=$(stat --format=%.3Y "$STOP_FILE" 2>/dev/null) signal_ms=${signal_ms/./}
     elif [[ $phase == evaluating && $1 == "$INTERRUPTED" ]]; then
         stop_reason="a signal to the steps"
-    elif [[ $phase != preparing && ($1 == "$STORE_LOST" || $1 == "$NODE_LOST") ]] && ! find_in_log "$OUT_OF_MEMORY"; then
+    elif [[ $phase != preparing && ($1 == "$STORE_LOST" || $1 == "$NODE_LOST") ]] && ! find_in_log "$OUT_OF_MEMORY" >/dev/null; then
         stop_reason="a node was lost"
     fi
 }
@@ -65,11 +66,12 @@ find_in_log() { # PATTERN: its first line in this attempt's part of the log
 # --- a GPU that failed: the job goes on without its node, three times at most
 
 find_bad_node() { # sets bad_node, where a rank of this attempt wrote RUN_DIR/gpu_fault; 1: none did, or too often
-    local marker=$RUN_DIR/gpu_fault before=$RUN_DIR/.bad_nodes.$JOB
+    local marker=$RUN_DIR/gpu_fault before=$RUN_DIR/.bad_nodes.$JOB count
     grep -qs "\"attempt\": \"$ATTEMPT\"" "$marker" || return
     bad_node=$(sed -n '1s/.*"node": "\([^"]*\)".*/\1/p' "$marker")
     [[ -n $bad_node ]] || return
-    if (($(grep -cs . "$before") >= 3)); then
+    count=$(grep -cs . "$before") || count=0
+    if ((count >= 3)); then
         log "GPUs failed on $(paste -sd ' ' "$before") $bad_node, one after the other, so it is not requeued: is it the \
 driver, or the program?"
         return 1
