@@ -40,6 +40,8 @@ main() { # OPTION ...: of `pipeline evaluate`
         exit 2
     fi
     : "${GRACE_S:=45}" # less than the signal's lead
+    # shellcheck disable=SC2034 # of lib/site.sh: no node may be lost
+    fixed_nodes=yes
     load
     [[ -d $RUN_DIR ]] || fail "RUN_DIR=$RUN_DIR: no such folder; give the folder of a run"
     count_requeues

@@ -35,6 +35,8 @@ progress() { # what `pipeline fetch` has noted as written
 }
 
 main() { # OPTION ...: of `pipeline fetch`
+    # shellcheck disable=SC2034 # of lib/site.sh: no node may be lost
+    fixed_nodes=yes
     load
     # shellcheck disable=SC2034 # of lib/run_folder.sh
     PROGRESS_DIR=$DATA_ROOT/.fetch

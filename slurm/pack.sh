@@ -41,6 +41,8 @@ progress() { # the shards that are there
 
 main() { # OPTION ...: of `pipeline pack`
     local part=()
+    # shellcheck disable=SC2034 # of lib/site.sh: no node may be lost
+    fixed_nodes=yes
     load
     : "${SHARDS:=${DATA_ROOT%/}-shards}"
     # shellcheck disable=SC2034 # of lib/run_folder.sh. Beside SHARDS: `pipeline pack` takes an empty folder or its own.

@@ -50,7 +50,9 @@ settings() {
 }
 
 read_nodes() { # sets how many nodes train at most, and how many the job can do with
-    local number='^[1-9][0-9]*$' spare=${SPARE_NODES:-0}
+    local number='^[1-9][0-9]*$' spare
+    [[ -z ${fixed_nodes:-} ]] || unset MIN_NODES SPARE_NODES # site.env has them for the trainings
+    spare=${SPARE_NODES:-0}
     nodes_at_most=$SLURM_NNODES nodes_required=$SLURM_NNODES
     [[ $spare == 0 || ($spare =~ $number && $spare -lt $SLURM_NNODES) ]] ||
         fail "SPARE_NODES=$spare: give a number below the job's $SLURM_NNODES nodes"
