@@ -182,6 +182,52 @@ def test_a_cut_shard_is_said(tmp_path, capsys, end):
     assert ("no end mark" if end == "between members" else "cut or damaged") in capsys.readouterr().err
 
 
+def damage(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_header_in_the_middle_is_no_end(tmp_path, capsys):
+    path = write_shards(tmp_path / "wds", "cls", TIMM) / "imagenet1k-train-0000.tar"
+    with tarfile.open(path) as tar:
+        at = tar.getmembers()[4].offset
+    damage(path, at + 3)
+    assert main(["index", str(path.parent)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} is cut or damaged (damaged header at byte {at:,})" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("where", ["outer", "inner", "cut"])
+def test_a_damaged_header_in_a_tar_of_tars(tmp_path, capsys, where):
+    path = official_tars(tmp_path / "set") / "ILSVRC2012_img_train.tar"
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[1]
+        with tarfile.open(fileobj=tar.extractfile(second)) as inner:
+            inside = second.offset_data + inner.getmembers()[1].offset
+    if where == "cut":
+        path.write_bytes(path.read_bytes()[: second.offset])
+    else:
+        damage(path, 3 + (second.offset if where == "outer" else inside))
+    assert main(["index", str(path.parent)]) == 2
+    error = capsys.readouterr().err
+    says = {"outer": f"header at byte {second.offset:,}", "inner": f"header at byte {inside:,}", "cut": "no end mark"}
+    assert f"{path} is cut or damaged" in error and says[where] in error and len(error.splitlines()) == 1
+    if where != "cut":
+        assert main(["fetch", str(tmp_path / "tree"), "--from", str(path.parent)]) == 1
+        assert "damaged header at byte" in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_may_be_retried(tmp_path, capsys):
+    root = write_shards(tmp_path / "wds", "cls", TIMM)
+    path = root / "imagenet1k-train-0000.tar"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # a read of its first byte is an input/output error
+    assert main(["index", str(root)]) == 1
+    error = capsys.readouterr().err
+    assert "Input/output error" in error and "run the same command again" in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("form", ["official", "train as class tars", "train unpacked"])
 def test_the_files_of_image_net_org_in_place(tmp_path, expected, form):  # noqa: F811
     root = tmp_path / "set"

@@ -17,7 +17,7 @@ from pipeline.dataset.index.tar_members import NO_LABEL, Member, Part, find_part
 from pipeline.dataset.layouts.find import TarFiles
 from pipeline.dataset.layouts.labels import EXPECTED, find_val_labels
 from pipeline.dataset.workers import map_in_order
-from pipeline.errors import UserError
+from pipeline.errors import TransientError, UserError
 
 _FEW = 4  # tars, below which starting processes costs more than it saves
 
@@ -70,8 +70,12 @@ def _walk_all(tars: TarFiles, root: Path, processes: int) -> TarSplit:
             of_root = os.path.relpath(part.path, root)
             for reason, of in found.left_out.reasons.items():
                 left_out += Tally({reason: {"count": of["count"], "first": f"{of_root}:{of['first']}"}})
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"can't read {error.filename} ({error.strerror}); fix that or give another root") from error
+    except OSError as error:
+        raise TransientError(
+            f"can't read {error.filename or tars.files[0].parent} ({error.strerror}); run the same command again"
+        ) from error
     if not members:
         raise UserError(f"{tars.files[0]} holds no image; get that file again, or give another root")
     return TarSplit(tars.files, members, left_out, mtimes)

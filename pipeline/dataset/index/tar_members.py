@@ -67,15 +67,24 @@ class _Sample:
 
 
 def iter_members(tar: tarfile.TarFile, end: int = 0) -> Iterator[tarfile.TarInfo]:
-    """The members of an open tar, none of them kept; they end at the byte `end` of the file (0: where the tar does)."""
+    """The members of an open tar, none of them kept; they end at the byte `end` of the file (0: where the tar does).
+
+    Raises ReadError for a damaged header: `tarfile` itself takes one behind the first member for the end.
+    """
     while (not end or tar.offset < end) and (info := tar.next()) is not None:
         vars(tar)["members"].clear()  # it would keep a million of them
         info.name = info.name.removeprefix("./")
         yield info
+    if not end or tar.offset < end:
+        file: Any = tar.fileobj
+        file.seek(tar.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"damaged header at byte {tar.offset:,}")
 
 
 def find_parts(path: str) -> list[Part]:
-    """The tars of a tar of one tar a class, such as `ILSVRC2012_img_train.tar`. UserError where it holds others."""
+    """The tars of a tar of one tar a class, such as `ILSVRC2012_img_train.tar`. UserError where it holds others, or is
+    damaged or cut."""
     parts = []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -86,6 +95,8 @@ def find_parts(path: str) -> list[Part]:
                 if suffix != "tar" or not info.isreg() or not SYNSET.fullmatch(synset):
                     raise UserError(f"{path} holds {info.name!r}, where a tar of a class was expected: archive refused")
                 parts.append(Part(path, info.offset_data, info.size, synset))
+            if _lacks_end(tar.fileobj, tar.offset):
+                raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, EOFError) as error:
         raise _damaged(path, error) from error
     return parts
@@ -125,9 +136,9 @@ def walk(part: Part) -> Walked:
 
 
 def _lacks_end(file: Any, offset: int) -> bool:
-    """Is there no empty block behind the last member?"""
-    file.seek(max(0, offset - tarfile.BLOCKSIZE))
-    return file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) and not file.read(tarfile.BLOCKSIZE)
+    """Is there nothing behind the last member, which ends at `offset`?"""
+    file.seek(offset)
+    return not file.read(1)
 
 
 def _take(info: tarfile.TarInfo, tar: tarfile.TarFile, samples: list[_Sample], newest: dict[str, _Sample]) -> None:

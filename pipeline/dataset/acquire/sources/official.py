@@ -16,6 +16,7 @@ from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter
 from pipeline.dataset.disk import check_space
 from pipeline.dataset.imagenet import SYNSET
 from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.index.tar_members import iter_members
 from pipeline.dataset.layouts import devkit
 from pipeline.dataset.layouts.find import OFFICIAL
 from pipeline.dataset.shards.pack import pack_tree
@@ -142,9 +143,7 @@ def _images(path: Path, tar: tarfile.TarFile, split: str) -> Iterator[tuple[str,
 
 def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The files of a tar; UserError for anything else, and for a name that is more than a file's name."""
-    while (info := tar.next()) is not None:
-        vars(tar)["members"].clear()  # it would keep a million of them
-        info.name = info.name.removeprefix("./")
+    for info in iter_members(tar):
         if info.isdir():
             continue
         if not info.isreg() or "/" in info.name or info.name.startswith(".") or not info.name.isprintable():
