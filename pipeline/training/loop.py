@@ -252,7 +252,10 @@ class Trainer:
             return
         compare_parameters(self.train_step.model, self.world, self.step)
         with self.watch.collective("the exchange of buffers"):
-            share_buffers(self.train_step.model, self.world)  # rank 0's count, and its node may be the one that is lost
+            for (
+                network
+            ) in self.train_step.networks.values():  # rank 0's count, and its node may be the one that is lost
+                share_buffers(network, self.world)
         if self.local and self.world.local_rank == 0:
             self.watch.phase("a local snapshot")
             self.local.save(self.step, self.train_step.state_dict(), self.meta())
