@@ -2,9 +2,11 @@
 
 import contextlib
 import threading
+import time
 
 import numpy as np
 import pytest
+import runs
 import torch
 
 from pipeline.config import TrainConfig
@@ -14,8 +16,9 @@ from pipeline.loader.permutations import Permutations
 from pipeline.loader.plan import TrainPlan
 from pipeline.loader.prefetch import DigestsAhead, OngoingBatches
 from pipeline.training.ranks.step_stats import StepStatsExchange, Vote
-from pipeline.training.ranks.stragglers import IdleTime
+from pipeline.training.ranks.stragglers import OwnTime
 from pipeline.training.ranks.world import start_world
+from pipeline.training.step import TrainStep
 
 
 def make_plan(samples: int = 40, batch: int = 8) -> TrainPlan:
@@ -193,25 +196,22 @@ class FakeEvent:
         return other.at - self.at
 
 
-def test_waiting_for_images_on_a_gpu_is_its_idle_time_between_steps(monkeypatch):
-    """The host may wait as long as it likes while the GPU has work; an evaluation between two steps does not count."""
+def test_waiting_for_images_on_a_gpu_is_what_the_gpu_has_nothing_to_do_for(monkeypatch):
+    """The host may wait as long as it likes while the GPU has work; what comes between two steps besides, such as an
+    evaluation, does not count. The GPU's clock is read only when it is there."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    idle, found = IdleTime(torch.device("cuda", 0)), []
-    for begun, ended, done in [(0, 100, True), (100, 200, False), (250, 350, True), (350, 450, True)]:
+    waiting, found = OwnTime(torch.device("cuda", 0)), []
+    for begun, ended, done in [(0, 0, True), (100, 150, False), (9000, 9000, True)]:
         FakeEvent.now, FakeEvent.done = begun, done
-        idle.begin(waited=0.08)
-        FakeEvent.now = ended
-        idle.end()
-        found.append(idle.take())
-    assert found == pytest.approx([0, 0, 0.05, 0])
-    idle.pause()
-    FakeEvent.now = 9000
-    idle.begin(waited=0)
-    assert idle.take() == 0
+        with waiting.measure():
+            FakeEvent.now = ended
+        found.append(waiting.take())
+    assert found == pytest.approx([0, 0, 0.05])
 
 
-def test_waiting_for_images_on_a_cpu_is_the_hosts():
-    idle = IdleTime(torch.device("cpu"))
-    idle.begin(waited=0.25)
-    idle.end()
-    assert idle.take() == 0.25
+def test_only_waiting_for_images_counts_as_that(root, tmp_path, monkeypatch):
+    """Not what a step has besides: here the average of the weights takes most of the time."""
+    monkeypatch.setattr(TrainStep, "average", lambda self, step: time.sleep(0.3))
+    runs.call(root, tmp_path / "run", "--train.max_steps", "4")
+    shares = [row["data_wait_fraction"] for row in runs.rows(tmp_path / "run", "train")]
+    assert len(shares) == 4 and max(shares[1:]) < 0.3

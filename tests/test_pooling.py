@@ -1,12 +1,15 @@
 """The deterministic gradient of adaptive average pooling, put in place of torch's on a CPU."""
 
+import os
+
 import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.model import pooling
 from pipeline.model.build import build_model
+from pipeline.training.ranks.world import start_world
 
 
 def pooled(shape, output, dtype=torch.float32):
@@ -31,8 +34,22 @@ def replaced(monkeypatch):
             return function(*arguments), len(calls)
         finally:
             library._destroy()
+            pooling.use_deterministic_pooling.cache_clear()
 
     return call
+
+
+def test_a_second_run_of_a_process_may_ask_for_it_again(replaced):
+    _, calls = replaced(lambda: [pooling.use_deterministic_pooling("CPU"), pooled((1, 2, 6, 6), 3)])
+    assert calls == 1
+
+
+def test_each_run_of_a_process_is_deterministic_or_not_as_it_says(monkeypatch):
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))  # put back at the end
+    for wanted in (True, False):
+        start_world(TrainConfig(device="cpu", deterministic=wanted)).close()
+        assert torch.are_deterministic_algorithms_enabled() == wanted
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pipeline.training.profile import Profiler
 from pipeline.training.ranks.consistency import compare_parameters
 from pipeline.training.ranks.step_stats import StepStats, StepStatsExchange, Vote
 from pipeline.training.ranks.stop_request import interrupted_exit_code
-from pipeline.training.ranks.stragglers import IdleTime, Stragglers
+from pipeline.training.ranks.stragglers import OwnTime, Stragglers
 from pipeline.training.ranks.world import Clock
 from pipeline.training.recorder import RunRecorder, open_recorder
 from pipeline.training.setup import RunSetup, already_finished
@@ -128,21 +128,19 @@ class Trainer:
         epoch_start = self.plan.epoch_end(self.plan.epochs_done(self.step))
         skip = frozenset(sample for sample, step in self.blacklist.items() if step <= epoch_start)
         batches = self.batches.read(self.train_stream, self.step, pause, skip)
-        clock, idle = Clock(), IdleTime(self.world.device)
+        clock, waiting = Clock(), OwnTime(self.world.device)
         while self.step < pause and not self.stopping and self.guard.tripped is None:
             self.watch.phase("waiting for images", self.step + 1)
-            batch = next(batches)
-            waited = clock.peek()
-            idle.begin(waited)
+            with waiting.measure():
+                batch = next(batches)
             if self.recorder:
                 self.digests.start(self.step)
             seed_step(self.config.train.seed, self.step, self.world.rank)
             with self.watch.collective("forward, backward and the exchange of gradients"):
                 numbers = self.train_step(batch, self.lr(self.step), self.step)
-            idle.end()
-            own = waited + self.train_step.own_time.take()
+            waited, forward = waiting.take(), self.train_step.own_time.take()
             self.step += 1
-            self.step_stats.push(self.step, numbers, batch.ids, self.vote(), idle.take(), clock.lap(), own)
+            self.step_stats.push(self.step, numbers, batch.ids, self.vote(), waited, clock.lap(), waited + forward)
             self.train_step.average(self.step)
             if self.profiler and not self.profiler.step(self.step):
                 self.profiler = None
@@ -151,7 +149,6 @@ class Trainer:
                 compare_parameters(self.train_step.model, self.world, self.step)
             if self.saves_now():
                 self.save()
-                idle.pause()
                 clock.lap()
             elif self.snapshot_requested:
                 self.save_snapshot()

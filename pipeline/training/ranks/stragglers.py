@@ -18,7 +18,8 @@ FACTOR, AT_LEAST_S = 1.3, 0.01  # above the median rank by this factor, and by s
 
 
 class OwnTime:
-    """Seconds of forward; on a GPU by its own clock, known a few steps later."""
+    """Seconds of what is measured. On a GPU by its own clock, known a few steps later: where the host is ahead, its
+    waiting for images costs the GPU nothing."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -44,46 +45,6 @@ class OwnTime:
             begin, end = self.pending.popleft()
             self.seconds += begin.elapsed_time(end) / 1000
         seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-
-class IdleTime:
-    """Seconds between the end of a step and the beginning of the next. On a GPU by its own clock, known a few steps
-    later: where the host is ahead, its waiting costs the GPU nothing. On a CPU what the host waited for images."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        self.waited = 0.0
-        self.ended: torch.cuda.Event | None = None
-        self.pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-
-    def begin(self, waited: float) -> None:
-        """The next step begins: its batch is there, after `waited` seconds of the host."""
-        self.waited = waited
-        if self.ended is not None:
-            begun = torch.cuda.Event(enable_timing=True)
-            begun.record()
-            self.pending.append((self.ended, begun))
-            self.ended = None
-
-    def end(self) -> None:
-        """The step's work is queued."""
-        if self.on_gpu:
-            self.ended = torch.cuda.Event(enable_timing=True)
-            self.ended.record()
-
-    def pause(self) -> None:
-        """What comes now is no waiting for images: an evaluation, a save."""
-        self.ended = None
-
-    def take(self) -> float:
-        """What came together since the last call; waits for nothing."""
-        if not self.on_gpu:
-            return self.waited
-        seconds = 0.0
-        while self.pending and self.pending[0][1].query():
-            ended, begun = self.pending.popleft()
-            seconds += ended.elapsed_time(begun) / 1000
         return seconds
 
 

@@ -28,7 +28,6 @@ LONG_TIMEOUT = timedelta(days=1)  # of what only waits for rank 0; the watch end
 SUSPENDED = timedelta(hours=6)  # for which a job may be suspended and resume in place
 STORE_TIMEOUT = timedelta(seconds=10)
 _LEAVE_S = 60.0
-_KEPT: list[Any] = []  # what holds as long as this process
 
 
 @dataclass(frozen=True)
@@ -186,12 +185,11 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
             f"rank {rank} on {socket.gethostname()} can't meet the others at {where} ({reason}); "
             "is that port free, and not closed by a firewall? Give torchrun another --rdzv-endpoint or --master-port"
         ) from error
-    if device.type == "cuda" and train.deterministic:
-        torch.use_deterministic_algorithms(True)
-        _KEPT.append(use_deterministic_pooling())
-        torch.backends.cudnn.benchmark = False
-    elif device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+    torch.use_deterministic_algorithms(train.deterministic)  # a run before in this process may have wanted the other
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not train.deterministic
+        if train.deterministic:
+            use_deterministic_pooling()
     long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if size > 1 else None
     watch = Watchdog(rank, size, train.hang_timeout_s, _shared_store(size))
     cores = _own_cores(rank, size)
@@ -237,9 +235,6 @@ class Clock:
 
     def __init__(self) -> None:
         self.last = time.perf_counter()
-
-    def peek(self) -> float:
-        return time.perf_counter() - self.last
 
     def lap(self) -> float:
         now = time.perf_counter()
