@@ -98,6 +98,15 @@ def test_no_patience_is_refused(root, tmp_path, value):
     assert "--train.stop_after_evals_without_gain" in runs.call(root, tmp_path / "run", *PATIENT, value, expect=2)
 
 
+def test_a_run_of_full_length_did_not_stop_early(root, tmp_path):
+    """Though its patience ends with its last evaluation. The same when it is started again."""
+    run, options = tmp_path / "run", [*PATIENT, "1", "--train.max_steps", "5"]
+    for _ in range(2):
+        assert "stopped early" not in runs.call(root, run, *options)
+        assert len(due(run)) == 2 and ends(run) == [(5, None)]
+        assert "stopped early" not in (run / "finished").read_text()
+
+
 def test_two_ranks_agree(root, stopped, tmp_path):
     runs.train(root, tmp_path / "run", *PATIENT, "2", processes=2)
     assert ends(tmp_path / "run") and ends(tmp_path / "run")[0][0] == ends(stopped)[0][0]

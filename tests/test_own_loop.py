@@ -260,8 +260,11 @@ def test_a_state_of_other_batches_is_refused(root, tmp_path):
         with pytest.raises(UserError, match=said):
             TrainLoader(root, **(SMALL | options)).load_state_dict(state)
     TrainLoader(root, **SMALL, data=DataConfig(threads=1, prefetch=1)).load_state_dict(state)
-    older = {**state, "settings": {name: value for name, value in state["settings"].items() if name != "data.decode"}}
-    TrainLoader(root, **SMALL).load_state_dict(older)  # of a version that did not know the option yet
+    unknown = ("data.decode", "data.alternate_flips", "data.pad_crop")
+    older = {**state, "settings": {name: value for name, value in state["settings"].items() if name not in unknown}}
+    TrainLoader(root, **SMALL).load_state_dict(older)  # of a version that did not know these options yet
+    with pytest.raises(UserError, match="pad_crop None there and 2 here"):
+        TrainLoader(root, **SMALL, data=DataConfig(pad_crop=2)).load_state_dict(older)
     with pytest.raises(UserError, match="no state of a TrainLoader"):
         loader.load_state_dict({"epoch": 3})
     own = shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("index"))

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.config import AugmentConfig, Config, DataConfig, semantic_config
+from pipeline.config import AugmentConfig, Config, DataConfig, RawConfig, semantic_config
+from pipeline.config.names import rename_flat
 from pipeline.errors import UserError
 from pipeline.loader.build import check_shares, make_train_plan, make_train_stream
 from pipeline.loader.loader_base import LoaderBase
@@ -203,15 +204,17 @@ class TrainLoader(LoaderBase):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume where `state` was saved, whatever the number of ranks was then.
+        """Resume where `state` was saved, whatever the number of ranks was then. A setting that was not known when it
+        was saved counts as its default.
 
         Raises UserError if the loader that saved it has other settings or another data set: its steps are others.
         """
         if state.get("format") != _FORMAT or not isinstance(state.get("step"), int):
             raise UserError("this is no state of a TrainLoader; give what its state_dict() returned")
-        default = semantic_config(DataConfig().resolve(), "data.")
-        known = {name: default[name] for name in ("data.decode",)} | state["settings"]  # that older states lack
-        differing = differences(known, self._settings())
+        own = self._settings()
+        defaults = semantic_config(RawConfig().resolve())
+        known = {name: defaults[name] for name in own if name in defaults} | rename_flat(state["settings"])
+        differing = differences(known, own)
         if state["data"] != self.index.fingerprint:
             differing.append("the images are others")
         if differing:

@@ -54,7 +54,7 @@ def adaptive_avg_pool2d_backward(gradient: torch.Tensor, images: torch.Tensor) -
     return torch.empty_like(images).copy_(_spread(_spread(shares, width, -1), height, -2))
 
 
-@functools.cache  # torch refuses a second replacement
+@functools.cache  # torch 2.11 refuses a second replacement
 def use_deterministic_pooling(device_type: str = "CUDA") -> torch.library.Library:
     """Let this process compute the gradient that way on such a device ("CUDA" or "CPU"), whichever module or function
     pools. It holds as long as the process, for whatever runs there later."""

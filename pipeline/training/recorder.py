@@ -47,7 +47,7 @@ class RunRecorder:
 
     def __init__(self, setup: RunSetup):
         self.config, self.folder, self.plan, self.console = setup.config, setup.folder, setup.plan, setup.console
-        self.confirm_lock = setup.confirm_lock
+        self.confirm_lock, self.last_step = setup.confirm_lock, setup.milestones.last_step
         config, folder = setup.config, setup.folder
         settings = semantic_config(config) | {"world_size": setup.world.size}
         wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), self.console.say)
@@ -227,7 +227,7 @@ class RunRecorder:
             self.writer.prune()  # the last scores may have made another checkpoint the best
         except OSError as error:
             self.console.warn(f"old checkpoints could not be removed: {error}")
-        reason = self.stops_early()
+        reason = None if step == self.last_step else self.stops_early()
         self.event("finished", step, **({"reason": reason} if reason else {}))
         self.ledger.sync()
         mark_finished(self.folder, self.ledger.evaluations[-1], "finished", self.console.say, reason)

@@ -138,8 +138,9 @@ def already_finished(setup: RunSetup) -> bool:
         evaluations = [row for row in read_rows(setup.folder.ledger) if row.get("kind") == "eval"]
         if not evaluations or evaluations[-1]["step"] != setup.start.step:
             return False
-        reason = early_stop(evaluations, setup.config.train.stop_after_evals_without_gain)
-        ended = setup.start.step == setup.milestones.last_step or reason is not None
+        whole = setup.start.step == setup.milestones.last_step
+        reason = None if whole else early_stop(evaluations, setup.config.train.stop_after_evals_without_gain)
+        ended = whole or reason is not None
         if ended:
             mark_finished(setup.folder, evaluations[-1], "already finished", setup.console.say, reason)
         return ended
