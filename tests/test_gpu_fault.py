@@ -1,6 +1,7 @@
 """A GPU that fails is not tried again: not in place by torchrun, and the ledger says so."""
 
 import json
+import sys
 
 import pytest
 import runs
@@ -39,6 +40,7 @@ def test_torchrun_starts_nobody_again_on_the_same_gpu(root, tmp_path):
         ({"TORCHELASTIC_RESTART_COUNT": "1", "SLURM_RESTART_COUNT": "1"}, False),  # requeued
         ({"TORCHELASTIC_RESTART_COUNT": "1", "SLURMD_NODENAME": "n2"}, True),  # torchrun starts all or none
         ({"TORCHELASTIC_RESTART_COUNT": "1", "PIPELINE_LAUNCH_ROUND": "2"}, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "1", "PIPELINE_LAUNCH_ROUND": "2", "PIPELINE_LAUNCH_JOB": "next"}, False),
         ({"TORCHELASTIC_RESTART_COUNT": "1", "PIPELINE_LAUNCH_ROUND": "2", "SLURMD_NODENAME": "n2"}, False),
     ],
 )
@@ -57,3 +59,29 @@ def test_who_is_refused_after_a_fault(tmp_path, monkeypatch, now, refused):
     else:
         gpu_fault.refuse_restart_in_place(tmp_path)
     assert gpu_fault.take_gpu_fault(tmp_path)["fault_node"] == "n1" and gpu_fault.take_gpu_fault(tmp_path) is None
+
+
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+from pipeline.training.run_folder import gpu_fault
+folder = Path(sys.argv[1])
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if not (folder / "gpu_fault").exists():
+        gpu_fault.record_gpu_fault(folder, 0, 1, "a fault")
+    sys.exit(1)
+gpu_fault.refuse_restart_in_place(folder)
+"""
+
+
+def test_a_fault_of_a_launch_before_refuses_nobody(tmp_path):
+    """Outside Slurm all launches by torchrun have the same run id. A script stands between torchrun and the ranks."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    script = tmp_path / "wrapper.sh"
+    script.write_text(f"#!/bin/sh\n{sys.executable} {tmp_path / 'program.py'} {tmp_path}\nexit $?\n")
+    script.chmod(0o755)
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=1", "--nproc-per-node=1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--no-python", str(script)]
+    found = [runs.run(command) for _ in range(2)]
+    assert found[0].returncode == 1 and "not started again on" in found[0].stderr, found[0].stderr[-3000:]
+    assert found[1].returncode == 0, found[1].stderr[-3000:]

@@ -30,8 +30,29 @@ def _node() -> str:
 
 
 def _launch() -> list[str | None]:
-    """What all starts of ranks by the same launcher have in common."""
-    return [os.environ.get("TORCHELASTIC_RUN_ID"), _attempt()]
+    """What all starts of ranks by the same launcher have in common. Not by it alone: torchrun's run id is "none" where
+    nobody gives one."""
+    return [os.environ.get("TORCHELASTIC_RUN_ID"), _attempt(), os.environ.get("PIPELINE_LAUNCH_JOB")]
+
+
+def _launcher_start() -> float:
+    """When torchrun was started on this machine, in seconds since the epoch; 0 where that can't be found out.
+
+    It is the nearest ancestor that has no rank's variables: between it and a rank there may be a script.
+    """
+    try:
+        pid = os.getppid()
+        while b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{pid}/environ").read_bytes():
+            pid = int(_stat(pid)[1])
+        ticks = int(_stat(pid)[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # of another user; no Linux
+        return 0.0
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of a process from the third on (proc(5), stat)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def record_gpu_fault(folder: Path, rank: int, step: int | None, message: str) -> None:
@@ -66,7 +87,10 @@ def refuse_restart_in_place(folder: Path) -> None:
     fault = _read(folder)
     if fault is None or fault.get("launch") != _launch():
         return
-    if "PIPELINE_LAUNCH_ROUND" not in os.environ or fault.get("node") == _node():
+    by_torchrun = "PIPELINE_LAUNCH_ROUND" not in os.environ
+    if by_torchrun and fault["time"] < _launcher_start():
+        return  # of a launch before
+    if by_torchrun or fault.get("node") == _node():
         error = GpuFault(f"not started again on {fault['node']}, where {fault['message']}")
         error.on_all_ranks = True
         raise error
