@@ -147,6 +147,11 @@ def test_tree_and_shards_do_not_mix(big_zip, nested_kaggle_zip, kaggle_zip, tmp_
     assert done.code == 2 and "packed shards" in done.last_line
     done = fetch(shards, {}, "--from", str(big_zip), "--pack")
     assert done.code == 0, "nothing is missing"
+    done = fetch(shards, {}, "--from", str(kaggle_zip), "--pack", "--restart")
+    assert done.code == 2
+    assert f"restart None instead of 8; give another folder, or make these from it: pipeline pack {shards} DEST" in (
+        done.last_line
+    )
     done = fetch(tmp_path / "nested", {}, "--from", str(nested_kaggle_zip), "--pack")
     assert done.code == 2 and "pipeline pack" in done.last_line
 
@@ -198,6 +203,15 @@ def test_restart_markers_are_those_of_pack_restart(kaggle_zip, marked, tmp_path)
     done = fetch(tmp_path / "data", {}, *argv)
     assert done.code == 0 and "24 of 120 images exist already" in done.err, done.err
     assert_same_with_tables(tmp_path / "data", marked)
+    (tmp_path / "data/train-000000.restart").unlink()
+    assert fetch(tmp_path / "data", {}, *argv).code == 0
+    assert_same_with_tables(tmp_path / "data", marked)
+    shutil.rmtree(tmp_path / "data/index")
+    done = fetch(tmp_path / "data", {}, *argv)
+    assert done.code == 0, "the index is made again, though the marker says complete"
+    assert_same_with_tables(tmp_path / "data", marked)
+    done = fetch(tmp_path / "data", {}, *argv[:3])
+    assert done.code == 2 and "was packed with restart 4 instead of None" in done.last_line
     done = fetch(tmp_path / "other", {}, "--from", str(kaggle_zip), "--restart")
     assert done.code == 2 and "add --pack" in done.last_line
 

@@ -3,9 +3,11 @@
 import json
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +16,7 @@ from pipeline.__main__ import main
 from pipeline.dataset.index.index import is_sound, open_index
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.shards import pack as pack_module
+from pipeline.dataset.shards import stage_remote
 from pipeline.dataset.shards.jpeg import read_frame
 from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
@@ -160,6 +163,38 @@ def test_stage_takes_the_tables_along(copy, tmp_path):
     (tmp_path / "local/train-000000.restart").unlink()
     stage_shards(copy, tmp_path / "local", quiet=True)
     assert (tmp_path / "local/train-000000.restart").read_bytes() == (copy / "train-000000.restart").read_bytes()
+
+
+def test_a_store_gives_tables_that_fit_by_one_listing(copy, tmp_path, monkeypatch, capsys):
+    """What is left of another upload's table is no part of the copy, nor is a damaged one. Tables are no shards."""
+    store = fsspec.filesystem("memory")
+    store.put(f"{copy}/", "/bucket/shards/", recursive=True)
+    asked: list[str] = []
+    monkeypatch.setattr(stage_remote.Store, "info", lambda self, name: asked.append(name))
+    local, name = tmp_path / "local", "train-000000.restart"
+    local.mkdir()
+    whole = (copy / name).read_bytes()
+    (local / f".{name}.stage.tmp").write_bytes(whole[:8] + bytes(len(whole) - 1000))
+    number = len(list(copy.glob("*.tar")))
+    assert main(["stage", "memory://bucket/shards", str(local)]) == 0
+    assert f"{number} of {number} shards copied, 0 existed already" in capsys.readouterr().out
+    assert (local / name).read_bytes() == whole and not asked
+    assert main(["stage", "memory://bucket/shards", str(local)]) == 0
+    assert f"0 of {number} shards copied, {number} existed already" in capsys.readouterr().out
+    store.pipe(f"/bucket/shards/{name}", whole[:-1] + bytes([whole[-1] ^ 1]))
+    (local / name).unlink()
+    assert main(["stage", "memory://bucket/shards", str(local)]) == 1
+    assert f"{name} does not hold what its index names" in capsys.readouterr().err
+    assert not (local / name).exists()
+    store.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize(
+    "told", [{"updated": "2024-05-01T10:00:00.25Z"}, {"last_modified": datetime(2024, 5, 1, 10, tzinfo=UTC)}]
+)
+def test_times_of_stores_in_their_several_forms(told):
+    assert stage_remote._mtime_ns(told) == 1_714_557_600 * 10**9
+    assert stage_remote._mtime_ns({"mtime": "yesterday"}) is None and stage_remote._mtime_ns({"size": 3}) is None
 
 
 def marked_sample(split) -> int:

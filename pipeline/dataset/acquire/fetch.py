@@ -25,8 +25,10 @@ from pipeline.dataset.imagenet import CLS_LOC
 from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_current, open_index
 from pipeline.dataset.layouts.foreign import describe_contents
 from pipeline.dataset.lock import locked
+from pipeline.dataset.shards.format import find_complete, read_marker
 from pipeline.dataset.shards.plan import Options as PackOptions
 from pipeline.dataset.shards.plan import parse_restart, spell_out_restart
+from pipeline.dataset.shards.stage import list_shard_files
 from pipeline.dataset.shards.transcode import find_program
 from pipeline.errors import EXIT_INTERRUPTED, TransientError, UserError
 
@@ -95,7 +97,7 @@ def fetch(
     with _terminated_like_interrupted(), _locked_root(root):
         try:
             _check_kind(root, packing)
-            if not _is_done(root, selection, index):
+            if not _is_done(root, selection, index, packing):
                 if official is None:
                     _fetch_until_complete(root, manifest, selection, options, via, packing)
                 else:
@@ -154,11 +156,20 @@ def _take_official(
 
 
 def _check_kind(root: Path, packing: PackOptions | None) -> None:
-    """UserError where ROOT holds a tree and shards were asked for, or the other way round."""
+    """UserError where ROOT holds a tree and shards were asked for, or the other way round, or other shards."""
     if packing is None and (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards; add --pack, or give another folder for a tree")
     if packing is not None and (root / CLS_LOC).is_dir():
         raise UserError(f"{root} holds a tree of images; give another folder, or run: pipeline pack {root} DEST")
+    if packing is not None and (root / PACKED).exists():
+        marker = read_marker(root)
+        difference = packing.difference(marker.get("options"))
+        if difference:
+            whole = packing.restart is not None and marker.get("complete")
+            remedy = (
+                f"make these from it: pipeline pack {root} DEST --restart {packing.restart}" if whole else "remove it"
+            )
+            raise UserError(f"{root} was packed with {difference}; give another folder, or {remedy}")
 
 
 def _fetch_until_complete(
@@ -242,14 +253,16 @@ def _sort_val(root: Path) -> None:
         sort_val(root, quiet=False)
 
 
-def _is_done(root: Path, selection: Selection, index: bool) -> bool:
+def _is_done(root: Path, selection: Selection, index: bool, packing: PackOptions | None) -> bool:
     """Is the selection complete, and no folder changed since it was indexed? Then no request is sent to Kaggle."""
     manifest = read_manifest(root)
     if manifest is None or not manifest.has(selection) or not index or not has_index(index_folder(root)):
         return False
+    if packing is not None and not find_complete(root):
+        return False
     opened = open_index(index_folder(root))
-    shards = [shard for split in opened.splits.values() for shard in split.shards]
-    return is_current(opened) and all((root / shard).is_file() for shard in shards)
+    files = [name for split in opened.splits.values() for name in list_shard_files(split)]
+    return is_current(opened) and all((root / name).is_file() for name in files)
 
 
 def _read_own_manifest(root: Path) -> Manifest:

@@ -5,7 +5,6 @@ comes. Streams write members where they belong, in any order; a kill loses one m
 is read once (`finish_shard.py`): every image decoded in full, every CRC-32 checked again on what is on disk.
 """
 
-import contextlib
 import json
 import sys
 import tarfile
@@ -26,9 +25,11 @@ from pipeline.dataset.index.write import pack_names
 from pipeline.dataset.shards.format import (
     BLOCK,
     exists,
+    find_complete,
     image_suffix,
     is_whole,
     merge_shards,
+    read_marker,
     remove_records,
     shard_name,
     temporary_path,
@@ -168,21 +169,30 @@ class Packing:
     def prepare(self) -> None:
         """Note in `dest` what is made there. UserError where it holds other shards."""
         marker = {"options": self.plan.options.marker(), "shards": self.plan.counts(), "complete": False}
-        found = {}
-        with contextlib.suppress(FileNotFoundError):
-            found = json.loads((self.dest / PACKED).read_bytes())
-            if found["options"].get("restart", 0) is None:
-                del found["options"]["restart"]
-        if found and any(found.get(key) != marker[key] for key in ("options", "shards")):
+        found = read_marker(self.dest)
+        difference = self.plan.options.difference(found.get("options"))
+        if found and (difference or found.get("shards") != marker["shards"]):
             raise UserError(f"{self.dest} holds other shards than these; give another folder or remove it")
-        self.is_mending = self.restart is not None and bool(found.get("complete"))
+        if self.restart is not None:  # a shard without markers is checked again instead: it is as it was fetched
+            complete = find_complete(self.dest)
+            self.is_mending = complete is not None and self._is_described_by(complete)
         if self.is_mending:
             return
         self._write_marker({"source": None, **found, **marker})
         for shard in self.plan.shards:  # of a set that was complete once: its records are gone, so it is checked again
             final = self.dest / shard_name(shard.split, shard.number)
-            if final.exists() and not self._is_whole(shard):
+            if self.restart is None and final.exists() and not self._is_whole(shard):
                 final.replace(temporary_path(self.dest, shard.split, shard.number))
+
+    def _is_described_by(self, index: Index) -> bool:
+        """Is this the index of all these shards, with their restart tables?"""
+        counts = self.plan.counts()
+        return set(index.splits) == set(counts) and all(
+            split.restart is not None
+            and split.shards == tuple(shard_name(name, number) for number in range(counts[name]))
+            and len(split) == sum(len(shard.numbers) for shard in self.plan.shards if shard.split == name)
+            for name, split in index.splits.items()
+        )
 
     def _is_whole(self, shard: Shard) -> bool:
         is_there = exists if self.is_mending else is_whole

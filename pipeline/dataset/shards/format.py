@@ -6,6 +6,7 @@ index of them all. A shard whose tar has its final name is complete, and is neve
 markers has a table beside it (`restart.py`).
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from pipeline.dataset.index.index import RECORD, RESTART, Index, index_folder
+from pipeline.dataset.index.index import PACKED, RECORD, RESTART, Index, index_folder, open_index
 from pipeline.dataset.index.left_out import UNREADABLE, LeftOut, Tally
 from pipeline.dataset.index.write import pack_names, write_index
 from pipeline.dataset.lock import try_lock
@@ -84,6 +85,22 @@ def exists(dest: Path, split: str, number: int, restart: bool = False) -> bool:
 def is_whole(dest: Path, split: str, number: int, restart: bool = False) -> bool:
     """Is this shard written, with its records?"""
     return exists(dest, split, number, restart) and _records_path(dest, split, number).is_file()
+
+
+def read_marker(dest: Path) -> dict:
+    """What the marker of packed shards notes; empty where there is none that can be read."""
+    try:
+        return dict(json.loads((dest / PACKED).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def find_complete(dest: Path) -> Index | None:
+    """The index of the shards that were once complete in `dest`, by their marker and their sound index."""
+    if read_marker(dest).get("complete"):
+        with contextlib.suppress(UserError):
+            return open_index(index_folder(dest))
+    return None
 
 
 def tar_header(name: str, size: int) -> bytes:

@@ -21,6 +21,7 @@ from pipeline.dataset.selected import MANIFEST, read_selected
 from pipeline.dataset.shards.format import (
     STATE,
     exists,
+    find_complete,
     is_whole,
     merge_shards,
     remove_records,
@@ -46,25 +47,25 @@ LISTS = (imagenet.SYNSET_MAPPING, imagenet.VAL_SOLUTION, imagenet.TRAIN_LIST)
 _OWN = (MANIFEST, ".fetch", STATE)  # what may be there before the marker is
 
 
-def _check_dest(dest: Path, wanted: dict) -> dict | None:
+def _check_dest(dest: Path, wanted: dict, options: Options) -> dict | None:
     """The marker in `dest`, None for a new folder; UserError where it holds something else, or other shards."""
     try:
-        found = json.loads((dest / PACKED).read_bytes())
+        found = dict(json.loads((dest / PACKED).read_bytes()))
     except FileNotFoundError:
         others = (path.name for path in dest.iterdir()) if dest.is_dir() else ()
         foreign = any(PACKED not in name and name not in _OWN for name in others)
         if dest.exists() and (not dest.is_dir() or foreign):
             raise UserError(f"{dest} exists and holds something else; give a new or empty folder") from None
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{dest / PACKED} can't be read ({error}); remove {dest} or give another folder") from error
-    for key in ("source", "options", "shards"):
-        if found.get(key) != wanted[key]:
-            old, new = found.get(key), wanted[key]
-            if isinstance(old, dict):
-                differing = next(name for name in {**old, **new} if old.get(name) != new.get(name))
-                key, old, new = differing, old.get(differing), new.get(differing)
-            raise UserError(f"{dest} was packed with {key} {old} instead of {new}; give another folder or remove it")
+
+    def compare(key: str) -> str:
+        return "" if found.get(key) == wanted[key] else f"{key} {found.get(key)} instead of {wanted[key]}"
+
+    difference = compare("source") or options.difference(found.get("options")) or compare("shards")
+    if difference:
+        raise UserError(f"{dest} was packed with {difference}; give another folder or remove it")
     return found
 
 
@@ -84,21 +85,12 @@ def _open_source(root: Path, folder: Path, part: str | None, processes: int | No
     return open_index(folder)
 
 
-def _opens(folder: Path) -> bool:
-    try:
-        open_index(folder)
-    except UserError:
-        return False
-    return True
-
-
 def prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
     """Make `dest` ready, or return True if it is complete. Raises UserError where it can't be used."""
     shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
     marker = {"source": index.fingerprint, "options": options.marker(), "shards": shards, "complete": False}
-    found = _check_dest(dest, marker)
-    if found is not None:
-        return bool(found.get("complete")) and _opens(index_folder(dest))
+    if _check_dest(dest, marker, options) is not None:
+        return find_complete(dest) is not None
     try:
         dest.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(dest).free

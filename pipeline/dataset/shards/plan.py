@@ -45,6 +45,14 @@ class Options:
         """The options as packed folders note them; without `restart` where there is none, as older versions did."""
         return {name: value for name, value in asdict(self).items() if name != "restart" or value is not None}
 
+    def difference(self, noted: Any) -> str:
+        """Where these are not the options that a packed folder notes: "restart None instead of 8"; else empty."""
+        old = noted if isinstance(noted, dict) else {}
+        new = asdict(self)
+        return next(
+            (f"{name} {old.get(name)} instead of {new[name]}" for name in new if old.get(name) != new[name]), ""
+        )
+
     def side_of(self, split: str) -> int | None:
         """Pixels that the shorter side of this split's images is reduced to; None: they stay as they are."""
         return self.short_side if split == "train" or self.resize_val else None

@@ -70,6 +70,11 @@ def _checksum(body: bytes, digest: int) -> int:
     return xxhash.xxh3_64_intdigest(body, digest) & _MASK
 
 
+def is_intact(entry: bytes, digest: int) -> bool:
+    """Is an entry whole, and that of the sample with this digest?"""
+    return len(entry) >= _HEAD.size and _checksum(entry[4:], digest) == int.from_bytes(entry[:4], "little")
+
+
 class Cut(NamedTuple):
     """A window's part of a JPEG: which bytes to read, and how to make a JPEG of them.
 

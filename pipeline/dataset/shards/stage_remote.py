@@ -1,7 +1,7 @@
 """Packed shards from an object store (`s3://BUCKET/SHARDS`) to a node's own disk, by fsspec.
 
-A download that was cut goes on where it stopped. Every sample's digest is compared with the index before a shard gets
-its name, so that a shard that is there is whole; its size and time tell later runs so.
+A download that was cut goes on where it stopped. Every sample's digest, and every entry of a restart table, is compared
+with the index before a file gets its name, so that a file that is there is whole; its size and time tell later runs so.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.dataset.index.index import (
     open_index,
     safe_join,
 )
+from pipeline.dataset.shards.restart import MAGIC, TABLE, is_intact, table_name
 from pipeline.dataset.shards.stage import CHUNK, THREADS, copy_index, list_shard_files, locked_folder
 from pipeline.errors import TransientError, UserError
 from pipeline.files import atomic_write
@@ -44,13 +46,18 @@ def is_url(source: str) -> bool:
 
 @dataclass(frozen=True)
 class _File:
-    """A shard or a restart table that is to be copied. mtime_ns: that its copy gets; digests: [n, 3] uint64, of the
-    samples in it: offset, bytes, xxh3_64."""
+    """A shard or a restart table that is to be copied. mtime_ns: that its copy gets; None where the store tells none.
+    parts: [n, 3] uint64, of the samples in a shard: offset, bytes, xxh3_64; of the entries in a table: offset, bytes,
+    xxh3_64 of their samples."""
 
     name: str
     size: int
-    mtime_ns: int
-    digests: np.ndarray
+    mtime_ns: int | None
+    parts: np.ndarray
+
+    @property
+    def is_table(self) -> bool:
+        return self.name.endswith(TABLE)
 
 
 @contextlib.contextmanager
@@ -97,6 +104,17 @@ class Store:
         with _explained(url):
             self.files, self.path = url_to_fs(self.url)
 
+    def list(self) -> dict[str, dict[str, Any]]:
+        """What the store tells of each file of the folder, by name: one request for a thousand files. Empty where it
+        can't or may not be listed."""
+        with _explained(self.url):
+            try:
+                self.files.invalidate_cache()
+                found = self.files.find(self.path, detail=True)
+            except (PermissionError, NotImplementedError):
+                return {}
+        return {path.removeprefix(f"{self.path}/"): info for path, info in found.items()}
+
     def info(self, name: str) -> dict[str, Any]:
         with _explained(f"{self.url}/{name}"):
             return self.files.info(f"{self.path}/{name}")
@@ -107,7 +125,7 @@ class Store:
 
 
 def stage_url(url: str, dest: Path, quiet: bool = False) -> tuple[Index, int]:
-    """Copy a packed data set from an object store to `dest`. Returns the index of the copy and the number of files
+    """Copy a packed data set from an object store to `dest`. Returns the index of the copy and the number of shards
     copied.
 
     Raises UserError for a store that can't be used, a folder without shards and a disk that is too small,
@@ -141,7 +159,7 @@ def stage_url(url: str, dest: Path, quiet: bool = False) -> tuple[Index, int]:
             shutil.rmtree(dest / _PARTIAL)
     except OSError as error:
         raise explain(error, error.filename or dest) from error
-    return open_index(index_folder(dest)), len(missing)
+    return open_index(index_folder(dest)), sum(not file.is_table for file in missing)
 
 
 def _fetch_index(store: Store, dest: Path) -> Index:
@@ -166,27 +184,53 @@ def _fetch_index(store: Store, dest: Path) -> Index:
 
 
 def _list_wanted(store: Store, index: Index) -> Iterator[_File]:
+    listed = store.list()
     for split in index.splits.values():
-        digests = _digests(split)
+        parts = _find_parts(split)
         for name in list_shard_files(split):
             try:
                 safe_join(index.root, name)
             except ValueError as error:
                 raise UserError(f"index of {store.url}: {error}: refused") from error
-            info = store.info(name)
-            modified = info.get("LastModified") or info.get("mtime") or info.get("created") or 0
-            seconds = modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
-            mtime_ns = index.folders.get(name, int(seconds) * 10**9)
-            yield _File(name, int(info["size"]), mtime_ns, digests.get(name, np.zeros((0, 3), np.uint64)))
+            info = listed.get(name) or store.info(name)
+            if info.get("size") is None:
+                raise UserError(f"{store.url}/{name}: the store does not tell its size; copy the folder by other means")
+            yield _File(name, int(info["size"]), index.folders.get(name) or _mtime_ns(info), parts[name])
 
 
-def _digests(split: Split) -> dict[str, np.ndarray]:
-    """Shard -> `_File.digests`, in the order of the bytes."""
+def _mtime_ns(info: dict[str, Any]) -> int | None:
+    """When a file was changed, to the second, by any of the names and forms that stores have for it."""
+    for key in ("LastModified", "last_modified", "mtime", "updated", "modified", "created"):
+        value = info.get(key)
+        with contextlib.suppress(ValueError):
+            if isinstance(value, str):
+                value = datetime.fromisoformat(value)
+            if isinstance(value, datetime):
+                value = value.timestamp()
+            if isinstance(value, int | float) and value > 0:
+                return int(value) * 10**9
+    return None
+
+
+def _find_parts(split: Split) -> dict[str, np.ndarray]:
+    """Shard or restart table -> `_File.parts`, in the order of the bytes."""
     records = np.asarray(split.records)
-    rows = np.stack([records[name].astype(np.uint64) for name in ("offset", "size", "digest")], axis=1)
-    order = np.lexsort((records["offset"], records["shard"]))
-    cuts = np.searchsorted(records["shard"][order], np.arange(len(split.shards) + 1))
-    return {name: rows[order[cuts[i] : cuts[i + 1]]] for i, name in enumerate(split.shards)}
+    columns = [records["offset"], records["size"], records["digest"]]
+    found = dict(zip(split.shards, _by_shard(split, columns), strict=True))
+    if split.restart is not None:
+        restart = np.asarray(split.restart)
+        columns = [restart["table_offset"], restart["table_size"], records["digest"]]
+        found |= zip(map(table_name, split.shards), _by_shard(split, columns), strict=True)
+    return found
+
+
+def _by_shard(split: Split, columns: list[np.ndarray]) -> list[np.ndarray]:
+    """The columns as uint64 [n, 3] of each shard, sorted by the first."""
+    shard = np.asarray(split.records["shard"])
+    rows = np.stack([column.astype(np.uint64) for column in columns], axis=1)
+    order = np.lexsort((rows[:, 0], shard))
+    cuts = np.searchsorted(shard[order], np.arange(len(split.shards) + 1))
+    return [rows[order[cuts[i] : cuts[i + 1]]] for i in range(len(split.shards))]
 
 
 def _size(path: Path) -> int:
@@ -201,6 +245,8 @@ def _temporary(file: _File, dest: Path) -> Path:
 def _is_there(file: _File, dest: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         found = (dest / file.name).stat()
+        if file.mtime_ns is None:
+            return _is_sound(dest / file.name, file)
         return (found.st_size, found.st_mtime_ns) == (file.size, file.mtime_ns)
     return False
 
@@ -218,26 +264,34 @@ def _copy(store: Store, file: _File, dest: Path, advance: Callable[[int], None])
                 target.write(store.read(file.name, start, min(start + CHUNK, file.size)))
                 advance(min(start + CHUNK, file.size) - start)
         if _is_sound(temporary, file):
-            os.utime(temporary, ns=(file.mtime_ns, file.mtime_ns))
+            if file.mtime_ns is not None:
+                os.utime(temporary, ns=(file.mtime_ns, file.mtime_ns))
             temporary.replace(here)
             return
         advance(-file.size)
         if not begun:
             break
     temporary.unlink()
+    what = "what" if file.is_table else "the samples that"
     raise TransientError(
-        f"{store.url}/{file.name} does not hold the samples that its index names; upload the shards and their index "
+        f"{store.url}/{file.name} does not hold {what} its index names; upload the shards and their index "
         "again, or run the same command again"
     )
 
 
 def _is_sound(path: Path, file: _File) -> bool:
-    """Has the file its size, and every sample in it its digest?"""
+    """Has the file its size, and every sample or entry in it its digest?"""
     if path.stat().st_size != file.size:
         return False
     with path.open("rb") as opened:
-        for offset, size, digest in file.digests.tolist():
+        if file.is_table and opened.read(len(MAGIC)) != MAGIC:
+            return False
+        for offset, size, digest in file.parts.tolist():
             opened.seek(offset)
-            if xxhash.xxh3_64_intdigest(opened.read(size)) != digest:
+            data = opened.read(size)
+            if file.is_table:
+                if size and not is_intact(data, digest):
+                    return False
+            elif xxhash.xxh3_64_intdigest(data) != digest:
                 return False
     return True
