@@ -81,10 +81,18 @@ def test_an_order_is_computed_once_and_the_next_one_in_advance():
     assert [number for number, _ in made] == [1, 2, 3, 4, 1]  # three are kept
 
 
-def test_a_failure_of_an_order_reaches_who_asks():
-    permutations = Permutations(lambda number: np.arange(number)[5])
-    with pytest.raises(IndexError):
+def test_a_failure_of_an_order_reaches_who_asks_and_the_next_gets_it():
+    orders = [MemoryError(), np.array([7])]
+
+    def make(number):
+        if isinstance(orders[0], Exception):
+            raise orders.pop(0)
+        return orders[0]
+
+    permutations = Permutations(make)
+    with pytest.raises(MemoryError):
         permutations(1)
+    assert permutations(1).tolist() == [7]
 
 
 def test_the_next_epochs_order_is_begun_with_before_its_border(monkeypatch):

@@ -8,7 +8,8 @@ import numpy as np
 
 
 class Permutations:
-    """Orders of all samples by number: each computed once, by whichever thread asks first, and the newest kept.
+    """Orders of all samples by number: each computed once, by whichever thread asks first, and the newest kept. One
+    that failed is computed anew for who asks next.
 
     Args:
         make: number -> int64 [n].
@@ -45,5 +46,8 @@ class Permutations:
         try:
             future.set_result(self.make(number))
         except BaseException as error:
+            with self._lock:
+                if self._known.get(number) is future:
+                    del self._known[number]
             future.set_exception(error)
             raise
