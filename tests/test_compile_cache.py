@@ -1,12 +1,16 @@
 """What torch.compile makes is kept in the run folder, and the next start uses it."""
 
+import contextlib
 import os
 import subprocess
 
 import pytest
 import runs
 
-from pipeline.training.cli import keep_compiled
+from pipeline import load_config
+from pipeline.errors import UserError
+from pipeline.training import cli
+from pipeline.training.ranks.stop_request import StopRequest
 
 _PLAIN = ("--model.zero_init_residual", "false", "--train.precision", "fp32")
 _NET = """
@@ -17,10 +21,25 @@ def make(num_classes):
 """
 
 
-def test_what_the_environment_says_takes_precedence(monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "environ", {"TRITON_CACHE_DIR": "/elsewhere"})
-    keep_compiled(tmp_path)
-    assert os.environ == {"TRITON_CACHE_DIR": "/elsewhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+def test_each_run_of_a_process_has_its_own_cache_and_what_the_user_says_stays(monkeypatch, tmp_path):
+    seen = []
+
+    def start(config, *_):
+        seen.append({name: os.environ[name] for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")})
+        if len(seen) == 1:
+            raise UserError("broken off")
+
+    monkeypatch.setattr(cli, "_train_config", start)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    before = dict(os.environ)
+    for name in "ab":
+        config = load_config("smoke", {"run_dir": tmp_path / name, "train.compile": True})
+        with contextlib.suppress(UserError):
+            cli.train_config(config, StopRequest(install=False))
+        assert os.environ == before
+    found = [(one["TORCHINDUCTOR_CACHE_DIR"], one["TRITON_CACHE_DIR"]) for one in seen]
+    assert found == [(str(tmp_path / name / "compile_cache/inductor"), "/elsewhere") for name in "ab"]
 
 
 @pytest.mark.long

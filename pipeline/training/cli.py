@@ -1,14 +1,15 @@
 """The verb `train`. Signal handlers are installed before torch is imported: a stop request may come at any time."""
 
+import contextlib
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.command import importing
 from pipeline.errors import TransientError, UserError
+from pipeline.logs import logger
 from pipeline.rank_env import own_rank
 from pipeline.redact import redact
 from pipeline.run_paths import RunPaths
@@ -84,7 +85,7 @@ def _continue(argv: list[str], stop: StopRequest) -> int:
 
     def begin() -> None:
         begin_extension(plan)
-        print(plan.about, flush=True)
+        logger.info("%s", plan.about)
 
     return train_config(plan.config, stop, begin)
 
@@ -98,16 +99,19 @@ def _train(argv: list[str], stop: StopRequest) -> int:
 def train_config(config: "Config", stop: StopRequest, begin: Callable[[], None] = lambda: None) -> int:
     """One rank of a run. begin: called by rank 0 when the run folder is its own. Returns the exit code."""
     paths = RunPaths(Path(config.run_dir).expanduser().resolve())
-    from pipeline.training.ranks.flight_record import record_flights
+    from pipeline.training.ranks.flight_record import flight_settings
     from pipeline.training.run_folder.gpu_fault import refuse_restart_in_place
 
     if config.run_dir:
         refuse_restart_in_place(paths.path)
-
-    record_flights(paths.debug)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    settings = {"TORCH_CPP_LOG_LEVEL": "ERROR", **flight_settings(paths.debug)}
     if config.train.compile:
-        keep_compiled(Path(config.train.compile_cache or paths.compile_cache))
+        settings |= compile_cache_settings(Path(config.train.compile_cache or paths.compile_cache))
+    with environment_defaults(settings):
+        return _train_config(config, paths, stop, begin)
+
+
+def _train_config(config: "Config", paths: RunPaths, stop: StopRequest, begin: Callable[[], None]) -> int:
     with importing():
         from pipeline.training import loop
         from pipeline.training.ranks.consistency import program_and_settings, refuse_differences
@@ -157,11 +161,24 @@ def train_config(config: "Config", stop: StopRequest, begin: Callable[[], None] 
         world.close(failed)
 
 
-def keep_compiled(folder: Path) -> None:
-    """Let torch.compile keep its caches in `folder`. Otherwise they lie in TMPDIR, which a job's end removes."""
+def compile_cache_settings(folder: Path) -> dict[str, str]:
+    """Environment variables by which torch.compile keeps its caches in `folder`. Otherwise they lie in TMPDIR, which a
+    job's end removes."""
     folder = folder.expanduser().absolute()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+
+
+@contextlib.contextmanager
+def environment_defaults(settings: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables of one run: those that the user has not set are set, and taken out at its end. Another run
+    of this process has its own."""
+    own = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
 
 
 def mark_failed(run_dir: str, error: UserError | TransientError) -> None:
@@ -181,4 +198,4 @@ def mark_failed(run_dir: str, error: UserError | TransientError) -> None:
         try:
             RunFolder(folder).mark("failed", exit_code=code, message=redact(str(error)))
         except OSError as problem:
-            print(f"could not mark {folder} as failed: {problem}", file=sys.stderr)
+            logger.warning("could not mark %s as failed: %s", folder, problem)

@@ -1,7 +1,6 @@
 """torch's flight recorder: the last collectives of this process, for those who look for the cause of a hang."""
 
 import contextlib
-import os
 from pathlib import Path
 
 
@@ -18,8 +17,11 @@ def flight_record() -> bytes:
     return found
 
 
-def record_flights(folder: Path) -> None:
-    """Have torch keep the last collectives, and NCCL leave them in `folder` at a time-out. Before torch is used."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl-rank-"))
+def flight_settings(folder: Path) -> dict[str, str]:
+    """Environment variables by which torch keeps the last collectives, and NCCL leaves them in `folder` at a time-out.
+    To be set before torch is used."""
+    return {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(folder / "nccl-rank-"),
+    }
