@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from pipeline.tracking.ledger import Ledger, best_step, last_steps, read_rows
+from pipeline.tracking.ledger import Ledger, best_step, last_steps, read_rows, read_rows_backwards
 
 
 def write(path, steps, tail=b""):
@@ -37,6 +37,8 @@ def test_a_torn_last_line_is_dropped(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     write(path, [1, 2, 3], tail)
     assert steps(path) == [1, 2, 3]
+    for block in (1, 7, 60, 1 << 16):
+        assert list(read_rows_backwards(path, block)) == list(read_rows(path))[::-1]
     ledger = Ledger(path, step=3)
     ledger.append({"kind": "train", "step": 4, "loss": 1.0})
     ledger.close()

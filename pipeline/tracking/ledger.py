@@ -30,12 +30,41 @@ def read_rows(path: Path, size: int | None = None) -> Iterator[dict]:
             position += len(line)
             if not line.endswith(b"\n") or (size is not None and position > size):
                 return
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
+            yield from _row(line)
+
+
+def read_rows_backwards(path: Path, block: int = 1 << 16) -> Iterator[dict]:
+    """What `read_rows` yields, from the last row to the first. Only as much of the file is read as is asked for,
+    `block` bytes at a time."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        position = file.seek(0, os.SEEK_END)
+        rest: bytes | None = None  # the end of a line that begins in the block before
+        while position:
+            start = max(0, position - block)
+            file.seek(start)
+            text = file.read(position - start)
+            position = start
+            if rest is None:
+                text, newline, _ = text.rpartition(b"\n")  # what comes behind was cut by a crash
+                if not newline:
+                    continue
+                rest = b""
+            rest, *lines = (text + rest).split(b"\n")
+            for line in reversed(lines):
+                yield from _row(line)
+        yield from _row(rest or b"")
+
+
+def _row(line: bytes) -> Iterator[dict]:
+    """The row of a line; nothing where the line is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return
+    if isinstance(row, dict):
+        yield row
 
 
 def is_start(row: dict) -> bool:

@@ -16,12 +16,12 @@ from pipeline.config import Config, ScheduleConfig, load_config, semantic_config
 from pipeline.config.time import Time, epochs_of, is_time, plain_time, steps_of
 from pipeline.errors import UserError
 from pipeline.run_paths import RunPaths, list_checkpoints
-from pipeline.tracking.ledger import Ledger, read_rows
+from pipeline.tracking.ledger import Ledger, read_rows, read_rows_backwards
 from pipeline.training.run_folder.checkpoint import load_state, read_meta, verify_checkpoint, write_checkpoint
 from pipeline.training.run_folder.folder import RunFolder, make_run_folder
 
 Rate = Literal["follow", "restart", "last"]
-FOLLOWING = ("step", "multistep", "constant")  # schedules whose rates do not depend on the run's length
+SAME_AT_ANY_LENGTH = ("step", "multistep", "constant")  # schedules whose rates do not depend on the run's length
 #: what may differ from the run that is continued: the state that is taken over has to fit, and to mean the same
 _FREE = ("schedule.", "augment.", "evaluation.", "data.", "optim.lr", "optim.label_smoothing", "ema.every_steps")
 
@@ -87,11 +87,11 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
             f"start from the weights alone: pipeline train --model.weights {paths.path}"
         )
     reshaped = any(name.startswith("schedule.") for name in changed)
-    chosen = rate or ("follow" if new.schedule.name in FOLLOWING and not reshaped else "restart")
-    if chosen == "follow" and (reshaped or new.schedule.name not in FOLLOWING):
+    chosen = rate or ("follow" if new.schedule.name in SAME_AT_ANY_LENGTH and not reshaped else "restart")
+    if chosen == "follow" and (reshaped or new.schedule.name not in SAME_AT_ANY_LENGTH):
         why = "options of the schedule are given" if reshaped else f"{new.schedule.name} depends on the run's length"
         raise UserError(f"--rate follow: {why}, so the rates so far are of another curve; give --rate restart or last")
-    if "train.max_steps" not in new.typed:
+    if "train.max_steps" not in new.given:
         new = dataclasses.replace(new, train=dataclasses.replace(new.train, max_steps=None))
     before, last = step / per_epoch, epochs_of(epochs, per_epoch)
     head = f"continuing {paths.path} from step {step:,} (epoch {before:.4g}) to epoch {last:.4g}: "
@@ -133,12 +133,10 @@ def _changed(old: Config, new: Config) -> list[str]:
 
 def _end_of(paths: RunPaths, config: Config) -> tuple[Path, int, float, float]:
     """(last checkpoint, its steps, steps an epoch, learning rate of the last step before the guard lowered it)."""
-    rows = list(read_rows(paths.ledger))
-    ends = [row["step"] for row in rows if row.get("event") == "finished"]
-    trained = [row for row in rows if row.get("kind") == "train" and row.get("epoch")]
+    last, finished = _last_step(paths.ledger)
     saved = list_checkpoints(paths.checkpoints)
-    if not ends or not trained or not saved or saved[0][0] != trained[-1]["step"] or saved[0][0] != ends[-1]:
-        done = trained[-1]["step"] if trained else 0
+    done = last["step"] if last else 0
+    if last is None or finished != done or not saved or saved[0][0] != done:
         newest = saved[0][1].name if saved else "none"
         raise UserError(
             f"{paths.path} is not finished, or its last checkpoint is gone ({done:,} steps done, newest checkpoint "
@@ -146,10 +144,21 @@ def _end_of(paths: RunPaths, config: Config) -> tuple[Path, int, float, float]:
             f"pipeline train --model.weights {paths.path}"
         )
     step, path = saved[0]
-    last = trained[-1]
     samples = round(last["step"] * config.train.global_batch_size / last["epoch"])
     factor = math.prod(item[2] for item in read_meta(path).get("rollbacks", []))
     return path, step, samples / config.train.global_batch_size, last["lr"] / factor
+
+
+def _last_step(ledger: Path) -> tuple[dict | None, int | None]:
+    """The row of the last training step, and the step at which the run finished after it; None: there is none. Every
+    rank asks, so only the end of the ledger is read."""
+    finished = None
+    for row in read_rows_backwards(ledger):
+        if row.get("event") == "finished" and finished is None:
+            finished = row["step"]
+        elif row.get("kind") == "train" and row.get("epoch"):
+            return row, finished
+    return None, finished
 
 
 def _followed(old: ScheduleConfig, epochs: Time, per_epoch: float) -> ScheduleConfig:
@@ -167,7 +176,7 @@ def _restarted(config: Config, epochs: Time, step: int, per_epoch: float) -> Sch
     scaled = _scale(
         dataclasses.replace(given, epochs=epochs, begin=f"{step}ba"), _stretch(given, added, per_epoch), per_epoch
     )
-    if "schedule.warmup_epochs" in config.typed:
+    if "schedule.warmup_epochs" in config.given:
         warmup = given.warmup_epochs
     else:
         warmup = scaled.warmup_epochs
