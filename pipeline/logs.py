@@ -2,7 +2,7 @@
 
 Importing the package attaches nothing, as the standard library has it: a script that calls `pipeline.train` decides by
 `logging.basicConfig(level="INFO")` or handlers of its own what it shows. What a verb was asked for (a table, a path) is
-printed by the verb and does not come here.
+printed by the verb and does not come here; the scores of an evaluation do, as `pipeline.evaluate` prints nothing.
 """
 
 import contextlib
@@ -17,6 +17,17 @@ from pipeline.redact import redact
 logger = logging.getLogger("pipeline")
 
 
+class HideCredentials(logging.Filter):
+    """No handler, a script's own neither, gets a record with a credential in it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), None
+        return True
+
+
+logger.addFilter(HideCredentials())
+
+
 class CommandLineHandler(logging.Handler):
     """One line of stdout for each record, a warning with "warning: " before it. bar: rich's, which has the terminal
     while it is shown; lines appear above it."""
@@ -25,7 +36,7 @@ class CommandLineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Raises BrokenPipeError where nobody reads any more."""
-        text = redact(record.getMessage())
+        text = record.getMessage()
         if record.levelno >= logging.WARNING:
             text = f"warning: {text}"
         if self.bar is not None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torchvision.transforms.functional import five_crop, resize
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
 from pipeline.errors import UserError
+from pipeline.evaluation import partial_sums
 from pipeline.evaluation.class_map import class_positions
 from pipeline.loader.decode.reference import ReferenceDecoder
 from pipeline.loader.eval_plan import EvalPlan, FiveCropPlan
@@ -227,7 +229,7 @@ def test_an_evaluation_that_was_stopped_resumes_to_the_same_scores(run, evaluate
     assert again.read_text() == whole.read_text()
 
 
-def test_partial_sums_of_other_settings_or_damaged_ones_are_not_taken(run, evaluate, counted):
+def test_partial_sums_of_other_settings_or_damaged_ones_are_not_taken(run, evaluate, counted, monkeypatch):
     wanted = evaluate(run, "--batch_size", "10")
     counted.seen, counted.stop_at = 0, 2
     assert main(["evaluate", str(run), "--batch_size", "10"]) == 75
@@ -235,10 +237,23 @@ def test_partial_sums_of_other_settings_or_damaged_ones_are_not_taken(run, evalu
     evaluate(run, "--batch_size", "10", "--flip", "true")
     assert counted.seen == 6
     (kept,) = run.glob("evaluation/*/rank-00000.npz")
+    with monkeypatch.context() as other:
+        other.setattr(partial_sums, "code_digest", lambda: "another version")
+        counted.seen = 0
+        evaluate(run, "--batch_size", "10")
+        assert counted.seen == 6 and kept.exists()
     kept.write_bytes(kept.read_bytes()[:-100])
+    old, new = run / "evaluation/old", run / "evaluation/new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / ".rank-00001.npz.7.tmp").touch()  # of a rank that was killed
+    long_ago = time.time() - 8 * 86400
+    for left in (old, *old.iterdir(), new):
+        os.utime(left, (long_ago, long_ago))
     counted.seen = 0
     assert without_speed(evaluate(run, "--batch_size", "10")) == without_speed(wanted)
-    assert counted.seen == 6 and not (run / "evaluation").exists()
+    assert counted.seen == 6 and [folder.name for folder in (run / "evaluation").iterdir()] == ["new"]
+    shutil.rmtree(run / "evaluation")
 
 
 @pytest.mark.parametrize("verb", [["evaluate", "RUN"], ["export", "RUN", "OUT.pth"]])

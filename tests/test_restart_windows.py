@@ -279,7 +279,7 @@ def test_a_damaged_sample_is_substituted_and_no_other_pixel_changes(own, loader,
 
 
 @pytest.mark.parametrize("how", ["missing", "damaged", "cut off", "of another shard"])
-def test_a_table_that_does_not_fit_costs_time_and_no_pixel(own, how, capsys):
+def test_a_table_that_does_not_fit_costs_time_and_no_pixel(own, how, caplog):
     stream, _ = open_streams(own, "reference")
     healthy = list(stream.batches(0, 10))
     table = stream.source.split.path(0).with_suffix(TABLE)
@@ -297,7 +297,7 @@ def test_a_table_that_does_not_fit_costs_time_and_no_pixel(own, how, capsys):
         assert torch.equal(before.ids, after.ids) and torch.equal(before.images, after.images)
     assert not stream.unreadable
     stream.close()
-    warnings = capsys.readouterr().err.splitlines()
+    warnings = caplog.messages
     assert len(warnings) == 1 and "restart table damaged or missing" in warnings[0]
     assert "pipeline verify" in warnings[0]
 

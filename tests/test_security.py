@@ -18,6 +18,7 @@ import pipeline
 from pipeline.__main__ import main
 from pipeline.config import RawConfig
 from pipeline.errors import UserError
+from pipeline.logs import logger
 from pipeline.model.weights import read_state
 from pipeline.redact import MASK, redact
 from pipeline.training.ranks.watchdog import Watchdog
@@ -92,6 +93,13 @@ def test_credentials_are_hidden(monkeypatch):
 )
 def test_well_known_keys_are_hidden_wherever_they_come_from(secret):
     assert redact(f"refused: {secret}, step 3") == f"refused: {MASK}, step 3"
+
+
+def test_no_handler_of_the_logger_gets_a_credential(secrets, caplog):
+    for words, *values in ((secrets,), ("%s, step %d", secrets, 3)):
+        logger.warning(words, *values)
+    text = "".join(record.getMessage() for record in caplog.records)
+    assert text.count("could not reach") == 2 and "step 3" in text and leaks(text) == []
 
 
 def test_a_signed_address_is_hidden():

@@ -50,7 +50,7 @@ def shift(images: torch.Tensor, shifts: torch.Tensor, fill: tuple[int, int, int]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     each = torch.arange(count, device=images.device)[:, None, None]
     moved = images[each, rows.clamp_(0, height - 1)[:, :, None], columns.clamp_(0, width - 1)[:, None, :]]
-    color = torch.tensor(fill or (0, 0, 0), dtype=torch.uint8).to(images.device, non_blocking=True)
+    color = _constant(fill or (0, 0, 0), images.device).to(torch.uint8)
     return torch.where(inside[..., None], moved, color)
 
 

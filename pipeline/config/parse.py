@@ -162,12 +162,12 @@ def load_config(path: Path, overrides: list[str] | None = None, verb: str = "tra
     return parse_config(["--config", str(path), *(overrides or [])], verb)
 
 
-def from_dict(values: dict[str, Any], typed: frozenset[str] = frozenset()) -> Config:
-    """A `Config` from nested plain values as jsonargparse gives them. typed: the options that the command line gave."""
+def from_dict(values: dict[str, Any], given: frozenset[str] = frozenset()) -> Config:
+    """A `Config` from nested plain values as jsonargparse gives them. given: the options that the command line gave."""
     values = {key: value for key, value in values.items() if key != "config"}
     for item in dataclasses.fields(RawConfig):
         kind = item.type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(values.get(item.name), dict):
             group = {k: tuple(v) if isinstance(v, list) else v for k, v in values[item.name].items()}
             values[item.name] = kind(**group)
-    return RawConfig(**values).resolve(typed)
+    return RawConfig(**values).resolve(given)

@@ -51,15 +51,15 @@ class RawConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    def resolve(self, typed: frozenset[str] = frozenset()) -> "Config":
+    def resolve(self, given: frozenset[str] = frozenset()) -> "Config":
         """The run's configuration: defaults that depend on other options filled in, and every value checked.
 
-        typed: the options that the command line gave.
+        given: the options that the command line gave.
 
         Raises UserError for the first impossible value.
         """
         groups = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return Config(**(groups | {"data": self.data.resolve(self.model.name), "typed": typed}))
+        return Config(**(groups | {"data": self.data.resolve(self.model.name), "given": given}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Config(RawConfig):
     """A run's configuration, resolved and checked: what the package works with. Made by `RawConfig.resolve`."""
 
     data: ResolvedDataConfig
-    typed: frozenset[str] = field(default=frozenset(), compare=False, repr=False, metadata={"option": False})
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False, metadata={"option": False})
     """Names of the options that the command line gave; no option itself."""
 
     def __post_init__(self) -> None:
@@ -115,5 +115,5 @@ def to_yaml(config: Config) -> str:
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     settings = dataclasses.asdict(config)
-    del settings["typed"]
+    del settings["given"]
     return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)

@@ -1,11 +1,13 @@
 """Partial sums of an evaluation, kept in the run folder: one that was stopped or killed resumes, to the same scores.
 
 A file a rank, in `RUN/evaluation/KEY/`. KEY is a digest of all that the sums depend on, so sums of another checkpoint,
-size or number of ranks are never taken. Ranks keep theirs when they like: no rank needs another's.
+size, number of ranks or version of the programs are never taken. Ranks keep theirs when they like: no rank needs
+another's. Those that nobody has written to for days are removed.
 """
 
 import contextlib
 import hashlib
+import importlib.metadata
 import io
 import json
 import shutil
@@ -19,9 +21,20 @@ import numpy as np
 import torch
 
 from pipeline.files import atomic_write, reason_of
+from pipeline.logs import logger
+from pipeline.training.ranks.consistency import code_digest
 from pipeline.training.ranks.world import World
 
 KEEP_S = 10.0  # between two writings
+LEFT_S = 7 * 86400.0  # without a writing: nobody resumes that evaluation
+_LIBRARIES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda")  # how their distributions' names begin
+
+
+def program_versions() -> dict[str, str]:
+    """Version of each installed program that has a part in scores, by name; of this package, the digest of its code."""
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    found = {name: version for name, version in installed.items() if name.startswith(_LIBRARIES)}
+    return dict(sorted(found.items())) | {"pipeline": code_digest()}
 
 
 class PartialSums:
@@ -58,13 +71,13 @@ class PartialSums:
         except FileNotFoundError:
             return 0, {}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            print(f"warning: {self.path} is damaged: this rank scores its images again", flush=True)
+            logger.warning("%s is damaged: this rank scores its images again", self.path)
             return 0, {}
         for name, values in arrays.items():
             sums[name].copy_(torch.from_numpy(values))
         self._before = self.seconds = facts["seconds"]
         if self._world.is_rank_zero:
-            print(f"{self._name}: {done:,} batches were scored before; the others follow", flush=True)
+            logger.info(f"{self._name}: {done:,} batches were scored before; the others follow")
         return done, unreadable
 
     def is_due(self) -> bool:
@@ -87,11 +100,16 @@ class PartialSums:
         except OSError as error:
             if not self._warned and self._world.is_rank_zero:
                 why = reason_of(error, self.path)
-                print(f"warning: {self.path} can't be written ({why}): if stopped, this evaluation starts again")
+                logger.warning("%s can't be written (%s): if stopped, this evaluation starts again", self.path, why)
             self._warned = True
 
     def remove(self) -> None:
-        """The scores are out."""
+        """The scores are out. With these sums go those of evaluations that nobody has resumed for long."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for other in self.folder.parent.iterdir():
+                written = max(file.stat().st_mtime for file in (other, *other.iterdir()))
+                if time.time() - written > LEFT_S:
+                    shutil.rmtree(other, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()  # unless another evaluation is at work

@@ -16,7 +16,7 @@ from pipeline.dataset.index.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.checkpoints import ScoredNetwork, load_published, load_run
 from pipeline.evaluation.class_map import class_positions
-from pipeline.evaluation.partial_sums import PartialSums
+from pipeline.evaluation.partial_sums import PartialSums, program_versions
 from pipeline.evaluation.scores import Result, print_scores
 from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
 from pipeline.logs import logger
@@ -92,7 +92,9 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     if config.data.decode == "mixed" and world.device.type == "cpu":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, decode="cpu"))
         if world.is_rank_zero:
-            print("the run's images were decoded on a GPU; scored here on those of the CPU, which differ a little")
+            logger.info(
+                "the run's images were decoded on a GPU; scored here on those of the CPU, which differ a little"
+            )
     try:
         index = open_data(config.data, world, logger.info, to_score=True)
         if published:
@@ -157,6 +159,7 @@ def score_all(
     batch = config.train.local_eval_batch_size(world.size)
     flip = config.evaluation.flip if ask.flip is None else ask.flip
     count = config.evaluation.recalibrate_batches if ask.recalibrate is None else ask.recalibrate
+    programs = world.on_rank_zero(program_versions) if folder is not None else {}
     results = []
     for name, network in subject.networks.items():
         with keeping_buffers(network):
@@ -173,6 +176,7 @@ def score_all(
                         "data": [size, resize, data.interpolation, data.loader, data.mean, data.std],
                         "settings": [batch, ask.ten_crop, flip, count, config.train.precision, world.device.type],
                         "labels": positions.tolist(),
+                        "programs": programs,
                     }
                     kept = PartialSums(folder.evaluation, facts, world, f"{name} at {size} pixels")
                 stream = make_eval_stream(index, data, batch, world, ask.ten_crop, labels)

@@ -48,6 +48,17 @@ class EvalPlan:
         rois = np.stack([x0 - wx0, y0 - wy0, x1 - wx0, y1 - wy0], 1)
         return Planned(ids, epochs, windows, rois, np.zeros(len(ids), bool), self.size)
 
+    def with_ids(self, planned: Planned, ids: np.ndarray) -> Planned:
+        """The same crops of other samples."""
+        return self.cut(ids, planned.epochs)
+
+    def substitute(self, sample_id: int, attempt: int) -> int | None:
+        """None: an unreadable sample is left out."""
+        return None
+
+    def prepare_order(self, step: int) -> None:
+        """Nothing: the order is the data set's."""
+
     def local(self, step: int, rank: int = 0, world_size: int = 1) -> Planned:
         """Batch `step` of `rank` of `world_size`; empty when the rank has finished its share."""
         first, last = self.samples * rank // world_size, self.samples * (rank + 1) // world_size

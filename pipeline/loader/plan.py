@@ -64,9 +64,8 @@ class Planned:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def only(self, position: int) -> "Planned":
-        """One sample of the batch, as a batch."""
-        here = slice(position, position + 1)
+    def at(self, here: slice | list[int]) -> "Planned":
+        """The samples at some positions of the batch, as a batch without other augmentations."""
         return Planned(
             self.ids[here], self.epochs[here], self.windows[here], self.rois[here], self.flips[here], self.size
         )

@@ -10,7 +10,6 @@ decoder is given a small JPEG with the part that holds the window (`dataset/shar
 import contextlib
 import errno
 import os
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -26,6 +25,7 @@ from pipeline.dataset.index.index import Split
 from pipeline.dataset.shards.restart import TABLE, Cut, TableError, plan_cut
 from pipeline.errors import TransientError
 from pipeline.limits import SPARE_FILES, open_files_limit
+from pipeline.logs import logger
 
 _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
 _LOCAL_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # this process's limits, not the file's fault
@@ -196,10 +196,11 @@ class Source:
         except (TableError, UnreadableSample) as error:
             if row.shard not in self._without_table:
                 self._without_table.add(row.shard)
-                print(
-                    f"warning: {self.split.shards[row.shard]}: restart table damaged or missing ({error}); its images "
-                    "are read as a whole, which is slower; check the data with: pipeline verify ROOT",
-                    file=sys.stderr,
+                logger.warning(
+                    "%s: restart table damaged or missing (%s); its images are read as a whole, which is slower; check "
+                    "the data with: pipeline verify ROOT",
+                    self.split.shards[row.shard],
+                    error,
                 )
             return None
 

@@ -62,7 +62,7 @@ class EncodedBatch:
         """One sample of the batch, as a batch."""
         here = slice(position, position + 1)
         origins = None if self.origins is None else self.origins[here]
-        return EncodedBatch(self.step, self.planned.only(position), self.data[here], origins)
+        return EncodedBatch(self.step, self.planned.at(here), self.data[here], origins)
 
 
 class UndecodableSample(Exception):
@@ -135,11 +135,12 @@ class Stream:
                 f"({reason}); check the data with: pipeline verify ROOT"
             )
 
-    def _read_substitute(self, sample_id: int) -> tuple[int, np.ndarray]:
-        """The first readable substitute of an unreadable sample, and its bytes."""
-        assert isinstance(self.plan, TrainPlan)
+    def _read_substitute(self, sample_id: int) -> tuple[int, np.ndarray] | None:
+        """The first readable substitute of an unreadable sample, and its bytes; None where it is to be left out."""
         for attempt in range(1000):
             candidate = self.plan.substitute(sample_id, attempt)
+            if candidate is None:
+                return None
             if candidate in self._skip or candidate in self.unreadable:
                 continue
             try:
@@ -163,16 +164,17 @@ class Stream:
             return EncodedBatch(step, planned, list(readable.values()), origins)
         ids = planned.ids.copy()
         origins = None if origins is None else origins.copy()
-        if isinstance(self.plan, EvalPlan):
-            keep = np.array(list(readable), np.int64)
-            origins = None if origins is None else origins[keep]
-            return EncodedBatch(step, self.plan.cut(ids[keep], planned.epochs[keep]), list(readable.values()), origins)
-        for i in range(len(data)):
-            if i not in readable:
-                ids[i], readable[i] = self._read_substitute(int(ids[i]))
+        for i in sorted(set(range(len(data))) - readable.keys()):
+            found = self._read_substitute(int(ids[i]))
+            if found is not None:
+                ids[i], readable[i] = found
                 if origins is not None:
                     origins[i] = 0  # a substitute is read as a whole
-        return EncodedBatch(step, self.plan.with_ids(planned, ids), [readable[i] for i in range(len(data))], origins)
+        kept = sorted(readable)
+        if len(kept) < len(data):
+            ids, planned = ids[kept], planned.at(kept)
+            origins = None if origins is None else origins[kept]
+        return EncodedBatch(step, self.plan.with_ids(planned, ids), [readable[i] for i in kept], origins)
 
     def _read(self, planned: Planned) -> tuple[list[np.ndarray | UnreadableSample], np.ndarray | None]:
         """The bytes of each sample, or an exception; and, where some are parts, their origins (`EncodedBatch`)."""
@@ -185,8 +187,7 @@ class Stream:
 
     def _prepare(self, step: int) -> EncodedBatch:
         planned = self.plan.local(step, self.rank, self.world_size)
-        if isinstance(self.plan, TrainPlan):
-            self.plan.prepare_order(step)
+        self.plan.prepare_order(step)
         data, origins = self._read(planned)
         for i, sample_id in enumerate(planned.ids.tolist()):
             item = data[i]

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from pipeline.logs import command_line_handler, logger
 from pipeline.progress import duration
-from pipeline.redact import redact
 from pipeline.tracking.ledger import scored_images
 from pipeline.tracking.view import View
 
@@ -32,7 +31,7 @@ class Console(View):
     def say(self, text: str) -> None:
         """Log one line, at level INFO."""
         if not self.quiet:
-            logger.info("%s", redact(text))
+            logger.info("%s", text)
 
     def alert(self, text: str) -> None:
         self.warn(text)
@@ -40,7 +39,7 @@ class Console(View):
     def warn(self, text: str) -> None:
         """Log one line, at level WARNING."""
         if not self.quiet:
-            logger.warning("%s", redact(text))
+            logger.warning("%s", text)
 
     def start(self, first_step: int, total_steps: int) -> None:
         """Begin to show steps."""

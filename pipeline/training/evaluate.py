@@ -120,13 +120,18 @@ def predict(network: nn.Module, images: torch.Tensor, ids: torch.Tensor, flip: b
 
 
 class Kept(Protocol):
-    """Partial sums that outlive this process: `pipeline.evaluation.partial_sums`."""
+    """Where an evaluation keeps its sums, so that the next process resumes it; one is
+    `pipeline.evaluation.partial_sums.PartialSums`."""
 
-    def restore(self, sums: Mapping[str, torch.Tensor]) -> tuple[int, dict[int, str]]: ...
+    def restore(self, sums: Mapping[str, torch.Tensor]) -> tuple[int, dict[int, str]]:
+        """Fill `sums` in place with what was kept. Returns the number of batches that are in them, and the images that
+        could not be read (sample id -> reason); 0 and none where nothing was kept."""
 
-    def is_due(self) -> bool: ...
+    def is_due(self) -> bool:
+        """Should `keep` be called after this batch?"""
 
-    def keep(self, done: int, sums: Mapping[str, torch.Tensor], unreadable: Mapping[int, str]) -> None: ...
+    def keep(self, done: int, sums: Mapping[str, torch.Tensor], unreadable: Mapping[int, str]) -> None:
+        """Write the sums of the first `done` batches, and the images of these that could not be read."""
 
 
 def evaluate(

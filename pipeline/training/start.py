@@ -119,7 +119,7 @@ def find_start(
             raise UserError(f"--resume {path}: {error}; give another checkpoint folder, or 'auto'") from error
     if found is None:
         return Start(rollbacks=rollbacks)
-    check_fingerprints(*found, semantic_config(config), index_fingerprint, config.typed)
+    check_fingerprints(*found, semantic_config(config), index_fingerprint, config.given)
     start = Start(*found, rollbacks or rollbacks_of(found[1]), went_back)
     if start.step > last_step:
         raise UserError(

@@ -149,7 +149,7 @@ def _check_same_recipe(run_dir: Path, config: Config, data: dict, checkpoint: tu
         RunFolder(run_dir).check_recipe(config)
         if checkpoint is not None and data["fingerprint"]:
             path = RunPaths(run_dir).checkpoint(checkpoint[0])
-            check_fingerprints(path, read_meta(path), semantic_config(config), data["fingerprint"], config.typed)
+            check_fingerprints(path, read_meta(path), semantic_config(config), data["fingerprint"], config.given)
     except UserError as error:
         return CheckResult(FAIL, "run folder", str(error))
     except DamagedCheckpoint as error:

@@ -39,7 +39,7 @@ class RunFolder(RunPaths):
         begun = self.ledger.exists() or list_checkpoints(self.checkpoints)
         if begun and self.config.exists():
             there = semantic_config(load_config(self.config))
-            compare_semantic_config(there, semantic_config(config), f"run folder {self.path}", config.typed)
+            compare_semantic_config(there, semantic_config(config), f"run folder {self.path}", config.given)
 
     def save_config(self, config: Config) -> None:
         """Write `config.yaml` atomically. What a recipe says of itself may name its source: without credentials.

@@ -1,4 +1,4 @@
-"""Is what is asked for the recipe of the run that is there? A refusal names the options that were typed."""
+"""Is what is asked for the recipe of the run that is there? A refusal names the options that were given."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -9,22 +9,22 @@ from pipeline.config.time import is_time, parse_time
 from pipeline.errors import UserError
 
 #: option -> those whose values follow from it unless they are given themselves
-FOLLOWING = {
+DERIVED = {
     "schedule.epochs": ("schedule.reference_epochs", "schedule.milestones", "schedule.warmup_epochs"),
     "data.image_size": ("data.val_size", "data.val_resize"),
     "data.val_size": ("data.val_resize",),
     "data.val_crop_ratio": ("data.val_resize",),
     "model.name": tuple(f"data.{name}" for name in ("image_size", "val_size", "val_resize")),
 }
-FOLLOWING["schedule.epochs"] += ("schedule.step_every", "data.ramp_epochs")
-FOLLOWING["model.name"] += tuple(f"data.{name}" for name in ("mean", "std", "interpolation"))
+DERIVED["schedule.epochs"] += ("schedule.step_every", "data.ramp_epochs")
+DERIVED["model.name"] += tuple(f"data.{name}" for name in ("mean", "std", "interpolation"))
 
 
 def check_fingerprints(
-    path: Path, meta: dict, identity: dict, index_fingerprint: str, typed: Collection[str] = ()
+    path: Path, meta: dict, identity: dict, index_fingerprint: str, given: Collection[str] = ()
 ) -> None:
     """Raises UserError that names each value in which a checkpoint's recipe or data set differs from the wanted one."""
-    compare_semantic_config(meta.get("semantic_config", {}), identity, f"checkpoint {path}", typed)
+    compare_semantic_config(meta.get("semantic_config", {}), identity, f"checkpoint {path}", given)
     if meta.get("index_fingerprint") != index_fingerprint:
         raise UserError(
             f"checkpoint {path} was trained on another data set: index fingerprint {meta.get('index_fingerprint')}, "
@@ -32,14 +32,14 @@ def check_fingerprints(
         )
 
 
-def compare_semantic_config(there: dict, here: dict, whose: str, typed: Collection[str] = ()) -> None:
+def compare_semantic_config(there: dict, here: dict, whose: str, given: Collection[str] = ()) -> None:
     """Raises UserError that lists the settings of `whose` that differ from the ones asked for. A setting that was not
     known when `whose` was written counts as its default.
 
     Args:
         there, here: settings by dotted name, as `semantic_config` gives them.
         whose: what `there` belongs to, in words.
-        typed: options that the command line gave.
+        given: options that the command line gave.
     """
     defaults = {name: value for name, value in semantic_config(RawConfig().resolve()).items() if name in here}
     there = defaults | rename_flat(there)
@@ -47,8 +47,8 @@ def compare_semantic_config(there: dict, here: dict, whose: str, typed: Collecti
     if not differing:
         return
     says = [
-        f"{'--' * (name in typed)}{name} is {there.get(name)} there and {here.get(name)} here"
-        for name in _told(differing, typed)
+        f"{'--' * (name in given)}{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in _told(differing, given)
     ]
     remedy = "give the same, or another --run_dir (options that docs/resume.md lists may change)"
     if "schedule.epochs" in differing:
@@ -65,12 +65,12 @@ def compare_semantic_config(there: dict, here: dict, whose: str, typed: Collecti
     raise UserError(f"{whose} is of another recipe: {'; '.join(says)}; {remedy}")
 
 
-def _told(differing: list[str], typed: Collection[str]) -> list[str]:
-    """The differing options to name: those that were typed first, and none that only follows from one of these."""
-    named = [name for name in differing if name in typed]
-    sources = [name for name, those in FOLLOWING.items() if name in typed and set(those) & set(differing)]
-    silent = {name for source in sources for name in FOLLOWING[source]}
-    return named + [name for name in differing if name not in typed and name not in silent] or sources
+def _told(differing: list[str], given: Collection[str]) -> list[str]:
+    """The differing options to name: those that were given first, and none that only follows from one of these."""
+    named = [name for name in differing if name in given]
+    sources = [name for name, those in DERIVED.items() if name in given and set(those) & set(differing)]
+    silent = {name for source in sources for name in DERIVED[source]}
+    return named + [name for name in differing if name not in given and name not in silent] or sources
 
 
 def _is_longer(there: object, here: object) -> bool:
