@@ -14,6 +14,7 @@ on_signal() { # $1: its name
     if [[ -n ${STOP_FILE:-} ]]; then
         request_stop "$RENDEZVOUS_ID $1 to the step on $node" || keep_requesting "$RENDEZVOUS_ID $1 to the step on $node" &
     elif [[ -n $launcher ]]; then
+        terminated=yes
         kill -TERM "$launcher" # its ranks keep what they have
     else # nothing has begun
         [[ -z $scratch ]] || rm -rf "$scratch"
@@ -124,7 +125,7 @@ main() { # VERB ...: `pipeline VERB ...`
     mkdir -p "$RUN_DIR/logs"
     log=$RUN_DIR/logs/$SLURM_JOB_ID-$node.log
     exec > >(trap '' TERM USR1 USR2 INT HUP && exec tee -a "$log") 2>&1
-    launcher='' scratch=''
+    launcher='' scratch='' terminated=''
     for signal in TERM USR1 USR2 INT HUP; do
         # shellcheck disable=SC2064
         trap "on_signal SIG$signal" "$signal"
@@ -139,6 +140,9 @@ main() { # VERB ...: `pipeline VERB ...`
     launcher=$!
     await "$launcher"
     code=$?
+    if [[ -n $terminated ]] && ((code == 128 + 15)); then
+        code=$INTERRUPTED # Python was not up yet
+    fi
     if [[ -n $store ]]; then
         await "$store" # the others may go on without this node's launcher
         code=$?

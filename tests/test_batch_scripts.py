@@ -364,11 +364,15 @@ def test_every_signal_to_a_step_becomes_the_stop_file(job, node, name):
     assert not (job.run / "terminated").exists(), log
 
 
-def test_a_signal_to_the_step_of_an_evaluation_goes_to_the_launcher(job, node):
+@pytest.mark.parametrize("up", [True, False])
+def test_a_signal_to_the_step_of_an_evaluation_goes_to_the_launcher(job, node, up):
+    """Also before Python is up and has a handler."""
+    if not up:
+        (job.folder / "python").write_text(PYTHON.replace("trap ", "# trap "))
     process = node()
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=30)
-    assert process.returncode == 75 and (job.run / "terminated").exists() and not (job.run / "stop").exists()
+    assert process.returncode == 75 and (job.run / "terminated").exists() == up and not (job.run / "stop").exists()
     assert (job.run / ".code.7.0").read_text() == "75\n"
 
 

@@ -1,22 +1,27 @@
 """`pipeline launch`: options as torchrun's, exit codes as this project's, one line for each thing that goes wrong."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nvidia_smi
 import pytest
 import runs
 from launching import Job, descendants, kill, rank_pids, training, wait_for
 
+from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
+from pipeline.launch.launcher import Launcher
 from pipeline.launch.options import parse
 from pipeline.launch.program import binding_problem
+from pipeline.launch.workers import Workers
 from pipeline.training.ranks.translate_error import is_gpu_fault
 
 #: a program whose ranks say that they started, and end as they are told: `SECONDS:CODE` of each rank
@@ -131,6 +136,44 @@ def test_workers_that_do_not_save_in_time_are_killed(worker, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert job.wait("a", 30) == 1
         assert len(job.said("did not save within 1 s")) == 1
+
+
+def test_a_signal_before_ranks_are_started(worker, tmp_path, monkeypatch):
+    """While torch is imported, or the nodes gather: none is started."""
+    monkeypatch.setenv("LOGLEVEL", "CRITICAL")
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def parse_later(argv):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return parse(argv)
+
+    monkeypatch.setattr("pipeline.launch.options.parse", parse_later)
+    try:
+        assert main(["launch", str(worker), str(tmp_path), "0:0"]) == EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert starts(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "named"), [("sleep", -signal.SIGKILL, ""), ("exit", 3, "rank 5 .* ended with exit code 3")]
+)
+def test_a_rank_that_the_launcher_kills_is_not_what_failed(ends, code, named):
+    """That is one of another node, or the one that ended before."""
+    command = ["sh", "-c", f'[ "$LOCAL_RANK" = 0 ] || {ends} 3; exec sleep 600']
+    launcher, reports = Launcher(parse(["--no-python", "--nproc-per-node=2", *command]), []), []
+    launcher.link = SimpleNamespace(say=lambda kind, **facts: reports.append(facts))
+    launcher.order = {"round": 1, "first_rank": 4}
+    launcher.workers = Workers(launcher.program, {n: {"LOCAL_RANK": str(n)} for n in range(2)}, launcher.logs)
+    try:
+        if ends == "exit":
+            wait_for(lambda: not alive(launcher.workers.pids[1]))
+        launcher.workers.signal(signal.SIGKILL)
+        wait_for(lambda: [launcher.look(), reports][1])
+    finally:
+        launcher.local.remove()
+    (report,) = reports
+    assert report["exit_code"] == code and re.fullmatch(named, report["failure"])
 
 
 def test_a_killed_launcher_leaves_no_worker(root, tmp_path):

@@ -220,12 +220,13 @@ def test_asked_to_stop_while_nodes_join():
     assert case.it.exit_code == EXIT_INTERRUPTED  # saved, and asked to stop: no further round
 
 
-def test_a_loss_while_all_save_for_a_newcomer():
+@pytest.mark.parametrize("leave", [Case.lose, lambda case, name: case.end(name, EXIT_GPU_FAULT)])
+def test_a_loss_or_a_gpu_fault_while_all_save_for_a_newcomer(leave):
     case = Case("n1", "n2", min_nodes=1, max_nodes=3)
     case.later(6)
     case.join("n3")
     case.later(SETTLE_S)
-    case.lose("n1")
+    leave(case, "n1")
     assert case.sent[-1] == (2, {"do": "stop", "round": 1, "why": "loss"})  # it can't save alone
     case.end("n2", EXIT_RETRY)
     assert case.world() == ["n2", "n3"] and case.it.restarts == 0

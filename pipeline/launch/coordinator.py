@@ -142,6 +142,8 @@ class Coordinator:
         kind = message["say"]
         if kind == "hello":
             self._connections[key].label = message["name"]
+            if message["stop"]:
+                self.membership.ask_to_stop(message["stop"])
             names = ("name", "ranks", "node_rank")
             self.membership.join(Node(key, **{name: message[name] for name in names}))
         elif kind == "beat":

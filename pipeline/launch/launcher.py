@@ -27,7 +27,6 @@ from pipeline.launch.program import logs_of, numa_of, program_of
 from pipeline.launch.store import is_here, open_store
 from pipeline.launch.workers import Workers
 
-SAVE_AND_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = {"loss": 1.0, "failure": 5.0}  # between TERM and KILL; the others take as long as a step and a save
 _SAY_WAITING_S = 5.0
 _REFUSED_S = 2.0  # its machine is there, and the process that decides is not: it does not come back
@@ -38,11 +37,11 @@ class Launcher:
 
     Args:
         options: what was asked for.
+        signals: those that have asked this process to stop; it grows.
     """
 
-    def __init__(self, options: Options):
-        self.options = options
-        self.signals: list[signal.Signals] = []
+    def __init__(self, options: Options, signals: list[signal.Signals]):
+        self.options, self.signals = options, signals
         self.coordinator: Coordinator | None = None
         self.link: Link | None = None
         self.workers: Workers | None = None
@@ -57,9 +56,6 @@ class Launcher:
 
     def run(self) -> int:
         """Returns the job's exit code, the same on every node."""
-        for number in SAVE_AND_STOP:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
-                signal.signal(number, lambda number, _: self.signals.append(signal.Signals(number)))
         try:
             self.host_rendezvous()
             if self.options.serve_store:
@@ -108,7 +104,7 @@ class Launcher:
         hello = {"name": self.name, "ranks": self.options.nproc, "node_rank": self.options.node_rank}
         while True:
             try:
-                self.link = Link(self.host, self.port, hello, timeout_s=SILENT_S)
+                self.link = Link(self.host, self.port, {**hello, "stop": self.stop_reason()}, timeout_s=SILENT_S)
                 return None
             except OSError as error:
                 problem = error.strerror or str(error)
@@ -239,8 +235,7 @@ class Launcher:
         if not self.signals or self.link is None:
             return
         if self.stop_by is None:
-            reason = self.signals[0].name
-            self.link.say("stop", reason=f"{reason} to the launcher on {socket.gethostname()}")
+            self.link.say("stop", reason=self.stop_reason())
             if self.workers is not None:
                 self.workers.signal(signal.SIGTERM)
             self.stop_by = time.monotonic() + self.options.shutdown_timeout_s
@@ -248,6 +243,10 @@ class Launcher:
             say(f"{self.name}: the workers did not save within {self.options.shutdown_timeout_s:.0f} s; killed")
             self.workers.signal(signal.SIGKILL)
             self.stop_by = float("inf")
+
+    def stop_reason(self) -> str:
+        """Who asked this launcher to stop; empty: nobody."""
+        return f"{self.signals[0].name} to the launcher on {socket.gethostname()}" if self.signals else ""
 
     def look(self) -> None:
         """See which workers have ended; report when all have."""
@@ -263,28 +262,29 @@ class Launcher:
             return
         if not self.program.asks_for_signals:  # another program: its end by our request to regroup is no failure
             codes = {r: EXIT_REGROUP if code == -signal.SIGUSR2 else code for r, code in codes.items()}
-        code, rank = _sum_up(codes)
+        stopped = {rank for rank in codes if self.workers.was_stopped(rank)}
+        code, rank = _sum_up(codes, stopped)
         pid = self.workers.pids[rank]
         self.workers.close()
         self.workers = None
-        failure = ""
-        if code not in (EXIT_OK, EXIT_USER, EXIT_INTERRUPTED, EXIT_REGROUP):
+        failure = ""  # a rank that was stopped from here is no cause
+        if code not in (EXIT_OK, EXIT_USER, EXIT_INTERRUPTED, EXIT_REGROUP) and rank not in stopped:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             how += " (perhaps by the kernel, for want of memory)" if code == -signal.SIGKILL else ""
             failure = f"rank {self.order['first_rank'] + rank} ({socket.gethostname()}, pid {pid}) {how}"
         self.link.say("ended", round=self.order["round"], exit_code=code, failure=failure)
 
 
-def _sum_up(codes: dict[int, int]) -> tuple[int, int]:
+def _sum_up(codes: dict[int, int], stopped: set[int]) -> tuple[int, int]:
     """(exit code of the node, local rank that it is of). What the user must mend comes first, then a GPU's fault, then
-    what ended first, but for those that only noticed it."""
+    what ended first, but for those that only noticed it. stopped: ranks that a signal of the launcher ended."""
     for code in (EXIT_USER, EXIT_GPU_FAULT):
         for rank, found in codes.items():
             if found == code:
                 return code, rank
     failed = [(code, rank) for rank, code in codes.items() if code not in (EXIT_OK, EXIT_INTERRUPTED, EXIT_REGROUP)]
     if failed:
-        return failed[0]
+        return min(failed, key=lambda found: found[1] in stopped)
     for code in (EXIT_INTERRUPTED, EXIT_REGROUP):
         if code in codes.values():
             return code, next(rank for rank, found in codes.items() if found == code)

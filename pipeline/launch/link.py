@@ -17,7 +17,7 @@ class Link:
 
     Args:
         host, port: of the coordinator.
-        hello: what this launcher is: name, ranks, address, node_rank.
+        hello: what this launcher is: name, ranks, node_rank; and who asked it to stop.
         timeout_s: for the connection to be made.
 
     Raises OSError where it can't be made.

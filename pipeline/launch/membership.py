@@ -272,8 +272,8 @@ class Membership:
         self.send(node.key, {"do": "end", "exit_code": EXIT_GPU_FAULT})
         if len(self.nodes) < self.limits.min_nodes:
             self.end(EXIT_GPU_FAULT)
-        elif self.phase == "training":
-            self._stop("loss")
+        elif self.phase == "training" or self.why == "regroup":
+            self._stop("loss")  # the others can't go on, nor save, without it
         else:
             self._stopped()
 

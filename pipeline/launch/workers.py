@@ -84,6 +84,7 @@ class Workers:
         for tail in self._context._tail_logs:
             tail.start()
         self.exit_codes: dict[int, int] = {}  # in the order of their ends
+        self._sent: dict[int, set[int]] = {}  # by rank, the signals that it got from here
         self._kill_at: float | None = None
 
     @property
@@ -113,8 +114,13 @@ class Workers:
         """Send a signal to those that run, each with the processes that it has started."""
         for rank, handler in self._context.subprocess_handlers.items():
             if rank not in self.exit_codes:
+                self._sent.setdefault(rank, set()).add(number)
                 with contextlib.suppress(ProcessLookupError):
                     handler.close(number)
+
+    def was_stopped(self, rank: int) -> bool:
+        """Did a signal from here end this worker?"""
+        return -self.exit_codes.get(rank, 0) in self._sent.get(rank, ())
 
     def kill_after(self, seconds: float) -> None:
         """Kill those that still run so many seconds from now."""
