@@ -136,8 +136,36 @@ def test_what_a_shard_holds_besides_is_counted(tmp_path, capsys):
         assert reason in said, said
     (entry,) = read_unreadable(tmp_path / "index")["train"]
     assert entry["file"] == "train-0.tar:d.jpg"
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "damaged: train-0.tar:d.jpg: does not decode" in capsys.readouterr().out
+    shutil.move(tmp_path / "index", tmp_path / "kept")
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "damaged: train-0.tar:d.jpg: does not decode" in capsys.readouterr().out
+    shutil.move(tmp_path / "kept", tmp_path / "index")
     assert main(["pack", str(tmp_path), str(tmp_path / "out"), "--unreadable", "reencode"]) == 0
-    assert len(open_index(tmp_path / "out/index").splits["train"]) == 3
+    train = open_index(tmp_path / "out/index").splits["train"]
+    assert list(train.iter_names()) == ["0/a.jpg", "0/d.jpg", "1/e.jpg"]
+    assert "train-0.tar:d.jpg: re-encoded" in capsys.readouterr().out
+
+
+def test_verify_of_a_changed_tar_goes_by_names(tmp_path, capsys):
+    """A tar that was written again in another order is as good; lost, changed and new members are said."""
+    members = {
+        f"{i}.{kind}": jpeg(i) if kind == "jpg" else str(i % 2).encode() for i in range(6) for kind in ("jpg", "cls")
+    }
+    for split in ("train", "val"):
+        write(tmp_path / f"{split}.tar", make_tar(members))
+    index_of(tmp_path)
+    turned = dict(reversed(members.items()))
+    write(tmp_path / "train.tar", make_tar(turned))
+    assert main(["verify", str(tmp_path)]) == 0
+    del turned["2.jpg"]
+    write(tmp_path / "train.tar", make_tar(turned | {"4.jpg": jpeg(9), "7.jpg": jpeg(7)[:-200], "7.cls": b"1"}))
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path)]) == 2
+    said = capsys.readouterr().out
+    for line in ("missing: 2.jpg", "4.jpg: bytes differ", "train.tar:7.jpg: does not decode"):
+        assert line in said, said
 
 
 def test_a_changed_shard_is_read_again_and_the_others_are_not(tmp_path, monkeypatch):

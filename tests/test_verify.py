@@ -332,6 +332,19 @@ def test_a_report_that_cannot_be_written_is_one_line(whole, capsys):
     assert "can't write" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("inner", ["ILSVRC", "ILSVRC/Data", ".."])
+def test_a_root_one_level_too_high_or_low_is_that_root(root, capsys, inner):
+    assert main(["verify", str(root / inner)]) == 0
+    assert f"{root}: complete and verified: every image that its lists name" in capsys.readouterr().out
+
+
+def test_an_index_of_another_root_is_refused(root, tmp_path, capsys):
+    other = shutil.copytree(root, tmp_path / "other")
+    (next((other / CLS_LOC / "train").glob("*/*.JPEG"))).unlink()
+    assert main(["verify", str(other), "--index", str(root / "index")]) == 2
+    assert f"index {root}/index is of {root}, not of {other}" in capsys.readouterr().err
+
+
 def test_verify_writes_nothing_into_the_root(root):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     verify_root(root)

@@ -75,9 +75,13 @@ def spell_out_restart(argv: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Extra:
-    """An image that the index left out, to be saved as far as it goes. `order` as in `shards.Sample`; `place`: its tar
-    file, offset and bytes, None for a file of its own."""
+    """An image that the index left out, to be saved as far as it goes.
 
+    file: what it is called in lists; name: the same without its tar file; order: as in `shards.Sample`; place: its tar
+    file, offset and bytes, None for a file of its own.
+    """
+
+    file: str
     name: str
     label: int
     order: int
@@ -99,7 +103,7 @@ def list_extras(index: Index, split: str, unreadable: list[dict]) -> list[Extra]
         key = tuple(name.rpartition("/")[::2])
         place = (entry["tar"], entry["offset"], entry["size"]) if "tar" in entry else None
         order = 2 * (int(first) + sum(other < key for other in keys[first:last]))
-        extras.append(Extra(entry["file"], label, order, place))
+        extras.append(Extra(entry["file"], name, label, order, place))
     return extras
 
 

@@ -75,7 +75,7 @@ def _read_extra(index: Index, extra: Extra) -> bytes:
 
 def _save(writer: ShardWriter, index: Index, extra: Extra, is_twin: bool, side: int | None, options: Options) -> None:
     """Add what can be seen of a damaged image, or note that nothing can."""
-    note = {"file": extra.name, "class": index.synsets[extra.label]}
+    note = {"file": extra.file, "class": index.synsets[extra.label]}
     try:
         raw = _read_extra(index, extra)
         data, width, height = reencode(raw, side, options.quality, damaged=True)

@@ -3,7 +3,6 @@
 Two references: the archive's own lists (which images), and the index (which bytes).
 """
 
-import itertools
 import json as json_format
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,84 +12,36 @@ import xxhash
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
-from pipeline.dataset.index.index import Index, has_index, index_folder, is_current, is_sound, open_index
-from pipeline.dataset.index.listing import list_places
-from pipeline.dataset.index.scan import build_index, read_unreadable
-from pipeline.dataset.layouts.find import find_layout
-from pipeline.dataset.verify.check import (
-    MISSING,
-    Finding,
-    Item,
-    NamedSample,
-    check_items,
-    iter_samples,
-    make_item,
-    new_item,
-)
+from pipeline.dataset.index.index import Index, has_index, index_folder, is_sound, open_index
+from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.verify.check import MISSING, Finding, Item, NamedSample, check_items
 from pipeline.dataset.verify.expected import hash_ids, read_expected, train_id
 from pipeline.dataset.verify.report import Report, SplitCounts, judge, show, to_json
+from pipeline.dataset.verify.samples import find_splits, name_samples
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
 
-def find_split_folders(root: Path) -> dict[str, tuple[Path, ...]]:
-    """The folders of the splits that `root` has; unlike for training, one may be enough."""
-    try:
-        return find_layout(root).folders
-    except UserError:
-        base = root / imagenet.CLS_LOC if (root / imagenet.CLS_LOC).is_dir() else root
-        places: dict[str, tuple[Path, ...]] = {
-            split: (base / split,) for split in ("train", "val") if (base / split).is_dir()
-        }
-        if not places:
-            raise
-        return places
-
-
-def open_baseline(root: Path, folder: Path | None = None) -> Index | None:
-    """The index of `root`, in `folder` or `ROOT/index`, its own content checked; None where there is none. UserError
-    where it is damaged."""
+def open_baseline(root: Path, folder: Path | None = None) -> tuple[Path, Index | None]:
+    """The data root that `root` means (see `find_layout`), and its index, in `folder` or by default in one of both, its
+    own content checked; None where there is none. UserError where it is damaged, or of another root."""
     folder = folder or index_folder(root)
     if not has_index(folder):
-        return None
+        root = find_splits(root).root
+        folder = index_folder(root)
+        if not has_index(folder):
+            return root, None
     index = open_index(folder)
     if not is_sound(index):
         raise UserError(f"index {folder} is damaged (its records were changed); remove it, run pipeline index {root}")
-    return index
+    if not _is_same(index.root, root) and not _is_same(index.root, find_splits(root).root):
+        raise UserError(f"index {folder} is of {index.root}, not of {root}; run: pipeline index {root} --out DIR")
+    return index.root, index
 
 
-def _stem(name: str) -> str:
-    return name.rpartition("/")[2].rpartition(".")[0]
-
-
-def _name_samples(root: Path, index: Index | None) -> Iterator[tuple[NamedSample, Item]]:
-    """Every sample that should be looked at, named, and the `check.Item` that says where its bytes are.
-
-    Those of the index; then files of the tree that it does not have: new ones, and those it left out as unreadable.
-    """
-    known: dict[str, set[str]] = {}
-    synsets = index.synsets if index is not None else ()
-    places = {} if index is not None and index.is_packed else find_split_folders(root)
-    current = index is not None and is_current(index, itertools.chain(*places.values()))
-    for name, split in index.splits.items() if index is not None else ():
-        labels = split.records["label"]
-        seen = known.setdefault(name, set())
-        for i, path in iter_samples(split):
-            if not current:
-                seen.add(path)
-            synset = synsets[labels[i]]
-            yield NamedSample(name, path, synset, _stem(path), ""), make_item(split, i, path)
-    for name, place in places.items():
-        if index is not None and current:
-            entries = read_unreadable(index.folder).get(name, [])
-            files = ((entry["file"], entry["class"]) for entry in entries)
-        else:
-            listing = list_places(place, root, empty_ok=True)
-            of_file = zip(listing.names, listing.labels.tolist(), strict=True)
-            files = ((path, listing.classes[label]) for path, label in of_file if path not in known.get(name, ()))
-        for path, synset in files:
-            yield NamedSample(name, path, synset, _stem(path), ""), new_item(root, path)
+def _is_same(one: Path, other: Path) -> bool:
+    return one.is_dir() and one.samefile(other)
 
 
 def _image_id(named: NamedSample) -> str:
@@ -141,7 +92,9 @@ def verify_root(
     root = root.resolve()
     if not root.is_dir():
         raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds train/ and val/")
-    report = Report(root, read_expected(root), open_baseline(root, index))
+    processes = processes or available_cores()
+    root, opened = open_baseline(root, index)
+    report = Report(root, read_expected(root), opened)
     listed = {split: set(hash_ids(report.expected.ids(split)).tolist()) for split in report.expected.counts}
     again = None if before is None else {(named.split, named.stem) for named in before.broken()}
     counts_of: dict[str, SplitCounts] = {}
@@ -170,7 +123,7 @@ def verify_root(
             report.known += finding.kind == "cmyk" and named.stem in imagenet.KNOWN_CMYK
 
     def items() -> Iterator[tuple[NamedSample, Item]]:
-        for named, item in _name_samples(root, report.index):
+        for named, item in name_samples(root, report.index, processes):
             if again is not None and (named.split, named.stem) not in again:
                 take(named, None)
             else:
@@ -178,7 +131,7 @@ def verify_root(
 
     number = sum(map(len, report.index.splits.values())) if report.index else sum(report.expected.counts.values())
     with Progress("Verifying", number if again is None else len(again), "images", quiet=quiet) as progress:
-        findings = check_items(items(), decode, processes or available_cores(), progress.advance)
+        findings = check_items(items(), decode, processes, progress.advance)
         for named, finding in findings:
             take(named, finding)
     if before is not None:
@@ -198,7 +151,7 @@ def repair_root(report: Report, decode: bool, processes: int | None, quiet: bool
     if report.packed and report.index is not None:
         split = report.index.splits
         of = {(name, split[name].name(i)): split[name].path(i).name for name in split for i in range(len(split[name]))}
-        shards = sorted({of.get((named.split, named.name), "?") for named in report.broken()})
+        shards = sorted({of.get((n.split, n.name), n.name.partition(":")[0]) for n in report.broken()})
         remedy = "run the same pack command again" if report.index.is_packed else "get these files again"
         raise UserError(
             f"{report.root} holds shards, which are not repaired one image at a time: remove {', '.join(shards[:5])} "
