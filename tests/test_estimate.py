@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -10,13 +11,11 @@ from torch import nn
 from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.insight.estimate.gpus import find_card
-from pipeline.insight.estimate.memory import MIB, run_memory, step_memory
+from pipeline.insight.estimate.memory import MIB, STATE_COPY, run_memory, step_memory
 from pipeline.insight.estimate.trace import Tracer
+from pipeline.insight.qualify.peers import LECTURE_IMAGES_PER_S, LECTURE_MIB
 from pipeline.model.build import build_model
 from pipeline.training.optim.optimizer import values_per_parameter
-
-#: images at once -> MiB that an RTX A6000 showed (ResNet-152 with convolution biases, fp32)
-MEASURED = {1: 2460, 2: 2638, 36: 8576, 48: 10930, 64: 13854, 80: 18166, 96: 20558, 120: 23884, 128: 25118, 256: 49140}
 
 
 @pytest.fixture
@@ -32,15 +31,17 @@ def estimate(capsys):
 
 def test_the_slides_resnet152(estimate):
     options = ["--model.name", "resnet152", "--train.precision", "fp32", "--conv_bias", "--card", "a6000"]
-    facts = estimate(*options, "--batches", ",".join(map(str, MEASURED)), "--images_per_s", "198")
+    facts = estimate(
+        *options, "--batches", ",".join(map(str, LECTURE_MIB)), "--images_per_s", str(LECTURE_IMAGES_PER_S)
+    )
     assert facts["parameters"] == 60_268_520
     assert facts["weights_mib"] + facts["gradients_mib"] + facts["optimizer_mib"] == pytest.approx(689.71, rel=2e-3)
     assert facts["image_mib"] == pytest.approx(169.5, rel=3e-3)
     assert facts["weights_file_mib"] == pytest.approx(231, rel=5e-3)
     for batch, mib in facts["card_mib_by_batch"].items():
-        assert mib == pytest.approx(MEASURED[int(batch)], rel=0.1), batch
+        assert mib == pytest.approx(LECTURE_MIB[int(batch)], rel=0.1), batch
     assert facts["largest_batch_of_step"] == 256  # the largest of the slides' table, which filled the card
-    assert facts["epoch_s"] == pytest.approx(1_281_167 / 198)
+    assert facts["epoch_s"] == pytest.approx(1_281_167 / LECTURE_IMAGES_PER_S)
     assert facts["roofline_epoch_s"] < facts["epoch_s"]
     assert facts["forward_flops"] == pytest.approx(
         2 * 11.514e9, rel=1e-3
@@ -214,6 +215,13 @@ def test_what_a_run_has_beside_its_step_is_named_and_counts():
     most = alone.most_images(8192)
     assert alone.card_mib(most) <= 0.95 * 8192 < alone.card_mib(most + 1) and most < memory.most_images(8192)
     assert alone.most_images(1000) == 0
+
+
+def test_what_is_assumed_is_marked(capsys):
+    assert main(["estimate", "--model.name", "resnet18", "--data.image_size", "64", "--world_size", "2"]) == 0
+    said = capsys.readouterr().out
+    marked = re.findall(r"^ +[\d,.]+  (.*) \(assumed, not measured\)$", said, re.MULTILINE)
+    assert marked == ["workspaces of cuDNN", "buffers of NCCL", "DALI's pool"] and f"{STATE_COPY}\n" in said
 
 
 def test_time_from_a_run(estimate, tmp_path):

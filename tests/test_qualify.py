@@ -183,7 +183,11 @@ def test_preflight_names_the_node_that_is_slow_or_failed(tmp_path):
     assert result.level == "pass" and "2 nodes" in result.text
     assert "n4 not qualified yet" in qualified.check_qualified([found[0], found[2]], ["n1", "n3", "n4"]).text
     node(tmp_path, "n5", 700.0, "FAIL")
-    result = qualified.check_qualified(qualified.read_qualified(tmp_path), [])
+    found = qualified.read_qualified(tmp_path)
+    assert qualified.check_qualified(found, ["n1", "n3"]).level == "pass"  # others are not the job's
+    alone = qualified.check_qualified(found, ["n3"])
+    assert alone.level == "pass" and alone.text == "n3; there is no other to compare it with"
+    result = qualified.check_qualified(found, [])
     assert result.level == "FAIL" and "n5 failed: GPU 3: bf16 product: 700.0 TFLOP/s" in result.text
     (tmp_path / "n1/qualify.json").write_text("[1]")
     with pytest.raises(UserError, match=r"n1/qualify.json is no result of pipeline qualify"):

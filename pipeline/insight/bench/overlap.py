@@ -54,23 +54,30 @@ def read_spans(path: Path) -> tuple[list[Span], list[Span]]:
     return exchange, computing
 
 
+def measure_overlap(trace: Path) -> dict[str, float]:
+    """{exchange_ms, computing_ms, hidden_share} of the trace of a run with several ranks. Raises UserError."""
+    exchange, computing = read_spans(trace)
+    if not exchange:
+        raise UserError(f"{trace} has no gradient exchange: the run had one rank; give the trace of a run with several")
+    took, hidden = length(exchange), common(exchange, computing)
+    return {"exchange_ms": took / 1e3, "computing_ms": length(computing) / 1e3, "hidden_share": hidden / took}
+
+
 def overlap(trace: str) -> dict:
     """How much of the gradient exchange overlaps with computation.
 
     Args:
         trace: the file that --train.profile_steps wrote, of a run with several ranks.
     """
-    exchange, computing = read_spans(Path(trace).expanduser())
-    if not exchange:
-        raise UserError(f"{trace} has no gradient exchange: the run had one rank; give the trace of a run with several")
-    took, hidden = length(exchange), common(exchange, computing)
+    found = measure_overlap(Path(trace).expanduser())
+    hidden_ms = found["hidden_share"] * found["exchange_ms"]
     print(
         format_rows(
             {
-                "exchange": f"{took / 1e3:10.1f} ms",
-                "computation": f"{length(computing) / 1e3:10.1f} ms",
-                "overlap": f"{hidden / 1e3:10.1f} ms, {100 * hidden / took:.0f} % of the exchange",
+                "exchange": f"{found['exchange_ms']:10.1f} ms",
+                "computation": f"{found['computing_ms']:10.1f} ms",
+                "overlap": f"{hidden_ms:10.1f} ms, {100 * found['hidden_share']:.0f} % of the exchange",
             }
         )
     )
-    return {"exchange_ms": took / 1e3, "computing_ms": length(computing) / 1e3, "hidden_share": hidden / took}
+    return found

@@ -214,7 +214,7 @@ def _flops(value: float) -> str:
 
 def render(facts: dict) -> str:
     """The results as text."""
-    from pipeline.insight.estimate.memory import CONTEXT_MIB, RESERVE, SLACK
+    from pipeline.insight.estimate.memory import CONTEXT_MIB, RESERVE, SLACK, STATE_COPY
 
     layout = ", channels_last" if facts["channels_last"] else ""
     frozen = facts["parameters"] - facts["trained_parameters"]
@@ -235,7 +235,10 @@ def render(facts: dict) -> str:
         f"  {facts['image_mib']:10,.2f}  kept for backward, each image",
         f"  {facts['transient_mib']:10,.2f}  transient, each image",
         f"  {CONTEXT_MIB:10,.2f}  CUDA context and workspaces, and {SLACK:.0%} on all above for the allocator (fitted)",
-        *(f"  {mib:10,.2f}  {name}" for name, mib in facts["beside_mib"].items()),
+        *(
+            f"  {mib:10,.2f}  {name}" + ("" if name == STATE_COPY else " (assumed, not measured)")
+            for name, mib in facts["beside_mib"].items()
+        ),
         "",
         "the step alone",
         "  images at once  " + " ".join(f"{n:>8,}" for n in facts["card_mib_by_batch"]),

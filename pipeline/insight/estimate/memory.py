@@ -13,11 +13,12 @@ CONTEXT_MIB = 1500.0  # the CUDA context, and the libraries' code and workspaces
 SLACK = 0.08  # what the caching allocator holds above what tensors take
 # Both are fitted to ten measurements of one card (RTX A6000, ResNet-152, fp32), which they meet within 8 %.
 RESERVE = 0.05  # of the card, that the largest batch leaves free: for fragmentation, and what a driver takes
-# What a run has beside its step is not measured yet: `pipeline qualify` compares on a card.
+# What a run has beside its step is assumed, not measured: such parts warn, and nothing fails for them.
 NCCL_MIB = 400.0  # of several ranks: 4 MiB a channel and protocol, for up to 32 channels (NCCL_BUFFSIZE), and its own
 CUDNN_MIB = 256.0  # the largest workspace that a convolution's fastest algorithm takes beside the context's share
 GRAPHS = 0.1  # of what a step allocates: replayed graphs share no memory with what runs beside them
 _WINDOW_MIB = 0.33  # of a training image that DALI brings to the GPU: 110,000 pixels at ImageNet's sizes
+STATE_COPY = "copy of the state while a checkpoint is saved"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class StepMemory:
 @dataclass(frozen=True)
 class RunMemory:
     """What a run has on the card beside its step, in MiB by name; `loader_image_mib` for each image of the local batch,
-    `graphs_share` of what a step allocates."""
+    `graphs_share` of what a step allocates. All of it but `STATE_COPY` is assumed."""
 
     step: StepMemory
     parts: dict[str, float]
@@ -96,7 +97,7 @@ def run_memory(step: StepMemory, config: Config, world_size: int) -> RunMemory:
     parts = {"workspaces of cuDNN": CUDNN_MIB}
     if world_size > 1:
         parts["buffers of NCCL"] = NCCL_MIB
-    parts["copy of the state while a checkpoint is saved"] = step.weights_mib + step.optimizer_mib
+    parts[STATE_COPY] = step.weights_mib + step.optimizer_mib
     loader = 0.0
     if config.data.loader != "reference":  # windows, as they are and resized, in each batch that is decoded ahead
         loader = (config.data.prefetch + 1) * (_WINDOW_MIB + 3 * config.data.image_size**2 / MIB)

@@ -209,7 +209,7 @@ def check_wandb(config: Config) -> CheckResult:
 
 
 def check_memory(config: Config, world_size: int, classes: int | None, card_mib: float | None) -> CheckResult:
-    """Does a step fit into the GPU's memory? An estimate."""
+    """Does a step fit into the GPU's memory? An estimate. What is assumed beside the step may warn, not fail."""
     from pipeline.insight.estimate.memory import RESERVE, estimate_step, run_memory
 
     if config.train.device == "cpu":
@@ -221,13 +221,16 @@ def check_memory(config: Config, world_size: int, classes: int | None, card_mib:
         return CheckResult(FAIL, "memory", str(error))
     run = run_memory(step, config, world_size)
     total = run.card_mib(images)
-    text = f"about {total / 1024:.1f} GiB a GPU for {images} images at once (estimated)"
+    text = f"about {step.total_mib / 1024:.1f} GiB a GPU for a step of {images} images at once (estimated), and "
+    text += f"{(total - step.total_mib) / 1024:.1f} beside it (most of it assumed, not measured)"
     if card_mib is None:
         return CheckResult(PASS, "memory", f"{text}; give --gpu_memory to compare")
     text += f", the card has {card_mib / 1024:.1f}"
     fitting = run.most_images(0.9 * card_mib / (1 - RESERVE))
-    remedy = f"give --train.micro_batch_size {fitting}" if fitting > 0 else "the model alone is too large"
-    if total > card_mib:
+    too_large = step.total_mib > card_mib
+    alone = "the model alone is too large" if too_large else "the model alone nearly fills it"
+    remedy = f"give --train.micro_batch_size {fitting}" if fitting > 0 else alone
+    if too_large:
         return CheckResult(FAIL, "memory", f"{text}; {remedy}")
     if total > 0.9 * card_mib:
         return CheckResult(WARN, "memory", f"{text}: tight; {remedy}")

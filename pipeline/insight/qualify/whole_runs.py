@@ -11,7 +11,7 @@ from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.synthetic.generate import Settings as Synthetic
 from pipeline.dataset.synthetic.generate import generate_tree
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_OK
-from pipeline.insight.bench.overlap import common, length, read_spans
+from pipeline.insight.bench.overlap import measure_overlap
 from pipeline.insight.chaos.compare import check_samples, compare_ledgers, compare_weights, rows_of
 from pipeline.insight.qualify.rows import Row, Settings, judged, skipped
 from pipeline.run_paths import RunPaths, list_checkpoints
@@ -63,11 +63,9 @@ def overlap(settings: Settings) -> Iterator[Row]:
         return
     run = _train(settings, _data(settings), "traced", ranks, "--train.profile_steps", "2")
     (trace,) = sorted(RunPaths(run).profile.glob("*.json*"))[:1]
-    exchange, computing = read_spans(trace)
-    took, hidden = length(exchange), common(exchange, computing)
-    yield Row(
-        "exchange of gradients", f"{took / 1e3:,.1f} ms in 2 steps, {hidden / max(took, 1e-9):.0%} beside computing"
-    )
+    found = measure_overlap(trace)
+    value = f"{found['exchange_ms']:,.1f} ms in 2 steps, {found['hidden_share']:.0%} beside computing"
+    yield Row("exchange of gradients", value)
 
 
 def _data(settings: Settings) -> Path:
