@@ -38,7 +38,7 @@ from pipeline.insight.chaos.nodes import (
     prepare,
     ranks_of,
 )
-from pipeline.insight.chaos.tries import lose_nodes
+from pipeline.insight.chaos.tries import count_good, lose_nodes
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.ledger import read_rows
@@ -144,8 +144,11 @@ def elastic(given: argparse.Namespace, cases: list[Case], work: Path) -> dict:
             trials.append(found)
             took[case.name, launcher] = max(took.get((case.name, launcher), 0.0), time.monotonic() - now)
             progress.advance()
+    if not trials:
+        raise SystemExit(f"--minutes {given.minutes:g} is too short for a trial; give more")
     facts = [facts_by_step(work / f"{number}") for number in range(len(trials))]
-    reference = reference_run(work, max(map(len, facts)))
+    longest = max(map(len, facts))
+    reference = reference_run(work, longest) if longest else work
     expected = facts_by_step(reference)
     for number, (found, seen) in enumerate(zip(trials, facts, strict=True)):
         case = next(case for case in cases if case.name == found["case"])
@@ -216,10 +219,9 @@ def main() -> int:
         prepare(work)
         if given.tries:
             result = lose_nodes(work, given.tries, given.load, given.seed, 60 * given.minutes, given.timeout)
-            bad = len(result["problems"])
             print("\n".join(["", *result["problems"]]))
-            print(f"{result['tries'] - bad} of {result['tries']} tries: no split world, no other node lost")
-            good = not bad
+            print(f"{count_good(result)} of {result['tries']} tries: no split world, no other node lost")
+            good = bool(result["tries"]) and not result["problems"]
         else:
             cases = [case for case in CASES if given.only is None or case.name in given.only]
             result = elastic(given, cases, work)

@@ -1,8 +1,14 @@
 """Write the figures of benchmarks/elastic.py into docs/performance.md, from the files that it has written."""
 
 import json
+import math
 import statistics
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.insight.chaos.tries import count_good
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/performance.md"
@@ -29,15 +35,17 @@ def trials_table(made: dict) -> str:
         again = [trial["steps_again"] for trial in good]
         cells.append(" to ".join(map(str, sorted({min(again), max(again)}))) if again else "")
         lines.append(f"| {case} | {launcher} | {' | '.join(cells)} |")
-    loads = [trial["load"] for trial in trials]
+    loads = sorted({f"{trial['load']:.1f}" for trial in trials}, key=float)
+    single = [] if len(loads) > 1 else ["**At a single load: times at others are not known.**"]
     machine = made["machine"]
     same = sum(trial["same_batches_and_rates"] for trial in trials)
     weights = [trial["same_weights"] for trial in trials if "same_weights" in trial]
     lines += [
         "",
+        *single,
         f"`{made['command']}`",
         f"([raw](../benchmarks/{TRIALS.name})). {machine['processor']}, {made['result']['cores']} cores, "
-        f"load {min(loads):.1f} to {max(loads):.1f}, {made['time'][:10]}.",
+        f"load {' to '.join(dict.fromkeys((loads[0], loads[-1])))}, {made['time'][:10]}.",
         "Every step once, with the batches and learning rates of a run without a loss:",
         f"{same} of {len(trials)} trials. With a spare, fp32, also its weights and optimizer",
         f"state, bit for bit: {sum(weights)} of {len(weights)}.",
@@ -49,14 +57,16 @@ def tries_text(made: dict) -> str:
     """How many losses of a busy job went well."""
     result = made["result"]
     seconds = sorted(second for kind in result["seconds"].values() for second in kind)
-    bad, load = len(result["problems"]), made["machine"]["load"][2]
+    if not seconds:
+        raise SystemExit(f"{TRIES}: no try went well, so there is no time to show; measure again")
+    load = made["machine"]["load"][2]
     lines = [
         "",
         f"A busy machine ({made['machine']['cores']} cores, load {load:.0f} over 15 minutes):",
         f"{result['tries']} times a node of a running job was killed, or frozen",
         "until the others trained without it. Nothing but that node was lost,",
-        f"and no second world trained, in {result['tries'] - bad} of them. From the loss to the first new step: median",
-        f"{statistics.median(seconds):.1f} s, at most {seconds[-1]:.1f}.",
+        f"and no second world trained, in {count_good(result)} of them. From the loss to the first new step: median",
+        f"{statistics.median(seconds):.1f} s, at most {math.ceil(10 * seconds[-1]) / 10:.1f}.",
         f"`{made['command']}` ([raw](../benchmarks/{TRIES.name}))",
     ]
     return "\n".join([*lines, *(f"- {problem}" for problem in result["problems"])]) + "\n"

@@ -148,7 +148,9 @@ def test_the_share_of_an_exchange_that_overlaps(tmp_path, capsys):
     trace = tmp_path / "trace.json"
     trace.write_text(json.dumps({"traceEvents": [event(name, "kernel", *at) for name, *at in kernels]}))
     assert main(["bench", "overlap", str(trace), "--json", str(tmp_path / "o.json")]) == 0
-    result = json.loads((tmp_path / "o.json").read_text())["result"]
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert written["command"] == f"python -m pipeline bench overlap {trace}"  # not where the result went
+    result = written["result"]
     assert result == {"exchange_ms": 0.08, "computing_ms": 0.125, "hidden_share": pytest.approx(45 / 80)}
     trace.write_text("{}")
     assert main(["bench", "overlap", str(trace)]) == 2

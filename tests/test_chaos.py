@@ -3,12 +3,14 @@
 import json
 import random
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
 
 from pipeline.__main__ import main
-from pipeline.insight.chaos import compare
+from pipeline.errors import TransientError
+from pipeline.insight.chaos import compare, tries
 from pipeline.insight.chaos.faults import KINDS, MAX_STEPS_APART, PHASES, Fault, Trigger, draw_faults
 
 
@@ -26,6 +28,41 @@ def test_a_phase_that_was_missed_holds_up_no_fault(tmp_path):
     assert not trigger.is_due()
     steps[0] += 1
     assert trigger.is_due() and trigger.fault.phase == "training"
+
+
+class Scripted:
+    """In the place of `Tries`: each start, loss and end takes the next outcome; False: it went wrong."""
+
+    outcomes: ClassVar[list[bool]] = []
+
+    def __init__(self, job, seed):
+        job.log.touch()
+
+    def begin(self, *_):
+        if not self.outcomes.pop(0):
+            raise TransientError("wrong")
+        return 1.5
+
+    lose = end = begin
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "tried", "good", "problems"),
+    [
+        ([True, True, True, True, True], 3, 3, []),
+        ([True, True, False, True, True, True], 3, 2, ["try 2, node frozen: wrong"]),
+        ([True, True, True, True, False], 3, 3, ["end of job 1: wrong"]),
+        ([False, True, True, True, True, True], 3, 3, ["start of job 1: wrong"]),
+        ([False] * 3, 0, 0, [f"start of job {n}: wrong" for n in (1, 2, 3)]),  # not for ever
+    ],
+)
+def test_tries_are_counted(tmp_path, monkeypatch, outcomes, tried, good, problems):
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr(tries, "Tries", Scripted)
+    monkeypatch.setattr(Scripted, "outcomes", outcomes)
+    found = tries.lose_nodes(tmp_path / "work", 3, 0)
+    assert (found["tries"], tries.count_good(found), found["problems"]) == (tried, good, problems)
+    assert not outcomes
 
 
 @pytest.mark.long

@@ -103,6 +103,26 @@ def test_figures_of_losing_nodes_are_those_of_the_committed_files() -> None:
     assert page == made["section"](page), "run: python scripts/make_elastic_table.py"
 
 
+def test_what_the_figures_of_losing_nodes_do_not_show_is_said() -> None:
+    import runpy
+
+    made = runpy.run_path(str(ROOT / "scripts/make_elastic_table.py"))
+    trial = {"case": "2 -> 1", "launcher": "torchrun", "problem": "none", "load": 1.0, "same_batches_and_rates": True}
+    facts = {"command": "c", "time": "2026-01-01", "machine": {"processor": "p", "cores": 2, "load": [1.0, 1.0, 1.0]}}
+
+    def table(*loads: float) -> str:
+        result = {"trials": [{**trial, "load": load} for load in loads], "cores": 2}
+        return made["trials_table"]({**facts, "result": result})
+
+    assert "At a single load" in table(1.0, 1.0) and "load 1.0, 2026" in table(1.0)
+    assert "At a single load" not in table(1.0, 2.0) and "load 1.0 to 2.0, 2026" in table(1.0, 2.0)
+    result = {"tries": 2, "problems": ["a"], "seconds": {"node killed": [3.41], "node frozen": []}}
+    assert "in 1 of them" in made["tries_text"]({**facts, "result": result})
+    assert "at most 3.5." in made["tries_text"]({**facts, "result": result})
+    with pytest.raises(SystemExit, match="no try went well"):
+        made["tries_text"]({**facts, "result": {**result, "seconds": {"node killed": []}}})
+
+
 def test_code_layout_names_what_is_there() -> None:
     """The README's layout lists every folder of the package, and nothing that is not there."""
     layout = (ROOT / "README.md").read_text().split("## Code layout")[1].split("```")[1]

@@ -19,10 +19,11 @@ def default_path(name: str) -> Path:
 
 
 def write_result(path: Path, name: str, command: Sequence[str], result: dict[str, Any]) -> None:
-    """Write the file and print its path. Raises UserError where it can't be written."""
+    """Write the file and print its path. Raises UserError where it can't be written. command: as it was typed; where it
+    wrote this file is left out."""
     contents: dict[str, Any] = {
         "bench": name,
-        "command": shlex.join(command),
+        "command": shlex.join(without_option(command, "--json")),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": describe_machine(),
         **{key: result[key] for key in ("images_per_s", "world_size") if key in result},  # for preflight
@@ -34,3 +35,12 @@ def write_result(path: Path, name: str, command: Sequence[str], result: dict[str
     except OSError as error:
         raise UserError(f"--json {path} can't be written ({error.strerror}); give another file") from error
     print(f"\n{path}", flush=True)
+
+
+def without_option(command: Sequence[str], name: str) -> list[str]:
+    """A command without `name VALUE` and `name=VALUE`."""
+    return [
+        item
+        for before, item in zip(["", *command], command, strict=False)
+        if name not in (before, item) and not item.startswith(f"{name}=")
+    ]

@@ -20,6 +20,7 @@ from pipeline.progress import Progress
 
 KINDS = ("node killed", "launcher killed", "node frozen")
 MOST = 3  # nodes that train together
+_FAILED_STARTS = 3  # of jobs, one after the other: no more are started
 _LOST = ("was lost in round", ", a spare, was lost")
 
 
@@ -63,9 +64,15 @@ class Tries:
         Raises TransientError where more than that node was lost, or two worlds train.
         """
         job = self.job
-        job.wait_for(lambda: self._training() > 1, "world of two ranks or more")
+        members: list[subprocess.Popen] = []
+
+        def trains() -> bool:
+            members[:] = [node for node in job.nodes if ranks_of(node)]
+            return len(members) > 1 and self._training() > 1
+
+        job.wait_for(trains, "world of two ranks or more")
         time.sleep(self.random.uniform(0, 1))  # any moment, also one at which the job grows
-        victim = self.random.choice([node for node in job.nodes if ranks_of(node)] or job.nodes)
+        victim = self.random.choice([node for node in job.nodes if ranks_of(node)] or members)
         starts = len(job.starts())
         self.losses += 1
         frozen = [victim.pid, *descendants(victim.pid)] if kind == "node frozen" else []
@@ -118,26 +125,37 @@ def lose_nodes(
     """So many tries, with as many busy processes beside them; fewer where `limit_s` is over.
 
     Returns counts, the problems in words, the seconds of each good try, by kind. A problem ends its job, and a
-    new one is started. work: made by `nodes.prepare`.
+    new one is started, unless several could not be started. work: made by `nodes.prepare`.
     """
     problems: list[str] = []
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    done = jobs = 0
+    done = jobs = failed_starts = 0
     until = time.monotonic() + limit_s
     with Burners(load), Progress("bench elastic", tries, "tries") as progress:
-        while done < tries and time.monotonic() < until:
+        while done < tries and time.monotonic() < until and failed_starts < _FAILED_STARTS:
             jobs += 1
+            failed_starts += 1
+            what = f"start of job {jobs}"
             with NodeJob(work, f"tries-{jobs}", f"1:{MOST}", timeout_s=timeout_s) as job:
                 series = Tries(job, seed + jobs)
                 try:
                     series.begin()
+                    failed_starts = 0
                     while done < tries and time.monotonic() < until:
                         done += 1
                         kind = KINDS[done % len(KINDS)]
+                        what = f"try {done}, {kind}"
                         seconds[kind].append(round(series.lose(kind), 2))
                         progress.advance()
+                    what = f"end of job {jobs}"
                     series.end()
                 except TransientError as error:
-                    problems.append(f"try {done}, {KINDS[done % len(KINDS)]}: {error}")
+                    problems.append(f"{what}: {error}")
                     (work.parent / f"{work.name}-problem-{len(problems)}.log").write_bytes(job.log.read_bytes())
     return {"tries": done, "jobs": jobs, "load": load, "problems": problems, "seconds": seconds}
+
+
+def count_good(result: dict) -> int:
+    """Of what `lose_nodes` returns: the tries in which nothing but the node was lost. Problems at a job's start or end
+    are of no try."""
+    return sum(map(len, result["seconds"].values()))
