@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.insight.bench.loops import make_data
+from pipeline.insight.bench.results import default_path, write_result
 
 
 def start(run: Path, data: Path, model: str, *options: str) -> float:
@@ -47,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What the second start of a compiled run saves.")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the result; default: runs/bench")
     options = parser.parse_args()
     seen: dict[str, list[float]] = {"not compiled": [], "first start": [], "second start": []}
     with tempfile.TemporaryDirectory() as temporary:
@@ -67,8 +68,7 @@ def main() -> None:
         "second_over_first_compiling": round(extra["second start"] / extra["first start"], 3),
     }
     print(json.dumps(result, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.json or default_path("compile_cache"), "compile_cache", ["python", *sys.argv], result)
 
 
 if __name__ == "__main__":

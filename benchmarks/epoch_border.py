@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.insight.bench.loops import bench_config
+from pipeline.insight.bench.results import default_path, write_result
 from pipeline.loader.build import make_train_plan
 from pipeline.loader.plan import ORDER_AHEAD_STEPS
 from pipeline.training import loop
@@ -83,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The training loop over an epoch's border.")
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the result; default: runs/bench")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         config = bench_config(Path(temporary), "resnet18", 32, 8, "fp32", eval_every_epochs=1e6, device="cpu")
@@ -106,8 +108,7 @@ def main() -> None:
         "border_in_steps": {name: {"median": statistics.median(v), "all": v} for name, v in found.items()},
     }
     print(json.dumps(result, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.json or default_path("epoch_border"), "epoch_border", ["python", *sys.argv], result)
 
 
 if __name__ == "__main__":

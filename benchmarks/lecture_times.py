@@ -8,7 +8,6 @@ percent and is left out.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path.insert(0, str(HOME))
 import torch  # noqa: E402
 
 from pipeline.config import parse_config  # noqa: E402
-from pipeline.insight.bench.machine import describe_machine  # noqa: E402
+from pipeline.insight.bench.results import default_path, write_result  # noqa: E402
 from pipeline.loader.stream import Batch  # noqa: E402
 from pipeline.model.build import build_model  # noqa: E402
 from pipeline.training.ranks.world import World  # noqa: E402
@@ -65,15 +64,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the result; default: runs/bench")
     given = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     for name in given.recipes:
         found[name] = measure(name, given.steps)
         print(f"{name}: {found[name]['hours']} h", flush=True)
-    if given.json:
-        given.json.write_text(json.dumps({"machine": describe_machine(), "recipes": found}, indent=1) + "\n")
+    path = given.json or default_path("lecture_times")
+    write_result(path, "lecture_times", ["python", *sys.argv], {"recipes": found})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Shards with restart markers against the originals and other loaders: CPU time, bytes read, and what packing costs.
 
     python benchmarks/restart.py FOLDER [--images 300] [--rounds 5]
-    python benchmarks/restart.py --table RESULT.json        its table for docs/performance.md
+    python benchmarks/restart.py --table RESULT.json        its tables for docs/performance.md
 
 FOLDER: JPEGs, in any folders below it. Some are packed as a tree, as shards, and as shards with a marker about every 8,
 every 4 and every MCU, below --work. Then all loaders take turns, a process each; the ratios are found round by round.
@@ -17,7 +17,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,31 +156,54 @@ def candidates(roots: dict[str, Path], split: str, common: dict[str, int], threa
     return own + loaders.other_candidates(theirs)
 
 
-def goals(result: dict[str, Any]) -> dict[str, tuple[float, float, bool]]:
-    """What was to be reached: goal, what was found at the best interval, and whether it was."""
-    names = [name_of(n) for n in INTERVALS]
+def goals(result: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Interval -> what was to be reached: the goal, and what was found and whether it was reached; or why it is not
+    known, where a loader did not run."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    asked = {name: one["warm"]["asked"] for name, one in result["reading"].items()}
 
-    def ratio(split: str, other: str) -> float:
-        found = result["splits"][split]["cpu_ratios"]
-        return max(found[f"{other} / {name}"]["median"] for name in names)
+    def ratio(split: str, other: str) -> float | str:
+        seen = result["splits"][split]
+        spread = seen["cpu_ratios"].get(f"{other} / {name}")
+        return float(spread["median"]) if spread else f"{other}: {why_missing(seen['measured'], other, name)}"
 
-    def least(of: Callable[[str], float]) -> float:
-        return min(map(of, names))
+    for name in map(name_of, INTERVALS):
+        values: dict[str, tuple[float, float | str]] = {
+            f"training, {STRONGEST} / restart": (1.6, ratio("train", STRONGEST)),
+            "training, originals / restart": (1.25, ratio("train", ORIGINALS)),
+            "validation, originals / restart": (1.15, ratio("val", ORIGINALS)),
+            f"validation, {STRONGEST} / restart": (1.15, ratio("val", STRONGEST)),
+            "bytes read, restart / originals": (0.75, asked[name] / asked[ORIGINALS]),
+            "packing, CPU ms": (8.0, result["packing"][name]["cpu_ms"]),
+            "cut, CPU us": (25.0, result["cut_us"][name]["median"]),
+        }
+        found[name] = {}
+        for what, (goal, value) in values.items():
+            if isinstance(value, str):
+                found[name][what] = {"goal": goal, "missing": value}
+            else:
+                reached = value <= goal if what in AT_MOST else value >= goal
+                found[name][what] = {"goal": goal, "found": round(value, 3), "reached": reached}
+    return found
 
-    asked = {name: result["reading"][name]["warm"]["asked"] for name in result["reading"]}
-    at_least = {
-        f"training, {STRONGEST} / restart": (1.6, ratio("train", STRONGEST)),
-        "training, originals / restart": (1.25, ratio("train", ORIGINALS)),
-        "validation, originals / restart": (1.15, ratio("val", ORIGINALS)),
-        f"validation, {STRONGEST} / restart": (1.15, ratio("val", STRONGEST)),
-    }
-    at_most = {
-        "bytes read, restart / originals": (0.75, least(lambda name: asked[name] / asked[ORIGINALS])),
-        "packing, CPU ms": (8.0, least(lambda name: result["packing"][name]["cpu_ms"])),
-        "cut, CPU us": (25.0, least(lambda name: result["cut_us"][name]["median"])),
-    }
-    found = {name: (goal, value, value >= goal) for name, (goal, value) in at_least.items()}
-    return found | {name: (goal, value, value <= goal) for name, (goal, value) in at_most.items()}
+
+def goals_table(result: dict[str, Any]) -> str:
+    """A row for each goal, in Markdown, and a column for each interval."""
+    found = goals(result)
+    lines = [f"| goal | to reach | {' | '.join(found)} |", "|---|---|" + "---|" * len(found)]
+    for what, one in next(iter(found.values())).items():
+        cells = []
+        for row in (goals_of[what] for goals_of in found.values()):
+            text = row.get("missing") or f"{row['found']:.2f}" + ("" if row["reached"] else ", not reached")
+            cells.append(text)
+        bound = "at most" if what in AT_MOST else "at least"
+        lines.append(f"| {what} | {bound} {one['goal']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def why_missing(measured: dict[str, dict], *names: str) -> str:
+    """Why there is no ratio of these loaders."""
+    return next((measured[name]["unavailable"] for name in names if "unavailable" in measured[name]), "not measured")
 
 
 NEEDS = {
@@ -202,6 +224,7 @@ TITLES = {
     "ffcv": "FFCV",
 }
 BASELINE = name_of(4)
+AT_MOST = ("bytes read, restart / originals", "packing, CPU ms", "cut, CPU us")  # the other goals: at least
 
 
 def table(result: dict[str, Any]) -> str:
@@ -215,7 +238,7 @@ def table(result: dict[str, Any]) -> str:
             if name == BASELINE:
                 cells.append("1")
             elif ratio is None:
-                cells.append("not installed")
+                cells.append(why_missing(found["measured"], name, BASELINE))
             else:
                 cells.append(f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
         lines.append(f"| {TITLES.get(name, name)} | {NEEDS[name]} | {' | '.join(cells)} |")
@@ -225,7 +248,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="a folder with JPEGs in it or below")
-    parser.add_argument("--table", type=Path, help="print the table of a result instead of measuring")
+    parser.add_argument("--table", type=Path, help="print the tables of a result instead of measuring")
     parser.add_argument("--images", type=int, default=300, help="images that are taken, and read a round")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
     parser.add_argument("--batch_size", type=int, default=50, help="images a batch")
@@ -235,7 +258,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
     if options.table:
-        print(table(json.loads(options.table.read_text())["result"]))
+        result = json.loads(options.table.read_text())["result"]
+        print(f"{table(result)}\n\n{goals_table(result)}")
         return
     if options.folder is None:
         parser.error("give a folder with JPEGs")
@@ -243,7 +267,7 @@ def main() -> None:
     common = {"size": options.size, "batch": options.batch_size, "images": options.images}
     with tempfile.TemporaryDirectory(prefix="bench-restart-", dir=options.work) as work:
         roots, packing = make_roots(options.folder, options.images, Path(work))
-        result: dict[str, Any] = {"threads": threads, **common, "rounds": options.rounds, "packing": packing}
+        result = {"threads": threads, **common, "rounds": options.rounds, "packing": packing}
         sizes = common["size"], common["batch"]
         result["reading"] = {name: measure_reading(root, *sizes) for name, root in roots.items()}
         result["cut_us"] = {name_of(n): measure_cut(roots[name_of(n)], *sizes) for n in INTERVALS}
@@ -256,10 +280,8 @@ def main() -> None:
     for name, found in result["reading"].items():
         cold, warm = found["cold"], found["warm"]
         print(f"  {name:<18} {warm['asked']:>8,} {cold['from_disk']:>8,} {cold['wall_us']:8.0f} {warm['cpu_us']:8.0f}")
-    result["goals"] = {}
-    for name, (goal, value, reached) in goals(result).items():
-        result["goals"][name] = {"goal": goal, "found": round(value, 3), "reached": reached}
-        print(f"{name}: {value:.2f} (goal {goal:g}{'' if reached else ', not reached'})")
+    result["goals"] = goals(result)
+    print(f"\n{goals_table(result)}")
     write_result(options.json or default_path("restart"), "restart", ["python", *sys.argv], result)
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -177,3 +178,22 @@ def test_the_scripts_beside_the_package_start(script):
     path = Path(__file__).parent.parent / "benchmarks" / script
     done = subprocess.run([sys.executable, path, "--help"], env=runs.environment(), capture_output=True, text=True)
     assert done.returncode == 0 and f"python benchmarks/{script}" in done.stdout, done.stderr
+
+
+def test_goals_of_restart_markers_are_judged_by_interval_and_a_missing_loader_is_named():
+    home = Path(__file__).parent.parent
+    made = runpy.run_path(str(home / "benchmarks/restart.py"))
+    result = json.loads((home / "benchmarks/restart.json").read_text())["result"]
+    page = (home / "docs/performance.md").read_text()
+    assert made["table"](result) in page and made["goals_table"](result) in page  # restart.py --table restart.json
+    assert result["goals"] == made["goals"](result)
+    what = "validation, torchvision.io / restart"
+    reached = {name: goals[what]["reached"] for name, goals in result["goals"].items()}
+    assert reached == {"ours, restart ~8": False, "ours, restart ~4": False, "ours, restart 1": True}
+    val = result["splits"]["val"]
+    val["measured"]["torchvision.io"] = {"unavailable": "no libjpeg"}
+    val["cpu_ratios"] = {name: one for name, one in val["cpu_ratios"].items() if "torchvision.io" not in name}
+    assert made["goals"](result)["ours, restart ~8"][what] == {"goal": 1.15, "missing": "torchvision.io: no libjpeg"}
+    row = next(line for line in made["table"](result).splitlines() if line.startswith("| torchvision.io"))
+    assert row.endswith("| no libjpeg |")
+    assert "| torchvision.io: no libjpeg |" in made["goals_table"](result)
