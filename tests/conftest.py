@@ -1,6 +1,8 @@
 """Data that many tests share: made once a session, never changed by a test (copy it first)."""
 
+import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if f"tests/{item.path.name}::{item.nodeid.partition('[')[0].partition('::')[2]}" in MEDIUM:
             item.add_marker(pytest.mark.medium)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> Iterator[object]:
+    """The folders that a fixture of a module or class made are removed with it, unless a test failed: pytest keeps them
+    to the end of the session, some 10 GB in all."""
+    if fixturedef.scope not in ("module", "class"):
+        return (yield)
+    base = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    made: set[Path] = set()
+
+    def remove() -> None:
+        if not request.session.testsfailed:
+            for path in made:
+                path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+
+    fixturedef.addfinalizer(remove)  # added first, it runs after the fixture's own end
+    before = set(base.iterdir())
+    try:
+        return (yield)
+    finally:
+        made.update(set(base.iterdir()) - before)
 
 
 SYNTHETIC = Settings(classes=4, train_per_class=24, val_per_class=6, size=96, oddities=10)
