@@ -347,7 +347,7 @@ def test_what_no_decoder_takes_is_named_by_its_step_and_position():
 
 
 def test_another_jpeg_library_than_pils_is_not_used(monkeypatch):
-    from pipeline.loader import parts
+    from pipeline.loader.decode import parts
 
     assert parts.decodes_as_pil()
     monkeypatch.setattr(parts, "_decode_jpeg", lambda data: torch.zeros((40, 56, 3), dtype=torch.uint8))
