@@ -99,16 +99,15 @@ class Cut(NamedTuple):
         if len(data) != self.size:
             raise TableError(f"has {len(data):,} bytes of {self.size:,} in its shard")
         ends, (first, last), view = self.ends, (self.columns.start, self.columns.stop), memoryview(data)
-        row_stops = ends[:, -1]
-        row_starts = np.zeros_like(row_stops)
-        row_starts[1:] = row_stops[:-1]
-        rows = [view[a:b] for a, b in zip(row_starts.tolist(), row_stops.tolist(), strict=True)]
-        digests = [digest & _MASK for digest in map(xxhash.xxh3_64_intdigest, rows)]
-        if digests != self.checksums.tolist():
+        row_stops = ends[:, -1].tolist()
+        row_starts = [0, *row_stops[:-1]]
+        rows = [view[a:b] for a, b in zip(row_starts, row_stops)]  # noqa: B905 - of one length, here and below: quicker
+        if [digest & _MASK for digest in map(xxhash.xxh3_64_intdigest, rows)] != self.checksums.tolist():
             raise TableError("its bytes have changed since it was packed")
-        starts, stops = (ends[:, first - 1] if first else row_starts), ends[:, last - 1]
+        starts = ends[:, first - 1] if first else np.array(row_starts)
+        stops = ends[:, last - 1]
         if last - first != ends.shape[1]:
-            rows = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+            rows = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist())]  # noqa: B905
         made = bytearray().join((self.header, *rows))
         struct.pack_into(">HH", made, self.sof, self.height, self.width)
         shifts = (stops - starts).cumsum() - stops + (len(self.header) - 1)
