@@ -74,6 +74,11 @@ VERBS = {
     ),
     "status": ("pipeline.insight.status.cli", "main", "how a run stands, also while it runs"),
     "report": ("pipeline.insight.report.cli", "main", "a run, or several, as one page with its curves and pictures"),
+    "audit": (
+        "pipeline.insight.audit",
+        "main",
+        "did a run see what recipe and seed say? Every batch's digest computed again; or runs compared",
+    ),
     "resend": ("pipeline.tracking.resend", "main", "a run's whole history to W&B, from its metrics.jsonl"),
     "chaos": ("pipeline.insight.chaos.cli", "main", "kill a small training job at random moments: is anything lost?"),
     "bench": (

@@ -74,6 +74,15 @@ def call(*arguments, expect: int = 0, **options) -> str:
     return printed.getvalue()
 
 
+def capture(argv: list[str], expect: int = 0) -> str:
+    """What a command prints inside this process; its exit code must be `expect`."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main(argv)
+    assert code == expect, f"exit code {code}\n{printed.getvalue()[-4000:]}"
+    return printed.getvalue()
+
+
 def rows(run_dir: Path, kind: str) -> list[dict]:
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []

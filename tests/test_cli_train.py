@@ -144,6 +144,10 @@ def test_an_image_truncated_after_indexing_is_substituted(root, tmp_path):
     digests = [[row["batch_digest"] for row in runs.rows(run, "train")] for run in (whole, cut)]
     assert digests[0] == digests[1]
     assert verify_checkpoint(runs.checkpoint_at(cut, 12))["blacklist"] == blacklist
+    (event,) = [row for row in runs.rows(whole, "event") if row["event"] == "training_unreadable"]
+    assert event["sample"] == 7 and path.name in event["file"] and [7, event["step"]] in blacklist
+    audited = runs.capture(["audit", str(whole), str(cut)])
+    assert "substitutes for unreadable images" in audited and "the same batches, steps 1 to 12" in audited
 
 
 def test_a_loss_that_is_no_number_stops_and_saves_nothing(root, tmp_path):

@@ -19,6 +19,8 @@ from typing import Any
 
 from pipeline.files import atomic_write
 
+TRAINING_UNREADABLE = "training_unreadable"  #: the event of a training image that is replaced from now on
+
 
 def read_rows(path: Path, size: int | None = None) -> Iterator[dict]:
     """The rows of a ledger, or of its first `size` bytes; a last line that was cut by a crash is left out."""

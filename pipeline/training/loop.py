@@ -11,6 +11,7 @@ from pipeline.errors import EXIT_OK, EXIT_REGROUP
 from pipeline.loader.build import make_eval_stream, make_train_stream
 from pipeline.loader.prefetch import DigestsAhead, OngoingBatches
 from pipeline.loader.stream import Stream
+from pipeline.tracking.ledger import TRAINING_UNREADABLE
 from pipeline.training.evaluate import Evaluation, score_recalibrated, share_buffers
 from pipeline.training.guard import Guard
 from pipeline.training.profile import Profiler
@@ -184,6 +185,8 @@ class Trainer:
                     self.blacklist[sample] = stats.step
                     name = self.train_stream.source.describe(sample)
                     self.console.say(f"unreadable from now on: {name}; substituted")
+                    if self.recorder:
+                        self.recorder.event(TRAINING_UNREADABLE, stats.step, file=name, sample=sample)
             self.stopping |= stats.vote >= Vote.REGROUP
             self.regrouping |= stats.vote == Vote.REGROUP
             self.save_requested |= stats.vote == Vote.SAVE

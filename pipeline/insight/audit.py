@@ -1,0 +1,208 @@
+"""The verb `audit`: did a run train on the batches that its recipe, its seed and its data set say?
+
+The ledger has a digest of every global batch: samples in order, crops, flips, and all that was drawn for it. A batch is
+a function of recipe, seed and index alone, so its digest can be computed again: later, by another person, on another
+machine, without a GPU and without reading an image. Several runs are compared with each other as well.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.command import make_parser, summary
+from pipeline.config import load_config
+from pipeline.dataset.index.index import Index, locate_index, open_index
+from pipeline.errors import EXIT_OK, EXIT_USER, UserError
+from pipeline.insight.runs import expand
+from pipeline.loader.build import make_train_plan
+from pipeline.loader.plan import TrainPlan
+from pipeline.progress import Progress
+from pipeline.run_paths import META, RunPaths, list_checkpoints
+from pipeline.tracking.ledger import TRAINING_UNREADABLE, read_rows
+
+
+@dataclass
+class Audit:
+    """What was found of one run.
+
+    first, last: steps of the ledger. images: of all its batches. checked: batches computed again; replaced: those of
+    them in which a substitute stands for an unreadable image. problems: in words, none where all is as it should be.
+    """
+
+    run: str
+    first: int
+    last: int
+    images: int
+    checked: int = 0
+    replaced: int = 0
+    problems: tuple[str, ...] = ()
+
+
+class Replaced:
+    """The training images that could not be read, by the step in which that was found (steps done)."""
+
+    def __init__(self, found: dict[int, int]):
+        self.found = found
+
+    def ids(self, plan: TrainPlan, planned: np.ndarray, known: set[int]) -> np.ndarray:
+        """The planned ids, int64 [B], with the substitutes of those that are in `known`."""
+        ids = planned.copy()
+        for i, sample in enumerate(planned.tolist()):
+            attempt = 0
+            while sample in known and ids[i] in known:
+                ids[i] = plan.substitute(sample, attempt)
+                attempt += 1
+        return ids
+
+    def until(self, step: int) -> set[int]:
+        return {sample for sample, found in self.found.items() if found <= step}
+
+
+def check_step(plan: TrainPlan, step: int, digest: str, replaced: Replaced) -> bool | None:
+    """Is `digest` that of the batch of `step` (steps done)? None: it is, with substitutes for unreadable images."""
+    planned, *_ = plan.samples_at(step - 1, 0, plan.global_batch_size)
+    if plan.digest(step - 1, planned) == digest:
+        return True
+    for known in (set(replaced.found), replaced.until(step)):
+        ids = replaced.ids(plan, planned, known)
+        if not np.array_equal(ids, planned) and plan.digest(step - 1, ids) == digest:
+            return None
+    return False
+
+
+def audit_run(folder: Path, index: Index | None, plan: TrainPlan, rows: list[dict], meta: dict, every: int) -> Audit:
+    """Compute every `every`-th batch of a run again. rows: of its ledger; meta: of its newest checkpoint."""
+    train = [row for row in rows if row.get("kind") == "train"]
+    events = [row for row in rows if row.get("kind") == "event"]
+    steps = [row["step"] for row in train]
+    found = Audit(str(folder), steps[0], steps[-1], len(steps) * plan.global_batch_size)
+    problems = []
+    if steps != list(range(steps[0], steps[0] + len(steps))):
+        problems.append("the ledger's steps have gaps or repeats")
+    fingerprint = meta.get("index_fingerprint")
+    if index is not None and fingerprint not in (None, index.fingerprint):
+        problems.append(f"the index {index.fingerprint} is not the run's ({fingerprint}); give the run's --data_root")
+    plan.reshuffle([row["to"] for row in events if row.get("event") == "rolled_back" and row["reshuffle"]])
+    unreadable = {row["sample"]: row["step"] for row in events if row.get("event") == TRAINING_UNREADABLE}
+    replaced = Replaced(dict(meta.get("blacklist", [])) | unreadable)
+    differing = []
+    if not problems:
+        with Progress(folder.name, len(train[::every]), "batches") as progress:
+            for row in train[::every]:
+                same = check_step(plan, row["step"], row["batch_digest"], replaced)
+                found.replaced += same is None
+                if same is False:
+                    differing.append(row["step"])
+                progress.advance()
+        found.checked = len(train[::every])
+    if differing:
+        problems.append(
+            f"{len(differing):,} of {found.checked:,} batches are others than recipe, seed and index say, "
+            f"the first at step {differing[0]:,}"
+        )
+    found.problems = tuple(problems)
+    return found
+
+
+def compare(one: Path, other: Path, rows: dict[Path, list[dict]]) -> tuple[str, bool]:
+    """In words: did two runs see the same batches in the steps that both have? And: did they?"""
+    digests = [
+        {row["step"]: row["batch_digest"] for row in rows[run] if row.get("kind") == "train"} for run in (one, other)
+    ]
+    common = sorted(digests[0].keys() & digests[1].keys())
+    pair = f"{one.name} and {other.name}"
+    if not common:
+        return f"{pair}: no step in common", False
+    differing = [step for step in common if digests[0][step] != digests[1][step]]
+    where = f"steps {common[0]:,} to {common[-1]:,}"
+    if not differing:
+        return f"{pair}: the same batches, {where}", True
+    return f"{pair}: {len(differing):,} of {len(common):,} batches differ, the first at step {differing[0]:,}", False
+
+
+def _read(folder: Path) -> list[dict]:
+    paths = RunPaths(folder)
+    rows = list(read_rows(paths.ledger)) if paths.ledger.exists() else []
+    if not any(row.get("kind") == "train" for row in rows):
+        raise UserError(f"{folder} has no training step in its ledger yet ({paths.ledger.name})")
+    return rows
+
+
+def _newest_meta(paths: RunPaths) -> dict:
+    for _, folder in list_checkpoints(paths.checkpoints):
+        try:
+            meta = json.loads((folder / META).read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(meta, dict):
+            return meta
+    return {}
+
+
+def in_words(found: Audit) -> Iterable[str]:
+    """What was found of a run, in lines."""
+    yield f"{found.run}: steps {found.first:,} to {found.last:,}, {found.images:,} images"
+    if not found.problems:
+        part = "every batch" if found.checked == found.last - found.first + 1 else f"{found.checked:,} batches"
+        yield f"  {part}: as recipe, seed and index say (digests computed again)"
+    if found.replaced:
+        yield f"  {found.replaced:,} of them with substitutes for unreadable images"
+    for problem in found.problems:
+        yield f"  WRONG: {problem}"
+
+
+def audit(
+    runs: list[str],
+    data_root: str | None = None,
+    index: str | None = None,
+    every: int = 1,
+    json_file: str | None = None,
+) -> int:
+    """Compute the digest of every batch of a run again, and compare the batches of several runs.
+
+    Needs the index of the run's data set, and no image. Exit code 0 where every batch is as recipe, seed and index say,
+    and where several runs saw the same batches; else 2.
+
+    Args:
+        runs: run folders, or folders of runs; each is checked, and compared with the first one.
+        data_root: the data set, where it has moved.
+        index: the folder of its index; default: the run's, or DATA_ROOT/index.
+        every: check each n-th batch only.
+        json: also write what was found into this file.
+    """
+    if every < 1:
+        raise UserError(f"--every {every}: give 1 or more")
+    folders = expand(runs)
+    rows = {folder: _read(folder) for folder in folders}
+    found = []
+    for folder in folders:
+        paths = RunPaths(folder)
+        config = load_config(paths.config)
+        data_index = open_index(locate_index(config.data, data_root, index))
+        plan = make_train_plan(data_index, config.data, config.train, config.augment)
+        found.append(audit_run(folder, data_index, plan, rows[folder], _newest_meta(paths), every))
+        print("\n".join(in_words(found[-1])), flush=True)
+    pairs = [compare(folders[0], other, rows) for other in folders[1:]]
+    for line, _ in pairs:
+        print(line)
+    good = not any(item.problems for item in found) and all(same for _, same in pairs)
+    if json_file:
+        result = {"good": good, "runs": [asdict(item) for item in found], "compared": [line for line, _ in pairs]}
+        Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
+    return EXIT_OK if good else EXIT_USER
+
+
+def main(argv: list[str]) -> int:
+    parser = make_parser("pipeline audit", summary(audit), "RUN [RUN ...] [options]")
+    parser.add_argument("runs", nargs="+", help="run folders, or folders of runs; compared with the first one")
+    parser.add_argument("--data_root", type=str, default=None, help="the data set, where it has moved")
+    parser.add_argument(
+        "--index", type=str, default=None, help="the folder of its index; default: the run's, or DATA_ROOT/index"
+    )
+    parser.add_argument("--every", type=int, default=1, help="check each n-th batch only")
+    parser.add_argument("--json", type=str, default=None, help="also write what was found into this file")
+    options = parser.parse_args(argv)
+    return audit(options.runs, options.data_root, options.index, options.every, options.json)

@@ -1,0 +1,83 @@
+"""`pipeline audit`: the digests of a ledger computed again, and the batches of several runs compared."""
+
+import json
+import shutil
+
+import pytest
+import runs
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """A run of 8 steps with mixing and erasing, resumed once."""
+    run = tmp_path_factory.mktemp("audited") / "run"
+    drawn = ("--augment.mixup", "0.2", "--augment.random_erase", "0.5")
+    runs.call(root, run, *drawn, "--train.max_steps", "5")
+    runs.call(root, run, *drawn, "--train.max_steps", "8")
+    return run
+
+
+def edit(run, step, **fields):
+    """Change fields of a step's row of the ledger."""
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "train" and row["step"] == step:
+            row.update(fields)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_every_batch_of_a_run_is_as_its_recipe_says(finished, tmp_path):
+    output = runs.capture(["audit", str(finished), "--json", str(tmp_path / "found.json")])
+    assert "steps 1 to 8" in output and "every batch" in output and "WRONG" not in output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["good"] and found["runs"][0]["checked"] == 8
+
+
+@pytest.mark.parametrize(("every", "expect"), [("1", 2), ("3", 2), ("4", 0)])
+def test_a_row_that_was_changed_is_found(finished, tmp_path, every, expect):
+    """Step 7 has the digest of another batch; every fourth batch are steps 1 and 5."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    edit(run, 7, batch_digest=runs.rows(run, "train")[0]["batch_digest"])
+    output = runs.capture(["audit", str(run), "--every", every], expect)
+    assert ("first at step 7" in output) == (expect == 2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("seed: 0", "seed: 1"), ("mixup: 0.2", "mixup: 0.3"), ("random_erase: 0.5", "random_erase: 0.4")],
+)
+def test_a_recipe_that_was_changed_is_found(finished, tmp_path, setting, value):
+    run = shutil.copytree(finished, tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    assert setting in text
+    (run / "config.yaml").write_text(text.replace(setting, value))
+    assert "WRONG" in runs.capture(["audit", str(run)], expect=2)
+
+
+def test_runs_are_compared_with_the_first_one(finished, root, tmp_path):
+    other = tmp_path / "other"
+    runs.call(root, other, "--train.seed", "1", "--train.max_steps", "2")
+    same = shutil.copytree(finished, tmp_path / "same")
+    assert "run and same: the same batches, steps 1 to 8" in runs.capture(["audit", str(finished), str(same)])
+    output = runs.capture(["audit", str(finished), str(other)], expect=2)
+    assert "2 of 2 batches differ, the first at step 1" in output and output.count("as recipe, seed and index say") == 2
+
+
+def test_another_data_set_is_named(finished, tmp_path):
+    data = tmp_path / "data"
+    runs.capture(
+        ["synth", str(data), "--classes", "4", "--train-per-class", "8", "--val-per-class", "2", "--size", "64"]
+    )
+    runs.capture(["index", str(data)])
+    output = runs.capture(["audit", str(finished), "--data_root", str(data)], expect=2)
+    assert "is not the run's" in output and "--data_root" in output
+
+
+def test_a_gap_is_named_and_a_run_without_steps_refused(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if '"step": 4,' not in line))
+    assert "gaps or repeats" in runs.capture(["audit", str(run)], expect=2)
+    (run / "metrics.jsonl").unlink()
+    assert "no training step" in runs.capture(["audit", str(run)], expect=2)
