@@ -69,6 +69,12 @@ def test_the_launchers_exit_codes(job, code, phase, requeued):
     assert (ended.code, job.file("requeued")) == ((0, "7\n") if requeued else (code, "")), ended.log
 
 
+def test_options_of_a_step_are_not_those_of_the_next(job):
+    ended = job.source("srun() { echo $*; }; STEP_OPTIONS=(--no-kill); run_step 1 one; run_step 1 two; trap - EXIT")
+    one, two = (line for line in ended.log.splitlines() if "--ntasks" in line)
+    assert "--no-kill" in one and "--no-kill" not in two and two.endswith("two")
+
+
 def test_sruns_code_is_not_taken_for_the_launchers(job):
     """With a node lost on the way srun's exit code is that of the lost task."""
     ended = job.source('echo 75 >"$RUN_DIR/.code.$ATTEMPT"; STOP_FILE=$RUN_DIR/stop phase=training; leave 137')

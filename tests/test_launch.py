@@ -277,6 +277,49 @@ def test_signals_are_held_back_from_those_alone_that_ask_for_them(tmp_path, asks
     assert ("SIGTERM" in done.stdout, "SIGUSR2" in done.stdout) == (asks, asks), done.stderr
 
 
+FORK_AGAIN = """
+import os, signal, time
+from multiprocessing import forkserver
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from pipeline.launch import workers
+
+def run():
+    program, logs = workers.Program("", (), "shows_threads"), DefaultLogsSpecs(os.devnull)
+    at_work = workers.Workers(program, {0: {}}, logs, numa=1)
+    while not at_work.poll():
+        time.sleep(0.01)
+    at_work.close()
+    assert at_work.exit_codes == {0: 0}
+
+if __name__ == "__main__":
+    workers.PRELOADED[:] = ["shows_start"]
+    workers.warm_up()
+    run()
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    os.waitid(os.P_PID, forkserver._forkserver._forkserver_pid, os.WEXITED | os.WNOWAIT)
+    run()
+"""
+
+
+def test_ranks_are_forked_again_after_the_process_to_fork_from_has_died(tmp_path):
+    """From one that is like the first: with several threads it could not be forked. A rank has as many threads as cores
+    that it is bound to."""
+    (tmp_path / "shows_start.py").write_text(
+        "import os\nfrom torch.numa import binding\n"
+        "print('begun with', os.environ.get('OMP_NUM_THREADS'), flush=True)\n"
+        "binding._maybe_apply_numa_binding_to_current_process = lambda **_: os.sched_setaffinity(\n"
+        "    0, list(os.sched_getaffinity(0))[:1])\n"
+    )
+    (tmp_path / "shows_threads.py").write_text(
+        "import os, torch\nprint('rank with', torch.get_num_threads(), os.environ.get('OMP_NUM_THREADS'), flush=True)"
+    )
+    (tmp_path / "again.py").write_text(FORK_AGAIN)
+    environment = {name: value for name, value in runs.environment().items() if not name.endswith("_NUM_THREADS")}
+    environment["PYTHONPATH"] = f"{tmp_path}:{Path.cwd()}"
+    done = subprocess.run([sys.executable, "again.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["begun with 1", "rank with 1 None"] * 2, done.stderr
+
+
 def state(pid: int, name: str) -> str:
     """A line of /proc/PID/status; empty where the process has ended."""
     try:

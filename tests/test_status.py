@@ -1,5 +1,6 @@
 """How a run stands, read from its folder: every state that an operator meets."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.config import RawConfig, TrainConfig, to_yaml
-from pipeline.insight.status.cli import render
+from pipeline.insight.status.cli import render, render_list
 from pipeline.insight.status.run_state import read_events_and_evals, read_state, read_tail
 from pipeline.progress import duration
 
@@ -93,6 +94,19 @@ def test_changes_of_the_world_size(run):
         append(run, {"kind": "event", "event": "resumed", "step": step, "world_size": step % 3 + 1, "host": "n1"})
     last = next(line for line in render(read_state(run, NOW), None).splitlines() if line.startswith("processes"))
     assert last.startswith("processes   ..., ") and last.endswith("1 from step 2,007") and last.count("from step") == 6
+
+
+def test_the_columns_of_a_list_are_below_each_other(run):
+    train(run, 1, 10)
+    one = read_state(run, NOW)
+    other = dataclasses.replace(one, state="interrupted by a signal", step=449_100, last_step=450_360, detail="n1")
+    head, *lines = render_list([one, other], best_first=False).splitlines()
+    for name in ("state", "step"):
+        assert all(line[head.index(name) - 2 : head.index(name)] == "  " for line in lines)
+    assert lines[0][head.index("step") :].startswith("10 of 40 ")
+    assert lines[1][head.index("step") :].startswith("449,100 of 450,360  ")
+    ends = head.index("images/s") + len("images/s")
+    assert all(line[:ends].endswith("  64") for line in lines)
 
 
 def test_evaluating_until_the_scores_are_there(run):

@@ -9,7 +9,6 @@ import yaml
 from pipeline.command import run_command
 
 NOT_IMAGENET = ("cifar10-", "smoke")  # prefixes of names
-LISTED = ("published", "goal", "measured", "differs", "missing")  # of what a recipe says of itself
 
 
 def recipes(card: str | None = None) -> None:

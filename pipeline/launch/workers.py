@@ -136,14 +136,15 @@ class Workers:
 # --- the warm path
 
 
+PRELOADED = ["pipeline.launch.preload"]  # by the process that workers are forked from
 #: Libraries start as many threads when they are imported. A process with threads can't be forked safely.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def warm_up() -> None:
-    """Start the process that workers are forked from; it imports in the background."""
+    """Start the process that workers are forked from, if there is none; it imports in the background."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.launch.preload"])
+    context.set_forkserver_preload(PRELOADED)
     given = {name: os.environ[name] for name in _THREADS if name in os.environ}
     os.environ.update(dict.fromkeys(_THREADS, "1"))
     try:
@@ -197,6 +198,8 @@ class _WarmContext(SubprocessContext):
     program: Program
 
     def _start(self) -> None:
+        with contextlib.suppress(OSError):
+            warm_up()  # again, where the process to fork from has died since
         context = multiprocessing.get_context("forkserver")
         threads = {name: os.environ[name] for name in _THREADS if name in os.environ}
         for rank in range(self.nprocs):
@@ -236,12 +239,12 @@ def _run_forked(
     _show_command([program.entrypoint, *program.arguments])
     _redirect(sys.stdout, stdout)
     _redirect(sys.stderr, stderr)
-    _use_threads({name: env[name] for name in _THREADS if name in env})
     os.environ.update(env)
     if numa is not None:
         from torch.numa.binding import _maybe_apply_numa_binding_to_current_process
 
         _maybe_apply_numa_binding_to_current_process(device_index=local_rank, numa_options=numa)
+    _use_threads({name: env[name] for name in _THREADS if name in env})  # of the cores that it is bound to
     assert program.module is not None
     sys.argv = [program.module, *program.argv]
     code: Any = 0

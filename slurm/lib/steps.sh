@@ -4,11 +4,12 @@
 STEP_OPTIONS=() # of the next step
 
 run_step() { # COUNT COMMAND ...: on so many nodes, once on each, at the same time
-    local nodes=$1 code
+    local nodes=$1 code options=("${STEP_OPTIONS[@]}")
     shift
+    STEP_OPTIONS=()
     [[ -z $stop_reason ]] || return 1
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=0 --overlap --export=ALL \
-        "${STEP_OPTIONS[@]}" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$@" &
+        "${options[@]}" "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$@" &
     step_pid=$!
     await "$step_pid"
     code=$?

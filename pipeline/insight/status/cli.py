@@ -79,23 +79,29 @@ def render(state: RunState, slurm: dict[str, str] | None) -> str:
     return "\n".join(f"{name:<11} {value}" for name, value in rows)
 
 
-def one_line(state: RunState, width: int) -> str:
-    """A run as a line of a list. width: of the column of names."""
-    done = "" if state.last_step is None else f" of {state.last_step:,}"
+COLUMNS = {"run": "<", "state": "<", "step": "<", "best top-1": ">", "images/s": ">", "time left": ">", "": "<"}
+
+
+def cells(state: RunState) -> list[str]:
+    """A run in the columns of a list."""
+    step = f"{state.step:,}" if state.last_step is None else f"{state.step:,} of {state.last_step:,}"
     best = "?" if state.best_top1 is None else f"{state.best_top1:.2f} %"
     speed = "?" if state.images_per_s is None else f"{state.images_per_s:,.0f}"
     left = "" if state.state in ENDED else duration(state.left_s)
-    columns = [f"{state.run:<{width}}", f"{state.state:<10}", f"{state.step:,}{done:<10}", f"{best:>8}"]
-    return "  ".join([*columns, f"{speed:>8}", f"{left:>9}", state.detail]).rstrip()
+    return [state.run, state.state, step, best, speed, left, state.detail]
 
 
 def render_list(states: list[RunState], best_first: bool) -> str:
     """Several runs, a line each."""
     if best_first:
         states = sorted(states, key=lambda state: -1.0 if state.best_top1 is None else state.best_top1, reverse=True)
-    width = max(len("run"), *(len(state.run) for state in states))
-    head = f"{'run':<{width}}  {'state':<10}  step        best top-1  images/s  time left"
-    return "\n".join([head, *(one_line(state, width) for state in states)])
+    rows = [list(COLUMNS), *map(cells, states)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    layout = list(zip(COLUMNS.values(), widths, strict=True))
+    lines = (
+        "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, layout, strict=True)) for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def status(runs: list[str], watch: bool = False, json: bool = False, sort: Literal["given", "best"] = "given") -> int:
