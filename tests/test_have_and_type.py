@@ -6,6 +6,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from object_store import server  # noqa: F401 - a fixture
+from parquet_sets import parquet  # noqa: F401 - a fixture
 from test_layouts import (
     SYNSETS,
     expected,  # noqa: F401 - a fixture
@@ -19,8 +21,6 @@ from test_layouts import (
     val_images,
     write,
 )
-from test_parquet import parquet  # noqa: F401 - a fixture
-from test_stage_remote import server  # noqa: F401 - a fixture
 from test_tar_layouts import TIMM, write_shards
 
 from pipeline.__main__ import main

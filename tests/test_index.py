@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.__main__ import main
 from pipeline.dataset import lock
-from pipeline.dataset.index import decode, listing, scan
+from pipeline.dataset.index import decode, listing, scan, scan_split
 from pipeline.dataset.index.index import RECORD, compute_fingerprint, open_index
 from pipeline.dataset.index.scan import build_index, read_unreadable
 from pipeline.dataset.index.write import write_index
@@ -203,14 +203,14 @@ def test_second_run_neither_walks_nor_opens_an_image(pets, monkeypatch):
         raise AssertionError("walked or decoded again")
 
     monkeypatch.setattr(listing._Walk, "read", never)
-    monkeypatch.setattr(scan, "inspect_all", never)
+    monkeypatch.setattr(scan_split, "inspect_all", never)
     assert build_index(pets).fingerprint == first.fingerprint
 
 
 def test_rebuild_reads_only_what_changed(pets, monkeypatch):
     build_index(pets)
-    read, inspect_all = [], scan.inspect_all
-    monkeypatch.setattr(scan, "inspect_all", lambda paths: read.extend(paths) or inspect_all(paths))
+    read, inspect_all = [], scan_split.inspect_all
+    monkeypatch.setattr(scan_split, "inspect_all", lambda paths: read.extend(paths) or inspect_all(paths))
     make_folder(pets, {"train/cat": ["new.png"]})
     (pets / "train/dog/9.png").unlink()
     index = build_index(pets)
@@ -368,10 +368,10 @@ scan.ScanJournal.add = add
 """
     run_killed(tmp_path / "set", patch)
     run_killed(tmp_path / "set", patch)
-    read, inspect_all = [], scan.inspect_all
-    monkeypatch.setattr(scan, "inspect_all", lambda paths: read.extend(paths) or inspect_all(paths))
+    read, inspect_all = [], scan_split.inspect_all
+    monkeypatch.setattr(scan_split, "inspect_all", lambda paths: read.extend(paths) or inspect_all(paths))
     index = build_index(tmp_path / "set", processes=1)
-    assert len(read) == 160 + 4 - 2 * scan.CHUNK
+    assert len(read) == 160 + 4 - 2 * scan_split.CHUNK
     assert len(index.splits["train"]) == 158
     assert len(read_unreadable(index.folder)["train"]) == 2
     assert not (index.folder / scan.JOURNAL).exists()
@@ -379,7 +379,7 @@ scan.ScanJournal.add = add
 
 
 def test_two_at_once_scan_the_tree_once(pets, monkeypatch, capsys):
-    read, inspect_all, inside, go = [], scan.inspect_all, threading.Event(), threading.Event()
+    read, inspect_all, inside, go = [], scan_split.inspect_all, threading.Event(), threading.Event()
 
     def slowly(paths):
         read.extend(paths)
@@ -387,7 +387,7 @@ def test_two_at_once_scan_the_tree_once(pets, monkeypatch, capsys):
         assert go.wait(60)
         return inspect_all(paths)
 
-    monkeypatch.setattr(scan, "inspect_all", slowly)
+    monkeypatch.setattr(scan_split, "inspect_all", slowly)
     real_flock = lock.fcntl.flock
 
     def flock(file, how):

@@ -190,14 +190,19 @@ def test_index_counts_with_the_cores_of_the_quota(groups, tmp_path, monkeypatch)
     """A container with two cores of 64 starts two processes, not 64."""
     from test_index import make_folder
 
-    from pipeline.dataset.index import scan
+    from pipeline.dataset.index import scan_split
 
     groups("0::/job\n", V2, job__cpu_DOT_max="200000 100000")
     root = make_folder(tmp_path / "set", {f"{split}/a": ["1.png"] for split in ("train", "val")})
     asked = []
-    monkeypatch.setattr(scan, "SMALL", 0)
-    real = scan.map_in_order
-    monkeypatch.setattr(scan, "map_in_order", lambda f, tasks, processes: asked.append(processes) or real(f, tasks, 1))
+    monkeypatch.setattr(scan_split, "SMALL", 0)
+    real = scan_split.map_in_order
+
+    def spy(function, tasks, processes):
+        asked.append(processes)
+        return real(function, tasks, 1)
+
+    monkeypatch.setattr(scan_split, "map_in_order", spy)
     build_index(root)
     assert set(asked) == {2}
 

@@ -1,127 +1,251 @@
 """Hugging Face parquet files into shards: the bytes that the same images in folders give; resumed, refused."""
 
-import json
 import os
-import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from test_layouts import SYNSETS, expected, jpeg  # noqa: F401 - a fixture
-from test_tar_layouts import NUMBER, samples
+from parquet_sets import parquet, write_table  # noqa: F401 - a fixture
+from test_layouts import SYNSETS, expected, jpeg, sorted_tree, write  # noqa: F401 - a fixture
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.scan import read_unreadable
+from pipeline.dataset.shards import parquet as packing
+from pipeline.dataset.shards import parquet_scan
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
+CUT = jpeg(5)[:-200]
 
 
-def write_table(path: Path, rows: list[tuple[str | None, bytes, int]], names: tuple = (), group: int = 2) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    image = pa.array([{"bytes": data, "path": name} for name, data, _ in rows], kind)
-    table = pa.table({"image": image, "label": pa.array([label for _, _, label in rows], pa.int64())})
-    about = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
-    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), path, row_group_size=group)
+def pack(source: Path, dest: Path, *argv: str) -> int:
+    return main(["pack", str(source), str(dest), "--processes", "1", *argv])
 
 
-@pytest.fixture
-def parquet(tmp_path) -> Path:
-    """As `ILSVRC/imagenet-1k` lies: `data/train-00000-of-00002.parquet`, words as names of the classes, a test split
-    without labels."""
-    root = tmp_path / "hf"
-    words = tuple(f"words of {synset}, and more" for synset in sorted(SYNSETS.values()))
-    for split, name in (("train", "train"), ("val", "validation")):
-        rows = [
-            (f"{key}_{synset}.JPEG" if split == "val" else f"{key}.JPEG", data, NUMBER[synset])
-            for key, synset, data in samples(split)
-        ]
-        half = len(rows) // 2
-        write_table(root / f"data/{name}-00000-of-00002.parquet", rows[:half], words)
-        write_table(root / f"data/{name}-00001-of-00002.parquet", rows[half:], words)
-    write_table(root / "data/test-00000-of-00001.parquet", [(None, jpeg(1), -1)], words)
-    return root
+def made_by(folder: Path) -> dict[str, bytes]:
+    """The shards and their tables."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".tar", ".restart")}
+    assert found
+    return found
 
 
-def test_the_shards_are_those_of_the_tree(tmp_path, parquet, expected, capsys):  # noqa: F811
-    packed = tmp_path / "packed"
-    command = ["pack", str(parquet), str(packed)]
-    assert main(["index", str(parquet)]) == 2
-    assert "pipeline pack" in capsys.readouterr().err
-    assert main(command) == 0
+def assert_same(packed: Path, tree: Path) -> None:
+    assert made_by(packed) == made_by(tree)
+    ours, theirs = open_index(packed / "index"), open_index(tree / "index")
+    assert ours.fingerprint == theirs.fingerprint and not (packed / ".packing").exists()
+    assert not list(packed.glob(".*.tmp"))
+    for split, of_tree in theirs.splits.items():
+        assert list(ours.splits[split].iter_names()) == list(of_tree.iter_names())
+
+
+@pytest.mark.parametrize("argv", [[], ["--short-side", "16"], ["--restart", "4"], ["--unreadable", "reencode"]])
+def test_the_shards_are_those_of_the_tree(tmp_path, parquet, expected, capsys, argv):  # noqa: F811
+    if "--restart" in argv and shutil.which("jpegtran") is None:
+        pytest.skip("jpegtran is not installed")
+    packed, tree = tmp_path / "packed", tmp_path / "expected"
+    blob = tmp_path / "blobs/0a1b"  # as the hub's cache keeps files
+    blob.parent.mkdir()
+    link = shutil.move(parquet / "data/train-00001-of-00002.parquet", blob)
+    (parquet / "data/train-00001-of-00002.parquet").symlink_to(link)
+    if "reencode" in argv:
+        for name in ("n01440764_9", "n01440764_99"):
+            write(tree / f"train/n01440764/{name}.JPEG", CUT)
+        rows = [(f"n01440764_{i}_n01440764.JPEG", CUT, 0) for i in (9, 99)]
+        write_table(parquet / "data/train-00002-of-00003.parquet", rows)
+    assert pack(tree, tmp_path / "tree", *argv) == 0
+    processes = () if argv else ("--processes", "2")
+    assert pack(parquet, packed, *argv, *processes) == 0
+    assert_same(packed, tmp_path / "tree")
     index = open_index(packed / "index")
-    assert index.synsets == tuple(sorted(SYNSETS.values()))
-    assert [len(split) for split in index.splits.values()] == [9, 6]
-    assert main(["pack", str(tmp_path / "expected"), str(tmp_path / "tree")]) == 0
-    train = (tmp_path / "tree/train-000000.tar").read_bytes()
-    assert (packed / "train-000000.tar").read_bytes() == train
-    assert (
-        open_index(tmp_path / "tree/index").splits["train"].records["digest"].tolist()
-        == index.splits["train"].records["digest"].tolist()
-    )
-    assert index.fingerprint == expected
+    assert index.synsets == tuple(sorted(SYNSETS.values())) and index.words[0] == "words of n01440764, and more"
+    if not argv:
+        assert index.fingerprint == expected
+    if "reencode" in argv:
+        done = [note["done"] for note in read_unreadable(packed)["train"]]
+        assert done == ["re-encoded"] * 2
     assert main(["verify", str(packed)]) == 0
-    assert not (packed / ".packing").exists()
     before = (packed / "train-000000.tar").stat().st_mtime_ns
+    capsys.readouterr()
+    assert pack(parquet, packed, *argv) == 0
+    assert (packed / "train-000000.tar").stat().st_mtime_ns == before and not capsys.readouterr().err
+    (packed / "val-000000.tar").unlink()
+    assert pack(parquet, packed, *argv) == 0
+    assert_same(packed, tmp_path / "tree")
+
+
+def test_parts_and_an_index_elsewhere(tmp_path, parquet, expected):  # noqa: F811
+    packed, learned = tmp_path / "packed", tmp_path / "learned"
+    command = ["pack", str(parquet), str(packed), "--index", str(learned), "--processes", "1"]
+    for part in ("2/2", "1/2"):
+        assert main([*command, "--part", part]) == 0
+        assert not (packed / "index").exists()
     assert main(command) == 0
-    assert (packed / "train-000000.tar").stat().st_mtime_ns == before
+    assert open_index(packed / "index").fingerprint == open_index(learned).fingerprint == expected
 
 
-def test_a_killed_pack_goes_on(tmp_path):
-    random.seed(0)
+def test_a_source_that_has_changed_is_told_by_its_whole_path(tmp_path, capsys):
+    """Both splits have a file of the same name; the later one is no other source's."""
+    for split in ("train", "validation"):
+        write_table(tmp_path / f"hf/{split}/0000.parquet", [(f"{i}.jpg", jpeg(i), i % 2) for i in range(4)])
+    command = ["pack", str(tmp_path / "hf"), str(tmp_path / "out"), "--processes", "1"]
+    assert main(command) == 0
+    write_table(tmp_path / "hf/train/0000.parquet", [(f"{i}.jpg", jpeg(i), i % 2) for i in range(5)])
+    assert main(command) == 2
+    assert "was packed with source" in capsys.readouterr().err
+
+
+DYING = """
+import os, signal, sys
+from pipeline.__main__ import main
+from pipeline.dataset.index import scan_journal
+from pipeline.dataset.shards import parquet
+
+def dying(real, left=[int(sys.argv[2])]):
+    def call(*args):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+    return call
+
+if sys.argv[1] == "scan":
+    scan_journal.ScanJournal.add = dying(scan_journal.ScanJournal.add)
+else:
+    parquet.write_in_place = dying(parquet.write_in_place)
+main(sys.argv[3:])
+"""
+
+
+def test_a_killed_pack_goes_on(tmp_path, monkeypatch):
     for split in ("train", "test"):
-        write_table(tmp_path / f"hf/{split}.parquet", [(None, jpeg(i), i % 3) for i in range(600)], group=10)
+        rows = [(None, jpeg(i), i % 3) for i in range(30)]
+        write_table(tmp_path / f"hf/{split}.parquet", rows, group=5)
     packed = tmp_path / "packed"
-    command = [sys.executable, "-m", "pipeline", "pack", str(tmp_path / "hf"), str(packed), "--processes", "1"]
-    journal = packed / ".packing/source/scan.journal"
-    for ready in (lambda: journal.exists() and journal.stat().st_size > 0, lambda: list(packed.glob(".*.tmp"))):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 90
-        while not ready() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)  # polls a condition
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert main(command[3:]) == 0
+    command = ["pack", str(tmp_path / "hf"), str(packed), "--processes", "1"]
+    for when, number in (("scan", "3"), ("write", "13")):
+        killed = subprocess.run([sys.executable, "-c", DYING, when, number, *command], stderr=subprocess.DEVNULL)
+        assert killed.returncode == -signal.SIGKILL
+        assert not (packed / "train-000000.tar").exists()
+        if when == "scan":
+            journal = packed / ".packing/source/scan.journal"
+            assert len(journal.read_text().splitlines()) == 10
+    with (packed / ".val-000000.tar.tmp").open("r+b") as file:
+        file.seek(700)
+        file.write(b"damaged")
+    looked, written = [], []
+    real_look, real_write = parquet_scan._look_at, packing.write_in_place
+    monkeypatch.setattr(parquet_scan, "_look_at", lambda places: looked.extend(places) or real_look(places))
+    monkeypatch.setattr(packing, "write_in_place", lambda *args: written.append(args) or real_write(*args))
+    assert main(command) == 0
+    assert not looked and len(written) == 60 - 12 + 1
     again = tmp_path / "again"
-    assert main(["pack", str(tmp_path / "hf"), str(again)]) == 0
-    for path in again.glob("*.tar"):
-        assert (packed / path.name).read_bytes() == path.read_bytes()
+    assert pack(tmp_path / "hf", again) == 0
+    assert_same(packed, again)
     assert open_index(again / "index").synsets == ("0", "1", "2")
 
 
-def test_names_of_classes_where_no_synset_is_told(tmp_path):
-    for split in ("train", "valid"):
-        rows = [(None, jpeg(i), i % 2) for i in range(4)]
-        write_table(tmp_path / f"hf/{split}/0000.parquet", rows, ("dog", "cat"))
-    assert main(["pack", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
+@pytest.mark.parametrize("of_val", [("dog", "cat"), ("cat", "dog")])
+def test_names_of_classes_where_no_synset_is_told(tmp_path, of_val):
+    """Files whose lists of classes are in another order are joined by the names."""
+    for split, names in (("train", ("dog", "cat")), ("valid", of_val)):
+        rows = [(None, jpeg(i), names.index(("dog", "cat")[i % 2])) for i in range(4)]
+        write_table(tmp_path / f"hf/{split}/0000.parquet", rows, names)
+    assert pack(tmp_path / "hf", tmp_path / "out") == 0
     index = open_index(tmp_path / "out/index")
     assert index.synsets == ("cat", "dog")
-    train = index.splits["train"]
-    assert {train.read(i) for i in range(4) if train.records["label"][i] == 1} == {jpeg(0), jpeg(2)}
+    for split in index.splits.values():
+        assert {split.read(i) for i in range(4) if split.records["label"][i] == 1} == {jpeg(0), jpeg(2)}
 
 
-def test_what_will_not_do_is_one_line(tmp_path, parquet, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("of_val", "says"),
+    [
+        (("cat", "cat"), "gives two classes the same name"),
+        (("dog",), "has the label 1, which its list of classes lacks"),
+        (("dog", "cow"), "has the class 'cow' that"),
+    ],
+)
+def test_lists_of_classes_that_do_not_fit_are_one_line(tmp_path, capsys, of_val, says):
+    for split, names in (("train", ("dog", "cat")), ("valid", of_val)):
+        write_table(tmp_path / f"hf/{split}.parquet", [(None, jpeg(i), i % 2) for i in range(4)], names)
+    assert pack(tmp_path / "hf", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert says in error and len(error.splitlines()) == 1
+
+
+def test_labels_as_pandas_writes_them(tmp_path, capsys):
+    """Floats, because one row has none; a class without a readable image is an error, as for a tree."""
+    rows = [("a.jpg", jpeg(1), 0.0), ("b.jpg", jpeg(2), 1.0), ("c.jpg", jpeg(3), None)]
+    for split in ("train", "val"):
+        write_table(tmp_path / f"hf/{split}.parquet", rows)
+    assert pack(tmp_path / "hf", tmp_path / "out") == 0
+    index = open_index(tmp_path / "out/index")
+    assert index.synsets == ("0", "1") and len(index.splits["train"]) == 2
+    write_table(tmp_path / "hf/train.parquet", [*rows, ("d.jpg", CUT, 2.0)])
+    assert pack(tmp_path / "hf", tmp_path / "new") == 2
+    assert "class '2' has no readable image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("column", ["image.bytes", "image.path", "label"])
+def test_a_damaged_page_is_one_line(tmp_path, parquet, capsys, column):  # noqa: F811
+    path = parquet / "data/train-00001-of-00002.parquet"
+    of_group = pq.ParquetFile(path).metadata.row_group(1)
+    chunk = next(c for c in map(of_group.column, range(of_group.num_columns)) if c.path_in_schema == column)
+    with path.open("r+b") as file:
+        file.seek(chunk.dictionary_page_offset or chunk.data_page_offset)
+        file.write(b"\xff" * 24)
+    assert pack(parquet, tmp_path / "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{path} is damaged" in error and "download that file again" in error
+
+
+def test_a_tree_with_a_parquet_file_beside_it_is_a_tree(tmp_path, expected):  # noqa: F811
+    root = tmp_path / "expected"
+    for name in ("train.parquet", "validation.parquet"):
+        write_table(root / name, [(None, jpeg(1), 0)])
+    assert pack(root, tmp_path / "out") == 0
+    assert open_index(tmp_path / "out/index").fingerprint == expected
+
+
+def test_files_in_a_folder_below_and_names_that_do_not_tell(tmp_path, parquet, expected, capsys):  # noqa: F811
+    above = tmp_path / "above"
+    shutil.move(parquet, above / "imagenet-1k")
+    assert pack(above, tmp_path / "out") == 0
+    assert open_index(tmp_path / "out/index").fingerprint == expected
+    data = above / "imagenet-1k/data"
+    for path in data.glob("[vt][ae][ls]*.parquet"):
+        path.unlink()
+    capsys.readouterr()
+    assert pack(above, tmp_path / "new") == 2
+    assert "of the train split" in (error := capsys.readouterr().err) and "none of the validation split" in error
+    for number, path in enumerate(data.glob("train*.parquet")):
+        path.rename(data / f"{number:04d}.parquet")
+    assert pack(above, tmp_path / "new") == 2
+    assert "whose names give no split" in capsys.readouterr().err
+
+
+def test_what_will_not_do_is_one_line(tmp_path, parquet, capsys, monkeypatch):  # noqa: F811
     def says(*argv: str) -> str:
-        assert main(["pack", str(parquet), str(tmp_path / "out"), *argv]) == 2
+        assert pack(parquet, tmp_path / "out", *argv) == 2
         error = capsys.readouterr().err.strip()
         assert len([line for line in error.splitlines() if line.startswith("pipeline pack")]) == 1
         return error
 
-    assert "pack the shards" in says("--short-side", "32")
-    assert "by one job" in says("--part", "1/2")
-    write_table(parquet / "data/train-00002-of-00003.parquet", [("x_n01440764.JPEG", jpeg(5)[:-200], 0)])
+    assert main(["index", str(parquet)]) == 2
+    assert "pipeline pack" in capsys.readouterr().err
+    write_table(parquet / "data/train-00002-of-00003.parquet", [("x_n01440764.JPEG", CUT, 0)])
     assert "1 images of" in says() and not (tmp_path / "out/pack.json").exists()
-    assert main(["pack", str(parquet), str(tmp_path / "out"), "--unreadable", "skip"]) == 0
+    assert pack(parquet, tmp_path / "out", "--unreadable", "skip") == 0
     assert open_index(tmp_path / "out/index").left_out["train"]["unreadable"]["count"] == 1
     pq.write_table(pa.table({"text": ["a"]}), parquet / "data/train-00002-of-00003.parquet")
     capsys.readouterr()
-    assert "has the columns text" in says()
+    assert "has the columns text" in says("--unreadable", "skip")
     (parquet / "data/train-00002-of-00003.parquet").write_bytes(b"PAR1 cut")
-    assert "can't be read as parquet" in says()
+    assert "can't be read as parquet" in says("--unreadable", "skip")
     without = tmp_path / "without/pyarrow.py"
     without.parent.mkdir()
     without.write_text("raise ImportError('No module named pyarrow')\n")

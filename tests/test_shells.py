@@ -147,17 +147,17 @@ def test_fewer_images_than_a_batch_are_said(root, tmp_path, capsys):
 def test_a_stop_request_ends_the_building_of_an_index_at_once(synthetic_root, tmp_path, monkeypatch):
     """The signal comes from inside the scan, so that it surely comes in its midst."""
     from pipeline.config import DataConfig
-    from pipeline.dataset.index import scan
+    from pipeline.dataset.index import scan_split
 
     stop = StopRequest()
     try:
-        real = scan.inspect_all
+        real = scan_split.inspect_all
 
         def inspect(paths):
             os.kill(os.getpid(), signal.SIGTERM)
             return real(paths)
 
-        monkeypatch.setattr(scan, "inspect_all", inspect)
+        monkeypatch.setattr(scan_split, "inspect_all", inspect)
         data = DataConfig(root=str(synthetic_root), index=str(tmp_path / "index")).resolve()
         with pytest.raises(KeyboardInterrupt):
             scan_here = World()

@@ -6,23 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from object_store import server  # noqa: F401 - a fixture
 from test_stage import content, packed  # noqa: F401 - packed is a fixture
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
 
-moto_server = pytest.importorskip("moto.server")
+pytest.importorskip("moto.server")
 s3fs = pytest.importorskip("s3fs")
 SECRET = "wJalrXUtnFEMIsecret"
-
-
-@pytest.fixture(scope="module")
-def server():
-    running = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
 
 
 @pytest.fixture

@@ -87,11 +87,12 @@ def inspect(content: FileContent) -> ScannedFile:
     data, mtime_ns, reason = content
     if reason:
         return ScannedFile(0, mtime_ns, reason=reason)
+    digest = xxhash.xxh3_64_intdigest(data)
     try:
         width, height = decode_fully(data)
     except (OSError, ValueError) as error:
-        return ScannedFile(len(data), mtime_ns, reason=str(error)[:200] or type(error).__name__)
-    return ScannedFile(len(data), mtime_ns, xxhash.xxh3_64_intdigest(data), width, height)
+        return ScannedFile(len(data), mtime_ns, digest, reason=str(error)[:200] or type(error).__name__)
+    return ScannedFile(len(data), mtime_ns, digest, width, height)
 
 
 def inspect_all(paths: list[str]) -> list[ScannedFile]:

@@ -14,94 +14,27 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.command import run_command
-from pipeline.dataset.index.decode import ScannedFile, inspect_all, inspect_members
-from pipeline.dataset.index.index import PACKED, RECORD, Index, has_index, index_folder, is_current, open_index
+from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_current, open_index
 from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, describe, kind_of
 from pipeline.dataset.index.listing import Listing, list_places
-from pipeline.dataset.index.scan_journal import PreviousScan, ScanJournal, member_key
+from pipeline.dataset.index.scan_journal import PreviousScan, ScanJournal
+from pipeline.dataset.index.scan_split import Reader, scan_split
 from pipeline.dataset.index.tar_listing import list_tars
 from pipeline.dataset.index.write import write_index
 from pipeline.dataset.layouts.find import Layout, find_layout
 from pipeline.dataset.layouts.words import read_words
 from pipeline.dataset.lock import locked
 from pipeline.dataset.names import distinguish, twin_of
-from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError
 from pipeline.files import atomic_write, reason_of
 from pipeline.limits import available_cores
-from pipeline.progress import Progress
 
 UNREADABLE = "unreadable.json"
 JOURNAL = "scan.journal"  #: results of an unfinished scan, one JSON array per line
 LOCK = ".lock"
-CHUNK = 64  # files a task
-SMALL = 2 * CHUNK  # files, below which starting processes costs more than it saves
 
 
-def _chunks(items: list) -> Iterator[list]:
-    for i in range(0, len(items), CHUNK):
-        yield items[i : i + CHUNK]
-
-
-def scan_split(
-    root: Path, split: str, listing: Listing, known: PreviousScan, journal: ScanJournal, processes: int
-) -> tuple[np.ndarray, list[str], list[dict]]:
-    """Records [n], names and the unreadable files of one split; unchanged files are not read again.
-
-    The label of a record is its number in `listing.classes`.
-    """
-    records = np.zeros(len(listing.names), RECORD)
-    records["label"], records["shard"] = listing.labels, -1
-    places = listing.places
-    if places is not None:
-        records["shard"], records["offset"] = places.shard, places.offset
-    keep, unreadable = np.ones(len(records), bool), []
-
-    def take(i: int, seen: ScannedFile) -> None:
-        record = records[i]
-        record["size"], record["digest"] = seen.size, seen.digest
-        record["mtime_ns"] = seen.mtime_ns if places is None else 0
-        record["width"], record["height"] = seen.width, seen.height
-        if seen.reason:
-            keep[i] = False
-            entry: dict[str, str | int] = {"file": listing.describe(i)}
-            entry |= {"class": listing.classes[listing.labels[i]], "reason": seen.reason}
-            entry |= {"size": seen.size, "mtime_ns": seen.mtime_ns}
-            unreadable.append(entry if places is None else entry | {"tar": place(i)[0], "offset": place(i)[1]})
-
-    def place(i: int) -> tuple[str, int, int]:
-        """Of an image in a tar file: its tar, offset and bytes."""
-        assert places is not None
-        return places.shards[places.shard[i]], int(places.offset[i]), int(places.size[i])
-
-    todo = []
-    for i, name in enumerate(listing.names):
-        seen = known.find(root, name) if places is None else known.find_member(*place(i), listing.mtimes[place(i)[0]])
-        if seen is None:
-            todo.append(i)
-        else:
-            take(i, seen)
-    processes = 1 if len(todo) <= SMALL else processes
-    results: Iterator[list[ScannedFile]]
-    if places is None:
-        paths = ([f"{root}/{listing.names[i]}" for i in chunk] for chunk in _chunks(todo))
-        results = map_in_order(inspect_all, paths, processes)
-    else:
-        todo.sort(key=lambda i: place(i)[:2])  # tars are read front to back
-        members = ([(f"{root}/{shard}", *at) for shard, *at in map(place, chunk)] for chunk in _chunks(todo))
-        results = map_in_order(inspect_members, members, processes)  # type: ignore[arg-type]
-    with Progress(f"Indexing {split}", len(todo), "images", quiet=not todo) as progress:
-        for chunk, found in zip(_chunks(todo), results, strict=True):
-            for i, seen in zip(chunk, found, strict=True):
-                take(i, seen)
-            keys = [listing.names[i] if places is None else member_key(*place(i)[:2]) for i in chunk]
-            journal.add(keys, found)
-            progress.advance(len(chunk))
-    unreadable.sort(key=lambda entry: entry["file"])
-    return records[keep], [listing.names[i] for i in np.flatnonzero(keep)], unreadable
-
-
-def _open_previous(folder: Path, quiet: bool = False) -> Index | None:
+def open_previous(folder: Path, quiet: bool = False) -> Index | None:
     """The existing index; None where there is none or it is damaged (printed unless `quiet`)."""
     if not has_index(folder):
         return None
@@ -114,7 +47,7 @@ def _open_previous(folder: Path, quiet: bool = False) -> Index | None:
 
 
 @contextlib.contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Create `folder`, and wait while another process indexes into it."""
     with contextlib.ExitStack() as stack:
         try:
@@ -123,8 +56,8 @@ def _locked_folder(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(
                 f"can't write the index into {folder} ({reason_of(error, folder)}); choose another folder with "
-                "--data.index DIR (train, preflight), --index DIR (pack, verify, evaluate, report, bench) or --out DIR "
-                "(index)"
+                "--data.index DIR (train, preflight), --index DIR (pack, verify, evaluate, report, bench, stage) or "
+                "--out DIR (index)"
             ) from error
         yield
 
@@ -162,7 +95,7 @@ def build_index(
     """
     known = (root / PACKED).exists() or has_index(index_folder(root))
     folder = folder or (index_folder(root) if known else _default_folder(root, to_score))
-    previous = _open_previous(folder)
+    previous = open_previous(folder)
     if previous is not None and previous.is_packed:  # there is no tree to scan
         return previous
     if previous is None and (root / PACKED).exists():
@@ -180,8 +113,8 @@ def build_index(
 
     if previous is not None and is_valid(previous):
         return previous
-    with _locked_folder(folder):
-        previous = _open_previous(folder, quiet=True)
+    with locked_folder(folder):
+        previous = open_previous(folder, quiet=True)
         if previous is not None and is_valid(previous):  # by the process that was waited for
             return previous
         return _scan(layout, folder, previous, processes or available_cores())
@@ -200,29 +133,46 @@ def _scan(layout: Layout, folder: Path, previous: Index | None, processes: int) 
     found = {split: list_places(place, root) for split, place in of_folders.items()}
     found |= list_tars(layout.tars, root, processes)
     listings = {split: found[split] for split in layout.splits}
-    home = {split: (*of_folders.get(split, ()), *_tar_files(layout, split))[0] for split in listings}  # for messages
+    homes = {split: (*of_folders.get(split, ()), *_tar_files(layout, split))[0] for split in listings}
+    return scan_listings(root, folder, listings, homes, previous, processes, read_words(root))
+
+
+def scan_listings(
+    root: Path,
+    folder: Path,
+    listings: dict[str, Listing],
+    homes: dict[str, Path],
+    previous: Index | None,
+    processes: int,
+    words: dict[str, str],
+    reader: Reader | None = None,
+) -> Index:
+    """Look at every image of the splits, and write the index.
+
+    homes: where each split lies, for messages; words: class -> words; reader: as of `scan_split`.
+    Raises UserError for a class of the validation split alone, and for a class or split without a readable image.
+    """
     whole = next(iter(listings))  # the split that every class is in: train, or the only one
     classes = listings[whole].classes
     unknown = sorted(set(listings["val"].classes) - set(classes))
     if unknown:
         twin = twin_of(unknown[0], classes)
         remedy = "add or remove it" if twin is None else f"it is {distinguish(unknown[0], twin)}"
-        raise UserError(f"{home['val']} has the class '{unknown[0]}' that {home[whole]} does not have; {remedy}")
+        raise UserError(f"{homes['val']} has the class '{unknown[0]}' that {homes[whole]} does not have; {remedy}")
     splits: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
     bad, done = {}, False
     journal = ScanJournal(folder / JOURNAL)
     try:
         for split, listing in listings.items():
             known = PreviousScan(previous, split, journal)
-            records, names, bad[split] = scan_split(root, split, listing, known, journal, processes)
+            records, names, bad[split] = scan_split(root, split, listing, known, journal, processes, reader)
             if not len(records):
-                raise UserError(f"{home[split]} has no readable image; fetch it again")
+                raise UserError(f"{homes[split]} has no readable image; fetch it again")
             records["label"] = np.searchsorted(classes, listing.classes)[records["label"]]
             missing = np.setdiff1d(np.arange(len(classes)), records["label"])
             if split == whole and len(missing):
-                raise UserError(f"class '{classes[missing[0]]}' has no readable image in {home[split]}; see {folder}")
+                raise UserError(f"class '{classes[missing[0]]}' has no readable image in {homes[split]}; see {folder}")
             splits[split] = records, names
-        words = read_words(root)
         noted = {name: mtime for listing in listings.values() for name, mtime in listing.mtimes.items()}
         atomic_write(folder / UNREADABLE, json.dumps(bad, indent=1))
         named = [(name, words.get(name, name)) for name in classes]

@@ -52,22 +52,24 @@ class PreviousScan:
         in_tars = self.split is not None and bool(self.split.shards)
         self.numbers = {name: i for i, name in enumerate(self.split.iter_names())} if self.split and not in_tars else {}
         self.mtimes = index.folders if index else {}
-        self.members: dict[tuple[str, int, int], int] = {}
+        self.members: dict[tuple[str, int], int] = {}
         if self.split is not None and in_tars:
-            of = (self.split.records[name].tolist() for name in ("shard", "offset", "size"))
-            self.members = {
-                (self.split.shards[shard], at, size): i for i, (shard, at, size) in enumerate(zip(*of, strict=True))
-            }
+            of = (self.split.records[name].tolist() for name in ("shard", "offset"))
+            self.members = {(self.split.shards[shard], at): i for i, (shard, at) in enumerate(zip(*of, strict=True))}
 
     def find_member(self, shard: str, offset: int, size: int, mtime_ns: int) -> ScannedFile | None:
-        """As `find`, of an image in a tar file. mtime_ns: of the tar file, as it is now."""
-        i = self.members.get((shard, offset, size))
+        """As `find`, of an image in a tar file. size: 0 where only a look at it tells; mtime_ns: of the tar file, as it
+        is now."""
+        i = self.members.get((shard, offset))
         if i is not None and self.mtimes.get(shard) == mtime_ns:
             assert self.split is not None
-            digest, width, height = (int(self.split.records[key][i]) for key in ("digest", "width", "height"))
-            return ScannedFile(size, mtime_ns, digest, width, height)
+            known, digest, width, height = (
+                int(self.split.records[key][i]) for key in ("size", "digest", "width", "height")
+            )
+            if size in (0, known):
+                return ScannedFile(known, mtime_ns, digest, width, height)
         seen = self.journal.get(member_key(shard, offset))
-        return seen if seen is not None and (seen.size, seen.mtime_ns) == (size, mtime_ns) else None
+        return seen if seen is not None and size in (0, seen.size) and seen.mtime_ns == mtime_ns else None
 
     def find(self, root: Path, name: str) -> ScannedFile | None:
         seen = self.journal.get(name)

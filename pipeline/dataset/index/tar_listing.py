@@ -3,9 +3,10 @@
 Order and labels are those of the same images in class folders, so that the fingerprint is the same, too.
 """
 
+import itertools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -40,13 +41,12 @@ def list_tars(tars: dict[str, TarFiles], root: Path, processes: int) -> dict[str
     splits = {split: _walk_all(found, root, processes) for split, found in tars.items()}
     for split, found in tars.items():
         _label(splits[split], split, found.kind, root)
-    return make_listings(splits, root)
+    return make_listings(splits, root, name_classes(splits))
 
 
-def make_listings(splits: dict[str, TarSplit], root: Path, words: Sequence[str] = ()) -> dict[str, Listing]:
-    """Listings of splits whose members all have labels. words: names of the classes by number, if there are any."""
-    names = _name_classes((member for of_split in splits.values() for _, member in of_split.members), words)
-    return {split: _make_listing(of_split, root, names) for split, of_split in splits.items()}
+def make_listings(splits: dict[str, TarSplit], root: Path, class_of: dict[str, str]) -> dict[str, Listing]:
+    """Listings of splits whose members all have labels. class_of: label -> class."""
+    return {split: _make_listing(of_split, root, class_of) for split, of_split in splits.items()}
 
 
 def _walk_all(tars: TarFiles, root: Path, processes: int) -> TarSplit:
@@ -116,11 +116,11 @@ def _label(split: TarSplit, name: str, kind: str, root: Path) -> None:
     members[:] = [(number, m._replace(label=label)) for (number, m), label in zip(members, labels, strict=True)]
 
 
-def _name_classes(members: Iterable[Member], words: Sequence[str] = ()) -> dict[str, str]:
-    """Label -> class. Numbers become the synsets that names or JSON tell of, where they do so of each, else `words`,
-    else text of equal length, so that the order of classes stays theirs."""
+def name_classes(splits: dict[str, TarSplit], words: Sequence[str] = ()) -> dict[str, str]:
+    """Label -> class. Numbers become the synsets that names or JSON tell of, where they do so of each, else `words`
+    (names of the classes by number), else text of equal length, so that the order of classes stays theirs."""
     hints: dict[str, set[str]] = {}
-    for member in members:
+    for _, member in itertools.chain.from_iterable(of_split.members for of_split in splits.values()):
         assert member.label is not None
         of_label = hints.setdefault(member.label, set())
         if member.hint:
@@ -128,7 +128,7 @@ def _name_classes(members: Iterable[Member], words: Sequence[str] = ()) -> dict[
     if not all(label.isdecimal() for label in hints):
         wrong = next((label for label in hints if "/" in label or not label.isprintable() or label[0] == "."), None)
         if wrong is not None:
-            raise UserError(f"a label is {wrong[:80]!r}, which can't be the name of a class; mend the tar files")
+            raise UserError(f"a label is {wrong[:80]!r}, which can't be the name of a class; rename it")
         return {label: label for label in hints}
     known = {label: next(iter(found)) for label, found in hints.items() if len(found) == 1}
     same = {int(label) for label in hints}  # "7" and "07"

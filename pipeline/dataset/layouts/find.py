@@ -15,7 +15,7 @@ OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation")
 _PART = re.compile(r"(train|val)\.X\d*")  # of ImageNet-100: train.X1 to train.X4, val.X
-_WORDS = {
+SPLIT_WORDS = {
     "train": re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)"),
     "val": re.compile(r"(^|[^a-z])(val|valid|validation|eval)([^a-z]|$)"),
     "test": re.compile(r"(^|[^a-z])test([^a-z]|$)"),
@@ -233,7 +233,7 @@ def _find_shards(root: Path) -> dict[str, tuple[Path, ...]]:
     for name in names:
         if name in OFFICIAL.values() or _OTHER_TARS.fullmatch(name):
             continue
-        split = next((split for split, word in _WORDS.items() if word.search(name.lower())), None)
+        split = next((split for split, word in SPLIT_WORDS.items() if word.search(name.lower())), None)
         if split is not None:
             found.setdefault(split, []).append(root / name)
     return {split: tuple(files) for split, files in found.items()}

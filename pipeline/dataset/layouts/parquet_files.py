@@ -3,33 +3,79 @@
 import os
 from pathlib import Path
 
-_SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val"}
+from pipeline.dataset.layouts.find import SPLIT_WORDS, find_layout
+from pipeline.dataset.names import is_foreign
+from pipeline.errors import UserError
+
+_SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 _BELOW = ("", "data", "default")
+_MANY = 100  # folders, above which none below them is looked into
 
 
 def find_parquet(root: Path) -> dict[str, tuple[Path, ...]]:
-    """The files of each split ("train", "val"), sorted; empty where `root` does not hold both.
+    """The files of each split ("train", "val"), sorted; empty where `root` is to be packed as a tree or as tar files.
 
-    `data/train-00000-of-00294.parquet`, `train-0.parquet`, `train.parquet` or `train/0000.parquet`; where there is no
-    validation split, "test" stands for it.
+    `data/train-00000-of-00294.parquet`, `train-0.parquet`, `train.parquet` or `train/0000.parquet`, in `root` or in a
+    folder of it; where there is no validation split, "test" stands for it. Images with a parquet file beside them are
+    packed as such. Raises UserError for parquet files of one split alone, and for such whose names tell of none.
     """
-    for below in _BELOW:
-        found: dict[str, list[Path]] = {}
-        for path in _entries(root / below):
-            inside = _entries(path) if path.suffix == "" and path.is_dir() else [path]
-            word = path.name.lower().partition(".")[0].partition("-")[0].partition("_")[0]
-            files = [file for file in inside if file.suffix == ".parquet"]
+    try:
+        layout = find_layout(root)
+    except UserError:
+        layout = None
+    if layout is not None and not layout.note:
+        return {}
+    partly: dict[str, list[Path]] = {}
+    for here in [root, *_folders(root)]:
+        for below in _BELOW:
+            found = _look(here / below)
+            if "train" in found and "val" in found:
+                return {split: tuple(sorted(found[split])) for split in ("train", "val")}
+            partly = partly or found
+    if layout is not None or not partly:
+        return {}
+    held = next(iter(partly.values()))[0]
+    if set(partly) & {"train", "val"}:
+        have, lack = ("train", "validation") if "train" in partly else ("validation", "train")
+        raise UserError(
+            f"{root} holds parquet files of the {have} split ({held.relative_to(root)}), but none of the {lack} split; "
+            f"put them beside, named {lack}-*.parquet"
+        )
+    raise UserError(
+        f"{root} holds parquet files whose names give no split ({held.relative_to(root)}); name them train-*.parquet "
+        "and validation-*.parquet, or put them into train/ and validation/"
+    )
+
+
+def _look(folder: Path) -> dict[str, list[Path]]:
+    """The parquet files in a folder, and in those below it with a split's name, by split; those without one by ""."""
+    found: dict[str, list[Path]] = {}
+    for path in _entries(folder):
+        if path.suffix.lower() == ".parquet":
+            found.setdefault(_split_of(path.name), []).append(path)
+        elif path.name.lower() in _SPLITS and path.is_dir():
+            files = [file for file in _entries(path) if file.suffix.lower() == ".parquet"]
             if files:
-                found.setdefault(_SPLITS.get(word, word), []).extend(files)
-        if "val" not in found and "test" in found:
-            found["val"] = found["test"]
-        if "train" in found and "val" in found:
-            return {split: tuple(sorted(found[split])) for split in ("train", "val")}
-    return {}
+                found.setdefault(_SPLITS[path.name.lower()], []).extend(files)
+    if "val" not in found and "test" in found:
+        found["val"] = found["test"]
+    return found
+
+
+def _split_of(name: str) -> str:
+    """The split that a file's name gives: by its first word, or else by any other; empty where none does."""
+    name = name.lower()
+    first = name.partition(".")[0].partition("-")[0].partition("_")[0]
+    return _SPLITS.get(first) or next((split for split, word in SPLIT_WORDS.items() if word.search(name)), "")
+
+
+def _folders(root: Path) -> list[Path]:
+    folders = [path for path in _entries(root) if path.name not in _BELOW and path.is_dir()]
+    return folders if len(folders) <= _MANY else []
 
 
 def _entries(folder: Path) -> list[Path]:
     try:
-        return [folder / name for name in sorted(os.listdir(folder)) if name[0] != "."]
+        return [folder / name for name in sorted(os.listdir(folder)) if not is_foreign(name)]
     except OSError:
         return []

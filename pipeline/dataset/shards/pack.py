@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +31,10 @@ from pipeline.dataset.shards.format import (
 from pipeline.dataset.shards.plan import (
     Options,
     Plan,
+    Read,
     make_plan,
     parse_restart,
+    read_checked,
     spell_out_restart,
 )
 from pipeline.dataset.shards.transcode import find_program
@@ -47,15 +50,20 @@ LISTS = (imagenet.SYNSET_MAPPING, imagenet.VAL_SOLUTION, imagenet.TRAIN_LIST)
 _OWN = (MANIFEST, ".fetch", STATE)  # what may be there before the marker is
 
 
+def refuse_foreign(dest: Path) -> None:
+    """UserError where `dest` is no folder, or holds something else than shards or what is left of their making."""
+    others = (path.name for path in dest.iterdir()) if dest.is_dir() else ()
+    foreign = any(PACKED not in name and name not in _OWN for name in others)
+    if not (dest / PACKED).exists() and dest.exists() and (not dest.is_dir() or foreign):
+        raise UserError(f"{dest} exists and holds something else; give a new or empty folder")
+
+
 def _check_dest(dest: Path, wanted: dict, options: Options) -> dict | None:
     """The marker in `dest`, None for a new folder; UserError where it holds something else, or other shards."""
+    refuse_foreign(dest)
     try:
         found = dict(json.loads((dest / PACKED).read_bytes()))
-    except FileNotFoundError:
-        others = (path.name for path in dest.iterdir()) if dest.is_dir() else ()
-        foreign = any(PACKED not in name and name not in _OWN for name in others)
-        if dest.exists() and (not dest.is_dir() or foreign):
-            raise UserError(f"{dest} exists and holds something else; give a new or empty folder") from None
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{dest / PACKED} can't be read ({error}); remove {dest} or give another folder") from error
@@ -81,7 +89,8 @@ def _open_source(root: Path, folder: Path, part: str | None, processes: int | No
     if part is None:
         return build_index(root, folder, processes)
     if not appears(folder / MAIN_FILE):  # many parts must not scan the same tree at once
-        raise UserError(f"{folder} holds no index yet; run first: pipeline index {root}")
+        elsewhere = "" if folder == index_folder(root) else f" --out {folder}"
+        raise UserError(f"{folder} holds no index yet; run first: pipeline index {root}{elsewhere}")
     return open_index(folder)
 
 
@@ -104,8 +113,8 @@ def prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
     return False
 
 
-def finish(
-    root: Path, dest: Path, index: Index, shards: dict[str, int], selected: dict | None, options: Options
+def _finish(
+    root: Path, dest: Path, index: Index, shards: dict[str, int], notes_of_source: dict, options: Options
 ) -> Index:
     """Merge the shards' records into the index, take the archive's lists along, and mark the folder as complete."""
     for folder in (dest, index_folder(dest)):
@@ -118,9 +127,7 @@ def finish(
         if (root / name).is_file():
             (dest / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / name, dest / name)
-    marker = json.loads((dest / PACKED).read_bytes())
-    if selected is not None:
-        marker["selected"] = selected
+    marker = json.loads((dest / PACKED).read_bytes()) | notes_of_source
     atomic_write(dest / UNREADABLE, json.dumps(notes, indent=1) + "\n")
     atomic_write(dest / PACKED, json.dumps({**marker, "complete": True}, indent=1) + "\n")
     remove_records(dest)
@@ -147,16 +154,52 @@ def pack_tree(
 
     Raises UserError for unreadable images (if so asked), images changed since indexing, and a folder that won't do.
     """
-    (turn, parts), folder = parse_part(part), source_index or index_folder(root)
+    parse_part(part)
+    folder = source_index or index_folder(root)
     index, selected = _open_source(root, folder, part, processes), read_selected(root)
-    unreadable = read_unreadable(folder)
+
+    def write(plan: Plan, todo: list[tuple[str, int]]) -> None:
+        tasks = (make_task(dest, index, plan, options, *shard) for shard in todo)
+        total = sum(len(plan.of_shard(*shard)) for shard in todo)
+        with Progress("Packing", total, "images", quiet=quiet or not todo) as progress:
+            for written in map_in_order(write_shard, tasks, min(processes or available_cores(), max(1, len(todo)))):
+                progress.advance(written)
+
+    return pack_index(
+        root, dest, index, options, part, quiet, {} if selected is None else {"selected": selected}, write
+    )
+
+
+def make_task(dest: Path, index: Index, plan: Plan, options: Options, split: str, number: int) -> Task:
+    """The task that writes one shard."""
+    items, extras, twins = plan.of_shard(split, number), tuple(plan.extras[split]), plan.twins[split]
+    return Task(index.folder, index.fingerprint, dest, split, number, items, extras, twins, options)
+
+
+def pack_index(
+    root: Path,
+    dest: Path,
+    index: Index,
+    options: Options,
+    part: str | None,
+    quiet: bool,
+    notes_of_source: dict,
+    write: Callable[[Plan, list[tuple[str, int]]], None],
+    read: Read = read_checked,
+) -> Index | None:
+    """Plan the shards of what an index names, have those written that are not there, and finish; see `pack_tree`.
+
+    notes_of_source: what the marker is to say of it; write: writes shards; read: as of `make_plan`.
+    """
+    turn, parts = parse_part(part)
+    unreadable = read_unreadable(index.folder)
     bad = [entry["file"] for entries in unreadable.values() for entry in entries]
     if bad and options.unreadable == "refuse":
         raise UserError(
-            f"{len(bad)} images of {root} can't be read, such as {bad[0]} (see {folder / UNREADABLE}); fetch them "
-            "again, or give --unreadable skip (leave them out) or reencode (save what can be seen)"
+            f"{len(bad)} images of {root} can't be read, such as {bad[0]} (see {index.folder / UNREADABLE}); fetch "
+            "them again, or give --unreadable skip (leave them out) or reencode (save what can be seen)"
         )
-    plan = make_plan(index, options, unreadable)
+    plan = make_plan(index, options, unreadable, read)
     complete = prepare(dest, index, options, plan)
     mine = [shard for i, shard in enumerate(plan.shards()) if i % parts == turn - 1]
     is_there, restart = exists if complete else is_whole, options.restart is not None
@@ -165,23 +208,14 @@ def pack_tree(
         find_program()
     if len(todo) < len(mine) and not quiet:
         print(f"{len(mine) - len(todo):,} of {len(mine):,} shards exist already", file=sys.stderr)
-    tasks = (
-        Task(
-            *(folder, index.fingerprint, dest, split, number, plan.of_shard(split, number)),
-            *(tuple(plan.extras[split]), plan.twins[split], options),
-        )
-        for split, number in todo
-    )
-    total = sum(len(plan.of_shard(*shard)) for shard in todo)
-    with Progress("Packing", total, "images", quiet=quiet or not todo) as progress:
-        for written in map_in_order(write_shard, tasks, min(processes or available_cores(), max(1, len(todo)))):
-            progress.advance(written)
+    write(plan, todo)
     if complete:
         remove_records(dest)
         return open_index(index_folder(dest))
     if part is not None:
         return None
-    return finish(root, dest, index, {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}, selected, options)
+    shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
+    return _finish(root, dest, index, shards, notes_of_source, options)
 
 
 def pack(
@@ -213,17 +247,16 @@ def pack(
         processes: number of processes; default: all cores.
         restart: add restart markers to the JPEGs, without loss, so that training reads and decodes only the part of an
             image that it crops. MCUs a restart interval, or auto (8). Requires the program jpegtran.
-        index: folder of the index of ROOT, for a root that can't be written; default ROOT/index.
+        index: folder of the index of ROOT, for a root that can't be written; default ROOT/index (of parquet files: a
+            folder below DEST, until the shards are complete).
     """
     options = Options(short_side, quality, shard_mb, resize_val, unreadable, seed, parse_restart(restart))
     source_index = Path(index).expanduser() if index else None
-    found = find_parquet(Path(root))
-    if found:
+    files = find_parquet(Path(root))
+    if files:
         from pipeline.dataset.shards.parquet import pack_parquet
 
-        if part is not None or source_index is not None:
-            raise UserError(f"{root} holds parquet files, which are packed by one job; leave --part and --index out")
-        made: Index | None = pack_parquet(Path(root), found, Path(dest), options, processes, quiet=False)
+        made = pack_parquet(Path(root), files, Path(dest), options, part, processes, False, source_index)
     else:
         made = pack_tree(Path(root), Path(dest), options, part, processes, quiet=False, source_index=source_index)
     if made is None:

@@ -1,27 +1,32 @@
 """Hugging Face parquet files straight into tar shards: the bytes that `pack` makes from the same images in folders.
 
 The files are read twice: to decode every image and to learn its size, then to put each where its shard has a place for
-it. A kill costs the row groups at work.
+it. A kill costs the row groups at work. A shard whose images are made anew (smaller, with restart markers, mended) is
+written from the one with the originals, which is removed then.
 """
 
-import json
+import contextlib
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from pipeline.dataset.disk import explain
-from pipeline.dataset.index.index import PACKED, Index, index_folder, open_index
+from pipeline.dataset.disk import check_space, explain
+from pipeline.dataset.index.index import Index
 from pipeline.dataset.index.scan import read_unreadable
-from pipeline.dataset.lock import locked
+from pipeline.dataset.lock import locked, try_lock
 from pipeline.dataset.shards.format import (
     BLOCK,
     STATE,
     Sample,
+    ShardWriter,
+    find_complete,
     image_suffix,
-    is_whole,
     make_row,
+    read_marker,
     shard_name,
     tar_header,
     temporary_path,
@@ -29,20 +34,25 @@ from pipeline.dataset.shards.format import (
     write_records,
 )
 from pipeline.dataset.shards.in_place import sample_members, write_in_place
-from pipeline.dataset.shards.pack import finish, prepare
-from pipeline.dataset.shards.parquet_scan import Group, read_column, scan_parquet
-from pipeline.dataset.shards.plan import Options, Plan, make_key, make_plan
+from pipeline.dataset.shards.pack import make_task, pack_index, parse_part, refuse_foreign
+from pipeline.dataset.shards.parquet_scan import group_of, open_file, read_rows, scan_parquet
+from pipeline.dataset.shards.plan import Options, Plan, make_key
+from pipeline.dataset.shards.stage import list_shard_files
+from pipeline.dataset.shards.write_shard import Task, fill_shard, open_source
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError, permission_problem
-from pipeline.files import atomic_write
 from pipeline.limits import available_cores
 from pipeline.progress import Progress
+
+MARK = "parquet"  #: in the marker of the shards: file, relative to the root -> its bytes and its time
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a row's sample goes, and what it is. header: bytes of the image's tar header; order: as of `Sample`."""
+    """Where a row's sample goes, and what it is. source: file, relative to the root, and row; header: bytes of the
+    image's tar header; order: as of `Sample`."""
 
+    source: tuple[str, int]
     number: int
     start: int
     header: int
@@ -57,36 +67,49 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard to be made. size: bytes of its members."""
+    """A shard to be made. size: bytes of its members, as they are in the source; task: how to make it from those; None
+    where it keeps them."""
 
     dest: Path
     split: str
     number: int
     places: tuple[_Place, ...]
     size: int
+    task: Task | None
 
     @property
     def temporary(self) -> Path:
         return temporary_path(self.dest, self.split, self.number)
 
 
-def _deal(dest: Path, index: Index, plan: Plan) -> tuple[list[_Shard], dict[tuple[str, str, int], _Place]]:
-    """The shards, and the place of each (split, file, row)."""
-    shards, place_of = [], {}
-    for split, number in plan.shards():
+def _deal(dest: Path, index: Index, plan: Plan, options: Options, todo: list[tuple[str, int]]) -> list[_Shard]:
+    """The shards that are to be made."""
+    unreadable = read_unreadable(index.folder)
+    digests = {(entry["tar"], entry["offset"]): entry["digest"] for of in unreadable.values() for entry in of}
+    shards = []
+    for split, number in todo:
         of_split, end, places = index.splits[split], 0, []
+        anew = options.side_of(split) is not None or options.restart is not None
         for item in plan.of_shard(split, number).tolist():
-            record, name = of_split.records[item], of_split.name(item)
-            label, size = int(record["label"]), int(record["size"])
+            if item < len(of_split):
+                record, name, order = of_split.records[item], of_split.name(item), 2 * item + 1
+                source = of_split.shards[record["shard"]], int(record["offset"])
+                label, size, digest = int(record["label"]), int(record["size"]), int(record["digest"])
+                shape = int(record["width"]), int(record["height"])
+            else:
+                extra, anew = plan.extras[split][item - len(of_split)], True
+                assert extra.place is not None
+                name, label, order, shape = extra.name, extra.label, extra.order, (0, 0)
+                source, size = extra.place[:2], extra.place[2]
+                digest = digests[source]
             key = make_key(index.synsets[label], name, item in plan.twins[split])
-            header, shape = len(tar_header(f"{key}.jpg", size)), (int(record["width"]), int(record["height"]))
-            place = _Place(number, end, header, key, name, label, int(record["digest"]), size, shape, 2 * item + 1)
-            places.append(place)
-            place_of[split, of_split.shards[record["shard"]], int(record["offset"])] = place
+            header = len(tar_header(f"{key}.jpg", size))
+            places.append(_Place(source, number, end, header, key, name, label, digest, size, shape, order))
             text = len(tar_header(f"{key}.cls", len(str(label)))) + BLOCK
             end += header + size + -size % BLOCK + text
-        shards.append(_Shard(dest, split, number, tuple(places), end))
-    return shards, place_of
+        task = make_task(dest, index, plan, options, split, number) if anew else None
+        shards.append(_Shard(dest, split, number, tuple(places), end, task))
+    return shards
 
 
 def _members(place: _Place, data: bytes) -> bytes:
@@ -97,16 +120,26 @@ def _members(place: _Place, data: bytes) -> bytes:
     return sample_members(place.key, suffix, data, place.label)
 
 
-def _write_group(task: tuple[Group, Path, str, list[tuple[int, _Place]]]) -> int:
+@dataclass(frozen=True)
+class _Group:
+    """The rows of a row group that are to be written: split, and the place of each, by row."""
+
+    path: str
+    number: int
+    dest: Path
+    rows: dict[int, tuple[str, _Place]]
+
+
+def _write_group(group: _Group) -> int:
     """Put rows of a group into their places; returns how many."""
-    group, dest, split, rows = task
-    column = read_column(group, group.image)
-    for row, place in rows:
-        data = column[row - group.first] or b""
-        if xxhash.xxh3_64_intdigest(data) != place.digest:
-            raise UserError(f"{group.path} has changed since it was read; run the same command again")
-        write_in_place(dest, split, place.number, _members(place, data), place.start)
-    return len(rows)
+    file = open_file(group.path)
+    for row, found in enumerate(read_rows(group.path, file.image, group.number), file.firsts[group.number]):
+        if row in group.rows:
+            (split, place), data = group.rows[row], found or b""
+            if len(data) != place.size or (data and xxhash.xxh3_64_intdigest(data) != place.digest):
+                raise UserError(f"{group.path} has changed since it was read; run the same command again")
+            write_in_place(group.dest, split, place.number, _members(place, data), place.start)
+    return len(group.rows)
 
 
 def _find_written(shard: _Shard) -> list[bool]:
@@ -118,7 +151,7 @@ def _find_written(shard: _Shard) -> list[bool]:
         for place in shard.places:
             file.seek(place.start + place.header)
             data = file.read(place.size)
-            same = xxhash.xxh3_64_intdigest(data) == place.digest
+            same = not place.size or xxhash.xxh3_64_intdigest(data) == place.digest
             whole = _members(place, data) if same else b""
             file.seek(place.start)
             found.append(same and file.read(len(whole)) == whole)
@@ -127,26 +160,47 @@ def _find_written(shard: _Shard) -> list[bool]:
 
 def _finish_shard(shard: _Shard) -> int:
     """Check a shard from disk and give it its name; returns its samples."""
-    rows, names = [], []
     if not all(_find_written(shard)):
         shard.temporary.unlink(missing_ok=True)
         raise UserError(f"{shard.temporary} does not hold what was written; check the disk, run the same command again")
     try:
-        with shard.temporary.open("r+b") as file:
-            file.truncate(whole_size(shard.size))
-            for place in shard.places:
-                file.seek(place.start + place.header)
-                data, (width, height) = file.read(place.size), place.shape
-                suffix = image_suffix(data, place.name)
-                sample = Sample(place.key, suffix, data, place.label, width, height, place.order)
-                rows.append(make_row(sample, place.start + place.header))
-                names.append(f"{place.key}.{suffix}")
-            os.fsync(file.fileno())
-        write_records(shard.dest, shard.split, shard.number, rows, names, [])
-        shard.temporary.replace(shard.dest / shard_name(shard.split, shard.number))
+        (_keep if shard.task is None else _make_anew)(shard)
     except OSError as error:
         raise explain(error, shard.temporary) from error
     return len(shard.places)
+
+
+def _keep(shard: _Shard) -> None:
+    rows, names = [], []
+    with shard.temporary.open("r+b") as file:
+        file.truncate(whole_size(shard.size))
+        for place in shard.places:
+            file.seek(place.start + place.header)
+            data, (width, height) = file.read(place.size), place.shape
+            suffix = image_suffix(data, place.name)
+            sample = Sample(place.key, suffix, data, place.label, width, height, place.order)
+            rows.append(make_row(sample, place.start + place.header))
+            names.append(f"{place.key}.{suffix}")
+        os.fsync(file.fileno())
+    write_records(shard.dest, shard.split, shard.number, rows, names, [])
+    shard.temporary.replace(shard.dest / shard_name(shard.split, shard.number))
+
+
+def _make_anew(shard: _Shard) -> None:
+    """Write the shard from the originals, as `pack` writes it from a tree."""
+    assert shard.task is not None
+    made = shard.temporary.with_name(f".anew{shard.temporary.name}")
+
+    def contents() -> Iterator[bytes]:
+        with shard.temporary.open("rb") as file:
+            for place in shard.places:
+                file.seek(place.start + place.header)
+                yield file.read(place.size)
+
+    restart = shard.task.options.restart is not None
+    with ShardWriter(shard.dest, shard.split, shard.number, restart, made) as writer:
+        fill_shard(writer, shard.task, open_source(shard.task), contents())
+    shard.temporary.unlink()
 
 
 def pack_parquet(
@@ -154,79 +208,96 @@ def pack_parquet(
     files: dict[str, tuple[Path, ...]],
     dest: Path,
     options: Options,
+    part: str | None = None,
     processes: int | None = None,
     quiet: bool = True,
-) -> Index:
-    """Pack the parquet files of each split into `dest`; the index of the shards.
+    source_index: Path | None = None,
+) -> Index | None:
+    """Pack the parquet files of each split into `dest`; as `pack_tree`, whose arguments these are.
 
-    Raises UserError where pyarrow is missing, for options that re-encode, for files without images and labels, and (if
-    so told) for images that do not decode.
+    source_index: folder for what is learned of the files; default: below `dest`, until the shards are complete.
+
+    Raises UserError where pyarrow is missing, for files that are damaged or lack images or labels, and as `pack_tree`.
     """
-    if options.short_side is not None or options.restart is not None or options.unreadable == "reencode":
-        raise UserError(
-            "--short-side, --restart and --unreadable reencode do not go with parquet files: pack without them, then "
-            f"pack the shards: pipeline pack {dest} DEST ..."
-        )
-    processes = processes or available_cores()
-    root, source = root.resolve(), {str(path.name): path.stat().st_size for paths in files.values() for path in paths}
-    done = _read_marker(dest)
-    if done.get("complete") and done.get("parquet") == source and done.get("options") == options.marker():
-        return open_index(index_folder(dest))
+    turn, parts = parse_part(part)
+    processes, given, root = processes or available_cores(), root, root.resolve()
+    files = {split: tuple(root / path.relative_to(given) for path in paths) for split, paths in files.items()}
+    source = {os.path.relpath(path, root): _stamp(path) for paths in files.values() for path in paths}
+    done = read_marker(dest)
+    if done.get(MARK) == source and not options.difference(done.get("options")):
+        made = find_complete(dest)
+        if made is not None and all((dest / name).is_file() for name in _list_files(made)):
+            return made
+    refuse_foreign(dest)
     try:
         (dest / STATE).mkdir(parents=True, exist_ok=True)
-        with locked(dest / STATE / "lock", f"another process is packing into {dest}; wait for it", wait=False):
-            index, groups = scan_parquet(root, files, dest / STATE / "source", processes)
-            _refuse_unreadable(index, options)
-            plan = make_plan(index, options, {})
-            prepare(dest, index, options, plan)
-            _write(dest, index, groups, plan, processes, quiet)
-            shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
-            made = finish(root, dest, index, shards, None, options)
+        with contextlib.ExitStack() as stack:
+            name = "lock" if part is None else f"part-{turn}-of-{parts}.lock"
+            busy = f"another process is packing {'into ' if part is None else f'part {part} into '}{dest}; wait for it"
+            stack.enter_context(locked(dest / STATE / name, busy, wait=False))
+            if part is None:
+                _refuse_parts(dest)
+            index = scan_parquet(root, files, source_index or dest / STATE / "source", processes)
+
+            def write(plan: Plan, todo: list[tuple[str, int]]) -> None:
+                _write(dest, index, _deal(dest, index, plan, options, todo), processes, quiet)
+
+            return pack_index(root, dest, index, options, part, quiet, {MARK: source}, write, _read_row)
     except PermissionError as error:
         raise permission_problem(error) from error
     except OSError as error:
         raise explain(error, error.filename or dest) from error
-    atomic_write(dest / PACKED, json.dumps(_read_marker(dest) | {"parquet": source}, indent=1) + "\n")
-    return made
 
 
-def _read_marker(dest: Path) -> dict:
-    try:
-        return dict(json.loads((dest / PACKED).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return {}
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
-def _refuse_unreadable(index: Index, options: Options) -> None:
-    bad = [entry["file"] for entries in read_unreadable(index.folder).values() for entry in entries]
-    if bad and options.unreadable == "refuse":
-        raise UserError(
-            f"{len(bad)} images of {index.root} can't be read, such as {bad[0]} (see {index.folder}); give "
-            "--unreadable skip to leave them out"
-        )
+def _list_files(index: Index) -> Iterator[str]:
+    return itertools.chain.from_iterable(map(list_shard_files, index.splits.values()))
 
 
-def _write(dest: Path, index: Index, groups: list[Group], plan: Plan, processes: int, quiet: bool) -> None:
-    """Write and finish every shard that is not whole."""
-    shards, place_of = _deal(dest, index, plan)
-    todo = [shard for shard in shards if not is_whole(dest, shard.split, shard.number)]
+def _refuse_parts(dest: Path) -> None:
+    """UserError where a job still writes a part of the shards."""
+    for path in sorted((dest / STATE).glob("part-*.lock")):
+        with path.open("a") as file:
+            if not try_lock(file):
+                raise UserError(f"another process is packing {path.stem.replace('-', ' ')} into {dest}; wait for it")
+
+
+def _read_row(index: Index, split: str, sample: int) -> bytes:
+    """A sample's bytes, from its row."""
+    of_split = index.splits[split]
+    path, row = str(of_split.path(sample)), int(of_split.records["offset"][sample])
+    file = open_file(path)
+    group = group_of(file, row)
+    found = next(itertools.islice(read_rows(path, file.image, group), row - file.firsts[group], None))
+    if xxhash.xxh3_64_intdigest(found or b"") != int(of_split.records["digest"][sample]):
+        raise UserError(f"{path} has changed since it was read; run the same command again")
+    return found
+
+
+def _write(dest: Path, index: Index, todo: list[_Shard], processes: int, quiet: bool) -> None:
+    """Write and finish shards."""
     found = map_in_order(_find_written, todo, min(processes, max(1, len(todo))))
-    wanted = {
-        (shard.split, place.number, place.start)
-        for shard, there in zip(todo, found, strict=True)
-        for place, is_there in zip(shard.places, there, strict=True)
-        if not is_there
-    }
-    tasks = []
-    for group in groups:
-        file = os.path.relpath(group.path, index.root)
-        for split in index.splits:
-            of_group = ((row, place_of.get((split, file, row))) for row in range(group.first, group.first + group.rows))
-            rows = [(row, at) for row, at in of_group if at is not None and (split, at.number, at.start) in wanted]
-            if rows:
-                tasks.append((group, dest, split, rows))
-    with Progress("Packing", len(wanted), "images", quiet=quiet or not wanted) as progress:
+    groups: dict[tuple[str, int], _Group] = {}
+    for shard, there in zip(todo, found, strict=True):
+        for place, is_there in zip(shard.places, there, strict=True):
+            if not is_there:
+                file, row = place.source
+                path = f"{index.root}/{file}"
+                at = path, group_of(open_file(path), row)
+                groups.setdefault(at, _Group(*at, dest, {})).rows[row] = shard.split, place
+    tasks = [groups[at] for at in sorted(groups)]
+    total = sum(len(task.rows) for task in tasks)
+    bytes_left = sum(place.size for task in tasks for _, place in task.rows.values())
+    anew = sorted(shard.size for shard in todo if shard.task is not None)
+    check_space(dest, bytes_left + sum(anew[-processes:]), len(todo))
+    with Progress("Reading rows", total, "images", quiet=quiet or not total) as progress:
         for count in map_in_order(_write_group, tasks, min(processes, max(1, len(tasks)))):
             progress.advance(count)
-    for _ in map_in_order(_finish_shard, todo, min(processes, max(1, len(todo)))):
-        pass
+    total = sum(len(shard.places) for shard in todo)
+    with Progress("Packing", total, "images", quiet=quiet or not todo) as progress:
+        for count in map_in_order(_finish_shard, todo, min(processes, max(1, len(todo)))):
+            progress.advance(count)

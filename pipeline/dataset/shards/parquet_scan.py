@@ -1,41 +1,54 @@
-"""The images of Hugging Face parquet files, by row: every one decoded once, row group by row group, on all cores."""
+"""The images of Hugging Face parquet files, by row: listed, indexed, and read row group by row group.
 
+In the index of parquet files a record's shard is a file, and its offset a row there.
+"""
+
+import bisect
+import functools
 import json
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pipeline.dataset.imagenet import SYNSET
 from pipeline.dataset.index.decode import FileContent, ScannedFile, inspect
-from pipeline.dataset.index.index import RECORD, Index, has_index, is_current, open_index
-from pipeline.dataset.index.left_out import Tally, kind_of
-from pipeline.dataset.index.listing import Listing
-from pipeline.dataset.index.scan import UNREADABLE
-from pipeline.dataset.index.scan_journal import ScanJournal, member_key
-from pipeline.dataset.index.tar_listing import TarSplit, drop_unlabeled, make_listings
+from pipeline.dataset.index.index import Index, is_current
+from pipeline.dataset.index.left_out import Tally
+from pipeline.dataset.index.scan import locked_folder, open_previous, scan_listings
+from pipeline.dataset.index.scan_split import Place, Reader
+from pipeline.dataset.index.tar_listing import TarSplit, drop_unlabeled, make_listings, name_classes
 from pipeline.dataset.index.tar_members import Member
-from pipeline.dataset.index.write import write_index
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import TransientError, UserError
-from pipeline.files import atomic_write
-from pipeline.progress import Progress
 
 _LABELS = ("label", "labels", "cls", "class", "fine_label", "target")
+_WITH_CLASS = re.compile(r"(?P<stem>.+)_(?P<synset>n\d{8})(?P<suffix>\.\w+)")  # n01440764_18_n01440764.JPEG
+_FEW = 4  # files, below which starting processes costs more than it saves
+_BATCH = 64  # rows held at once
 
 
-class Group(NamedTuple):
-    """A row group: the file, its number there, the rows before it, and the columns of bytes, paths and labels."""
+class File(NamedTuple):
+    """A parquet file: the first row of each row group and behind the last, the columns of bytes, paths (None: there is
+    none) and labels, and the names of its classes by number, empty where it has none."""
 
     path: str
-    number: int
-    first: int
-    rows: int
+    firsts: tuple[int, ...]
     image: str
     name: str | None
     label: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The rows of a file, without their images."""
+
+    file: File
+    members: list[Member]
 
 
 def _parquet() -> Any:
@@ -48,15 +61,32 @@ def _parquet() -> Any:
     return parquet
 
 
-def _open_groups(path: Path) -> tuple[list[Group], list[str]]:
-    """The row groups of a file, and the names of its classes by number, empty where it has none."""
-    parquet = _parquet()
+def _explain(path: str, error: Exception, what: str) -> UserError | TransientError:
+    """A file can't be read: What pyarrow says without an error number is damage; else it is the disk."""
+    if isinstance(error, OSError) and error.errno:
+        return TransientError(f"can't read {path} ({error.strerror or error}); run the same command again")
+    text = " ".join(str(error).split())[:200]
+    return UserError(f"{path} {what} ({text}); download that file again, then run the same command again")
+
+
+@functools.lru_cache(2)
+def _open(path: str, _mtime_ns: int) -> Any:
+    return _parquet().ParquetFile(path, page_checksum_verification=True)
+
+
+def open_file(path: str) -> File:
+    """The columns and row groups of a file. UserError where it holds no images with labels, or is no parquet file."""
+    _parquet()
+    with Path(path).open("rb"):  # a missing permission is no damage
+        return _describe(path, os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(512)
+def _describe(path: str, mtime_ns: int) -> File:
     import pyarrow as pa
 
-    with path.open("rb"):  # a missing permission is no damage
-        pass
     try:
-        file = parquet.ParquetFile(path)
+        file = _open(path, mtime_ns)
         schema = file.schema_arrow
         fields = {field.name: field.type for field in schema}
         of_struct = [n for n, kind in fields.items() if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
@@ -70,147 +100,133 @@ def _open_groups(path: Path) -> tuple[list[Group], list[str]]:
         image = f"{of_struct[0]}.bytes" if of_struct else of_bytes[0]
         has_path = of_struct and fields[of_struct[0]].get_field_index("path") >= 0
         about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        words = about.get("info", {}).get("features", {}).get(label, {}).get("names", [])
-        groups, first = [], 0
+        words = about.get("info", {}).get("features", {}).get(label, {}).get("names") or []
+        firsts = [0]
         for number in range(file.num_row_groups):
-            rows = file.metadata.row_group(number).num_rows
-            name = f"{of_struct[0]}.path" if has_path else None
-            groups.append(Group(str(path), number, first, rows, image, name, label))
-            first += rows
-        return groups, [str(word) for word in words]
-    except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} can't be read as parquet ({error}); download it again") from error
+            firsts.append(firsts[-1] + file.metadata.row_group(number).num_rows)
+        name = f"{of_struct[0]}.path" if has_path else None
+        return File(path, tuple(firsts), image, name, label, tuple(map(str, words)))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # on damaged bytes pyarrow raises many kinds
+        raise _explain(path, error, "can't be read as parquet") from error
 
 
-def read_column(group: Group, name: str) -> list:
-    """The values of a column, such as `image.bytes`."""
-    import pyarrow as pa
+def group_of(file: File, row: int) -> int:
+    """The number of the row group that holds a row."""
+    return bisect.bisect_right(file.firsts, row) - 1
 
+
+def read_rows(path: str, column: str, group: int | None = None) -> Iterator[Any]:
+    """The values of a column, such as `image.bytes`, of one row group or of all, some rows at a time.
+
+    UserError that names the file where its bytes are damaged.
+    """
+    inner = column.partition(".")[2]
     try:
-        values = _parquet().ParquetFile(group.path).read_row_group(group.number, columns=[name]).column(0)
-        inner = name.partition(".")[2]
-        found = values.to_pylist()
-        return [value[inner] if isinstance(value, dict) else value for value in found] if inner else found
-    except (pa.ArrowException, OSError) as error:
-        raise TransientError(f"{group.path} can't be read ({error}); run the same command again") from error
+        file = _open(path, os.stat(path).st_mtime_ns)
+        groups = range(file.num_row_groups) if group is None else [group]
+        for batch in file.iter_batches(_BATCH, row_groups=list(groups), columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield value[inner] if isinstance(value, dict) else value
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        where = "" if group is None else f" in row group {group}"
+        raise _explain(path, error, f"is damaged{where}") from error
 
 
-def _list_group(group: Group) -> list[Member]:
-    """The rows of a group, without their images."""
-    names = read_column(group, group.name) if group.name else [None] * group.rows
-    members = []
-    for row, (path, label) in enumerate(zip(names, read_column(group, group.label), strict=True), group.first):
-        name = (path or "").rpartition("/")[2]
+def _label_text(label: Any) -> str | None:
+    """A label as text; None where the row has none."""
+    if isinstance(label, float):  # of integers with gaps, as pandas writes them
+        label = int(label) if math.isfinite(label) and label == int(label) else None
+    return None if label is None or (isinstance(label, int) and label < 0) else str(label)
+
+
+def _list_file(path: str) -> _Listed:
+    file, members = open_file(path), []
+    names = [None] * file.firsts[-1] if file.name is None else list(read_rows(path, file.name))
+    labels = list(read_rows(path, file.label))
+    if not len(names) == len(labels) == file.firsts[-1]:
+        raise UserError(f"{path} is damaged (its columns differ in length); download that file again")
+    for row, (given, label) in enumerate(zip(names, labels, strict=True)):
+        name = str(given or "").rpartition("/")[2]
         if not name or not name.isprintable():
-            name = f"{Path(group.path).stem}-{row:07d}.jpg"
+            name = f"{Path(path).stem}-{row:07d}.jpg"
         known = [part for part in name.replace(".", "_").replace("-", "_").split("_") if SYNSET.fullmatch(part)]
-        none = label is None or (isinstance(label, int) and label < 0)
-        members.append(Member(name, row, 0, None if none else str(label), known[-1] if known else "", ""))
-    return members
+        with_class = _WITH_CLASS.fullmatch(name)
+        if with_class is not None:  # as Hugging Face writes ImageNet's names
+            name = with_class["stem"] + with_class["suffix"]
+        members.append(Member(name, row, 0, _label_text(label), known[-1] if known else "", ""))
+    return _Listed(file, members)
 
 
-def _inspect_group(task: tuple[Group, int, list[int]]) -> list[ScannedFile]:
-    """Decode some rows of a group."""
-    group, mtime_ns, rows = task
-    data = read_column(group, group.image)
-    empty = FileContent(b"", mtime_ns, "no bytes in its row")
-    found = ((data[row - group.first] or b"") for row in rows)
-    return [inspect(FileContent(bytes_of, mtime_ns) if bytes_of else empty) for bytes_of in found]
+def _unify_labels(listed: list[_Listed]) -> tuple[str, ...]:
+    """The names of the classes by number, as all files list them. Where their lists differ, labels become names, in
+    place, and nothing is returned. UserError where that can't be done."""
+    lists = {item.file.words: item.file.path for item in listed if item.file.words}
+    if len(lists) <= 1:
+        return next(iter(lists), ())
+    (_, first), (_, second) = list(lists.items())[:2]
+    for words, path in ((item.file.words, item.file.path) for item in listed):
+        if not words or len(set(words)) < len(words):
+            why = "gives its classes no names" if not words else "gives two classes the same name"
+            raise UserError(
+                f"the lists of classes of {first} and {second} differ, and {path} {why}; get files of one set"
+            )
+    for item in listed:
+        words = item.file.words
+        for i, member in enumerate(item.members):
+            if member.label is not None:
+                if not member.label.isdecimal() or int(member.label) >= len(words):
+                    raise UserError(f"{item.file.path} has the label {member.label}, which its list of classes lacks")
+                item.members[i] = member._replace(label=words[int(member.label)])
+    return ()
 
 
-def scan_parquet(
-    root: Path, files: dict[str, tuple[Path, ...]], folder: Path, processes: int
-) -> tuple[Index, list[Group]]:
-    """The index of parquet files, in `folder`: a record's shard is a file, its offset a row."""
-    groups: list[Group] = []
-    words: list[str] = []
-    splits = {}
-    for split, paths in files.items():
-        members: list[tuple[int, Member]] = []
-        for number, path in enumerate(paths):
-            own, names = _open_groups(path)
-            groups += own
-            words = words or names
-            members += [(number, member) for listed in map(_list_group, own) for member in listed]
-        mtimes = {os.path.relpath(path, root): path.stat().st_mtime_ns for path in paths}
-        splits[split] = TarSplit(paths, members, Tally(), mtimes)
-        drop_unlabeled(splits[split], root)
-        if not members:
-            raise UserError(f"{paths[0]} has no labeled row; it may be a test split: leave it out")
-    folder.mkdir(parents=True, exist_ok=True)
-    if has_index(folder):
-        index = open_index(folder)
-        if is_current(index, [path for paths in files.values() for path in paths]):
-            return index, groups
-    listings = make_listings(splits, root, words)
-    classes = listings["train"].classes
-    unknown = sorted(set(listings["val"].classes) - set(classes))
-    if unknown:
-        raise UserError(f"{files['val'][0]} has the class '{unknown[0]}' that {files['train'][0]} does not have")
-    journal = ScanJournal(folder / "scan.journal")
-    made: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
-    bad = {}
-    for split, listing in listings.items():
-        made[split], bad[split] = _scan_split(root, split, listing, groups, journal, processes)
-        made[split][0]["label"] = np.searchsorted(classes, listing.classes)[made[split][0]["label"]]
-    left_out = {}
-    for split, listing in listings.items():
-        tally = Tally()
-        for entry in bad[split]:
-            tally.add(kind_of(entry["reason"]), entry["file"])
-        left_out[split] = (tally + listing.left_out).reasons
-    atomic_write(folder / UNREADABLE, json.dumps(bad, indent=1))
-    noted = {name: mtime for listing in listings.values() for name, mtime in listing.mtimes.items()}
-    shards = {split: listing.places.shards for split, listing in listings.items() if listing.places}
-    named = [(name, name) for name in classes]
-    index = write_index(folder, root, named, made, dict(shards), noted, left_out)
-    journal.close(remove=True)
-    return index, groups
+def _look_at(places: list[Place]) -> list[ScannedFile]:
+    """Decode some rows of one row group."""
+    path = places[0][0]
+    file = open_file(path)
+    group = group_of(file, places[0][1])
+    mtime_ns = os.stat(path).st_mtime_ns
+    wanted, found = {row for _, row, _ in places}, {}
+    for row, data in enumerate(read_rows(path, file.image, group), file.firsts[group]):
+        if row in wanted:
+            content = FileContent(data, mtime_ns) if data else FileContent(b"", mtime_ns, "no bytes in its row")
+            found[row] = inspect(content)
+    return [found[row] for _, row, _ in places]
 
 
-def _scan_split(
-    root: Path, split: str, listing: Listing, groups: list[Group], journal: ScanJournal, processes: int
-) -> tuple[tuple[np.ndarray, list[str]], list[dict]]:
-    places = listing.places
-    assert places is not None
-    records = np.zeros(len(listing.names), RECORD)
-    records["label"], records["shard"], records["offset"] = listing.labels, places.shard, places.offset
-    item_of = {(places.shards[s], row): i for i, (s, row) in enumerate(zip(places.shard, places.offset, strict=True))}
-    keep, bad = np.ones(len(records), bool), []
+def scan_parquet(root: Path, files: dict[str, tuple[Path, ...]], folder: Path, processes: int) -> Index:
+    """The index of parquet files, in `folder`; one that is still valid is only opened.
 
-    def take(i: int, seen: ScannedFile) -> None:
-        record = records[i]
-        record["size"], record["digest"] = seen.size, seen.digest
-        record["width"], record["height"] = seen.width, seen.height
-        if seen.reason:
-            keep[i] = False
-            entry = {"file": listing.describe(i), "class": listing.classes[listing.labels[i]], "reason": seen.reason}
-            bad.append(entry | {"size": seen.size, "mtime_ns": seen.mtime_ns})
-
-    tasks: list[tuple[Group, int, list[int]]] = []
-    for group in groups:
-        shard = os.path.relpath(group.path, root)
-        if shard not in places.shards:
-            continue
-        mtime, todo = listing.mtimes[shard], []
-        for row in range(group.first, group.first + group.rows):
-            i = item_of.get((shard, row))
-            seen = journal.seen.get(member_key(shard, row))
-            if i is not None and seen is not None and seen.mtime_ns == mtime:
-                take(i, seen)
-            elif i is not None:
-                todo.append(row)
-        if todo:
-            tasks.append((group, mtime, todo))
-    total = sum(len(rows) for _, _, rows in tasks)
-    with Progress(f"Reading {split}", total, "images", quiet=not total) as progress:
-        results = map_in_order(_inspect_group, tasks, min(processes, max(1, len(tasks))))
-        for (group, _, rows), found in zip(tasks, results, strict=True):
-            shard = os.path.relpath(group.path, root)
-            for row, seen in zip(rows, found, strict=True):
-                take(item_of[shard, row], seen)
-            journal.add([member_key(shard, row) for row in rows], found)
-            progress.advance(len(rows))
-    return (records[keep], [listing.names[i] for i in np.flatnonzero(keep)]), bad
+    Raises UserError for files without images and labels, lists of classes that don't fit, and as `scan_listings` does.
+    """
+    with locked_folder(folder):
+        paths = [path for of_split in files.values() for path in of_split]
+        previous = open_previous(folder)
+        noted = {os.path.relpath(path, root) for path in paths}
+        if previous is not None and previous.root == root and noted == set(previous.folders) and is_current(previous):
+            return previous
+        mtimes = {path: path.stat().st_mtime_ns for path in paths}
+        names = [str(path) for path in paths]
+        listed = list(map_in_order(_list_file, names, processes if len(paths) > _FEW else 1))
+        words: Sequence[str] = _unify_labels(listed)
+        rows = {item.file.path: item.members for item in listed}
+        splits = {}
+        for split, of_split in files.items():
+            members = [(number, member) for number, path in enumerate(of_split) for member in rows[str(path)]]
+            noted_times = {os.path.relpath(path, root): mtimes[path] for path in of_split}
+            splits[split] = TarSplit(of_split, members, Tally(), noted_times)
+            drop_unlabeled(splits[split], root)
+            if not members:
+                raise UserError(f"{of_split[0]} has no labeled row; it may be a test split: leave it out")
+        class_of = name_classes(splits, words)
+        numbers = {int(label): name for label, name in class_of.items() if label.isdecimal()}
+        spoken = {numbers[number]: text for number, text in enumerate(words) if number in numbers}
+        file_of = {os.path.relpath(item.file.path, root): item.file for item in listed}
+        reader = Reader(_look_at, lambda place: (place[0], group_of(file_of[place[0]], place[1])))
+        homes = {split: of_split[0] for split, of_split in files.items()}
+        listings = make_listings(splits, root, class_of)
+        return scan_listings(root, folder, listings, homes, previous, processes, spoken, reader)

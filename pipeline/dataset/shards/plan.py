@@ -3,7 +3,7 @@
 A seeded shuffle deals the samples out, so that sequential readers meet all classes in every shard.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -145,6 +145,9 @@ def read_checked(index: Index, split: str, sample: int) -> bytes:
     return data
 
 
+Read = Callable[[Index, str, int], bytes]
+
+
 def make_key(synset: str, name: str, is_twin: bool = False) -> str:
     """Key of an image: its class and its path below the class folder without suffix.
 
@@ -173,7 +176,7 @@ def _find_twins(index: Index, split: str, extras: list[Extra]) -> frozenset[int]
     return frozenset(np.flatnonzero(counts[back] > 1).tolist())
 
 
-def _mean_bytes(index: Index, split: str, options: Options) -> float:
+def _mean_bytes(index: Index, split: str, options: Options, read: Read) -> float:
     """Bytes that a sample takes in a shard: known for originals, else learned from some."""
     of_split, side = index.splits[split], options.side_of(split)
     mean = float(of_split.records["size"].mean())
@@ -181,7 +184,7 @@ def _mean_bytes(index: Index, split: str, options: Options) -> float:
         probes = np.unique(np.linspace(0, len(of_split) - 1, PROBES).astype(int))
         before = after = 0
         for i in probes.tolist():
-            data = read_checked(index, split, i)
+            data = read(index, split, i)
             record = of_split.records[i]
             before += len(data)
             shrinks = min(record["width"], record["height"]) > side
@@ -190,14 +193,17 @@ def _mean_bytes(index: Index, split: str, options: Options) -> float:
     return mean + SAMPLE_OVERHEAD
 
 
-def make_plan(index: Index, options: Options, unreadable: dict[str, list[dict]]) -> Plan:
-    """Deal the samples out to shards of about `options.shard_mb`: a function of index and options alone."""
+def make_plan(index: Index, options: Options, unreadable: dict[str, list[dict]], read: Read = read_checked) -> Plan:
+    """Deal the samples out to shards of about `options.shard_mb`: a function of index and options alone.
+
+    read: gives a sample's bytes, as `read_checked` does.
+    """
     items, cuts, extras, twins, size = {}, {}, {}, {}, 0.0
     for number, split in enumerate(sorted(index.splits)):
         extras[split] = list_extras(index, split, unreadable.get(split, [])) if options.unreadable == "reencode" else []
         twins[split] = _find_twins(index, split, extras[split])
         count = len(index.splits[split]) + len(extras[split])
-        mean = _mean_bytes(index, split, options)
+        mean = _mean_bytes(index, split, options, read)
         shards = max(1, round(count * mean / (options.shard_mb * 1e6)))
         items[split] = np.random.default_rng([options.seed, number]).permutation(count)
         cuts[split] = np.linspace(0, count, min(shards, count) + 1).astype(np.int64)

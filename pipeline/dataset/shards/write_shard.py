@@ -1,6 +1,7 @@
 """One shard, written from an indexed tree or from other shards, by a process of its own."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,48 +38,73 @@ _open_once = functools.lru_cache(1)(open_index)
 
 def write_shard(task: Task) -> int:
     """Write one shard; returns its number of items."""
-    index = _open_once(task.index)
-    if index.fingerprint != task.fingerprint:
-        raise UserError(f"index {task.index} changed during the run; run the same command again")
-    split, side = index.splits[task.split], task.options.side_of(task.split)
-    restart = task.options.restart
-    with ShardWriter(task.dest, task.split, task.number, restart is not None or split.restart is not None) as writer:
-        samples = [item for item in task.items.tolist() if item < len(split)]
-        read = read_ahead(lambda sample: read_checked(index, task.split, sample), samples)
-        for item in task.items.tolist():
-            if item >= len(split):
-                extra = task.extras[item - len(split)]
-                _save(writer, index, extra, item in task.twins, side, task.options)
-                continue
-            data, record, name = next(read), split.records[item], split.name(item)
-            width, height, original = int(record["width"]), int(record["height"]), split.identity(item)
-            if side is not None and min(width, height) > side:
-                data, width, height = reencode(data, side, task.options.quality)
-                original = xxhash.xxh3_64_intdigest(data), len(data)
-            if restart is not None:
-                data = transcode(data, restart) or data
-            label = int(record["label"])
-            is_key = index.is_packed and split.shards
-            key = name.rpartition(".")[0] if is_key else make_key(index.synsets[label], name, item in task.twins)
-            writer.add(Sample(key, image_suffix(data, name), data, label, width, height, 2 * item + 1, original))
+    index = open_source(task)
+    restart = task.options.restart is not None or index.splits[task.split].restart is not None
+    with ShardWriter(task.dest, task.split, task.number, restart) as writer:
+        fill_shard(writer, task, index, read_ahead(functools.partial(_read, index, task), task.items.tolist()))
     return len(task.items)
 
 
-def _read_extra(index: Index, extra: Extra) -> bytes:
-    if extra.place is None:
-        return safe_join(index.root, extra.name).read_bytes()
-    tar, offset, size = extra.place
-    with safe_join(index.root, tar).open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
+def open_source(task: Task) -> Index:
+    """The index of what is packed. UserError where it is another than at the start."""
+    index = _open_once(task.index)
+    if index.fingerprint != task.fingerprint:
+        raise UserError(f"index {task.index} changed during the run; run the same command again")
+    return index
 
 
-def _save(writer: ShardWriter, index: Index, extra: Extra, is_twin: bool, side: int | None, options: Options) -> None:
+def fill_shard(writer: ShardWriter, task: Task, index: Index, contents: Iterable[bytes | OSError]) -> None:
+    """Add the items of a shard. contents: the bytes of each, or the error in their place."""
+    split, side, restart = index.splits[task.split], task.options.side_of(task.split), task.options.restart
+    for item, data in zip(task.items.tolist(), contents, strict=True):
+        if item >= len(split):
+            _save(writer, index, task.extras[item - len(split)], data, item in task.twins, side, task.options)
+            continue
+        assert isinstance(data, bytes)
+        record, name = split.records[item], split.name(item)
+        width, height, original = int(record["width"]), int(record["height"]), split.identity(item)
+        if side is not None and min(width, height) > side:
+            data, width, height = reencode(data, side, task.options.quality)
+            original = xxhash.xxh3_64_intdigest(data), len(data)
+        if restart is not None:
+            data = transcode(data, restart) or data
+        label = int(record["label"])
+        is_key = index.is_packed and split.shards
+        key = name.rpartition(".")[0] if is_key else make_key(index.synsets[label], name, item in task.twins)
+        writer.add(Sample(key, image_suffix(data, name), data, label, width, height, 2 * item + 1, original))
+
+
+def _read(index: Index, task: Task, item: int) -> bytes | OSError:
+    split = index.splits[task.split]
+    if item < len(split):
+        return read_checked(index, task.split, item)
+    extra = task.extras[item - len(split)]
+    try:
+        if extra.place is None:
+            return safe_join(index.root, extra.name).read_bytes()
+        tar, offset, size = extra.place
+        with safe_join(index.root, tar).open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        return error
+
+
+def _save(
+    writer: ShardWriter,
+    index: Index,
+    extra: Extra,
+    content: bytes | OSError,
+    is_twin: bool,
+    side: int | None,
+    options: Options,
+) -> None:
     """Add what can be seen of a damaged image, or note that nothing can."""
     note = {"file": extra.file, "class": index.synsets[extra.label]}
     try:
-        raw = _read_extra(index, extra)
-        data, width, height = reencode(raw, side, options.quality, damaged=True)
+        if isinstance(content, OSError):
+            raise content
+        data, width, height = reencode(content, side, options.quality, damaged=True)
         decode_fully(data)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "nothing to decode"
