@@ -1,7 +1,9 @@
 """Starting from trained weights: whoever saved them, what is taken is said, and a head is for its classes."""
 
+import datetime
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ from pipeline.model.weights import read_weights
 NAME = "shufflenet_v2_x0_5"
 SMALL = ["--model.name", NAME, "--model.zero_init_residual", "false", "--train.precision", "fp32"]
 STILL = [*SMALL, "--optim.lr", "1e-12", "--optim.weight_decay", "0", "--train.max_steps", "1"]
+
+
+OWN = torchvision.models.shufflenet_v2_x0_5(num_classes=3).state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +47,6 @@ def head(folder, step):
     return torch.load(runs.checkpoint_at(folder, step) / "model.pt", weights_only=True)["fc.weight"]
 
 
-OWN = torchvision.models.shufflenet_v2_x0_5(num_classes=3).state_dict()
-
-
 def under(prefix):
     return {prefix + key: value for key, value in OWN.items()}
 
@@ -69,6 +71,25 @@ LAYOUTS = {
         {"model": OWN, "model_ema": under("module.") | {"n_averaged": torch.tensor(1)}},
         "model",
     ),
+    "a loss and metrics beside": (
+        {"state_dict": under("model.") | {"criterion.weight": torch.ones(3), "train_acc.tp": torch.zeros(3)}},
+        "state_dict",
+    ),
+    "a backbone": ({"state_dict": under("backbone.")}, "state_dict"),
+    "FSDP": ({"model": under("_fsdp_wrapped_module.")}, "model"),
+    "Composer": ({"state": {"model": under("module."), "timestamp": {}}, "rng": []}, "state.model"),
+    "model_state": ({"model_state": OWN, "optimizer_state": {}}, "model_state"),
+    "counters of thop": (OWN | {"conv1.0.total_ops": torch.zeros(1), "total_params": torch.zeros(1)}, ""),
+    "plain data beside": (
+        {
+            "model": OWN,
+            "root": Path("/data"),
+            "when": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+            "losses": np.array([1.0, 2.0]),
+            "name": np.str_("best"),
+        },
+        "model",
+    ),
     "an average alone": ({"model_ema": under("module.") | {"n_averaged": torch.tensor(1)}, "epoch": 1}, "model_ema"),
 }
 
@@ -80,6 +101,21 @@ def test_weights_of_other_scripts_are_read_and_the_entry_is_known(tmp_path, layo
     state, found, classes = read_weights(tmp_path / "file.pth")
     assert found == entry and classes is None
     assert state.keys() == OWN.keys() and all(torch.equal(state[key], OWN[key]) for key in OWN)
+
+
+@pytest.mark.parametrize("what", ["diverged", "TorchScript", "no weights"])
+def test_a_file_without_usable_weights_is_one_line_that_says_what_it_holds(tmp_path, capsys, what):
+    file = tmp_path / "file.pth"
+    if what == "diverged":
+        torch.save({"model": OWN | {"fc.bias": torch.tensor([0.0, float("nan"), 0.0])}}, file)
+    elif what == "TorchScript":
+        torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(file))
+    else:
+        torch.save({"optimizer": {}, "epoch": 3}, file)
+    assert main(["import", str(file), str(tmp_path / "run"), "--name", NAME]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    words = {"diverged": "fc.bias hold NaN", "TorchScript": "torch.jit.load", "no weights": "optimizer, epoch"}
+    assert words[what] in line
 
 
 def test_code_beside_the_weights_is_still_refused(tmp_path, capsys):

@@ -1,6 +1,9 @@
 """Where the state_dict is in a file that somebody else's training script saved, and its names without wrappers."""
 
 import argparse
+import datetime
+import pathlib
+import re
 from collections import OrderedDict
 from typing import Any
 
@@ -12,27 +15,47 @@ ENTRIES = (
     "state_dict",  # torchvision's and PyTorch's examples, Lightning, older timm
     "model",  # torchvision's references
     "model_state_dict",  # PyTorch's tutorial
+    "model_state",
+    "model_dict",
     "net",
+    "net_state_dict",
     "network",
     "weights",
+    "params",
     "module",  # DeepSpeed
+    "state",  # Composer
+    "checkpoint",
     "model_ema",  # torchvision's references
     "state_dict_ema",  # timm
     "ema",
+    "averaged_model",
 )
-_WRAPPERS = ("_orig_mod", "module")  # torch.compile; DataParallel, DistributedDataParallel, AveragedModel
-_ATTRIBUTES = ("model.", "net.", "network.")  # the network as an attribute of another module, as in Lightning
+#: torch.compile; DataParallel, DistributedDataParallel, AveragedModel; FullyShardedDataParallel; checkpoint_wrapper
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_ATTRIBUTES = ("model.", "net.", "network.", "backbone.")  # the network in another module, as in Lightning
+#: what stands beside it there, without being part of the network
+_BESIDE = re.compile(r"(criterion|\w*loss\w*|\w*metrics?|\w*_acc|\w*accuracy\w*)\.", re.IGNORECASE)
+_COUNTERS = ("total_ops", "total_params")  # buffers of thop's profile
 
 
 def safe_globals() -> list[Any]:
-    """What may stand beside the weights: options as argparse keeps them, and NumPy's scalars. Plain data, no code."""
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    types = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
+    """What may stand beside the weights: options as argparse keeps them, paths, times, NumPy's scalars and arrays.
+    Plain data, no code."""
+    multiarray = np._core.multiarray  # type: ignore[attr-defined]
+    scalar, array = multiarray.scalar, multiarray._reconstruct
+    types = [
+        type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "U")
+    ]
     return [
         argparse.Namespace,
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
+        (array, "numpy.core.multiarray._reconstruct"),
+        (array, "numpy._core.multiarray._reconstruct"),
+        np.ndarray,
         np.dtype,
+        *(pathlib.PosixPath, pathlib.PurePosixPath),
+        *(datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone),
         *types,
         _encode,
     ]
@@ -60,15 +83,24 @@ def find_state(loaded: Any) -> tuple[dict[str, torch.Tensor] | None, str]:
         state = state[name]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         return None, ""
-    if "n_averaged" in state:  # torch.optim.swa_utils.AveragedModel counts there
-        state = _without(state, "n_averaged")
+    state = _without(state, _strangers(list(state)))
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         return None, ""
     return state, ".".join(taken)
 
 
-def _without(state: dict[str, Any], name: str) -> dict[str, Any]:
-    kept = OrderedDict((key, value) for key, value in state.items() if key != name)
+def _strangers(names: list[str]) -> set[str]:
+    """The names that belong to no network: counters, and losses and metrics beside the attribute that is it."""
+    found = {name for name in names if name == "n_averaged" or name.rpartition(".")[2] in _COUNTERS}
+    if any(name.startswith(_ATTRIBUTES) for name in names):
+        found |= {name for name in names if _BESIDE.match(name)}
+    return found
+
+
+def _without(state: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    if not names:
+        return state
+    kept = OrderedDict((key, value) for key, value in state.items() if key not in names)
     versions = getattr(state, "_metadata", None)
     if versions is not None:
         setattr(kept, "_metadata", versions)  # noqa: B010 - torch's attribute, which no type declares

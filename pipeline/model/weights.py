@@ -4,6 +4,7 @@ import contextlib
 import json
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -148,7 +149,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, list[str] | 
 
             state = load_file(path)
         else:
-            with torch.serialization.safe_globals(safe_globals()):
+            with torch.serialization.safe_globals(safe_globals()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of TorchScript, which is refused below
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         OSError,
@@ -159,15 +161,30 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, list[str] | 
         pickle.UnpicklingError,
         _safetensors_error(),
     ) as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} is a TorchScript program, which is not run here; save its weights with "
+                f'torch.save(torch.jit.load("{path}").state_dict(), FILE)'
+            ) from error
         lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])[:200]
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a {held[1]}" if held else lines[0][:200]
         raise UserError(
             f"{path} is no file of weights that can be read safely ({reason}); "
             "save it anew with torch.save(model.state_dict(), FILE)"
         ) from error
     found, entry = find_state(state)
     if found is None:
-        raise UserError(f"{path} holds no state_dict (name -> tensor); save model.state_dict()")
+        inside = (
+            f": its entries are {', '.join(map(str, list(state)[:8]))}" if isinstance(state, dict) and state else ""
+        )
+        raise UserError(f"{path} holds no state_dict (name -> tensor){inside}; save model.state_dict()")
+    broken = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 1:,} more" if len(broken) > 1 else ""
+        raise UserError(
+            f"{path}: {broken[0]}{more} hold NaN or infinite values, as after a run that diverged; give others"
+        )
     return renamed(found), entry, _classes_of_card(path)
 
 
