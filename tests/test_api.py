@@ -107,8 +107,14 @@ def test_train_and_evaluate_in_one_process_on_two_ranks(root, tmp_path, static):
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
+    for name, text in (("empty", ""), ("list", "- a"), ("torn", "model: {name: resnet18")):
+        (tmp_path / f"{name}.yaml").write_text(text)
     for recipe, options, said in (
         ("resnet512", {}, "is neither a file nor a recipe"),
+        (tmp_path / "empty.yaml", {}, r"empty\.yaml is empty; give a YAML file"),
+        (tmp_path / "list.yaml", {}, r"list\.yaml holds .*, not options"),
+        (tmp_path / "torn.yaml", {}, r"torn\.yaml is no valid YAML: .* line 1, column 8"),
+        (tmp_path, {}, r"is a folder; give a YAML file"),
         ("smoke", {"optim.lrr": 0.1}, "did you mean --optim.lr"),
         ("smoke", {"train.max_steps": "many"}, "--train.max_steps many: give a whole number"),
         ("smoke", {"augment.mixup": -1}, "augment.mixup is -1"),

@@ -7,8 +7,10 @@ import runs
 import yaml
 
 from pipeline.config import TrackingConfig
+from pipeline.errors import UserError
 from pipeline.tracking.wandb_view import WandbView
 from pipeline.training import setup
+from pipeline.training.start import named_checkpoint
 
 SAVING = ["--checkpoint.every_steps", "2", "--checkpoint.keep", "9", "--train.max_steps", "6"]
 
@@ -137,15 +139,56 @@ def test_strange_files_stay_and_own_leftovers_go(root, run):
     for path in [*theirs[:2], *own]:
         path.write_text("x")
     theirs[2].mkdir()
+    (run / ".metrics.jsonl.12.tmp").mkdir()
     runs.call(root, run, *SAVING[:-1], "7")
     assert all(path.exists() for path in theirs) and not any(path.exists() for path in own)
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "finished", "lock"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "finished", "lock", "stop"])
 def test_a_folder_in_a_files_place_is_named(root, tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     printed = runs.call(root, tmp_path / "run", expect=2)
     assert str(tmp_path / "run" / name) in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("name", ["run", "run/checkpoints"])
+def test_a_file_in_a_folders_place_is_named(root, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    printed = runs.call(root, tmp_path / "run", expect=2)
+    assert f"{tmp_path / name} is a file, and a run needs a folder there" in printed
+
+
+def test_a_file_in_the_place_of_wandbs_folder_costs_one_line(tmp_path):
+    (tmp_path / "wandb").touch()
+    said = []
+    view = WandbView(TrackingConfig(wandb="offline"), tmp_path, {}, {}, said.append)
+    view.log({"kind": "train", "step": 1, "loss": 0.5})
+    view.close()
+    assert len(said) == 1 and f"{tmp_path / 'wandb'} can't be made" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("RUN", "is a folder of 3 checkpoints; give one of them, such as the newest: --resume RUN/checkpoints/step-0"),
+        ("RUN/checkpoints", "is a folder of 3 checkpoints"),
+        ("RUN/checkpoints/step-000000002/model.pt", "give its folder: --resume RUN/checkpoints/step-000000002"),
+        ("last", "no such folder; give a checkpoint folder"),
+        ("", "--resume is empty"),
+    ],
+)
+def test_a_path_that_is_no_checkpoint_names_those_that_are_there(finished, given, words):
+    with pytest.raises(UserError) as found:
+        named_checkpoint(given.replace("RUN", str(finished)))
+    assert words.replace("RUN", str(finished)) in str(found.value)
+
+
+def test_a_run_that_starts_at_its_end_has_a_checkpoint_of_its_own(root, run, tmp_path):
+    """From another run's last one: it is scored, and can be exported."""
+    runs.call(root, tmp_path / "other", *SAVING, "--resume", str(run / "checkpoints/step-000000006"))
+    assert saved(tmp_path / "other") == [6] and steps(tmp_path / "other", "eval") == [6]
+    runs.assert_same_state(runs.checkpoint_at(tmp_path / "other", 6), runs.checkpoint_at(run, 6))
 
 
 def test_a_copy_becomes_a_wandb_run_of_its_own_and_a_moved_run_does_not(tmp_path, monkeypatch):

@@ -40,6 +40,9 @@ def resolve_recipe(name: str) -> str:
     packaged = recipes_folder() / f"{name}.yaml"
     if os.sep not in name and packaged.is_file():
         return str(packaged)
+    if Path(name).is_dir():
+        inside = Path(name) / "config.yaml"
+        raise UserError(f"--config {name} is a folder; give {inside if inside.is_file() else 'a YAML file'}")
     raise UserError(f"--config {name} is neither a file nor a recipe; the recipes are: {', '.join(recipe_names())}")
 
 
@@ -49,11 +52,17 @@ def _read_recipe(name: str, warnings: list[str]) -> str:
     path = resolve_recipe(name)
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):  # the parser reports it
+    except OSError:  # the parser reports it
         return path
-    renamed = rename_settings(settings) if isinstance(settings, dict) else []
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
+        raise UserError(f"--config {path} is no valid YAML: {reason}; mend the file") from error
+    if not isinstance(settings, dict):
+        what = "is empty" if settings is None else f"holds {str(settings)[:40]!r}, not options"
+        raise UserError(f"--config {path} {what}; give a YAML file such as pipeline train --print_config writes")
+    renamed = rename_settings(settings)
     warnings += [f"{path}: {line}" for line in renamed]
-    moved = isinstance(settings, dict) and _follow_run_folder(settings, Path(path))
+    moved = _follow_run_folder(settings, Path(path))
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if renamed or moved else path
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import TrackingConfig
-from pipeline.files import atomic_write
+from pipeline.files import atomic_write, reason_of
 from pipeline.redact import redact
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.view import View
@@ -54,7 +54,11 @@ class WandbView(View):
         if plan.mode == "disabled":
             say(f"W&B: disabled {plan.why}; metrics.jsonl has everything")
             return
-        self.paths.wandb.mkdir(exist_ok=True)
+        try:
+            self.paths.wandb.mkdir(exist_ok=True)
+        except OSError as error:
+            say(f"W&B: {self.paths.wandb} can't be made ({reason_of(error, run_dir)}); metrics.jsonl has everything")
+            return
         self.sent = self._high_water(self.paths.wandb_sent, last_steps)
         self.taken = self.sent["train"]  # W&B has this step, and takes nothing for it or an earlier one
         try:

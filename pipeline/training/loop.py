@@ -91,7 +91,7 @@ class Trainer:
 
     def take_state_of(self, start: Start) -> None:
         """Set what a checkpoint holds beside the tensors of `train_step`."""
-        self.step = self.saved_step = start.step
+        self.step, self.saved_step = start.step, start.step if start.is_saved_in(self.setup.folder) else -1
         self.saved_at = time.monotonic()
         self.blacklist = start.blacklist  # unreadable sample -> the step in which it was found
         self.guard.restore(start.rollbacks, start.last_good_step)

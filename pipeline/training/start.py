@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import Config, semantic_config
 from pipeline.errors import UserError
-from pipeline.run_paths import list_checkpoints
+from pipeline.run_paths import META, RunPaths, list_checkpoints
 from pipeline.tracking.ledger import early_stop, read_rows
 from pipeline.training.guard import Guard, Rollback, is_in_history, rollbacks_of, rollbacks_of_ledger
 from pipeline.training.optim.lr_schedule import Schedule
@@ -44,6 +44,10 @@ class Start:
         """Number of steps done."""
         return self.meta.get("step", 0)
 
+    def is_saved_in(self, folder: RunFolder) -> bool:
+        """Has this run a checkpoint of it, or can do without, at step 0? `--resume PATH` may name another run's."""
+        return self.path is None or self.path.resolve().parent == folder.checkpoints
+
     @property
     def blacklist(self) -> dict[int, int]:
         """Unreadable sample -> the step in which it was found."""
@@ -63,6 +67,27 @@ class Start:
 def resume_option(config: Config) -> str:
     """The checkpoint that `--resume PATH` names, as the ledger's row of a start records it."""
     return str(Path(config.resume).expanduser().resolve())
+
+
+def named_checkpoint(option: str) -> Path:
+    """The checkpoint folder that `--resume PATH` names. Raises UserError where there is none, with those nearby."""
+    if not option:
+        raise UserError("--resume is empty: give a checkpoint folder, auto or never")
+    path = Path(option).expanduser()
+    if path.is_dir() and ((path / META).exists() or path.name.startswith("step-")):
+        return path
+    if (path.parent / META).exists():
+        raise UserError(f"--resume {option} is a file of a checkpoint; give its folder: --resume {path.parent}")
+    there = list_checkpoints(path) or list_checkpoints(RunPaths(path).checkpoints)
+    if there:
+        raise UserError(
+            f"--resume {option} is a folder of {len(there)} checkpoint{'s' * (len(there) > 1)}; give one of them, such "
+            f"as the newest: --resume {there[0][1]}"
+        )
+    raise UserError(
+        f"--resume {option}: {'no checkpoint is there' if path.exists() else 'no such folder'}; give a checkpoint "
+        "folder (RUN/checkpoints/step-...), or auto: the newest one in --run_dir"
+    )
 
 
 def _newest(folder: RunFolder, rows: list[dict], warn: Callable[[str], None]) -> tuple[Path, dict] | None:
@@ -112,7 +137,7 @@ def find_start(
             warn(f"--resume {config.resume} was followed by an earlier start; resuming from {found[0].name}")
     went_back = explicit and found is None
     if went_back:
-        path = Path(config.resume).expanduser()
+        path = named_checkpoint(config.resume)
         try:
             found = path, verify_checkpoint(path)
         except DamagedCheckpoint as error:

@@ -4,6 +4,7 @@
 `finished` and `failed` say how the last start ended (JSON).
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -93,9 +94,13 @@ def make_run_folder(config: Config) -> RunFolder:
     if not config.run_dir:
         raise UserError("--run_dir is missing: give the folder where the run is to live, e.g. --run_dir runs/first")
     folder = RunFolder(Path(config.run_dir).expanduser().resolve())
-    for file in (folder.config, folder.ledger, folder.interrupted, folder.finished, folder.failed, folder.lock):
+    files = folder.config, folder.ledger, *(folder.path / name for name in END_MARKERS), folder.lock, folder.stop
+    for file in files:
         if file.is_dir():
             raise UserError(f"{file} is a folder, and a run needs a file there; move it, or give another --run_dir")
+    for place in (folder.path, folder.checkpoints):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file, and a run needs a folder there; move it, or give another --run_dir")
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         probe = folder.path / f".writable.{os.getpid()}.tmp"
@@ -121,7 +126,8 @@ def open_run_folder(config: Config) -> RunFolder:
         )
     for leftover in folder.path.glob(".*.tmp"):
         if _LEFTOVER.fullmatch(leftover.name):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder; another user's file
+                leftover.unlink(missing_ok=True)
     if not folder.ledger.exists() or not folder.config.exists():
         folder.save_config(config)
     folder.clear_stop()
