@@ -149,9 +149,14 @@ def test_a_batch_for_a_gpu_is_handed_over_before_the_next_is_fetched(monkeypatch
             log.append(f"fetch {number}")
             yield number
 
-    for number in prefetch.prefetch_to_device(batches(), torch.device("cuda", 0)):
+    def augment(number):
+        log.append(f"augment {number}")
+        return number
+
+    for number in prefetch.prefetch_to_device(batches(), torch.device("cuda", 0), augment):
         log.append(f"step {number}")
-    one = [f"{what} {{}}" if what in ("fetch", "step") else what for what in ("fetch", "record", "wait", "step")]
+    order = ("fetch", "augment", "record", "wait", "step")  # what is recorded is waited for: the augmentation as well
+    one = [what if what in ("record", "wait") else f"{what} {{}}" for what in order]
     assert log == [what.format(number) for number in range(3) for what in one] + ["record"]
 
 

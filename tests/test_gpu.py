@@ -6,7 +6,6 @@ import runs
 import torch
 from torch import nn
 
-from pipeline.augment.ops import apply_ops
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig
 from pipeline.dataset.index.scan import build_index
 from pipeline.loader import build
@@ -60,7 +59,7 @@ def test_augmentation_on_the_gpu_gives_the_cpus_pixels(root):
         (batch,) = stream.batches(0, 1)
         stream.close()
         whole = NormalizeEraseMix(nn.Identity(), config.mean, config.std, True, c.mix_group).to(device)
-        changed[name] = apply_ops(batch.images, batch.pixel_ops, "nearest", None).cpu().int()
+        changed[name] = batch.augmented(c).cpu().int()
         seen[name] = whole(changed["cpu"].to(device, torch.uint8), batch.erase_mix).cpu()
     assert (changed["cpu"] != changed["cuda"]).float().mean() <= 1e-3
     torch.testing.assert_close(seen["cpu"], seen["cuda"])

@@ -106,6 +106,8 @@ def seen(index, step, world_size):
         stream = build.make_train_stream(index, plan, data, RankInfo(rank, world_size), applies=EVERYTHING)
         (batch,) = stream.batches(step, step + 1)
         images = apply_ops(batch.images, batch.pixel_ops, EVERYTHING.interpolation, None)
+        ahead = stream._augmented(batch)  # as a GPU's loader hands it over
+        assert ahead.pixel_ops is None and torch.equal(ahead.augmented(EVERYTHING), images)
         targets = soft_targets(batch.targets, batch.erase_mix.shares, EVERYTHING.mix_group, 4)
         parts.append((whole(images, batch.erase_mix), targets, batch.ids, batch.images))
         stream.close()

@@ -14,6 +14,7 @@ from pipeline.dataset.index.index import index_folder
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.loader.build import make_train_plan, make_train_stream
+from pipeline.loader.stream import Stream
 from pipeline.rank_info import RankInfo
 from pipeline.training.optim.loss import ClassLoss
 from pipeline.training.step import NormalizeEraseMix
@@ -178,6 +179,24 @@ def test_raw_batches_are_normalized_to_the_others(root):
     mean, std = torch.tensor(data.mean), torch.tensor(data.std)
     torch.testing.assert_close(images.permute(0, 2, 3, 1), (raw / 255 - mean) / std, rtol=1e-5, atol=1e-5)
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_next_epoch_is_read_ahead(root, monkeypatch):
+    """One stretch of reading over three epochs, a new one after a loop that was left, none beyond for validation."""
+    begun = []
+    real = Stream.batches
+    monkeypatch.setattr(Stream, "batches", lambda self, *asked: begun.append(asked[:2]) or real(self, *asked))
+    loader = TrainLoader(root, **SMALL)
+    parts = [torch.cat([images for images, _ in loader.epoch(epoch)]) for epoch in range(3)]
+    assert [start for start, _ in begun] == [0]
+    for epoch, found in enumerate(parts):
+        assert torch.equal(torch.cat([images for images, _ in TrainLoader(root, **SMALL).epoch(epoch)]), found)
+    begun.clear()
+    next(loader.epoch(3))
+    assert len(list(loader.epoch(4))) == 4 and [start for start, _ in begun] == [20]
+    begun.clear()
+    images = EvalLoader(root, 20, 32)
+    assert sum(len(batch) for batch, _ in images) == 24 and begun == [(0, 2)]
 
 
 def test_one_iterator_at_a_time(root):

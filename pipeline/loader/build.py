@@ -131,7 +131,7 @@ def make_train_stream(
 ) -> Stream:
     """The training batches of a rank: images cropped and flipped, and beside them what is to be done to them.
 
-    applies: the augmentation that the caller applies to each batch, by `apply_ops`, `apply_erase_mix` and
+    applies: the augmentation that the caller applies to each batch, by `Batch.augmented`, `apply_erase_mix` and
     `soft_targets`. Raises UserError where the plan has another one: its digests would tell of an augmentation that no
     pixel has seen. `TrainLoader` applies all of it.
     """
@@ -140,7 +140,7 @@ def make_train_stream(
         drawn = [] if padded and plan.augment == UNAUGMENTED else [describe_augment(plan.augment)]
         raise UserError(
             f"the plan augments ({', '.join(padded + drawn)}), and its reader does not apply that: "
-            "use pipeline.TrainLoader, or apply batch.pixel_ops and batch.erase_mix and give applies=plan.augment"
+            "use pipeline.TrainLoader, or apply batch.augmented() and batch.erase_mix and give applies=plan.augment"
         )
     return _make_stream(index, "train", plan, data, plan.global_batch_size // place.size, place)
 

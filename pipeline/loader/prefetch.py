@@ -1,7 +1,7 @@
 """What is made ready ahead of the step: batches on a CUDA device, batches beyond a pause, digests of global batches."""
 
 import dataclasses
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,17 +11,21 @@ import torch
 from pipeline.loader.plan import TrainPlan
 
 
-def prefetch_to_device(batches: Generator[Any], device: torch.device) -> Generator[Any]:
-    """The same batches, each handed over as soon as it is there. The next is fetched when it is asked for: by then the
-    step of the current one is queued, and runs while it is copied.
+def prefetch_to_device(
+    batches: Generator[Any], device: torch.device, then: Callable[[Any], Any] = lambda batch: batch
+) -> Generator[Any]:
+    """What `then` makes of each of the batches, handed over as soon as it is there. The next is fetched when it
+    is asked for: by then the step of the current one is queued, and runs while it is copied.
 
-    `batches` copies asynchronously on the current stream; here that is a stream other than the training's.
+    `batches` copies asynchronously on the current stream, and `then` computes on it; here that is a stream other
+    than the training's.
     """
     stream = torch.cuda.Stream(device)
     try:
         while True:
             with torch.cuda.stream(stream):
                 batch = next(batches, None)
+                batch = None if batch is None else then(batch)
                 event = torch.cuda.Event()
                 event.record()
             if batch is None:

@@ -4,8 +4,9 @@ and what turns a decoded batch into what a network takes."""
 import dataclasses
 import os
 import re
+import sys
 import typing
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from pipeline.augment.mixing import apply_erase_mix, soft_targets
-from pipeline.augment.ops import apply_ops
 from pipeline.config import (
     AugmentConfig,
     Config,
@@ -27,6 +27,7 @@ from pipeline.dataset.index.index import Index
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.limits import share_of_cores
+from pipeline.loader.prefetch import OngoingBatches
 from pipeline.loader.stream import Batch, Stream
 from pipeline.model.build import Normalized
 from pipeline.rank_info import RankInfo
@@ -146,10 +147,8 @@ class Finisher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        images, targets, c = batch.images, batch.targets, self.augment
-        if batch.pixel_ops is not None:
-            images = apply_ops(images, batch.pixel_ops, c.interpolation, c.fill)
-        pixels = self.pixels.normalize(images)
+        targets, c = batch.targets, self.augment
+        pixels = self.pixels.normalize(batch.augmented(c))
         if batch.erase_mix is not None:
             pixels = apply_erase_mix(pixels, batch.erase_mix, c.mix_group)
             if batch.erase_mix.shares is not None:
@@ -158,12 +157,19 @@ class Finisher:
 
 
 class Reader:
-    """Reads ranges of batches of a stream, which is opened at the first read; one range at a time."""
+    """Reads ranges of batches of a stream, which is opened at the first read; one range at a time.
 
-    def __init__(self, make_stream: Callable[[], Stream]):
+    Args:
+        make_stream: opens the stream.
+        reads_on: read beyond the end of a range, so that a range which follows it has begun already.
+    """
+
+    def __init__(self, make_stream: Callable[[], Stream], reads_on: bool = False):
         self.make_stream = make_stream
         self.stream: Stream | None = None
-        self._batches: Generator[Batch] | None = None  # of the newest range
+        self._reads_on = reads_on
+        self._batches = OngoingBatches(sys.maxsize if reads_on else 0)
+        self._newest: object = None  # of the ranges
 
     def read(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start..stop-1. Raises UserError where another range was begun since."""
@@ -171,24 +177,23 @@ class Reader:
             return
         if self.stream is None:
             self.stream = self.make_stream()
-        self._end()
-        self._batches = batches = self.stream.batches(start, stop)
+        self._newest = this = object()
+        batches = self._batches.read(self.stream, start, stop, frozenset())
         try:
-            for batch in batches:
-                yield batch
-                if self._batches is not batches:
+            for _ in range(start, stop):
+                yield next(batches)
+                if self._newest is not this:
                     raise UserError(
                         "this iterator ended when another one of the same loader was begun; read one at a time, or "
                         "make a second loader"
                     )
         finally:
-            if self._batches is batches:
+            if self._newest is this and not self._reads_on:
                 self._end()
 
     def _end(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        self._newest = None
+        self._batches.close()
 
     def close(self) -> None:
         """End the threads that read and decode; the next read starts new ones."""

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from pipeline.augment.apply import EraseAndMix, PixelOps, deliver
+from pipeline.augment.ops import apply_ops
+from pipeline.config import AugmentConfig
 from pipeline.errors import TransientError
 from pipeline.loader.eval_plan import EvalPlan
 from pipeline.loader.plan import Planned, TrainPlan
@@ -26,7 +28,8 @@ class Batch:
     """One step's local batch, on the step's device.
 
     images: uint8 [B, H, W, 3]. targets: int64 [B]. ids: int64 [B]. In validation B may be short, or 0.
-    pixel_ops, erase_mix: the augmentations that the step has to apply, None where there are none.
+    pixel_ops, erase_mix: the augmentations that the step has to apply, None where there are none, or where they
+    have been applied already.
     """
 
     images: torch.Tensor
@@ -37,6 +40,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def augmented(self, c: AugmentConfig) -> torch.Tensor:
+        """The images, with the pixel ops applied."""
+        return (
+            self.images if self.pixel_ops is None else apply_ops(self.images, self.pixel_ops, c.interpolation, c.fill)
+        )
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,13 @@ class Stream:
         """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`."""
         self._skip = skip
         batches = self._batches(start, stop)
-        return prefetch_to_device(batches, self.device) if self.device.type == "cuda" else batches
+        return prefetch_to_device(batches, self.device, self._augmented) if self.device.type == "cuda" else batches
+
+    def _augmented(self, batch: Batch) -> Batch:
+        """The batch with its pixel ops applied: on a GPU here, beside the step before it; on a CPU by the step."""
+        if batch.pixel_ops is None or not isinstance(self.plan, TrainPlan):
+            return batch
+        return replace(batch, images=batch.augmented(self.plan.augment), pixel_ops=None)
 
     def _batches(self, start: int, stop: int) -> Generator[Batch]:
         reading: dict[int, Future] = {}

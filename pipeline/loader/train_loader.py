@@ -109,7 +109,8 @@ class TrainLoader(LoaderBase):
         self._reader = Reader(
             lambda: make_train_stream(
                 self.index, self.plan, config.data, self.place, applies=None if raw else config.augment
-            )
+            ),
+            reads_on=True,
         )
 
     # --- what there is

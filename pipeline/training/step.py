@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.augment.apply import EraseAndMix, deliver
 from pipeline.augment.mixing import apply_erase_mix, neutral_erase_mix, soft_targets
-from pipeline.augment.ops import apply_ops
 from pipeline.config import Config, TrainConfig
 from pipeline.loader.stream import Batch
 from pipeline.model.build import Normalized
@@ -184,10 +183,8 @@ class TrainStep:
         """(images, labels, erasing and mixing, keys of what is dropped) of each part that goes through the network at
         once. Colours and geometry are changed here: as bytes, before anything is compiled, as each op is for other
         images at every step."""
-        images, c = batch.images, self.config.augment
-        if batch.pixel_ops is not None:
-            images = apply_ops(images, batch.pixel_ops, c.interpolation, c.fill)
-        images, targets = images.split(self.micro), batch.targets.split(self.micro)
+        images = batch.augmented(self.config.augment).split(self.micro)
+        targets = batch.targets.split(self.micro)
         none: Sequence[None] = [None] * len(images)
         erase_mix = none if batch.erase_mix is None else batch.erase_mix.split(self.micro)
         drop_keys = self._drop_keys(step, len(batch))

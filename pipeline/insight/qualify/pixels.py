@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from pipeline.augment.ops import apply_ops
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig
 from pipeline.dataset.index.index import Index
 from pipeline.dataset.index.scan import build_index
@@ -69,7 +68,6 @@ def _augmented(index: Index, name: str, augment: AugmentConfig) -> Row:
         stream = make_train_stream(index, plan, config, RankInfo(device=device), applies=augment)
         (batch,) = stream.batches(0, 1)
         stream.close()
-        assert batch.pixel_ops is not None
-        changed.append(apply_ops(batch.images, batch.pixel_ops, augment.interpolation, augment.fill).cpu())
+        changed.append(batch.augmented(augment).cpu())
     share = (changed[0] != changed[1]).float().mean().item()
     return judged(name, f"{share:.1e} of the bytes differ", f"at most {_SHARE:g}", share <= _SHARE)
