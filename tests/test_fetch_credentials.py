@@ -5,12 +5,14 @@ Every run is searched for the key, the token and the signed address's signature 
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 from fetching import QUICK, fetch
 from kaggle_server import KEY, TOKEN, USER, Faults, KaggleServer
 
-from pipeline.dataset.acquire.access.credentials import prepare_credentials
+from pipeline.dataset.acquire.access.credentials import explain_none, prepare_credentials
 from pipeline.errors import UserError
 
 SETTINGS = "https://www.kaggle.com/settings"
@@ -105,15 +107,69 @@ def test_verbose_client_prints_no_secret(kaggle_zip, tmp_path):
         ("kaggle.json", b'{"username": "somebody"}', "no text under 'key'"),
         ("access_token", b" \n", "is empty"),
         ("access_token", b'{"username": "a", "key": "b"}', "holds JSON"),
+        ("kaggle.json/file", b"", "kaggle.json is a folder"),
+        ("access_token/file", b"", "access_token is a folder"),
     ],
 )
-def test_a_broken_credentials_file_is_named(tmp_path, monkeypatch, name, content, says):
-    (tmp_path / ".kaggle").mkdir()
-    (tmp_path / ".kaggle" / name).write_bytes(content)
+@pytest.mark.parametrize("beside", ["nothing", "a good one"])
+def test_a_broken_credentials_file_is_named(home, monkeypatch, capsys, name, content, says, beside):
+    """With another one beside it, too, where the client would use it or fall over it; else a line says what is used."""
+    path = home / ".kaggle" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    if beside == "a good one" and name.startswith("kaggle.json"):
+        monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
+        if not says.startswith("holds a list"):
+            assert prepare_credentials().token == "KAGGLE_API_TOKEN"
+            assert re.search(says, capsys.readouterr().err)
+            return
+    elif beside == "a good one":
+        write_kaggle_json(home)
+        if says == "is empty":  # the client passes over it
+            assert prepare_credentials().key == str(home / ".kaggle/kaggle.json")
+            return
+    with pytest.raises(UserError, match=says):
+        prepare_credentials()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A home folder without credentials, and none in the environment."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for variable in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
-        monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(UserError, match=says):
+        monkeypatch.setenv(variable, "")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "text", [f'"{TOKEN}"', f"KAGGLE_API_TOKEN={TOKEN}\n", f"export KAGGLE_API_TOKEN='{TOKEN}'\r\n"]
+)
+def test_what_stands_around_a_token_is_left_out(home, text):
+    (home / ".kaggle").mkdir()
+    (home / ".kaggle/access_token").write_text(text)
+    prepare_credentials()
+    assert os.environ["KAGGLE_API_TOKEN"] == TOKEN
+
+
+def test_a_user_without_a_key_takes_both_from_the_file(home, monkeypatch, capsys):
+    monkeypatch.setenv("KAGGLE_USERNAME", "another")
+    write_kaggle_json(home)
+    prepare_credentials()
+    assert (os.environ["KAGGLE_USERNAME"], os.environ["KAGGLE_KEY"]) == (USER, KEY)
+    assert "KAGGLE_USERNAME alone is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".kaggle/kaggle (1).json", ".kaggle/Kaggle.json", "Downloads/kaggle.json"])
+def test_a_file_that_may_be_meant_is_named(home, name):
+    assert prepare_credentials().key is None
+    (home / name).parent.mkdir(exist_ok=True)
+    (home / name).write_text("{}")
+    assert f"{home / name} may be meant" in explain_none()
+
+
+def test_a_variable_that_names_no_file_is_told(home, monkeypatch):
+    monkeypatch.setenv("KAGGLE_API_TOKEN", str(home / "token.txt"))
+    with pytest.raises(UserError, match="names a file that is not there"):
         prepare_credentials()
 
 

@@ -22,7 +22,7 @@ from requests.adapters import HTTPAdapter
 
 from pipeline.dataset.acquire.access.backoff import Backoff, Patience, parse_retry_after
 from pipeline.dataset.acquire.access.connection import PROXY_USER, explain_connection
-from pipeline.dataset.acquire.access.credentials import Found, prepare_credentials
+from pipeline.dataset.acquire.access.credentials import Found, explain_none, prepare_credentials
 from pipeline.dataset.acquire.remote import BUSY, REFUSED, Address
 from pipeline.dataset.disk import explain
 from pipeline.errors import TransientError, UserError
@@ -120,16 +120,11 @@ class Kaggle:
                     with _muted():
                         api.authenticate()
                 except SystemExit:
-                    raise self._no_credentials(Path(api.config)) from None
+                    raise _no_credentials(found) from None
                 except requests.RequestException as error:
                     self._judge(error, backoff)
             _say_which(found, api.config_values[api.CONFIG_NAME_AUTH_METHOD])
         return api
-
-    def _no_credentials(self, config: Path) -> UserError:
-        if os.environ.get("KAGGLE_API_TOKEN") or any(config.parent.glob("access_token*")):
-            return UserError(f"Kaggle does not accept the access token (wrong or expired); {HOW_TO}")
-        return UserError(f"no Kaggle credentials found (looked at {config} and KAGGLE_API_TOKEN); {HOW_TO}")
 
     def _judge(self, error: requests.RequestException, backoff: Backoff) -> None:
         """Raise what `error` of an API call means for the user, or wait for the next try."""
@@ -255,6 +250,12 @@ def _check_version() -> None:
     version = importlib.metadata.version("kaggle")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < NEEDED:
         raise UserError(f"kaggle {version} can corrupt a partial zip; upgrade it: pip install 'kaggle>=2.2.5'")
+
+
+def _no_credentials(found: Found) -> UserError:
+    if found.token is not None:
+        return UserError(f"Kaggle does not accept the access token of {found.token} (wrong or expired); {HOW_TO}")
+    return UserError(f"no Kaggle credentials found ({explain_none()}); {HOW_TO}")
 
 
 def _say_which(found: Found, method: str) -> None:

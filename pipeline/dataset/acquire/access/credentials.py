@@ -8,6 +8,7 @@ printed.
 import codecs
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,21 +30,33 @@ class Found:
 def prepare_credentials() -> Found:
     """Find the credentials and hand them to the client. Call it before `import kaggle`.
 
-    Raises UserError, naming the file, where the only ones that are there are broken.
+    Raises UserError, naming the file, where one is broken that the client would use, or fall over.
     """
-    broken: UserError | None = None
     token = key = None
+    broken: UserError | None = None
     try:
         token = _find_token()
-    except UserError as error:
+    except _Empty as error:
         broken = error
     try:
         key = _find_key()
+    except _NoObject:
+        raise
     except UserError as error:
+        if token is not None:
+            print(f"{error} (using the access token of {token})", file=sys.stderr, flush=True)
         broken = broken or error
     if token is None and key is None and broken is not None:
         raise broken
     return Found(token, key)
+
+
+class _Empty(UserError):
+    """An access token's file without one, which the client passes over."""
+
+
+class _NoObject(UserError):
+    """A kaggle.json whose JSON is no object, on which the client ends."""
 
 
 def _find_token() -> str | None:
@@ -54,7 +67,9 @@ def _find_token() -> str | None:
     if value:
         path = Path(value)
         if len(value) > 255 or not path.is_file():
-            os.environ[TOKEN] = value.strip("\ufeff \t\r\n")
+            if path.is_absolute() or value.startswith(("~", ".")):
+                raise UserError(f"{TOKEN} names a file that is not there; set it to the token itself")
+            os.environ[TOKEN] = _bare_token(value)
             return TOKEN
         os.environ[TOKEN] = _read_token(path)
         return f"{TOKEN} ({path})"
@@ -62,32 +77,42 @@ def _find_token() -> str | None:
     if folder := os.environ.get(FOLDER):
         homes.append(Path(folder))
     for path in (home / name for home in homes for name in TOKEN_NAMES):
-        if path.is_file():
+        if path.exists():
             os.environ[TOKEN] = _read_token(path)
             return str(path)
     return None
 
 
+def _bare_token(text: str) -> str:
+    """A token without what often stands around it: quotes, and the name of the variable."""
+    text = text.strip("\ufeff \t\r\n").removeprefix("export ").strip().removeprefix(f"{TOKEN}=").strip()
+    return text[1:-1].strip() if text[:1] in ("'", '"') and text[-1:] == text[:1] else text
+
+
 def _read_token(path: Path) -> str:
-    text = _read_text(path).strip()
+    text = _bare_token(_read_text(path))
     if not text:
-        raise UserError(f"{path} is empty; put the access token into it")
+        raise _Empty(f"{path} is empty; put the access token into it, or remove it")
     if text.startswith(("{", "[")):
         raise UserError(f"{path} holds JSON, no access token; if it is the key of an older kind, name it kaggle.json")
     if not text.isascii() or not text.isprintable() or " " in text:
-        raise UserError(f"{path} holds more than an access token; put the token alone into it")
+        raise UserError(f"{path} holds more than an access token; put the token alone into it, or remove it")
     return text
 
 
 def _find_key() -> str | None:
-    if os.environ.get(USER) and os.environ.get(KEY):
+    for name in (USER, KEY):
+        if value := os.environ.get(name):
+            os.environ[name] = value.strip()
+    given = [name for name in (USER, KEY) if os.environ.get(name)]
+    if len(given) == 2:
         return f"{USER} and {KEY}"
     path = config_folder() / "kaggle.json"
-    if not path.is_file():
+    if not path.exists():
         return None
-    username, key = _read_key(path)
-    os.environ.setdefault(USER, username)
-    os.environ.setdefault(KEY, key)
+    os.environ[USER], os.environ[KEY] = _read_key(path)
+    if given:
+        print(f"{given[0]} alone is set: using user and key of {path}", file=sys.stderr, flush=True)
     return str(path)
 
 
@@ -98,14 +123,30 @@ def _read_key(path: Path) -> tuple[str, str]:
         raise UserError(f"{path} is empty; {expected}")
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is cut or no JSON; {expected}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}; {expected}")
+        raise _NoObject(f"{path} holds a {type(found).__name__}; {expected}")
     for name in ("username", "key"):
         if not isinstance(found.get(name), str) or not found[name].strip():
             raise UserError(f"{path} has no text under '{name}'; {expected}")
     return found["username"].strip(), found["key"].strip()
+
+
+def explain_none() -> str:
+    """Where credentials were looked for in vain, and what looks as if it were meant as such."""
+    looked = f"looked at {config_folder() / 'kaggle.json'} and {TOKEN}"
+    for name, other in ((USER, KEY), (KEY, USER)):
+        if os.environ.get(name) and not os.environ.get(other):
+            return f"{looked}; {name} is set without {other}"
+    folder = os.environ.get(FOLDER)
+    if folder and not Path(folder).is_dir():
+        return f"{looked}; {FOLDER} names {folder}, which is no folder"
+    for place in dict.fromkeys((config_folder(), Path.home() / ".kaggle", Path.home() / "Downloads", Path.home())):
+        for path in sorted(place.glob("*.[jJ][sS][oO][nN]*")):
+            if path.name.lower().startswith("kaggle") and path.is_file():
+                return f"{looked}; {path} may be meant: name it {config_folder() / 'kaggle.json'}"
+    return looked
 
 
 def config_folder() -> Path:
@@ -119,6 +160,8 @@ def config_folder() -> Path:
 
 
 def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, no file; remove it, and put the file there")
     try:
         data = path.read_bytes()
     except OSError as error:
