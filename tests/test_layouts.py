@@ -115,6 +115,26 @@ def test_train_and_any_name_of_val(tmp_path, expected, val):
     assert index_of(sorted_tree(tmp_path / "set", val=val)).fingerprint == expected
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "says"),
+    [
+        ("Train", "Val", "holds no train/ folder; if Train/ is meant, rename it: mv {root}/Train {root}/train"),
+        ("ILSVRC2012_img_train", "val", "if ILSVRC2012_img_train/ is meant, rename it"),
+        ("train", "val_set", "neither val/ nor test/; if val_set/ is meant, rename it: mv {root}/val_set {root}/val"),
+    ],
+)
+def test_a_split_of_another_name_is_named(tmp_path, capsys, train, val, says):
+    root = sorted_tree(tmp_path / "set", train, val)
+    assert main(["index", str(root)]) == 2
+    assert says.format(root=root) in capsys.readouterr().err
+
+
+def test_two_validation_folders_are_said(tmp_path, expected, capsys):
+    root = sorted_tree(sorted_tree(tmp_path / "set"), val="valid")
+    assert index_of(root).fingerprint == expected
+    assert f"{root} holds val/ and valid/: taking val/" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("compressed", [True, False])
 def test_meta_mat_is_read_as_scipy_reads_it(compressed):
     data = meta_mat(compressed)

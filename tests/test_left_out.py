@@ -33,6 +33,7 @@ def test_a_clean_tree_leaves_nothing_out(pets, capsys):
 LEFTOVERS = [
     *(".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", ".Trash-1000", "#recycle", ".snapshot", ".hidden"),
     *("$RECYCLE.BIN", "#snapshot", "~snapshot", "Network Trash Folder", "@Recently-Snapshot", ".zfs", ".AppleDouble"),
+    *("Recycled", "FOUND.000", "@eadir", "LOST+FOUND"),
 ]
 
 
@@ -87,10 +88,27 @@ def test_a_split_that_is_a_dead_link_is_an_error_that_names_the_target(pets, spl
     assert f"{split} is a link to /nowhere/split, which is not there" in capsys.readouterr().err
 
 
+def test_verify_of_a_split_that_is_a_dead_link_is_an_error(pets, capsys):
+    (pets / "val").rename(pets / "elsewhere")
+    (pets / "val").symlink_to(pets / "gone")
+    assert main(["verify", str(pets)]) == 2
+    assert f"{pets}/val is a link to {pets}/gone, which is not there" in capsys.readouterr().err
+
+
 def test_dead_links_to_images_are_counted_and_named(pets):
     (pets / "train/cat/4.png").symlink_to("/nowhere/4.png")
     (pets / "train/cat/more").symlink_to("/nowhere/more")
     assert counts(pets) == {"train": {"dead links": 2}, "val": {}}
+
+
+def test_links_to_themselves_are_dead(pets, capsys):
+    (pets / "train/cat/4.png").symlink_to("4.png")
+    assert counts(pets)["train"] == {"dead links": 1}
+    assert main(["verify", str(pets)]) == 2
+    assert "missing: train/cat/4.png" in capsys.readouterr().out
+    (pets / "train/cow").symlink_to("cow")
+    assert main(["index", str(pets)]) == 2
+    assert f"class folder {pets}/train/cow is a link to cow, which is not there" in capsys.readouterr().err
 
 
 def test_a_link_to_a_folder_above_ends(pets):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from test_layouts import sorted_tree
 
 from pipeline.__main__ import main
 from pipeline.dataset import imagenet
@@ -336,6 +337,14 @@ def test_a_report_that_cannot_be_written_is_one_line(whole, capsys):
 def test_a_root_one_level_too_high_or_low_is_that_root(root, capsys, inner):
     assert main(["verify", str(root / inner)]) == 0
     assert f"{root}: complete and verified: every image that its lists name" in capsys.readouterr().out
+
+
+def test_a_class_of_the_validation_split_alone_is_wrong(tmp_path, capsys):
+    """Without lists and without an index, too."""
+    root = sorted_tree(tmp_path / "set")
+    (root / "val/n01440764").rename(root / "val/n88888888")
+    assert main(["verify", str(root)]) == 2
+    assert re.search(r"val classes that train lacks +0 +1 \(such as 'n88888888'\) +WRONG", capsys.readouterr().out)
 
 
 def test_an_index_of_another_root_is_refused(root, tmp_path, capsys):

@@ -1,25 +1,27 @@
 """Names that deceive: leftovers of other programs, links that lead nowhere, and names that look the same and differ, as
 Unicode writes "é" as one character (NFC) or as two (NFD)."""
 
+import errno
+import os
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-#: Names that systems and programs leave in folders; so is every name that begins with a dot, such as
+#: Names, in lower case, that systems and programs leave in folders; so is every name that begins with a dot, such as
 #: `.ipynb_checkpoints`, `._image.jpg`, `.Trash-1000` and `.snapshot`.
 FOREIGN_NAMES = frozenset(
     {
-        *("__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information", "RECYCLER"),
-        *("lost+found", "~snapshot", "__pycache__", "ehthumbs.db", "Icon\r"),
-        *("Network Trash Folder", "Temporary Items", "TheVolumeSettingsFolder", "@SynoResource", "@SynoEAStream"),
-        *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@__thumb", "@tmp"),
+        *("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "recycler", "recycled"),
+        *("lost+found", "found.000", "~snapshot", "__pycache__", "ehthumbs.db", "icon\r"),
+        *("network trash folder", "temporary items", "thevolumesettingsfolder", "@synoresource", "@synoeastream"),
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb", "@tmp"),
     }
 )
 
 
 def is_foreign(name: str) -> bool:
     """Is a file or folder of this name a leftover of a system or program, and no part of a data set?"""
-    return name[0] == "." or name in FOREIGN_NAMES
+    return name[0] == "." or name.lower() in FOREIGN_NAMES
 
 
 def form(name: str) -> str:
@@ -41,6 +43,16 @@ def distinguish(name: str, other: str) -> str:
         f"written as {form(name)} ({name!a}), which looks like {form(other)} ({other!a}) and is another name;"
         " rename one, e.g. with: convmv -f utf8 -t utf8 --nfc -r --notest DIR"
     )
+
+
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Is it a folder, or a link to one? A link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def dead_link(path: Path) -> str | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.dataset.imagenet import CLS_LOC, SYNSET
-from pipeline.dataset.layouts.foreign import describe_contents, describe_file, describe_format
-from pipeline.dataset.names import dead_link, is_foreign
+from pipeline.dataset.layouts.foreign import describe_contents, describe_file, describe_format, describe_names
+from pipeline.dataset.names import dead_link, is_folder, is_foreign
 from pipeline.errors import UserError
 
 OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}  #: of image-net.org
@@ -40,7 +40,7 @@ class TarFiles:
 class Layout:
     """A data root that was taken: the folders or the tar files of each split ("train", "val"; to score, "val" alone).
 
-    note: one line that says what was taken instead of the folder that was given; empty where that is the same.
+    note: one line that says what was taken instead of the folder that was given, or of two; empty where that is clear.
     """
 
     root: Path
@@ -51,6 +51,11 @@ class Layout:
     @property
     def splits(self) -> list[str]:
         return [split for split in ("train", "val") if split in self.folders or split in self.tars]
+
+    @property
+    def base(self) -> Path:
+        """The folder that the folders of the splits lie in."""
+        return next((folders[0].parent for folders in self.folders.values()), self.root)
 
     def places(self) -> list[Path]:
         """Every folder and tar file of the splits."""
@@ -82,7 +87,7 @@ def find_layout(root: Path, to_score: bool = False) -> Layout:
             where = (
                 f"put {OFFICIAL['val']} beside it"
                 if what in OFFICIAL.values()
-                else "put the validation images into val/"
+                else describe_names(own.base, "val") or "put the validation images into val/"
             )
             raise UserError(f"data root {root} holds {what} but neither val/ nor test/; {where}")
         return own
@@ -164,7 +169,7 @@ def _below(root: Path) -> tuple[list[Layout], list[Path]]:
 def _folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if not is_foreign(entry.name) and entry.is_dir())
+            return sorted(Path(entry.path) for entry in entries if not is_foreign(entry.name) and is_folder(entry))
     except PermissionError:
         return []
 
@@ -178,9 +183,13 @@ def _look(root: Path, with_test: bool = True) -> Layout:
             raise UserError(f"{gone}; mount what holds it, or mend the link")
     folders: dict[str, tuple[Path, ...]] = {}
     tars: dict[str, TarFiles] = {}
+    note = ""
     shards = _find_shards(root)
     for split, names in (("train", TRAIN_NAMES), ("val", VAL_NAMES)):
-        folder = next((base / name for name in names if (base / name).is_dir()), None)
+        there = [name for name in names if (base / name).is_dir()]
+        folder = base / there[0] if there else None
+        if len(there) > 1 and not (base / there[0]).samefile(base / there[1]):
+            note = f"{base} holds {'/ and '.join(there)}/: taking {there[0]}/"
         official, parts = root / OFFICIAL[split], _find_parts(root, split)
         if folder is not None and (inside := _tars_of(folder)):
             tars[split] = inside
@@ -199,7 +208,7 @@ def _look(root: Path, with_test: bool = True) -> Layout:
             folders |= {} if inside else {"val": (root / "test",)}
         elif "test" in shards:
             tars["val"] = TarFiles("samples", shards["test"])
-    return Layout(root, folders, tars)
+    return Layout(root, folders, tars, note)
 
 
 def _find_parts(root: Path, split: str) -> tuple[Path, ...]:
@@ -215,7 +224,7 @@ def _tars_of(folder: Path) -> TarFiles | None:
         for entry in entries:
             if is_foreign(entry.name):
                 continue
-            if entry.is_dir() or entry.name.lower().endswith((".jpeg", ".jpg", ".png")):
+            if is_folder(entry) or entry.name.lower().endswith((".jpeg", ".jpg", ".png")):
                 return None
             if entry.name.endswith(".tar"):
                 names.append(entry.name)

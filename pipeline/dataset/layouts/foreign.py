@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.dataset.names import is_folder
 from pipeline.errors import UserError
 
 _LOOKED_AT = 5000  # entries
@@ -96,11 +97,23 @@ def describe_format(root: Path) -> UserError | None:
     return None
 
 
+def describe_names(root: Path, missing: str) -> str:
+    """What to do where a folder looks like the missing split ("train" or "val") under another name; else empty."""
+    words = ("train",) if missing == "train" else ("val", "test")
+    names = [path.name for path in _entries(root)[1] if any(word in path.name.lower() for word in words)]
+    if missing == "val":
+        names = [name for name in names if "train" not in name.lower()]
+    return f"if {names[0]}/ is meant, rename it: mv {root / names[0]} {root / missing}" if len(names) == 1 else ""
+
+
 def describe_contents(root: Path) -> UserError | None:
     """What a folder without splits holds, and what to type; None where that is nothing known."""
     known = describe_format(root)
     if known is not None:
         return known
+    rename = describe_names(root, "train")
+    if rename:
+        return UserError(f"data root {root} holds no train/ folder; {rename}")
     files, folders = _entries(root)
     inner = [path for folder in folders[:50] for path in _entries(folder)[0][:200]]
     if any(path.suffix.lower() in _IMAGES for path in inner) and len(folders) > 1:
@@ -124,7 +137,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
         with os.scandir(folder) as entries:
             for entry, _ in zip(entries, range(_LOOKED_AT), strict=False):
                 if entry.name[0] != ".":
-                    (folders if entry.is_dir() else files).append(Path(entry.path))
+                    (folders if is_folder(entry) else files).append(Path(entry.path))
     except PermissionError:
         return [], []
     return sorted(files), sorted(folders)

@@ -23,7 +23,7 @@ def find_parquet(root: Path) -> dict[str, tuple[Path, ...]]:
         layout = find_layout(root)
     except UserError:
         layout = None
-    if layout is not None and not layout.note:
+    if layout is not None and layout.root == root:
         return {}
     partly: dict[str, list[Path]] = {}
     for here in [root, *_folders(root)]:

@@ -107,7 +107,7 @@ def _save(
         data, width, height = reencode(content, side, options.quality, damaged=True)
         decode_fully(data)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "nothing to decode"
+        reason = str(error)[:200] if isinstance(error, ValueError) else error.strerror or "nothing to decode"
         writer.notes.append({**note, "done": "left out", "reason": reason})
         return
     writer.notes.append({**note, "done": "re-encoded"})

@@ -3,6 +3,7 @@
 A digest that agrees proves more than a decode: these very bytes were decoded in full when they were indexed.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def read_item(item: Item) -> bytes | Finding:
     except _GONE:
         return Finding(MISSING)
     except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return Finding(MISSING)
         if isinstance(error, PermissionError | IsADirectoryError):
             return Finding(f"can't be read ({error.strerror})")
         raise TransientError(f"can't read {item.path} ({error.strerror}); run the same command again") from error

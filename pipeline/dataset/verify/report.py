@@ -76,6 +76,9 @@ def judge(report: Report, counts_of: dict[str, SplitCounts]) -> None:
     for split, of_split in sorted(found_classes.items()):
         good = of_split == set(expected.synsets) if expected.synsets else (len(of_split) == classes or None)
         checks.append(Check(f"{split} classes", f"{classes:,}" if classes else "-", f"{len(of_split):,}", good))
+    alone = found_classes.get("val", set()) - found_classes.get("train", set())
+    if alone and "train" in found_classes and not expected.synsets:
+        checks.append(Check("val classes that train lacks", "0", f"{len(alone):,} (such as {min(alone)!a})", False))
     if expected.counts.get("val"):
         wanted = Counter(s for s in expected.val_labels.values() if expected.wants("val", s))
         got = counts_of.get("val", SplitCounts()).of_class

@@ -8,7 +8,8 @@ from pipeline.dataset.index.index import Index, is_current
 from pipeline.dataset.index.listing import Listing, list_places
 from pipeline.dataset.index.scan import read_unreadable
 from pipeline.dataset.index.tar_listing import list_tars
-from pipeline.dataset.layouts.find import Layout, find_layout
+from pipeline.dataset.layouts.find import TRAIN_NAMES, VAL_NAMES, Layout, find_layout
+from pipeline.dataset.names import dead_link
 from pipeline.dataset.verify.check import Item, NamedSample, iter_samples, make_item, new_item
 from pipeline.errors import UserError
 
@@ -22,7 +23,8 @@ def find_splits(root: Path) -> Layout:
         folders: dict[str, tuple[Path, ...]] = {
             split: (base / split,) for split in ("train", "val") if (base / split).is_dir()
         }
-        if not folders:
+        links = (dead_link(base / name) for name in (*TRAIN_NAMES, *VAL_NAMES))
+        if not folders or any(links):
             raise
         return Layout(root, folders)
 
