@@ -74,10 +74,18 @@ def test_another_data_set_is_named(finished, tmp_path):
     assert "is not the run's" in output and "--data_root" in output
 
 
-def test_a_gap_is_named_and_a_run_without_steps_refused(finished, tmp_path):
+def test_gaps_runs_that_follow_each_other_and_missing_data(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(line for line in lines if '"step": 4,' not in line))
     assert "gaps or repeats" in runs.capture(["audit", str(run)], expect=2)
+    shutil.move(run / "metrics.jsonl", tmp_path / "rows")
+    later = shutil.copytree(finished, tmp_path / "later")
+    for kept, path in ((lambda step: step < 4, run), (lambda step: step >= 4, later)):  # as a run and its continuation
+        rows = [row for row in map(json.loads, lines) if row["kind"] != "train" or kept(row["step"])]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "no step in common" in runs.capture(["audit", str(run), str(later)])
+    assert "--data_root" in runs.capture(["audit", str(run), "--data_root", str(tmp_path / "none")], expect=2)
     (run / "metrics.jsonl").unlink()
     assert "no training step" in runs.capture(["audit", str(run)], expect=2)
+    assert "is not a run folder" in runs.capture(["audit", str(tmp_path / "none")], expect=2)

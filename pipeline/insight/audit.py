@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.command import make_parser, summary
 from pipeline.config import load_config
-from pipeline.dataset.index.index import Index, locate_index, open_index
+from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.insight.runs import expand
 from pipeline.loader.build import make_train_plan
@@ -108,14 +108,14 @@ def audit_run(folder: Path, index: Index | None, plan: TrainPlan, rows: list[dic
 
 
 def compare(one: Path, other: Path, rows: dict[Path, list[dict]]) -> tuple[str, bool]:
-    """In words: did two runs see the same batches in the steps that both have? And: did they?"""
+    """In words: did two runs see the same batches in the steps that both have? And: did none differ?"""
     digests = [
         {row["step"]: row["batch_digest"] for row in rows[run] if row.get("kind") == "train"} for run in (one, other)
     ]
     common = sorted(digests[0].keys() & digests[1].keys())
     pair = f"{one.name} and {other.name}"
     if not common:
-        return f"{pair}: no step in common", False
+        return f"{pair}: no step in common", True
     differing = [step for step in common if digests[0][step] != digests[1][step]]
     where = f"steps {common[0]:,} to {common[-1]:,}"
     if not differing:
@@ -125,6 +125,8 @@ def compare(one: Path, other: Path, rows: dict[Path, list[dict]]) -> tuple[str, 
 
 def _read(folder: Path) -> list[dict]:
     paths = RunPaths(folder)
+    if not paths.config.exists():
+        raise UserError(f"{folder} is not a run folder: it has no {paths.config.name}; give a --run_dir")
     rows = list(read_rows(paths.ledger)) if paths.ledger.exists() else []
     if not any(row.get("kind") == "train" for row in rows):
         raise UserError(f"{folder} has no training step in its ledger yet ({paths.ledger.name})")
@@ -164,7 +166,7 @@ def audit(
     """Compute the digest of every batch of a run again, and compare the batches of several runs.
 
     Needs the index of the run's data set, and no image. Exit code 0 where every batch is as recipe, seed and index say,
-    and where several runs saw the same batches; else 2.
+    and several runs saw the same batches in the steps that they have in common; else 2.
 
     Args:
         runs: run folders, or folders of runs; each is checked, and compared with the first one.
@@ -181,7 +183,13 @@ def audit(
     for folder in folders:
         paths = RunPaths(folder)
         config = load_config(paths.config)
-        data_index = open_index(locate_index(config.data, data_root, index))
+        where = locate_index(config.data, data_root, index)
+        if not has_index(where):
+            raise UserError(
+                f"the index of {folder.name}'s data set is not at {where}; give --data_root, where the data is now, or "
+                "build it again with: pipeline index ROOT"
+            )
+        data_index = open_index(where)
         plan = make_train_plan(data_index, config.data, config.train, config.augment)
         found.append(audit_run(folder, data_index, plan, rows[folder], _newest_meta(paths), every))
         print("\n".join(in_words(found[-1])), flush=True)
