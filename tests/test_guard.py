@@ -21,7 +21,16 @@ from pipeline.training.recorder import SPIKE_WARNING_STEPS, RunRecorder
 
 TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
 #: the first update throws the weights far out, and from the second on no loss is a number: going back heals it
-EXPLODING = [*TINY, "--optim.lr", "1e30", "--schedule.warmup_epochs", "0", "--guard.rollback_lr_factor", "1e-32"]
+EXPLODING = [
+    *TINY,
+    "--optim.lr",
+    "1e30",
+    "--schedule.warmup_epochs",
+    "0",
+    "--guard.rollback_lr_factor",
+    "1e-32",
+    "--guard.rollback_reshuffle",
+]
 
 
 def stats(step, loss=1.0, norm=1.0, scale=1.0):
@@ -42,6 +51,7 @@ def healed(root, tmp_path_factory):
 
 def test_goes_back_after_bad_steps_in_a_row_and_heals(healed):
     run, output = healed
+    assert "every batch" in runs.capture(["audit", str(run)])
     (event,) = events(run, "rolled_back")
     assert event["to"] == 0 and event["lr_factor"] == 1e-32
     assert "update skipped" in output and "rolling back from step" in output and "to the beginning" in output

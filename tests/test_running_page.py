@@ -29,6 +29,7 @@ def blocks() -> list[tuple[str, str]]:
 def here(root, tmp_path, monkeypatch):
     """mine.yaml: 3 epochs of 4 steps; data, elsewhere: the same images; pets: three other classes."""
     settings = yaml.safe_load(runs.TINY.read_text())
+    settings["model"] = {"name": "shufflenet_v2_x0_5", "zero_init_residual": False}  # small checkpoints: many are kept
     settings["schedule"]["epochs"] = 3
     settings["train"] |= {"global_batch_size": 24, "eval_every_epochs": 1}
     settings["checkpoint"] |= {"every_epoch": True, "keep": 3}
