@@ -17,9 +17,14 @@ _QUERY = re.compile(
 )
 
 
+def is_secret(name: str) -> bool:
+    """Does an environment variable's name say that its value is a credential?"""
+    return _SECRET_NAME.search(name) is not None
+
+
 def redact(text: str) -> str:
     """`text` without credentials."""
-    values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST}
+    values = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST}
     values |= {escape(value) for value in values}  # as in an HTML page
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, MASK)

@@ -39,6 +39,7 @@ def bare(monkeypatch):
         {"WORLD_SIZE": "8"},
         {"RANK": "one"},
         {"WORLD_SIZE": "2", "MASTER_ADDR": "h"},
+        {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
     ],
 )
 def test_variables_left_over_are_named_with_the_remedy(root, tmp_path, bare, left):

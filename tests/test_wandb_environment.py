@@ -153,9 +153,26 @@ def test_a_server_that_is_not_there_costs_seconds_and_one_line(tmp_path, monkeyp
     assert len(said) == 1 and "continuing offline" in said[0] and "wandb sync" in said[0]
 
 
-def test_a_setting_that_wandb_refuses_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MODE", "offlien"), ("SILENT", "maybe"), ("BASE_URL", "localhost:8080"), ("RUN_ID", "a/b"), ("PROJECT", "a/b")],
+)
+def test_a_variable_that_wandb_refuses_is_one_line_and_the_rows_are_kept(tmp_path, monkeypatch, name, value):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_MODE", "offlien")
+    monkeypatch.setenv(f"WANDB_{name}", value)
     said = []
     log_three(tmp_path / "run", TrackingConfig(), said)
-    assert "offline" in said[0] and "settings" in said[0]
+    assert len(said) == 1 and f"offline (WANDB_{name}={value} can't be used: " in said[0]
+    assert "pydantic" not in said[0] and list(tmp_path.glob("run/wandb/offline-*"))
+    assert os.environ[f"WANDB_{name}"] == value
+
+
+def test_a_variable_set_to_nothing_is_none_and_a_mode_may_be_in_capitals(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "")
+    said = []
+    log_three(tmp_path / "run", TrackingConfig(), said)
+    assert len(said) == 1 and "no key" in said[0] and list(tmp_path.glob("run/wandb/offline-*"))
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    for mode in ("Disabled", "OFFLINE"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert plan_wandb(TrackingConfig()).mode == mode.lower()

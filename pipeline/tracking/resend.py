@@ -16,7 +16,7 @@ from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import read_rows
-from pipeline.tracking.wandb_settings import plan_wandb
+from pipeline.tracking.wandb_settings import client_variables, plan_wandb, usable_variables
 
 
 def resend(
@@ -42,6 +42,9 @@ def resend(
     config = load_config(paths.config)
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    _, refused = client_variables()
+    if refused:
+        raise UserError(f"W&B: {refused[0]}; mend it or unset it")
     plan = plan_wandb(dataclasses.replace(config.tracking, wandb="online"))
     if mode is None and plan.mode == "disabled":
         raise UserError(f"W&B is disabled {plan.why}; give --mode online, or --mode offline for a later wandb sync")
@@ -51,15 +54,16 @@ def resend(
 
         from pipeline.tracking.wandb_view import quiet_settings
 
-        sent = wandb.init(
-            project=project or plan.project,
-            entity=entity or plan.entity,
-            name=name or f"{config.tracking.name or folder.name}-resent",
-            dir=str(folder),
-            config=semantic_config(config),
-            mode=mode or plan.mode,
-            settings=quiet_settings(wandb, plan.timeout_s),
-        )
+        with usable_variables():
+            sent = wandb.init(
+                project=project or plan.project,
+                entity=entity or plan.entity,
+                name=name or f"{config.tracking.name or folder.name}-resent",
+                dir=str(folder),
+                config=semantic_config(config),
+                mode=mode or plan.mode,
+                settings=quiet_settings(wandb, plan.timeout_s),
+            )
     except ImportError as error:
         raise UserError(f"W&B can't be imported ({error}); pip install wandb") from error
     except wandb.errors.Error as error:

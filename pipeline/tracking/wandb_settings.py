@@ -9,11 +9,13 @@ import importlib.util
 import netrc
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from pipeline import redact
 from pipeline.config import TrackingConfig
 
 DEFAULT_PROJECT = "imagenet"
@@ -54,7 +56,10 @@ class WandbPlan:
 
 def is_installed() -> bool:
     """Is W&B's package here? A folder named `wandb` in the working directory is none."""
-    found = importlib.util.find_spec("wandb")
+    try:
+        found = importlib.util.find_spec("wandb")
+    except ValueError:  # a module that says nothing of its origin
+        return False
     return found is not None and found.origin is not None
 
 
@@ -64,13 +69,12 @@ def plan_wandb(config: TrackingConfig) -> WandbPlan:
         return WandbPlan("disabled", "")
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
         return WandbPlan("disabled", "by WANDB_DISABLED")
+    variables, refused = client_variables()
+    broken = "; ".join(refused)
     try:
-        own = _client_settings()
-    except Exception as error:  # whatever the client says of a variable or a file
-        line = (str(error).strip().splitlines() or [""])[-1].strip()[:200]
-        own, broken = {}, f"W&B's settings can't be used ({type(error).__name__}: {line})"
-    else:
-        broken = ""
+        own = _client_settings(variables)
+    except Exception as error:  # whatever the client says of a file
+        own, broken = {}, f"W&B's settings can't be used: {_reason(error)}"
     url = str(own.get("base_url") or os.environ.get("WANDB_BASE_URL") or WandbPlan.url).rstrip("/")
     key = _has_key(url, own)
     mode, why = _choose_mode(config.wandb, own, key, broken)
@@ -109,10 +113,53 @@ def _choose_mode(asked: Mode | Literal["auto"], own: dict[str, Any], key: bool, 
     return asked, ""
 
 
-def _client_settings() -> dict[str, Any]:
-    """Name -> value of the settings that the client's files and variables give; {} where it is not installed."""
+def client_variables() -> tuple[dict[str, str], list[str]]:
+    """(the `WANDB_*` variables that the client takes, a line for each that it refuses, and would not start with). One
+    that is set to nothing counts as not set; WANDB_MODE may be in capitals."""
+    given = {name: value for name, value in os.environ.items() if name.startswith("WANDB_") and value.strip()}
+    if "WANDB_MODE" in given:
+        given["WANDB_MODE"] = given["WANDB_MODE"].strip().lower()
     if not is_installed():
-        mode = os.environ.get("WANDB_MODE")
+        return given, []
+    import wandb
+
+    refused: dict[str, str] = {}
+    for name, value in given.items():
+        try:
+            wandb.Settings().update_from_env_vars({name: value})
+        except Exception as error:  # whatever the client says of it
+            shown = name if redact.is_secret(name) else f"{name}={os.environ[name]}"
+            refused[name] = f"{shown} can't be used: {_reason(error)}"
+    return {name: value for name, value in given.items() if name not in refused}, list(refused.values())
+
+
+@contextlib.contextmanager
+def usable_variables() -> Iterator[None]:
+    """The environment with those `WANDB_*` variables alone that the client takes, while it starts."""
+    variables, _ = client_variables()
+    before = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    for name in before:
+        del os.environ[name]
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _reason(error: Exception) -> str:
+    """What the client says, in one line."""
+    problems = getattr(error, "errors", None)  # pydantic's
+    lines = [item["msg"] for item in problems()] if callable(problems) else str(error).strip().splitlines()
+    return (lines or [type(error).__name__])[0][:200]
+
+
+def _client_settings(variables: dict[str, str]) -> dict[str, Any]:
+    """Name -> value of the settings that the client's files and these variables give; {} where it is not installed."""
+    if not is_installed():
+        mode = variables.get("WANDB_MODE")
         return {"mode": mode} if mode else {}
     import wandb
 
@@ -122,7 +169,7 @@ def _client_settings() -> dict[str, Any]:
     with contextlib.suppress(RuntimeError):  # a user without a home
         found.settings_system = str(Path(place or "~/.config/wandb").expanduser() / "settings")
     found.update_from_system_settings()
-    found.update_from_env_vars({name: value for name, value in os.environ.items() if value})
+    found.update_from_env_vars(variables)
     given = {name: getattr(found, name) for name in found.model_fields_set}
     if not os.environ.get("WANDB_DIR"):
         given.pop("root_dir", None)

@@ -18,7 +18,7 @@ from pipeline.files import atomic_write, reason_of
 from pipeline.redact import redact
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.view import View
-from pipeline.tracking.wandb_settings import WandbPlan, find_problem, plan_wandb
+from pipeline.tracking.wandb_settings import WandbPlan, find_problem, plan_wandb, usable_variables
 
 _INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 15, 60
 
@@ -70,7 +70,8 @@ class WandbView(View):
         if not hasattr(wandb, "init"):
             say("W&B: not installed; metrics.jsonl has everything")
             return
-        self._start(wandb, plan, run_dir, settings)
+        with usable_variables():
+            self._start(wandb, plan, run_dir, settings)
 
     @staticmethod
     def _high_water(path: Path, last_steps: dict[str, int]) -> dict[str, int]:
