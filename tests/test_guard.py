@@ -21,16 +21,8 @@ from pipeline.training.recorder import SPIKE_WARNING_STEPS, RunRecorder
 
 TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
 #: the first update throws the weights far out, and from the second on no loss is a number: going back heals it
-EXPLODING = [
-    *TINY,
-    "--optim.lr",
-    "1e30",
-    "--schedule.warmup_epochs",
-    "0",
-    "--guard.rollback_lr_factor",
-    "1e-32",
-    "--guard.rollback_reshuffle",
-]
+EXPLODING = [*TINY, "--optim.lr", "1e30", "--schedule.warmup_epochs", "0", "--guard.rollback_reshuffle"]
+EXPLODING += ["--guard.rollback_lr_factor", "1e-32"]
 
 
 def stats(step, loss=1.0, norm=1.0, scale=1.0):
