@@ -104,6 +104,29 @@ def test_numbers_without_synsets_keep_their_order(tmp_path):
     assert [train.read(i) for i in range(12)] == [jpeg(number) for number in range(12)]
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"json": b'\xef\xbb\xbf{"label": %d}'},
+        {"json": b'{"label": %d.0}'},
+        {"json": b'{"label": [%d]}'},
+        {"json": b'{"caption": "a", "category_id": %d}'},
+        {"cls": b"\xef\xbb\xbf%d\r\n"},
+        {"cls": b"%d\0"},
+        {"CLS": b"%d.0"},
+    ],
+)
+def test_labels_in_the_forms_that_writers_give_them(tmp_path, members):
+    """A negative number is no label."""
+    for split in ("train", "val"):
+        found = {f"{i}.{kind}": text % (i % 2) for i in range(4) for kind, text in members.items()}
+        found |= {f"{i}.JPG": jpeg(i) for i in range(5)} | {f"4.{kind}": text % -1 for kind, text in members.items()}
+        write(tmp_path / f"{split}-0.TAR", make_tar(found))
+    index = index_of(tmp_path)
+    assert index.synsets == ("0", "1") and index.splits["train"].records["label"].tolist() == [0, 0, 1, 1]
+    assert index.left_out["train"]["samples without a label"]["count"] == 1
+
+
 def test_leftovers_beside_shards_are_passed_over(tmp_path, expected):  # noqa: F811
     root = write_shards(tmp_path / "wds", "cls", ("train/%d.tar", "val/%d.tar"))
     (root / "train/@eaDir").mkdir()
@@ -196,6 +219,34 @@ def test_shards_that_will_not_do_are_one_line(tmp_path, capsys, name, says):
     assert main(["index", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert says in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (make_tar({"a.jpg": jpeg(0)}, "w:gz"), "is compressed (gzip)"),
+        (b"PK\3\4" + bytes(600), "is compressed (zip)"),
+        (b"\n<html>not found</html>" * 50, "holds a web page"),
+        (make_tar({"a.jfif": jpeg(0), "a.cls": b"0"}), "holds no image (but .cls, .jfif)"),
+    ],
+)
+def test_what_is_no_tar_of_images_is_named(tmp_path, capsys, data, says):
+    for split in ("train", "val"):
+        write(tmp_path / f"{split}-0.tar", data)
+    assert main(["index", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/train-0.tar {says}" in error and len(error.splitlines()) == 1
+
+
+def test_files_that_are_not_read_beside_shards_are_said(tmp_path, expected, capsys):  # noqa: F811
+    root = write_shards(tmp_path / "wds", "cls", TIMM)
+    write(root / "imagenet1k-train-0003.tar.gz", b"")
+    assert index_of(root).fingerprint == expected
+    assert f"{root} also holds imagenet1k-train-0003.tar.gz: not read" in capsys.readouterr().err
+    for path in root.glob("*train*"):
+        path.unlink()
+    assert main(["index", str(root)]) == 2
+    assert "holds imagenet1k-validation-00.tar but no training images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("end", ["in a member", "between members"])

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.dataset.index.left_out import Tally
 from pipeline.dataset.index.listing import Listing, Places
-from pipeline.dataset.index.tar_members import NO_LABEL, Member, Part, find_parts, walk
+from pipeline.dataset.index.tar_members import IMAGES, NO_LABEL, Member, Part, find_parts, walk
 from pipeline.dataset.layouts.find import TarFiles
 from pipeline.dataset.layouts.labels import EXPECTED, find_val_labels
 from pipeline.dataset.workers import map_in_order
@@ -60,13 +60,14 @@ def _walk_all(tars: TarFiles, root: Path, processes: int) -> TarSplit:
                 own = [Part(str(path), label=path.stem if tars.kind == "classes" else "")]
             parts += own
             numbers += [number] * len(own)
-        members, left_out = [], Tally()
+        members, left_out, suffixes = [], Tally(), set()
         for number, part, found in zip(
             numbers, parts, map_in_order(walk, parts, processes if len(parts) > _FEW else 1), strict=True
         ):
             if found.cut:
                 print(f"warning: {part.path} has no end mark: it may be cut", file=sys.stderr, flush=True)
             members += [(number, member) for member in found.members]
+            suffixes |= found.suffixes
             of_root = os.path.relpath(part.path, root)
             for reason, of in found.left_out.reasons.items():
                 left_out += Tally({reason: {"count": of["count"], "first": f"{of_root}:{of['first']}"}})
@@ -77,7 +78,11 @@ def _walk_all(tars: TarFiles, root: Path, processes: int) -> TarSplit:
             f"can't read {error.filename or tars.files[0].parent} ({error.strerror}); run the same command again"
         ) from error
     if not members:
-        raise UserError(f"{tars.files[0]} holds no image; get that file again, or give another root")
+        held = f" (but {', '.join(sorted(suffixes)[:5])})" if suffixes else ""
+        raise UserError(
+            f"{tars.files[0]} holds no image{held}; images must end in one of .{' .'.join(IMAGES)}: get that file "
+            "again, or give another root"
+        )
     return TarSplit(tars.files, members, left_out, mtimes)
 
 

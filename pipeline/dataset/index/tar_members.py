@@ -23,7 +23,12 @@ NO_LABEL = "samples without a label"
 MORE_IMAGES = "further images of a sample"
 LINKS = "links and other special members"
 _LABELS = ("cls", "label", "class", "target", "json", "txt")  # suffixes, the preferred one first
-_LABEL_KEYS = ("label", "cls", "class_id", "class_index", "class_idx", "label_id", "target", "class", "wnid", "synset")
+_LABEL_KEYS = (
+    *("label", "cls", "class_id", "class_index", "class_idx", "label_id", "category_id", "target", "class", "wnid"),
+    *("synset", "class_name", "label_name", "category"),
+)
+_WHOLE = re.compile(r"\d+\.0+")  # a number, as a floating-point one
+_MAGIC = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _MOST_TEXT = 1 << 20  # bytes of a label's member that are read
 _IN_NAME = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?!\d)")
 
@@ -52,9 +57,10 @@ class Member(NamedTuple):
 
 @dataclass
 class Walked:
-    """What a tar holds. cut: it has no end mark."""
+    """What a tar holds. suffixes: of all its members, at most a hundred; cut: it has no end mark."""
 
     members: list[Member] = field(default_factory=list)
+    suffixes: set[str] = field(default_factory=set)
     left_out: Tally = field(default_factory=Tally)
     cut: bool = False
 
@@ -103,6 +109,15 @@ def find_parts(path: str) -> list[Part]:
 
 
 def _damaged(path: str, error: Exception | str) -> UserError:
+    with open(path, "rb") as file:  # noqa: PTH123 - a path as text
+        head = file.read(512)
+    kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+    if kind is not None:
+        return UserError(
+            f"{path} is compressed ({kind}), which can't be read in place; decompress it to a plain tar file"
+        )
+    if head.lstrip()[:1] == b"<":
+        return UserError(f"{path} holds a web page, no tar file; get that file again")
     return UserError(f"{path} is cut or damaged ({error}); get that file again")
 
 
@@ -127,6 +142,8 @@ def walk(part: Part) -> Walked:
                         found.left_out.add(LINKS, info.name)
                     else:
                         _take(info, tar, samples, newest)
+                        if len(found.suffixes) < 100:
+                            found.suffixes.add(Path(info.name).suffix.lower() or info.name)
                 found.cut = not end and _lacks_end(file, tar.offset)
     except (tarfile.TarError, EOFError, UnicodeError) as error:
         raise _damaged(part.path, error) from error
@@ -187,13 +204,20 @@ def read_label(texts: dict[str, bytes]) -> tuple[str | None, str]:
     for suffix in _LABELS:
         if suffix not in texts:
             continue
-        text = texts[suffix].decode("utf-8", "replace").strip()
+        text = texts[suffix].decode("utf-8-sig", "replace").strip().strip("\0").strip()
         if suffix == "json":
             value, of_json = _from_json(text)
             label, hint = label if label is not None else value, hint or of_json
         elif label is None and text and (suffix != "txt" or text.isdigit() or SYNSET.fullmatch(text)):
-            label = text
+            label = _plain(text)
     return label, hint
+
+
+def _plain(text: str) -> str | None:
+    """A label's text; of a number its digits, and None for a negative one, which stands for none."""
+    if _WHOLE.fullmatch(text):
+        text = text.partition(".")[0]
+    return None if re.fullmatch(r"-\d+(\.0+)?", text) else text
 
 
 def _from_json(text: str) -> tuple[str | None, str]:
@@ -209,6 +233,8 @@ def _from_json(text: str) -> tuple[str | None, str]:
         }
         hint = named.pop() if len(named) == 1 else ""
         value = next((value[key] for key in _LABEL_KEYS if value.get(key) is not None), None)
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or not str(value).strip():
         return None, hint
-    return str(value).strip() or None, hint
+    return _plain(str(value).strip()), hint

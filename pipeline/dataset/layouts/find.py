@@ -21,6 +21,7 @@ SPLIT_WORDS = {
     "test": re.compile(r"(^|[^a-z])test([^a-z]|$)"),
 }
 _OTHER_TARS = re.compile(r"ILSVRC20\d\d_(bbox|img_test|img_train_t3|devkit|dogs)\w*\.tar")
+_UNREAD = re.compile(r"\.(tar\.\w+|tgz)$")  # compressed tar files, and parts of downloads
 _MANY = 100  # folders, above which no data root is looked for below them
 
 
@@ -102,6 +103,12 @@ def find_layout(root: Path, to_score: bool = False) -> Layout:
         return _taken(below[0], root)
     if to_score:
         return Layout(root, {"val": (root,)})
+    if "val" in own.tars:
+        name = own.tars["val"].files[0].name
+        raise UserError(
+            f"data root {root} holds {name} but no training images; put train/ or the training tar files beside it, "
+            f"named {OFFICIAL['train'] if name == OFFICIAL['val'] else 'train-*.tar'}"
+        )
     if below:
         some = ", ".join(layout.root.name for layout in below[:4])
         raise UserError(f"data root {root} holds {len(below)} data sets ({some}{', ...' * (len(below) > 4)}); give one")
@@ -208,7 +215,21 @@ def _look(root: Path, with_test: bool = True) -> Layout:
             folders |= {} if inside else {"val": (root / "test",)}
         elif "test" in shards:
             tars["val"] = TarFiles("samples", shards["test"])
+    if tars and not note:
+        note = _unread(tars)
     return Layout(root, folders, tars, note)
+
+
+def _unread(tars: dict[str, TarFiles]) -> str:
+    """Says which files beside the tar files of the splits are compressed ones or not whole; empty where none is."""
+    for folder in sorted({path.parent for found in tars.values() for path in found.files}):
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if _UNREAD.search(e.name.lower()) and not is_foreign(e.name))
+        names = [name for name in names if not _OTHER_TARS.match(name)]
+        if names:
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            return f"{folder} also holds {names[0]}{more}: not read, as it is compressed or not whole"
+    return ""
 
 
 def _find_parts(root: Path, split: str) -> tuple[Path, ...]:
@@ -226,7 +247,7 @@ def _tars_of(folder: Path) -> TarFiles | None:
                 continue
             if is_folder(entry) or entry.name.lower().endswith((".jpeg", ".jpg", ".png")):
                 return None
-            if entry.name.endswith(".tar"):
+            if entry.name.lower().endswith(".tar"):
                 names.append(entry.name)
     files = tuple(folder / name for name in sorted(names))
     if not files:
@@ -238,7 +259,7 @@ def _find_shards(root: Path) -> dict[str, tuple[Path, ...]]:
     """Tar files in `root` by the split that their names give."""
     found: dict[str, list[Path]] = {}
     with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.name.endswith(".tar") and entry.name[0] != ".")
+        names = sorted(entry.name for entry in entries if entry.name.lower().endswith(".tar") and entry.name[0] != ".")
     for name in names:
         if name in OFFICIAL.values() or _OTHER_TARS.fullmatch(name):
             continue
