@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -265,3 +267,41 @@ def test_a_best_checkpoint_that_is_gone_is_named_beside_those_that_are_there(run
     assert main(argv) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"step-{best:09d}, is not there" in line and "step-000000777" in line and "--checkpoint last" in line
+
+
+KILLED = """
+import os, signal, sys
+from pipeline.__main__ import main
+from pipeline.evaluation import partial_sums
+from pipeline.training.evaluate import Tally
+rank, first_start = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+partial_sums.KEEP_S = 0.0 if rank == 0 else 1e9  # rank 1 keeps nothing before its end
+real, seen = Tally.add, []
+def add(self, *arguments):
+    real(self, *arguments)
+    seen.append(1)
+    if rank == 1 and first_start and len(seen) == 4 and sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+Tally.add = add
+code = main(["evaluate", *sys.argv[2:]])
+print(f"rank {rank} scored {len(seen)} batches", flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.long
+def test_ranks_of_which_one_was_killed_resume_to_the_same_scores(run, tmp_path):
+    """Each resumes with what it has kept itself."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    launch = [sys.executable, "-m", "pipeline", "launch", "--nproc-per-node=2", "--max-restarts=1"]
+    scores = {}
+    for how in ("undisturbed", "kill"):
+        target = tmp_path / f"{how}.json"
+        options = ["--weights", "raw", "--batch_size", "2", "--device", "cpu", "--json", str(target)]
+        done = runs.run([*launch, str(tmp_path / "killed.py"), how, str(run), *options])
+        assert done.returncode == 0, done.stderr
+        scores[how] = without_speed(json.loads(target.read_text()))
+        assert ("rank 1 " in done.stderr and "was killed by SIGKILL" in done.stderr) == (how == "kill")
+        counts = sorted(re.findall(r"rank (\d) scored (\d+) batches", done.stdout))
+        assert counts == [("0", "6" if how == "undisturbed" else "3"), ("1", "6")]
+    assert scores["kill"] == scores["undisturbed"]
