@@ -2,12 +2,13 @@
 # Runs once on every node of a job, started by srun: `pipeline launch` with one rank for each GPU. A signal to the job's
 # steps reaches this shell, which turns it into the file RUN_DIR/stop; the launcher of a training ignores it, the one of
 # an evaluation is sent TERM. With MIN_NODES or SPARE_NODES the job survives the loss of nodes: the first node hosts the
-# rendezvous in a process of its own, and where Slurm says that the first node itself is lost, the others have the job
-# requeued.
+# rendezvous in a process of its own. Where Slurm says that the first node itself is lost, the others have the job
+# requeued; one that only lost its way there joins again when it has found it.
 # Bash reads a script while it runs it: all of this is functions and one last line, so that it may be edited.
 set -u
 
 STORE_LOST=68 INTERRUPTED=75 # exit codes of `pipeline launch`: the rendezvous is out of reach; asked to stop
+REJOINS=20                   # of a node whose network comes and goes
 
 # shellcheck disable=SC2317,SC2329 # the traps call it
 on_signal() { # $1: its name
@@ -88,23 +89,30 @@ await() { # $1: pid; returns its exit code. A signal ends `wait`, not what it wa
     wait "$1"
 }
 
-requeue_for_the_first_node() { # The batch shell was lost with it, or does the same. Where only the way to it is broken,
-    # the job may be healthy: Slurm knows.
+rendezvous_answers() { # a dropped packet is waited for without an end
+    timeout 5 bash -c ": >/dev/tcp/${RENDEZVOUS%:*}/${RENDEZVOUS##*:}" 2>/dev/null
+}
+
+find_first_node() { # 0: this node can join again. The batch shell was lost with the first node, or does the same as here:
+    # requeue the job. Where only the way to it is broken, the job may be healthy: Slurm knows.
     local answer end=$((SECONDS + ${REQUEUE_S:-600})) first lost='' said='' state
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     while ((SECONDS < end)); do
-        [[ ! -e $RUN_DIR/.code.$RENDEZVOUS_ID ]] || return # the first node was there to the end
+        [[ ! -e $RUN_DIR/.code.$RENDEZVOUS_ID ]] || return 1 # the first node was there to the end
         if answer=$(LC_ALL=C timeout 90 scontrol show job --oneliner "$SLURM_JOB_ID" 2>&1); then
-            [[ $answer == *" JobState=RUNNING "* && $answer == *" Restarts=${RENDEZVOUS_ID##*.} "* ]] || return
+            [[ $answer == *" JobState=RUNNING "* && $answer == *" Restarts=${RENDEZVOUS_ID##*.} "* ]] || return 1
             if answer=$(LC_ALL=C timeout 90 scontrol show node --oneliner "$first" 2>&1); then
                 [[ $answer =~ \ State=([^ ]+) ]] && state=${BASH_REMATCH[1]} || state=unknown
                 lost='' answer="Slurm has it as $state"
                 [[ $state != *DOWN* && $state != *NOT_RESPONDING* && $state != *"*"* ]] || lost=yes
             fi
         fi
-        if [[ -n $lost ]] && answer=$(LC_ALL=C timeout 90 scontrol requeue "$JOB" 2>&1); then
+        if [[ -z $lost ]] && rendezvous_answers; then
+            echo "$node: the rendezvous on $first answers again; this node joins again"
+            return 0
+        elif [[ -n $lost ]] && answer=$(LC_ALL=C timeout 90 scontrol requeue "$JOB" 2>&1); then
             echo "$node: the first node was lost; the job is requeued"
-            return
+            return 1
         elif [[ $answer != "$said" ]]; then
             said=$answer
             echo "$node: the rendezvous on $first is out of reach, and the job is not requeued yet: $answer"
@@ -117,10 +125,11 @@ requeue_for_the_first_node() { # The batch shell was lost with it, or does the s
     else
         echo "$node: $first answers Slurm, so the job goes on without this node: is the network between them broken?"
     fi
+    return 1
 }
 
 main() { # VERB ...: `pipeline VERB ...`
-    local code log signal store=''
+    local code log rejoins=0 signal store=''
     node=${SLURMD_NODENAME:-$(hostname)}
     mkdir -p "$RUN_DIR/logs"
     log=$RUN_DIR/logs/$SLURM_JOB_ID-$node.log
@@ -136,18 +145,21 @@ main() { # VERB ...: `pipeline VERB ...`
         serve_rendezvous "$@" &
         store=$!
     fi
-    launch_ranks "$@" &
-    launcher=$!
-    await "$launcher"
-    code=$?
+    while :; do
+        launch_ranks "$@" &
+        launcher=$!
+        await "$launcher"
+        code=$?
+        if [[ -z $elastic || -n $store || $code != "$STORE_LOST" ]] || ! find_first_node || ((++rejoins > REJOINS)); then
+            break
+        fi
+    done
     if [[ -n $terminated ]] && ((code == 128 + 15)); then
         code=$INTERRUPTED # Python was not up yet
     fi
     if [[ -n $store ]]; then
         await "$store" # the others may go on without this node's launcher
         code=$?
-    elif [[ -n $elastic && $code == "$STORE_LOST" ]]; then
-        requeue_for_the_first_node
     fi
     if [[ ${SLURM_NODEID:-0} == 0 ]]; then
         echo "$code" >"$RUN_DIR/.code.$RENDEZVOUS_ID"

@@ -88,7 +88,7 @@ class BatchShell:
             "HOME": str(folder),
             "STATE": str(self.state),
             "PIPELINE_HOME": str(ROOT),
-            "SITE_ENV": "/nonexistent",
+            "SITE_ENV": "/dev/null/none",
             "RUN_DIR": str(self.run),
             "PYTHON": sys.executable,
         }

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 
@@ -431,6 +432,23 @@ def test_a_node_that_is_cut_off_does_not_requeue_a_healthy_job(job, cut_off):
     assert process.returncode == 68 and not job.file("requeued") and not job.file("cancelled")
     assert "n1 is out of reach, and the job is not requeued yet: Slurm has it as ALLOCATED" in log
     assert "n1 answers Slurm, so the job goes on without this node" in log and len(log.splitlines()) == 2
+
+
+def test_a_node_that_was_cut_off_joins_again(job, cut_off):
+    """Its network was away for longer than its launcher waits."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"127.0.0.1:{server.getsockname()[1]}"
+    process = cut_off(RENDEZVOUS=closed)
+    wait_until(lambda: "is out of reach" in log_of(job), "it waits")
+    (job.folder / "lost").write_text((job.folder / "lost").read_text().replace("exit 68", "exit 75"))
+    with socket.create_server(("127.0.0.1", int(closed.split(":")[1]))):
+        log, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and not job.file("requeued")
+    assert "the rendezvous on n1 answers again; this node joins again" in log
+
+
+def log_of(job) -> str:
+    return "".join(path.read_text() for path in job.run.glob("logs/*"))
 
 
 def test_a_node_that_is_cut_off_ends_with_the_first_one(job, cut_off):

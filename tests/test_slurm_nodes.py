@@ -75,6 +75,25 @@ def test_a_job_with_min_nodes_survives_the_loss_of_nodes(site):
     assert batches(job)[:30] == batches(undisturbed) and len(batches(undisturbed)) == 30
 
 
+def test_a_node_whose_network_was_away_joins_again(site):
+    """For longer than its launcher waits: the other trains alone meanwhile."""
+    length = ("--schedule.epochs", "1000", "--train.max_steps", "100000", "--train.eval_every_epochs", "1000")
+    job = site.submit("--nodes=2", "--gpus-per-node=1", "--no-kill", arguments=length, MIN_NODES="1")
+    job.wait_steps(5)
+    way = ("blackhole", f"{site.cluster._address('n2')}/32")
+    site.cluster.run("ip", "route", "add", *way, node="n1")
+    job.wait(lambda: worlds(job) == [2, 1] and "not requeued yet" in job.node_log("n2"), "n2 is out of reach")
+    site.cluster.run("ip", "route", "del", *way, node="n1")
+    job.wait(lambda: worlds(job) == [2, 1, 2], "n2 is back")
+    before = len(job.rows("train"))
+    job.wait(lambda: len(job.rows("train")) > before + 5, "more steps")
+    assert job.restarts() == 0 and "this node joins again" in job.node_log("n2")
+    site.cluster.run("scancel", job.id)
+    job.wait_end("CANCELLED")
+    steps = [step for step, *_ in batches(job)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def test_an_evaluation_that_is_interrupted_resumes(site):
     """USR1 ahead of the time limit, then TERM to the steps; the scores are those of an evaluation at one go."""
     run = site.submit("--nodes=1")
