@@ -129,6 +129,23 @@ def test_a_split_of_another_name_is_named(tmp_path, capsys, train, val, says):
     assert says.format(root=root) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["LOC_val_solution.csv", "val/val_annotations.txt"])
+def test_lists_with_a_byte_order_mark_and_windows_lines(tmp_path, expected, name):
+    """As spreadsheets and editors save them. Without a head line the mark stands before an image."""
+    root = flat_val(tmp_path / "set")
+    row = "{},{} 1 2 3 4" if name.endswith("csv") else "{}.JPEG\t{}\t0\t0\t1\t1"
+    lines = [row.format(file[:-5], synset) for file, (synset, _) in val_images().items()]
+    write(root / name, "\ufeff" + "\r\n".join(lines))
+    write(root / "LOC_synset_mapping.txt", f"\ufeff{SYNSETS[2]} tench\r\n")
+    index = index_of(root)
+    assert index.fingerprint == expected and index.words[0] == "tench"
+
+
+def test_fetch_from_a_tree_says_to_index_it(tmp_path, capsys):
+    assert main(["fetch", str(tmp_path / "dest"), "--from", str(sorted_tree(tmp_path / "set"))]) == 2
+    assert f"index the folder: pipeline index {tmp_path}/set" in capsys.readouterr().err
+
+
 def test_two_validation_folders_are_said(tmp_path, expected, capsys):
     root = sorted_tree(sorted_tree(tmp_path / "set"), val="valid")
     assert index_of(root).fingerprint == expected

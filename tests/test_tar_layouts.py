@@ -277,6 +277,26 @@ def test_a_damaged_header_in_the_middle_is_no_end(tmp_path, capsys):
     assert f"{path} is cut or damaged (damaged header at byte {at:,})" in error and len(error.splitlines()) == 1
 
 
+def test_an_official_tar_that_is_cut_between_its_images_is_not_whole(tmp_path, capsys):
+    path = official_tars(tmp_path / "set") / "ILSVRC2012_img_val.tar"
+    with tarfile.open(path) as tar:
+        path.write_bytes(path.read_bytes()[: tar.getmembers()[-1].offset])
+    assert main(["index", str(path.parent)]) == 2
+    assert f"{path} is cut (it has no end mark)" in capsys.readouterr().err
+    for argv, code in ((["--pack"], 2), ([], 1)):
+        assert main(["fetch", str(tmp_path / f"dest{code}"), "--from", str(path.parent), *argv]) == code
+        assert "no end mark" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [b"<html>", b"\x1f\x8bjunk", b""])
+def test_a_damaged_development_kit_is_one_line(tmp_path, capsys, data):
+    root = official_tars(tmp_path / "set")
+    write(root / f"{KIT}.tar.gz", data)
+    assert main(["index", str(root)]) == 2
+    error = capsys.readouterr().err
+    assert f"{KIT}.tar.gz can't be read" in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("where", ["outer", "inner", "cut"])
 def test_a_damaged_header_in_a_tar_of_tars(tmp_path, capsys, where):
     path = official_tars(tmp_path / "set") / "ILSVRC2012_img_train.tar"

@@ -63,7 +63,7 @@ def read_synset_words(root: Path) -> dict[str, str]:
         return {}
     words = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file ({error}); fetch the file again") from error
     for line in lines:
@@ -79,7 +79,7 @@ def read_val_solution(path: Path) -> dict[str, str]:
     Raises UserError that names file and line where a row is not `ImageId,synset ...`.
     """
     labels: dict[str, str] = {}
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             for number, row in enumerate(csv.reader(file), 1):
                 if not row or (number == 1 and row[0] == "ImageId"):

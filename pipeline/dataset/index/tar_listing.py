@@ -64,6 +64,8 @@ def _walk_all(tars: TarFiles, root: Path, processes: int) -> TarSplit:
         for number, part, found in zip(
             numbers, parts, map_in_order(walk, parts, processes if len(parts) > _FEW else 1), strict=True
         ):
+            if found.cut and tars.kind == "flat":
+                raise UserError(f"{part.path} is cut (it has no end mark); get that file again")
             if found.cut:
                 print(f"warning: {part.path} has no end mark: it may be cut", file=sys.stderr, flush=True)
             members += [(number, member) for member in found.members]

@@ -101,7 +101,7 @@ def find_parts(path: str) -> list[Part]:
                 if suffix != "tar" or not info.isreg() or not SYNSET.fullmatch(synset):
                     raise UserError(f"{path} holds {info.name!r}, where a tar of a class was expected: archive refused")
                 parts.append(Part(path, info.offset_data, info.size, synset))
-            if _lacks_end(tar.fileobj, tar.offset):
+            if lacks_end(tar.fileobj, tar.offset):
                 raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, EOFError) as error:
         raise _damaged(path, error) from error
@@ -144,7 +144,7 @@ def walk(part: Part) -> Walked:
                         _take(info, tar, samples, newest)
                         if len(found.suffixes) < 100:
                             found.suffixes.add(Path(info.name).suffix.lower() or info.name)
-                found.cut = not end and _lacks_end(file, tar.offset)
+                found.cut = not end and lacks_end(file, tar.offset)
     except (tarfile.TarError, EOFError, UnicodeError) as error:
         raise _damaged(part.path, error) from error
     for sample in samples:
@@ -152,7 +152,7 @@ def walk(part: Part) -> Walked:
     return found
 
 
-def _lacks_end(file: Any, offset: int) -> bool:
+def lacks_end(file: Any, offset: int) -> bool:
     """Is there nothing behind the last member, which ends at `offset`?"""
     file.seek(offset)
     return not file.read(1)

@@ -91,7 +91,8 @@ def read_archive(path: Path) -> Devkit:
     except PermissionError:
         raise
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} can't be read ({error}); download it again from image-net.org") from error
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise UserError(f"{path} can't be read ({reason}); download it again from image-net.org") from error
     if TRUTH not in files:
         raise UserError(f"{path} holds no {TRUTH}; is it ILSVRC2012_devkit_t12.tar.gz of image-net.org?")
     return Devkit(path, files)

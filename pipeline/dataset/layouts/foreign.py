@@ -99,6 +99,8 @@ def describe_format(root: Path) -> UserError | None:
 
 def describe_names(root: Path, missing: str) -> str:
     """What to do where a folder looks like the missing split ("train" or "val") under another name; else empty."""
+    if (root / missing).exists():
+        return ""
     words = ("train",) if missing == "train" else ("val", "test")
     names = [path.name for path in _entries(root)[1] if any(word in path.name.lower() for word in words)]
     if missing == "val":

@@ -43,7 +43,7 @@ def read_tiny_list(path: Path) -> dict[str, str]:
     """Image -> class from Tiny-ImageNet's list. Raises UserError that names file and line where one is damaged."""
     labels = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except PermissionError:
         raise
     except (OSError, UnicodeDecodeError) as error:

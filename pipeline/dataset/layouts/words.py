@@ -18,13 +18,16 @@ def read_words(root: Path) -> dict[str, str]:
     path = root / IMAGENET_100_LIST
     try:
         if path.is_file():
-            return {str(synset): str(text) for synset, text in json.loads(path.read_bytes()).items()}
+            found = json.loads(path.read_text(encoding="utf-8-sig"))
+            if not isinstance(found, dict):
+                raise ValueError(f"it holds a {type(found).__name__} instead of an object of synsets and words")
+            return {str(synset): str(text) for synset, text in found.items()}
         path = root / TINY_WORDS
         if path.is_file():
-            lines = (line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines())
+            lines = (line.partition("\t") for line in path.read_text(encoding="utf-8-sig").splitlines())
             return {synset: text.strip() for synset, tab, text in lines if tab}
     except PermissionError:
         raise
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error}); unpack the data set again, or remove the file") from error
     return {}

@@ -16,7 +16,7 @@ from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter
 from pipeline.dataset.disk import check_space
 from pipeline.dataset.imagenet import SYNSET
 from pipeline.dataset.index.scan import build_index, read_unreadable
-from pipeline.dataset.index.tar_members import iter_members
+from pipeline.dataset.index.tar_members import iter_members, lacks_end
 from pipeline.dataset.layouts import devkit
 from pipeline.dataset.layouts.find import OFFICIAL
 from pipeline.dataset.shards.pack import pack_tree
@@ -102,6 +102,8 @@ def unpack_official(files: OfficialFiles, root: Path, selection: Selection) -> N
                         if found is None or found[1] != info.size:
                             writer.write(0, number, name, read_member(opened, info))
                         progress.advance(info.size)
+                    if lacks_end(tar.fileobj, tar.offset):
+                        raise tarfile.ReadError("no end mark")
             except (tarfile.TarError, EOFError) as error:
                 raise TransientError(f"{path} is cut or damaged ({error}); download it again from {PAGE}") from error
 
