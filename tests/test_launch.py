@@ -138,6 +138,18 @@ def test_workers_that_do_not_save_in_time_are_killed(worker, tmp_path):
         assert len(job.said("did not save within 1 s")) == 1
 
 
+def test_a_signal_to_a_spare_stops_all(worker, tmp_path):
+    saves = tmp_path / "saves.py"
+    saves.write_text("import os, signal\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(75))\n" + WORKER)
+    with Job(tmp_path, [str(saves), str(tmp_path), "600:0"], "1:1") as job:
+        job.start("n1")
+        wait_for(lambda: starts(tmp_path) == ["0-0"], say=job.all_output)
+        spare = job.start("n2")
+        wait_for(lambda: job.said("waits as a spare"), say=job.all_output)
+        spare.send_signal(signal.SIGTERM)
+        assert job.wait("n1", 60) == job.wait("n2", 60) == EXIT_INTERRUPTED, job.all_output()
+
+
 def test_a_signal_before_ranks_are_started(worker, tmp_path, monkeypatch):
     """While torch is imported, or the nodes gather: none is started."""
     monkeypatch.setenv("LOGLEVEL", "CRITICAL")

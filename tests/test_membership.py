@@ -196,16 +196,27 @@ def test_a_node_with_a_gpu_fault_is_left_out_and_the_others_go_on_if_they_may():
 
 def test_a_request_to_stop_ends_the_job_when_all_have_saved():
     case = Case("n1", "n2")
-    case.it.ask_to_stop("SIGTERM")
+    case.it.ask_to_stop(1, "SIGTERM")
     case.end("n1", EXIT_INTERRUPTED)
     assert case.it.exit_code is None
     case.end("n2", EXIT_INTERRUPTED)
     assert case.it.exit_code == EXIT_INTERRUPTED
 
 
+def test_a_request_to_a_spare_is_passed_on_to_those_that_train():
+    case = Case("n1", "n2", min_nodes=1, max_nodes=1)
+    assert case.world() == ["n1"]
+    case.it.ask_to_stop(1, "SIGTERM")
+    assert "stop" not in case.orders("n1")  # its own ranks know
+    case.it.ask_to_stop(2, "SIGTERM")
+    assert case.sent[-1] == (1, {"do": "stop", "round": 1, "why": "request"})
+    case.end("n1", EXIT_INTERRUPTED)
+    assert case.it.exit_code == EXIT_INTERRUPTED
+
+
 def test_a_request_to_stop_before_anything_began_ends_the_job():
     case = Case("n1", min_nodes=2, max_nodes=2)
-    case.it.ask_to_stop("SIGTERM")
+    case.it.ask_to_stop(1, "SIGTERM")
     assert case.it.exit_code == EXIT_INTERRUPTED
 
 
@@ -214,7 +225,7 @@ def test_asked_to_stop_while_nodes_join():
     case.later(6)
     case.join("n3")
     case.later(SETTLE_S)
-    case.it.ask_to_stop("SIGTERM")
+    case.it.ask_to_stop(1, "SIGTERM")
     case.end("n1", EXIT_REGROUP)
     case.end("n2", EXIT_REGROUP)
     assert case.it.exit_code == EXIT_INTERRUPTED  # saved, and asked to stop: no further round

@@ -143,7 +143,7 @@ class Coordinator:
         if kind == "hello":
             self._connections[key].label = message["name"]
             if message["stop"]:
-                self.membership.ask_to_stop(message["stop"])
+                self.membership.ask_to_stop(key, message["stop"])
             names = ("name", "ranks", "node_rank")
             self.membership.join(Node(key, **{name: message[name] for name in names}))
         elif kind == "beat":
@@ -151,7 +151,7 @@ class Coordinator:
         elif kind == "ended":
             self.membership.report(key, message["round"], message["exit_code"], message["failure"])
         elif kind == "stop":
-            self.membership.ask_to_stop(message["reason"])
+            self.membership.ask_to_stop(key, message["reason"])
 
     def _send(self, key: int, message: dict) -> None:
         connection = self._connections.get(key)

@@ -214,6 +214,8 @@ class Launcher:
             return
         if why == "regroup":
             self.workers.signal(signal.SIGUSR2)
+        elif why == "request":  # to a launcher that has no ranks
+            self.signals.append(signal.SIGTERM)
         elif why in GRACE_S:
             self.workers.signal(signal.SIGTERM)
             self.workers.kill_after(GRACE_S[why])

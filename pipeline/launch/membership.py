@@ -87,11 +87,14 @@ class Membership:
             self.why = "loss" if self.why == "failure" else self.why
             self._stopped()
 
-    def ask_to_stop(self, reason: str) -> None:
-        """Somebody asked a launcher to save and stop; its ranks inform the others at their next step."""
+    def ask_to_stop(self, key: int, reason: str) -> None:
+        """Somebody asked a launcher to save and stop; its ranks inform the others at their next step, if it has any."""
         self.asked_to_stop = self.asked_to_stop or reason
         if self.phase == "gathering":
             self.end(EXIT_INTERRUPTED)
+        elif self.phase == "training" and not any(node.key == key for node in self._training()):
+            for node in self._training():
+                self.send(node.key, {"do": "stop", "round": self.round, "why": "request"})
 
     def report(self, key: int, round_: int, exit_code: int, failure: str = "") -> None:
         """All workers of a node have ended. exit_code: as `pipeline.errors` has it; negative: by a signal. failure:
