@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.insight.estimate.memory import estimate_step
 from pipeline.insight.preflight import between_nodes
 from pipeline.insight.preflight.checks import check_nodes
-from pipeline.insight.preflight.cli import Options, parse_time_limit, read_bench, run_checks
+from pipeline.insight.preflight.cli import Options, parse_time_limit, read_bench, read_nodes, run_checks
 from pipeline.insight.preflight.node_facts import gather_facts
 from pipeline.insight.qualify.peers import LECTURE_MIB
 
@@ -264,6 +264,9 @@ def test_facts_travel_as_a_line(preflight, data, tmp_path, capsys):
     facts.write_text(f"a banner\n{line}{line}")
     code, rows = preflight("--nodes_file", str(facts))
     assert code == 0 and "2 nodes agree" in rows["nodes"][1]
+    (node,) = read_nodes(facts)[:1]
+    node["data"]["read_s"] = 0.25
+    assert check_nodes([node], 1).text == "1 node; a few samples were read (0.25 s)"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def node(settings: Settings) -> Iterator[Row]:
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     yield Row("locked memory", "any amount" if locked < 0 else f"{locked / 2**20:,.0f} MiB (InfiniBand wants no limit)")
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
-    yield Row("NUMA", f"{nodes} nodes, this process may use {len(os.sched_getaffinity(0))} cores")
+    yield Row(
+        "NUMA", f"{nodes} node{'' if nodes == 1 else 's'}, this process may use {len(os.sched_getaffinity(0))} cores"
+    )
 
 
 def _health() -> Iterator[Row]:
