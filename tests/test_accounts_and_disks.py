@@ -18,7 +18,10 @@ from test_layouts import official_tars
 
 from pipeline.__main__ import main
 from pipeline.dataset import disk, lock
+from pipeline.dataset.index import scan, scan_journal
 from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.shards import pack
+from pipeline.dataset.shards.format import ShardWriter
 from pipeline.files import why_full
 
 NOBODY = 65534
@@ -210,6 +213,54 @@ def test_full_disks_say_what_is_full(tmp_path, monkeypatch):
     assert why_full(full, tmp_path) == "disk full"
     quota = OSError(errno.EDQUOT, "Disk quota exceeded")
     assert "quota exceeded (see: quota -s" in str(disk.explain(quota, tmp_path / "a"))
+
+
+@pytest.mark.parametrize("what", ["a shard", "the journal", "the index's list", "the shards' list"])
+def test_a_disk_that_fills_up_is_one_line(pets, tmp_path, monkeypatch, capsys, what):
+    """What is left in buffers is flushed once more when the file is closed, and finds no space again."""
+
+    def refuse(path, *_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+
+    def full(*_):
+        return Path("/dev/full").open("ab", buffering=1 << 20)
+
+    if what in ("the journal", "the index's list"):
+        shutil.rmtree(pets / "index")
+    if what == "a shard":
+        monkeypatch.setattr(ShardWriter, "_open", full)
+    elif what == "the journal":
+        begin = scan_journal.ScanJournal.__init__
+
+        def begin_full(journal, path):
+            begin(journal, path)
+            journal.file = full()
+
+        monkeypatch.setattr(scan_journal.ScanJournal, "__init__", begin_full)
+    else:
+        monkeypatch.setattr(scan if what == "the index's list" else pack, "atomic_write", refuse)
+    assert main(["pack", str(pets), str(tmp_path / "out"), "--processes", "1"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("pipeline pack: ") and (
+        "No space left" in error or "disk full" in error or "quota" in error
+    )
+
+
+@needs_setpriv
+@pytest.mark.parametrize("what", ["pack.json", "train-000000.tar", "archive.zip"])
+def test_what_may_not_be_read_is_not_called_unwritable(pets, tmp_path, what):
+    """pack.json: nobody is told to remove the shards."""
+    assert main(["pack", str(pets), str(tmp_path / "set"), "--processes", "1"]) == 0
+    (tmp_path / "set/archive.zip").write_bytes(b"PK")
+    (tmp_path / "set" / what).chmod(0)
+    argv = {
+        "pack.json": ["pack", str(pets), str(tmp_path / "set")],
+        "train-000000.tar": ["stage", str(tmp_path / "set"), str(tmp_path / "local")],
+        "archive.zip": ["fetch", str(tmp_path / "new"), "--from", str(tmp_path / "set/archive.zip")],
+    }[what]
+    done = as_another(*argv)
+    assert done.returncode == 2
+    assert f"{tmp_path}/set/{what}: Permission denied for this account; ask its owner" in done.stderr
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="mounts a file system")

@@ -21,17 +21,18 @@ def explain(error: OSError, path: Path | str) -> UserError | TransientError:
     return TransientError(f"can't write {path} ({error.strerror or error})")
 
 
-def check_space(folder: Path, needed: float, files: int = 0) -> None:
+def check_space(
+    folder: Path, needed: float, files: int = 0, remedy: str = "free some space or give another folder"
+) -> None:
     """UserError with the figure where the disk of `folder` has less than `needed` bytes, or too few inodes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"{folder} has {free / 1e9:,.3f} GB free, but {needed / 1e9:,.3f} GB are needed; "
-            "free some space or give another folder"
-        )
+        raise UserError(f"{folder} has {free / 1e9:,.3f} GB free, but {needed / 1e9:,.3f} GB are needed; {remedy}")
     stat = os.statvfs(folder)
     if stat.f_files and stat.f_favail < files:
-        raise UserError(f"the disk of {folder} has room for {stat.f_favail:,} more files, but {files:,} are needed")
+        raise UserError(
+            f"the disk of {folder} has room for {stat.f_favail:,} more files, but {files:,} are needed; {remedy}"
+        )
 
 
 def flush_file_system(folder: Path) -> None:

@@ -22,6 +22,8 @@ def read_selected(root: Path) -> dict[str, str | list[str]] | None:
             selected = json.loads(path.read_bytes()).get("selected")
             if selected is not None:
                 return dict(selected)
+        except PermissionError:
+            raise
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{path} can't be read ({error}); remove it or fetch again") from error
     return None

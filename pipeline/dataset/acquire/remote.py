@@ -19,7 +19,7 @@ from urllib3.exceptions import HTTPError as Urllib3Error
 
 from pipeline.dataset.acquire.access.backoff import Backoff, Patience, parse_retry_after
 from pipeline.dataset.acquire.access.connection import PROXY_USER, explain_connection
-from pipeline.errors import TransientError, UserError
+from pipeline.errors import TransientError, UserError, permission_problem
 
 BUFFER = 1 << 18
 SLOWEST = 1024  #: bytes/s; a stream that is slower for `stall_s` counts as stalled
@@ -233,7 +233,10 @@ class LocalFile:
         self.path, self.name = path, str(path)
         self.received = 0
         try:
-            self.size = path.stat().st_size
+            with path.open("rb"):
+                self.size = path.stat().st_size
+        except PermissionError as error:
+            raise permission_problem(error) from error
         except OSError as error:
             raise UserError(f"archive {path} can't be read ({error.strerror}); give a zip or a tar.gz") from error
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.command import run_command
+from pipeline.dataset.disk import explain
 from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_current, open_index
 from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, describe, kind_of
 from pipeline.dataset.index.listing import Listing, list_places
@@ -161,8 +162,9 @@ def scan_listings(
         raise UserError(f"{homes['val']} has the class '{unknown[0]}' that {homes[whole]} does not have; {remedy}")
     splits: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
     bad, done = {}, False
-    journal = ScanJournal(folder / JOURNAL)
+    journal = None
     try:
+        journal = ScanJournal(folder / JOURNAL)
         for split, listing in listings.items():
             known = PreviousScan(previous, split, journal)
             records, names, bad[split] = scan_split(root, split, listing, known, journal, processes, reader)
@@ -182,8 +184,11 @@ def scan_listings(
         made = write_index(folder, root, named, splits, shards, noted, left_out)
         done = True
         return made
+    except OSError as error:
+        raise explain(error, error.filename or folder) from error
     finally:
-        journal.close(remove=done)
+        if journal is not None:
+            journal.close(remove=done)
 
 
 def _tar_files(layout: Layout, split: str) -> tuple[Path, ...]:

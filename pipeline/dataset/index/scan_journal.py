@@ -1,5 +1,6 @@
 """What an unfinished or an earlier scan found, so that no unchanged file is read again."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -33,7 +34,8 @@ class ScanJournal:
         self.file.flush()
 
     def close(self, remove: bool) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # on a full disk what is left in its buffer finds no space either
+            self.file.close()
         if remove:
             self.path.unlink(missing_ok=True)
 

@@ -223,7 +223,7 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._file.close()
+            self._drop()
             self.temporary.unlink(missing_ok=True)
             return
         try:
@@ -240,8 +240,13 @@ class ShardWriter:
         except OSError as failure:
             raise self._explain(failure) from failure
         finally:
-            self._file.close()
+            self._drop()
             self.temporary.unlink(missing_ok=True)
+
+    def _drop(self) -> None:
+        """Close the file; that what is left in its buffer finds no space either is no news."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 @dataclass(frozen=True)

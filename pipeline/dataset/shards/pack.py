@@ -14,6 +14,7 @@ from typing import Literal
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
+from pipeline.dataset.disk import explain
 from pipeline.dataset.index.index import MAIN_FILE, PACKED, Index, index_folder, open_index
 from pipeline.dataset.index.left_out import only_images
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
@@ -40,7 +41,7 @@ from pipeline.dataset.shards.plan import (
 from pipeline.dataset.shards.transcode import find_program
 from pipeline.dataset.shards.write_shard import Task, write_shard
 from pipeline.dataset.workers import map_in_order
-from pipeline.errors import UserError
+from pipeline.errors import UserError, permission_problem
 from pipeline.files import appears, atomic_write, reason_of
 from pipeline.limits import available_cores
 from pipeline.progress import Progress
@@ -65,6 +66,8 @@ def _check_dest(dest: Path, wanted: dict, options: Options) -> dict | None:
         found = dict(json.loads((dest / PACKED).read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        raise permission_problem(error) from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{dest / PACKED} can't be read ({error}); remove {dest} or give another folder") from error
 
@@ -208,14 +211,19 @@ def pack_index(
         find_program()
     if len(todo) < len(mine) and not quiet:
         print(f"{len(mine) - len(todo):,} of {len(mine):,} shards exist already", file=sys.stderr)
-    write(plan, todo)
-    if complete:
-        remove_records(dest)
-        return open_index(index_folder(dest))
-    if part is not None:
-        return None
-    shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
-    return _finish(root, dest, index, shards, notes_of_source, options)
+    try:
+        write(plan, todo)
+        if complete:
+            remove_records(dest)
+            return open_index(index_folder(dest))
+        if part is not None:
+            return None
+        shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
+        return _finish(root, dest, index, shards, notes_of_source, options)
+    except PermissionError as error:
+        raise permission_problem(error) from error
+    except OSError as error:
+        raise explain(error, error.filename or dest) from error
 
 
 def pack(

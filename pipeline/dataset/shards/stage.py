@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipeline.command import run_command
+from pipeline.dataset.disk import check_space, explain
 from pipeline.dataset.index.index import MAIN_FILE, Index, Split, index_folder, list_files, open_index, safe_join
 from pipeline.dataset.lock import locked
 from pipeline.dataset.shards.restart import TABLE, table_name
-from pipeline.errors import UserError
+from pipeline.errors import UserError, permission_problem
 from pipeline.files import atomic_write
 from pipeline.progress import Progress
 
@@ -80,12 +81,7 @@ def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: boo
         with locked_folder(dest):
             missing = [(there, dest / name) for there, name in wanted.items() if not is_same(there, dest / name)]
             size = sum(there.stat().st_size for there, _ in missing)
-            free = shutil.disk_usage(dest).free
-            if size > free:
-                raise UserError(
-                    f"{dest} has {free / 1e9:,.1f} GB free, {size / 1e9:,.1f} GB are to be copied; "
-                    "free some space, give another folder, or train from the source"
-                )
+            check_space(dest, size, len(missing), "free some space, give another folder, or train from the source")
             with Progress(f"Copying to {dest}", size, "bytes", quiet) as progress, ThreadPoolExecutor(THREADS) as pool:
                 lock = threading.Lock()
 
@@ -98,8 +94,10 @@ def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: boo
             copy_index(index, index_folder(dest))
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file; pack or fetch it again") from error
+    except PermissionError as error:
+        raise permission_problem(error) from error
     except OSError as error:
-        raise UserError(f"{dest}: {error.strerror} ({error.filename}); give another folder") from error
+        raise explain(error, error.filename or dest) from error
     return open_index(index_folder(dest)), sum(there.suffix != TABLE for there, _ in missing)
 
 
