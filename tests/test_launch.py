@@ -1,5 +1,6 @@
 """`pipeline launch`: options as torchrun's, exit codes as this project's, one line for each thing that goes wrong."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -236,13 +237,23 @@ def test_term_to_the_launcher_saves_and_the_same_command_finishes(root, tmp_path
     assert runs.repeatable(run) == runs.repeatable(undisturbed)
 
 
+def own_programs(launcher):
+    """Process ids of the ranks that a launcher has started, each with its own command line; not of other programs."""
+    found = []
+    for pid in descendants(launcher):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            found += [pid] if b"train" in command and b"launch" not in command else []
+    return found
+
+
 def test_a_signal_to_a_rank_that_only_starts_waits_for_it(root, tmp_path):
     """It would kill a rank that has no handler for it yet: a job that grows at that moment would wait for its ranks."""
     for attempt in range(5):  # the rank must be seen early enough
         with Job(tmp_path, training(root, tmp_path / "run", "--schedule.epochs", "1000"), "1", "--cold") as job:
             process = job.start(f"a{attempt}")
-            wait_for(lambda process=process: descendants(process.pid))
-            (rank,) = descendants(process.pid)
+            wait_for(lambda process=process: own_programs(process.pid))
+            (rank,) = own_programs(process.pid)
             kill(rank, signal.SIGSTOP)
             wait_for(lambda rank=rank: state(rank, "State").startswith("T"))
             if is_in(signal.SIGTERM, state(rank, "SigCgt")):

@@ -55,6 +55,8 @@ try:
 except TransientError as error:
     sys.stdout.write("refused\\n" if "/nowhere" in str(error) else f"{error}\\n")  # in one piece: three ranks write
 world.close()
+sys.stdout.flush()
+os._exit(0)  # as the command line ends: other threads may abort while the interpreter shuts down
 """
 
 _COUNTING = """
