@@ -55,7 +55,7 @@ def test_the_shards_are_those_of_the_tree(tmp_path, parquet, expected, capsys, a
         for name in ("n01440764_9", "n01440764_99"):
             write(tree / f"train/n01440764/{name}.JPEG", CUT)
         rows = [(f"n01440764_{i}_n01440764.JPEG", CUT, 0) for i in (9, 99)]
-        write_table(parquet / "data/train-00002-of-00003.parquet", rows)
+        write_table(parquet / "data/train-more.parquet", rows)
     assert pack(tree, tmp_path / "tree", *argv) == 0
     processes = () if argv else ("--processes", "2")
     assert pack(parquet, packed, *argv, *processes) == 0
@@ -190,6 +190,16 @@ def test_labels_as_pandas_writes_them(tmp_path, capsys):
     assert "class '2' has no readable image" in capsys.readouterr().err
 
 
+def test_labels_in_lists(tmp_path):
+    """Of one element; several labels are none."""
+    for split in ("train", "val"):
+        rows = [(f"{i}.jpg", jpeg(i), [i % 2] if i < 4 else [0, 1]) for i in range(5)]
+        write_table(tmp_path / f"hf/{split}.parquet", rows)
+    assert pack(tmp_path / "hf", tmp_path / "out") == 0
+    index = open_index(tmp_path / "out/index")
+    assert index.synsets == ("0", "1") and len(index.splits["val"]) == 4
+
+
 @pytest.mark.parametrize("column", ["image.bytes", "image.path", "label"])
 def test_a_damaged_page_is_one_line(tmp_path, parquet, capsys, column):  # noqa: F811
     path = parquet / "data/train-00001-of-00002.parquet"
@@ -222,6 +232,13 @@ def test_files_in_a_folder_below_and_names_that_do_not_tell(tmp_path, parquet, e
     capsys.readouterr()
     assert pack(above, tmp_path / "new") == 2
     assert "of the train split" in (error := capsys.readouterr().err) and "none of the validation split" in error
+    for path in data.glob("train*.parquet"):
+        write_table(path.with_name(path.name.replace("train", "validation")), [("a.jpg", jpeg(0), 0)])
+    next(data.glob("train-00001*")).unlink()
+    assert pack(above, tmp_path / "new") == 2
+    assert "train-00001-of-00002.parquet is not there (1 of 2 files are missing)" in capsys.readouterr().err
+    for path in data.glob("val*.parquet"):
+        path.unlink()
     for number, path in enumerate(data.glob("train*.parquet")):
         path.rename(data / f"{number:04d}.parquet")
     assert pack(above, tmp_path / "new") == 2
@@ -237,15 +254,17 @@ def test_what_will_not_do_is_one_line(tmp_path, parquet, capsys, monkeypatch):  
 
     assert main(["index", str(parquet)]) == 2
     assert "pipeline pack" in capsys.readouterr().err
-    write_table(parquet / "data/train-00002-of-00003.parquet", [("x_n01440764.JPEG", CUT, 0)])
+    write_table(parquet / "data/train-more.parquet", [("x_n01440764.JPEG", CUT, 0)])
     assert "1 images of" in says() and not (tmp_path / "out/pack.json").exists()
     assert pack(parquet, tmp_path / "out", "--unreadable", "skip") == 0
     assert open_index(tmp_path / "out/index").left_out["train"]["unreadable"]["count"] == 1
-    pq.write_table(pa.table({"text": ["a"]}), parquet / "data/train-00002-of-00003.parquet")
+    pq.write_table(pa.table({"text": ["a"]}), parquet / "data/train-more.parquet")
     capsys.readouterr()
     assert "has the columns text" in says("--unreadable", "skip")
-    (parquet / "data/train-00002-of-00003.parquet").write_bytes(b"PAR1 cut")
+    (parquet / "data/train-more.parquet").write_bytes(b"PAR1 cut")
     assert "can't be read as parquet" in says("--unreadable", "skip")
+    write(parquet / "data/train-more.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "run in its folder: git lfs pull" in says("--unreadable", "skip")
     without = tmp_path / "without/pyarrow.py"
     without.parent.mkdir()
     without.write_text("raise ImportError('No module named pyarrow')\n")

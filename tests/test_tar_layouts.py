@@ -227,6 +227,7 @@ def test_shards_that_will_not_do_are_one_line(tmp_path, capsys, name, says):
         (make_tar({"a.jpg": jpeg(0)}, "w:gz"), "is compressed (gzip)"),
         (b"PK\3\4" + bytes(600), "is compressed (zip)"),
         (b"\n<html>not found</html>" * 50, "holds a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
         (make_tar({"a.jfif": jpeg(0), "a.cls": b"0"}), "holds no image (but .cls, .jfif)"),
     ],
 )

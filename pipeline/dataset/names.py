@@ -19,6 +19,9 @@ FOREIGN_NAMES = frozenset(
 )
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  #: what stands in place of a file that was not fetched
+
+
 def is_foreign(name: str) -> bool:
     """Is a file or folder of this name a leftover of a system or program, and no part of a data set?"""
     return name[0] == "." or name.lower() in FOREIGN_NAMES

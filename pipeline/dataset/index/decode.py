@@ -8,6 +8,7 @@ from typing import NamedTuple
 import xxhash
 
 from pipeline.dataset.index.pixels import check_mode, open_image
+from pipeline.dataset.names import LFS_POINTER
 from pipeline.dataset.workers import read_ahead
 from pipeline.errors import TransientError
 
@@ -39,6 +40,8 @@ def decode_fully(data: bytes) -> tuple[int, int]:
                 check_mode(image)
                 return image.size
         except UnidentifiedImageError:
+            if bytes(data[: len(LFS_POINTER)]) == LFS_POINTER:
+                raise ValueError("a pointer of Git LFS, not the file itself: run git lfs pull") from None
             raise ValueError("no image, or of an unknown format" if data else "empty file") from None
         except (OSError, ValueError, MemoryError):
             raise

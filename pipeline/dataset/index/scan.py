@@ -169,7 +169,7 @@ def scan_listings(
             known = PreviousScan(previous, split, journal)
             records, names, bad[split] = scan_split(root, split, listing, known, journal, processes, reader)
             if not len(records):
-                raise UserError(f"{homes[split]} has no readable image; fetch it again")
+                raise UserError(f"{homes[split]} has no readable image ({bad[split][0]['reason']}); fetch it again")
             records["label"] = np.searchsorted(classes, listing.classes)[records["label"]]
             missing = np.setdiff1d(np.arange(len(classes)), records["label"])
             if split == whole and len(missing):

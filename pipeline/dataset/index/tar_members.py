@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pipeline.dataset.imagenet import SYNSET
 from pipeline.dataset.index.left_out import FOREIGN, Tally
-from pipeline.dataset.names import is_foreign
+from pipeline.dataset.names import LFS_POINTER, is_foreign
 from pipeline.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")  #: suffixes, the preferred one first
@@ -116,6 +116,8 @@ def _damaged(path: str, error: Exception | str) -> UserError:
         return UserError(
             f"{path} is compressed ({kind}), which can't be read in place; decompress it to a plain tar file"
         )
+    if head.startswith(LFS_POINTER):
+        return UserError(f"{path} is a pointer of Git LFS, not the file itself; run in its folder: git lfs pull")
     if head.lstrip()[:1] == b"<":
         return UserError(f"{path} holds a web page, no tar file; get that file again")
     return UserError(f"{path} is cut or damaged ({error}); get that file again")

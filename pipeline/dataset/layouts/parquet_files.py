@@ -1,6 +1,7 @@
 """Parquet files of Hugging Face data sets: which of them hold which split, by their names."""
 
 import os
+import re
 from pathlib import Path
 
 from pipeline.dataset.layouts.find import SPLIT_WORDS, find_layout
@@ -9,6 +10,7 @@ from pipeline.errors import UserError
 
 _SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
 _BELOW = ("", "data", "default")
+_NUMBERED = re.compile(r"-(\d+)-of-(\d+)")  # as Hugging Face numbers the files of a split
 _MANY = 100  # folders, above which none below them is looked into
 
 
@@ -17,7 +19,8 @@ def find_parquet(root: Path) -> dict[str, tuple[Path, ...]]:
 
     `data/train-00000-of-00294.parquet`, `train-0.parquet`, `train.parquet` or `train/0000.parquet`, in `root` or in a
     folder of it; where there is no validation split, "test" stands for it. Images with a parquet file beside them are
-    packed as such. Raises UserError for parquet files of one split alone, and for such whose names tell of none.
+    packed as such. Raises UserError for parquet files of one split alone, for such whose names tell of none, and
+    where files of a split are missing.
     """
     try:
         layout = find_layout(root)
@@ -30,6 +33,8 @@ def find_parquet(root: Path) -> dict[str, tuple[Path, ...]]:
         for below in _BELOW:
             found = _look(here / below)
             if "train" in found and "val" in found:
+                for split in ("train", "val"):
+                    _refuse_gaps(found[split])
                 return {split: tuple(sorted(found[split])) for split in ("train", "val")}
             partly = partly or found
     if layout is not None or not partly:
@@ -60,6 +65,23 @@ def _look(folder: Path) -> dict[str, list[Path]]:
     if "val" not in found and "test" in found:
         found["val"] = found["test"]
     return found
+
+
+def _refuse_gaps(files: list[Path]) -> None:
+    """UserError where `train-00000-of-00294.parquet` says that there are more files than are there."""
+    numbers: dict[tuple[str, str], dict[int, Path]] = {}
+    for path in files:
+        if match := _NUMBERED.search(path.name):
+            start = str(path.with_name(path.name[: match.start()]))
+            numbers.setdefault((start, match[2]), {})[int(match[1])] = path
+    for (start, total), there in numbers.items():
+        missing = [number for number in range(int(total)) if number not in there]
+        if missing:
+            lost = f"{start}-{missing[0]:0{len(total)}d}-of-{total}.parquet"
+            raise UserError(
+                f"{lost} is not there ({len(missing):,} of {int(total):,} files are missing); download the whole set, "
+                "or rename the files without -of-N to take just these"
+            )
 
 
 def _split_of(name: str) -> str:

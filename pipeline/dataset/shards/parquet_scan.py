@@ -22,6 +22,7 @@ from pipeline.dataset.index.scan import locked_folder, open_previous, scan_listi
 from pipeline.dataset.index.scan_split import Place, Reader
 from pipeline.dataset.index.tar_listing import TarSplit, drop_unlabeled, make_listings, name_classes
 from pipeline.dataset.index.tar_members import Member
+from pipeline.dataset.names import LFS_POINTER
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import TransientError, UserError
 
@@ -65,6 +66,9 @@ def _explain(path: str, error: Exception, what: str) -> UserError | TransientErr
     """A file can't be read: What pyarrow says without an error number is damage; else it is the disk."""
     if isinstance(error, OSError) and error.errno:
         return TransientError(f"can't read {path} ({error.strerror or error}); run the same command again")
+    with Path(path).open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return UserError(f"{path} is a pointer of Git LFS, not the file itself; run in its folder: git lfs pull")
     text = " ".join(str(error).split())[:200]
     return UserError(f"{path} {what} ({text}); download that file again, then run the same command again")
 
@@ -137,7 +141,13 @@ def read_rows(path: str, column: str, group: int | None = None) -> Iterator[Any]
 
 
 def _label_text(label: Any) -> str | None:
-    """A label as text; None where the row has none."""
+    """A label as text; None where the row has none, or several."""
+    if isinstance(label, list | tuple):
+        return _label_text(label[0]) if len(label) == 1 else None
+    if isinstance(label, dict):
+        return None
+    if isinstance(label, bytes):
+        label = label.decode("utf-8", "replace")
     if isinstance(label, float):  # of integers with gaps, as pandas writes them
         label = int(label) if math.isfinite(label) and label == int(label) else None
     return None if label is None or (isinstance(label, int) and label < 0) else str(label)
