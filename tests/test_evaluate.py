@@ -221,7 +221,9 @@ def test_an_evaluation_that_was_stopped_resumes_to_the_same_scores(run, evaluate
     assert counted.seen == batches
     for stop_at in (2, 3):  # in the first of four parts; then in the next
         counted.seen, counted.stop_at = 0, stop_at
+        capsys.readouterr()
         assert main(["evaluate", *map(str, options)]) == 75
+        assert "run the same command to resume" in capsys.readouterr().out
         batches -= stop_at
     counted.seen, counted.stop_at = 0, None
     capsys.readouterr()

@@ -43,7 +43,7 @@ def test_asked_while_all_is_loaded_there_is_no_warm_up(root, tmp_path, monkeypat
     run.mkdir()
     (run / "stop").write_text("7.0 USR1 from Slurm")
     printed = runs.call(root, run, expect=75)
-    assert "interrupted (7.0 USR1 from Slurm): step 0" in printed
+    assert "interrupted (7.0 USR1 from Slurm): no step is done yet" in printed
     assert (run / "interrupted").exists() and not runs.rows(run, "train")
 
 

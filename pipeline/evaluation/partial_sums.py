@@ -76,7 +76,7 @@ class PartialSums:
         for name, values in arrays.items():
             sums[name].copy_(torch.from_numpy(values))
         self._before = self.seconds = facts["seconds"]
-        if self._world.is_rank_zero:
+        if done and self._world.is_rank_zero:
             logger.info(f"{self._name}: {done:,} batches were scored before; the others follow")
         return done, unreadable
 

@@ -105,6 +105,8 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     finally:
         world.close()
     if results is None:
+        if world.is_rank_zero:
+            logger.info("interrupted; run the same command %s", "again" if published else "to resume")
         return interrupted_exit_code()
     if world.is_rank_zero:
         print_scores(results, subject, published, ask.json, ask.per_class)
