@@ -123,9 +123,26 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def is_run(folder: Path) -> bool:
     """Has a run begun in this folder?"""
-    return (RunPaths(folder).config.exists() and RunPaths(folder).checkpoints.is_dir()) or RunPaths(
-        folder
-    ).ledger.exists()
+    paths = RunPaths(folder)
+    return (paths.config.is_file() and paths.checkpoints.is_dir()) or paths.ledger.is_file()
+
+
+def run_around(path: str | Path) -> Path | None:
+    """The run folder that a path lies in; None: in none."""
+    above = Path(path).expanduser().absolute().parents[:3]
+    return next((place for place in above if RunPaths(place).config.is_file()), None)
+
+
+def no_run(run: str | Path, checkpoints: bool = False) -> str:
+    """What to say of a path that is no run folder: it names the run folder that it lies in, if there is one.
+    checkpoints: does the verb take --checkpoint?"""
+    path, above = Path(run).expanduser().absolute(), run_around(run)
+    if above is None:
+        return f"{run} is not a run folder: it has no config.yaml; give the --run_dir of a run"
+    step = next((part for part in path.relative_to(above).parts if part.startswith(_STEP)), None)
+    return f"{run} is not a run folder, but lies in one: give {above}" + (
+        f" --checkpoint {step}" if step and checkpoints else ""
+    )
 
 
 def find_runs(folder: Path, depth: int = 3) -> list[Path]:

@@ -260,6 +260,16 @@ def test_partial_sums_of_other_settings_or_damaged_ones_are_not_taken(run, evalu
     shutil.rmtree(run / "evaluation")
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "export", "continue", "report", "status"])
+@pytest.mark.parametrize("inside", ["checkpoints/step-000000004", "config.yaml"])
+def test_a_path_inside_a_run_names_the_run(run, tmp_path, capsys, verb, inside):
+    more = {"export": [str(tmp_path / "out.pth")], "continue": ["--epochs", "99"]}.get(verb, [])
+    assert main([verb, str(run / inside), *more]) == 2
+    line = capsys.readouterr().err.strip()
+    takes = verb in ("evaluate", "export") and inside != "config.yaml"
+    assert line.endswith(f"lies in one: give {run}" + (" --checkpoint step-000000004" if takes else ""))
+
+
 @pytest.mark.parametrize("verb", [["evaluate", "RUN"], ["export", "RUN", "OUT.pth"]])
 def test_a_best_checkpoint_that_is_gone_is_named_beside_those_that_are_there(run, tmp_path, capsys, verb):
     there = shutil.copytree(run, tmp_path / "run")

@@ -235,6 +235,7 @@ def sweep(run, tmp_path_factory):
 
 
 def test_several_runs_or_a_folder_of_them_are_a_line_each(sweep, capsys):
+    (sweep / "broken/metrics.jsonl").mkdir(parents=True)  # no run
     assert main(["status", str(sweep)]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ["run", "state"]

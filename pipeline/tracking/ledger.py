@@ -25,7 +25,7 @@ TRAINING_UNREADABLE = "training_unreadable"  #: the event of a training image th
 def read_rows(path: Path, size: int | None = None) -> Iterator[dict]:
     """The rows of a ledger, or of its first `size` bytes; a last line that was cut by a crash is left out."""
     position = 0
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open("rb") as file:
         for line in file:
@@ -38,7 +38,7 @@ def read_rows(path: Path, size: int | None = None) -> Iterator[dict]:
 def read_rows_backwards(path: Path, block: int = 1 << 16) -> Iterator[dict]:
     """What `read_rows` yields, from the last row to the first. Only as much of the file is read as is asked for,
     `block` bytes at a time."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open("rb") as file:
         position = file.seek(0, os.SEEK_END)

@@ -246,6 +246,8 @@ def main(argv: list[str]) -> int:
             raise UserError("--device cuda: no GPU is here; give --device cpu")
     if options.images is not None and options.images < 1:
         raise UserError(f"--images {options.images}: give a number above 0")
+    if options.data_root is not None and not Path(options.data_root).expanduser().is_dir():
+        raise UserError(f"--data_root {options.data_root} is no folder; give the one that holds train/ and val/")
     out = Path(options.out).expanduser() if options.out else None
     runs = [str(run) for run in expand(options.runs)]
     print(write_report(runs, out, options.data_root, options.device, options.images, options.index))

@@ -14,6 +14,7 @@ from pipeline.evaluation.checkpoints import find_checkpoint
 from pipeline.model.build import build_model
 from pipeline.model.heads import count_outputs
 from pipeline.model.weights import load_whole, start_from
+from pipeline.run_paths import no_run
 from pipeline.tracking.ledger import best_step, better_scores, read_rows
 from pipeline.training.run_folder.best import place_of_weights
 from pipeline.training.run_folder.checkpoint import load_state
@@ -59,7 +60,7 @@ def read_record(run: str) -> Record:
     """Read a run folder, also of a run that is still training. Raises UserError if it is not one."""
     folder = RunFolder(Path(run).expanduser().resolve())
     if not folder.config.exists():
-        raise UserError(f"{run} is not a run folder: it has no config.yaml; give the --run_dir of a run")
+        raise UserError(no_run(run))
     config = load_config(folder.config, verb="report")
     rows: dict[str, list[dict]] = {"train": [], "eval": [], "event": []}
     for row in read_rows(folder.ledger):
