@@ -271,10 +271,10 @@ def test_other_folders_and_other_options_are_refused(source, packed, tmp_path):
         pack_tree(source, packed, Options(shard_mb=2))
 
 
-@pytest.mark.parametrize("option", ["--short-side=3", "--quality=0", "--quality=101", "--shard-mb=0"])
+@pytest.mark.parametrize("option", ["--short-side=3", "--quality=0", "--quality=101", "--shard-mb=0", "--processes=-1"])
 def test_impossible_options_are_one_line(source, tmp_path, capsys, option):
     assert main(["pack", str(source), str(tmp_path / "x"), option]) == 2
-    assert re.search(r"is \d+; give a number from", capsys.readouterr().err)
+    assert re.search(r"is -?\d+; give a number from", capsys.readouterr().err)
 
 
 def test_too_little_room_is_told_before_the_first_byte(source, tmp_path, monkeypatch):
@@ -359,8 +359,9 @@ def test_lists_go_along_and_a_lost_index_is_told(source, packed, tmp_path, capsy
         assert (packed / name).read_bytes() == (source / name).read_bytes()
     shutil.copytree(packed, tmp_path / "shards")
     shutil.rmtree(tmp_path / "shards/index")
-    assert main(["index", str(tmp_path / "shards")]) == 2
-    assert "run the same pack command again" in capsys.readouterr().err
+    for verb in ("index", "verify"):
+        assert main([verb, str(tmp_path / "shards")]) == 2
+        assert "run the same pack command again" in capsys.readouterr().err
     pack_tree(source, tmp_path / "shards", OPTIONS)
     assert contents(tmp_path / "shards") == contents(packed)
 

@@ -241,6 +241,10 @@ def test_what_is_no_tar_of_images_is_named(tmp_path, capsys, data, says):
 
 def test_files_that_are_not_read_beside_shards_are_said(tmp_path, expected, capsys):  # noqa: F811
     root = write_shards(tmp_path / "wds", "cls", TIMM)
+    (root / "imagenet1k-train-0001.tar").rename(tmp_path / "kept")
+    index_of(root)
+    assert f"{root} has no imagenet1k-train-0001.tar, but has those before and behind" in capsys.readouterr().err
+    (tmp_path / "kept").rename(root / "imagenet1k-train-0001.tar")
     write(root / "imagenet1k-train-0003.tar.gz", b"")
     assert index_of(root).fingerprint == expected
     assert f"{root} also holds imagenet1k-train-0003.tar.gz: not read" in capsys.readouterr().err

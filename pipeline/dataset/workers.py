@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
-from pipeline.errors import TransientError
+from pipeline.errors import TransientError, UserError
 from pipeline.limits import available_cores
 
 READERS = 8  #: files that a process reads at once
@@ -57,6 +57,8 @@ def map_in_order(
     With one process the tasks run in this process. Raises TransientError if a process is killed.
     """
     processes = processes or available_cores()
+    if processes < 1:
+        raise UserError(f"--processes is {processes}; give a number from 1 on")
     if processes == 1:
         yield from map(function, tasks)
         return

@@ -216,7 +216,7 @@ def _look(root: Path, with_test: bool = True) -> Layout:
         elif "test" in shards:
             tars["val"] = TarFiles("samples", shards["test"])
     if tars and not note:
-        note = _unread(tars)
+        note = _unread(tars) or _find_gap(tars)
     return Layout(root, folders, tars, note)
 
 
@@ -229,6 +229,22 @@ def _unread(tars: dict[str, TarFiles]) -> str:
         if names:
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
             return f"{folder} also holds {names[0]}{more}: not read, as it is compressed or not whole"
+    return ""
+
+
+def _find_gap(tars: dict[str, TarFiles]) -> str:
+    """Says which numbered shard is not there, between others that are; empty where none is missing."""
+    for found in tars.values():
+        numbers: dict[tuple[str, int], list[int]] = {}
+        for path in found.files if found.kind == "samples" else ():
+            if match := re.fullmatch(r"(.*?)(\d+)", path.stem):
+                numbers.setdefault((match[1], len(match[2])), []).append(int(match[2]))
+        for (start, digits), there in numbers.items():
+            missing = sorted(set(range(min(there), max(there) + 1)) - set(there))
+            if missing and len(missing) <= len(there):
+                name = f"{start}{missing[0]:0{digits}d}.tar"
+                more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+                return f"{found.files[0].parent} has no {name}{more}, but has those before and behind: were they lost?"
     return ""
 
 

@@ -12,7 +12,7 @@ import xxhash
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
-from pipeline.dataset.index.index import Index, has_index, index_folder, is_sound, open_index
+from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_sound, open_index
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.verify.check import MISSING, Finding, Item, NamedSample, check_items
 from pipeline.dataset.verify.expected import hash_ids, read_expected, train_id
@@ -28,6 +28,8 @@ def open_baseline(root: Path, folder: Path | None = None) -> tuple[Path, Index |
     own content checked; None where there is none. UserError where it is damaged, or of another root."""
     folder = folder or index_folder(root)
     if not has_index(folder):
+        if (root / PACKED).exists():
+            raise UserError(f"{root} holds packed shards without an index; run the same pack command again")
         root = find_splits(root).root
         folder = index_folder(root)
         if not has_index(folder):
