@@ -12,8 +12,10 @@ import torch
 import torchvision
 
 from pipeline.__main__ import main
+from pipeline.config import ModelConfig
 from pipeline.dataset.index.scan import build_index
-from pipeline.model.weights import read_weights
+from pipeline.errors import UserError
+from pipeline.model.weights import read_weights, start_from
 
 NAME = "shufflenet_v2_x0_5"
 SMALL = ["--model.name", NAME, "--model.zero_init_residual", "false", "--train.precision", "fp32"]
@@ -103,19 +105,40 @@ def test_weights_of_other_scripts_are_read_and_the_entry_is_known(tmp_path, layo
     assert state.keys() == OWN.keys() and all(torch.equal(state[key], OWN[key]) for key in OWN)
 
 
-@pytest.mark.parametrize("what", ["diverged", "TorchScript", "no weights"])
+@pytest.mark.parametrize("what", ["diverged", "TorchScript", "no weights", "text"])
 def test_a_file_without_usable_weights_is_one_line_that_says_what_it_holds(tmp_path, capsys, what):
     file = tmp_path / "file.pth"
     if what == "diverged":
         torch.save({"model": OWN | {"fc.bias": torch.tensor([0.0, float("nan"), 0.0])}}, file)
     elif what == "TorchScript":
         torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(file))
+    elif what == "text":
+        file.write_text("about: weights")
     else:
         torch.save({"optimizer": {}, "epoch": 3}, file)
     assert main(["import", str(file), str(tmp_path / "run"), "--name", NAME]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    words = {"diverged": "fc.bias hold NaN", "TorchScript": "torch.jit.load", "no weights": "optimizer, epoch"}
+    words = {
+        "text": "torch.save did not write it",
+        "diverged": "fc.bias hold NaN",
+        "TorchScript": "torch.jit.load",
+        "no weights": "optimizer, epoch",
+    }
     assert words[what] in line
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("", "is empty: give"),
+        ("https://host/a.pth", "download it first"),
+        ("RUN/checkpoints", "newest: RUN/checkpoints/step-0"),
+    ],
+)
+def test_what_names_no_weights_is_one_line(run, given, words):
+    config = ModelConfig(name=NAME, weights=given.replace("RUN", str(run)))
+    with pytest.raises(UserError, match=words.replace("RUN", str(run))):
+        start_from(torchvision.models.shufflenet_v2_x0_5(num_classes=3), config)
 
 
 def test_code_beside_the_weights_is_still_refused(tmp_path, capsys):

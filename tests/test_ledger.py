@@ -58,6 +58,11 @@ def test_an_evaluation_of_the_resumed_step_stays_and_later_ones_go(tmp_path):
     assert [row["step"] for row in Ledger(path, step=5).evaluations] == [4]
 
 
+def test_where_no_file_is_there_are_no_rows(tmp_path):
+    for path in (tmp_path, tmp_path / "metrics.jsonl"):
+        assert [*read_rows(path), *read_rows_backwards(path)] == []
+
+
 def test_best_is_the_earliest_of_equals():
     assert best_step([]) is None
     assert best_step([{"step": step, "val_top1": top1} for step, top1 in ((1, 5.0), (2, 7.0), (3, 7.0))]) == 2

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pickle
 import re
 import warnings
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from pipeline.config.networks import is_torchvision
 from pipeline.errors import TransientError, UserError
 from pipeline.model.heads import find_heads, is_auxiliary
 from pipeline.model.weight_entries import find_state, plain_names, safe_globals
+from pipeline.run_paths import list_checkpoints
 
 _BLURPOOL = "pipeline.blurpool."  # beginning of the key that marks a state_dict
 _DOTTED = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
@@ -44,6 +44,9 @@ def start_from(
     """
     if config.weights is None:
         return
+    if not config.weights or "://" in config.weights:
+        what = "an address: download it first, and" if config.weights else "empty:"
+        raise UserError(f"--model.weights {config.weights} is {what} give a file, a run, or a name of torchvision's")
     entry, known = "", None
     if is_published(config):
         state, known = published_state(config), _published_classes(config, classes)
@@ -115,7 +118,7 @@ def published_state(config: ModelConfig) -> dict[str, torch.Tensor]:
         )
     known = torchvision.models.get_model_weights(config.name)
     if config.weights not in known.__members__:
-        names = ", ".join(["DEFAULT", *known.__members__])
+        names = ", ".join(dict.fromkeys(["DEFAULT", *known.__members__]))
         raise UserError(f"--model.weights {config.weights} is neither a file nor published for {config.name}: {names}")
     try:
         return renamed(known[config.weights].get_state_dict(progress=False, check_hash=True))
@@ -134,6 +137,9 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, list[str] | None]:
     """(as `read_state`, the entry of the file that was taken, the classes of its outputs: None where nothing says
     them). Raises UserError."""
+    there = [] if (path / "model.pt").exists() else list_checkpoints(path)
+    if there:
+        raise UserError(f"{path} is a folder of checkpoints; give one of them, such as the newest: {there[0][1]}")
     if path.is_dir():
         state, entry, classes = read_weights(path / "model.pt")
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no meta.json: weights alone
@@ -152,15 +158,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, list[str] | 
             with torch.serialization.safe_globals(safe_globals()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of TorchScript, which is refused below
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        EOFError,
-        pickle.UnpicklingError,
-        _safetensors_error(),
-    ) as error:
+    except Exception as error:  # whatever a text or a torn file leads torch's reader to
         if "TorchScript" in str(error):
             raise UserError(
                 f"{path} is a TorchScript program, which is not run here; save its weights with "
@@ -168,7 +166,12 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, list[str] | 
             ) from error
         lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
         held = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a {held[1]}" if held else lines[0][:200]
+        if held:
+            reason = f"it holds a {held[1]}"
+        elif isinstance(error, OSError | RuntimeError | _safetensors_error()):
+            reason = lines[0][:200]
+        else:
+            reason = "torch.save did not write it, or it is cut off"
         raise UserError(
             f"{path} is no file of weights that can be read safely ({reason}); "
             "save it anew with torch.save(model.state_dict(), FILE)"
