@@ -213,12 +213,16 @@ def test_a_damaged_page_is_one_line(tmp_path, parquet, capsys, column):  # noqa:
     assert f"{path} is damaged" in error and "download that file again" in error
 
 
-def test_a_tree_with_a_parquet_file_beside_it_is_a_tree(tmp_path, expected):  # noqa: F811
+def test_a_tree_with_a_parquet_file_beside_it_is_a_tree(tmp_path, expected, capsys):  # noqa: F811
     root = tmp_path / "expected"
     for name in ("train.parquet", "validation.parquet"):
         write_table(root / name, [(None, jpeg(1), 0)])
     assert pack(root, tmp_path / "out") == 0
     assert open_index(tmp_path / "out/index").fingerprint == expected
+    shutil.rmtree(root / "val")
+    (root / "val").symlink_to("gone")
+    assert pack(root, tmp_path / "new") == 2
+    assert f"{root}/val is a link to gone, which is not there" in capsys.readouterr().err
 
 
 def test_files_in_a_folder_below_and_names_that_do_not_tell(tmp_path, parquet, expected, capsys):  # noqa: F811

@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from pipeline.dataset.layouts.find import SPLIT_WORDS, find_layout
-from pipeline.dataset.names import is_foreign
+from pipeline.dataset.layouts.find import SPLIT_WORDS, TRAIN_NAMES, VAL_NAMES, find_layout
+from pipeline.dataset.names import dead_link, is_foreign
 from pipeline.errors import UserError
 
 _SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
@@ -25,6 +25,8 @@ def find_parquet(root: Path) -> dict[str, tuple[Path, ...]]:
     try:
         layout = find_layout(root)
     except UserError:
+        if any(dead_link(path) or _folders(path) for path in (root / name for name in (*TRAIN_NAMES, *VAL_NAMES))):
+            return {}  # a tree that is not whole
         layout = None
     if layout is not None and layout.root == root:
         return {}
