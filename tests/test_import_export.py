@@ -258,6 +258,10 @@ def test_export_says_what_is_wrong(imported, tmp_path, capsys):
     assert "--checkpoint last" in capsys.readouterr().err
     assert main(["import", "nowhere.pth", str(tmp_path / "run")]) == 2
     assert "no such file" in capsys.readouterr().err
+    for suffix in (".pth", ".safetensors", ".onnx"):
+        (tmp_path / f"folder{suffix}").mkdir()
+        assert main(["export", str(imported), str(tmp_path / f"folder{suffix}"), "--checkpoint", "last"]) == 2
+        assert "can't be written (Is a directory); give another place" in capsys.readouterr().err
     torch.save({0: torch.ones(1)}, tmp_path / "numbers.pth")
     assert main(["import", str(tmp_path / "numbers.pth"), str(tmp_path / "run")]) == 2
     assert "holds no state_dict" in capsys.readouterr().err

@@ -67,11 +67,16 @@ def export(
     card_file = target.with_name(target.name + ".json")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab"):  # can it be written? The writers raise errors of their own
+            pass
         writers[target.suffix](model.eval(), config, target)
         card = describe(config, outputs, classes, meta["step"], chosen, scores, inside=target.suffix == ".onnx")
         card_file.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}); give another place") from error
+    finally:
+        if target.is_file() and not target.stat().st_size:
+            target.unlink()
     try:
         checked = check_export(target, card, model, config, data_root)
     except ExportError:
@@ -196,7 +201,8 @@ def write_state(model: nn.Module, config: Config, path: Path) -> None:
     for key in state:
         state[key] = state[key].contiguous()
     mark_blurpool(state, config.model.blurpool)
-    torch.save(state, path)
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def write_safetensors(model: nn.Module, config: Config, path: Path) -> None:
