@@ -167,6 +167,20 @@ def test_a_variable_that_wandb_refuses_is_one_line_and_the_rows_are_kept(tmp_pat
     assert os.environ[f"WANDB_{name}"] == value
 
 
+@pytest.mark.parametrize("text", ["base_url = localhost:9", "mode = offlien", "no setting"])
+def test_a_settings_file_that_wandb_refuses_lets_nothing_out(tmp_path, monkeypatch, text):
+    """The client itself would go on without it, to W&B's own server."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    file = Path("~/.config/wandb/settings").expanduser()
+    file.parent.mkdir(parents=True)
+    file.write_text(f"[default]\n{text}\n")
+    said = []
+    log_three(tmp_path / "run", TrackingConfig(), said)
+    assert len(said) == 1 and f"offline (W&B's settings can't be used: it refuses a value in {file})" in said[0]
+    file.write_text("[default]\n")
+    assert plan_wandb(TrackingConfig()).mode == "online"
+
+
 def test_a_variable_set_to_nothing_is_none_and_a_mode_may_be_in_capitals(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "")
     said = []

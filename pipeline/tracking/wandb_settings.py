@@ -4,6 +4,7 @@ The client reads `WANDB_*` variables, `~/.config/wandb/settings` (or `WANDB_CONF
 `.netrc`. The options of the group `tracking` stand above them, but for the mode: the more private one counts.
 """
 
+import configparser
 import contextlib
 import importlib.util
 import netrc
@@ -168,12 +169,28 @@ def _client_settings(variables: dict[str, str]) -> dict[str, Any]:
     place = os.environ.get("WANDB_CONFIG_DIR")
     with contextlib.suppress(RuntimeError):  # a user without a home
         found.settings_system = str(Path(place or "~/.config/wandb").expanduser() / "settings")
+    before = set(found.model_fields_set)
     found.update_from_system_settings()
+    files = [path for path in (found.settings_system, getattr(found, "settings_workspace", None)) if path]
+    if set(found.model_fields_set) == before:  # the client passes over all of them where it refuses a value
+        _refuse_settings(files)
     found.update_from_env_vars(variables)
     given = {name: getattr(found, name) for name in found.model_fields_set}
     if not os.environ.get("WANDB_DIR"):
         given.pop("root_dir", None)
     return given
+
+
+def _refuse_settings(files: list[str]) -> None:
+    """Raises ValueError that names a settings file which says something: what it says may be to send nothing."""
+    for file in files:
+        settings = configparser.ConfigParser(interpolation=None)
+        try:
+            says = settings.read(file) and any(settings.items(name) for name in settings.sections())
+        except (configparser.Error, ValueError):
+            says = True
+        if says or settings.defaults():
+            raise ValueError(f"it refuses a value in {file}")
 
 
 def _has_key(url: str, own: dict[str, Any]) -> bool:
