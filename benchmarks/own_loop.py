@@ -16,7 +16,6 @@ import torch
 
 from pipeline import TrainLoader
 from pipeline.augment.mixing import apply_erase_mix, soft_targets
-from pipeline.augment.ops import apply_ops
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig
 from pipeline.dataset.index.index import index_folder, open_index
 from pipeline.dataset.workers import available_cores
@@ -24,6 +23,7 @@ from pipeline.insight.bench.interleaved import Candidate, ratios, run_interleave
 from pipeline.insight.bench.loader import check_roots
 from pipeline.insight.bench.results import default_path, write_result
 from pipeline.loader.build import make_train_plan, make_train_stream
+from pipeline.loader.prefetch import OngoingBatches
 from pipeline.model.build import Normalized
 from pipeline.rank_info import RankInfo
 
@@ -51,19 +51,20 @@ def stream_rounds(root: str, batch: int, steps: int, threads: int, raw: bool) ->
     plan = make_train_plan(index, data, TrainConfig(global_batch_size=batch), augment)
     stream = make_train_stream(index, plan, data, RankInfo(), applies=augment)
     network = Normalized(torch.nn.Identity(), data.mean, data.std, channels_last=True)
+    ongoing = OngoingBatches(sys.maxsize)  # reads on between the rounds, as a run and the loader do
     start = 0
 
     def finish(found) -> int:
         if not raw:
-            images = apply_ops(found.images, found.pixel_ops, augment.interpolation, augment.fill)
-            apply_erase_mix(network.normalize(images), found.erase_mix, augment.mix_group)
+            apply_erase_mix(network.normalize(found.augmented(augment)), found.erase_mix, augment.mix_group)
             soft_targets(found.targets, found.erase_mix.shares, augment.mix_group, index.num_classes)
         return len(found)
 
     def one_round() -> int:
         nonlocal start
         start += steps
-        return sum(map(finish, stream.batches(start - steps, start)))
+        batches = ongoing.read(stream, start - steps, start, frozenset())
+        return sum(finish(next(batches)) for _ in range(steps))
 
     return one_round
 
