@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import runs
+from torch._inductor.runtime import cache_dir_utils
 
 from pipeline import load_config
 from pipeline.errors import UserError
@@ -21,7 +22,9 @@ def make(num_classes):
 """
 
 
-def test_each_run_of_a_process_has_its_own_cache_and_what_the_user_says_stays(monkeypatch, tmp_path):
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_each_run_of_a_process_has_its_own_cache_and_what_the_user_says_stays(monkeypatch, tmp_path, compiled_before):
+    """compiled_before: torch has set the variable to its own default."""
     seen = []
 
     def start(config, *_):
@@ -31,6 +34,8 @@ def test_each_run_of_a_process_has_its_own_cache_and_what_the_user_says_stays(mo
 
     monkeypatch.setattr(cli, "_train_config", start)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if compiled_before:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache_dir_utils.default_cache_dir())
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     before = dict(os.environ)
     for name in "ab":

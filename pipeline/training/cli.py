@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,17 +169,26 @@ def compile_cache_settings(folder: Path) -> dict[str, str]:
     return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
 
 
+def _set_by_torch(name: str) -> bool:
+    """Has torch, and not the user, set this variable? It does so when a process compiles for the first time."""
+    module = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
+    return module is not None and os.environ.get(name) == os.path.abspath(module.default_cache_dir())  # noqa: PTH100
+
+
 @contextlib.contextmanager
 def environment_defaults(settings: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables of one run: those that the user has not set are set, and taken out at its end. Another run
+    """Environment variables of one run: those that the user has not set are set, and put back at its end. Another run
     of this process has its own."""
-    own = {name: value for name, value in settings.items() if name not in os.environ}
+    own = {name: value for name, value in settings.items() if name not in os.environ or _set_by_torch(name)}
+    before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
     try:
         yield
     finally:
-        for name in own:
+        for name, value in before.items():
             os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def mark_failed(run_dir: str, error: UserError | TransientError) -> None:
