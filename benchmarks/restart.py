@@ -4,7 +4,8 @@
     python benchmarks/restart.py --table RESULT.json        its tables for docs/performance.md
 
 FOLDER: JPEGs, in any folders below it. Some are packed as a tree, as shards, and as shards with a marker about every 8,
-every 4 and every MCU, below --work. Then all loaders take turns, a process each; the ratios are found round by round.
+every 4, every 2 and every MCU, below --work. Then all loaders take turns, a process each; the ratios are found round by
+round.
 Some minutes with the defaults. The result goes to --json (default: runs/bench).
 """
 
@@ -35,7 +36,7 @@ from pipeline.limits import available_cores
 sys.path.insert(0, str(Path(__file__).parent))  # where another program starts this one
 import loaders
 
-INTERVALS = (8, 4, 1)
+INTERVALS = (8, 4, 2, 1)
 CLASSES = 10
 WARM_UP = 2
 ORIGINALS, SHARDS, STRONGEST = "ours, originals", "ours, shards", "torchvision.io"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Format, lint, types, docs and tests. Makes .venv if needed.
 # Usage: scripts/test.sh [--fast | --all] [pytest's arguments]
-#   --fast      3 minutes: nothing that takes more than 1.5 s, no Slurm, no browser; installs nothing as root
+#   --fast      3 minutes: nothing that takes more than 0.6 s, no Slurm, no browser; installs nothing as root
 #   (default)   everything but the tests marked "long"
 #   --all       everything: clusters, elasticity and repeated kills as well
 # For example: scripts/test.sh --fast -k checkpoint

@@ -1,6 +1,8 @@
 """Data that many tests share: made once a session, never changed by a test (copy it first)."""
 
+import contextlib
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +13,26 @@ from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.synthetic.archive import write_kaggle_zip
 from pipeline.dataset.synthetic.generate import Settings, generate_tree
 
-MEDIUM = set((Path(__file__).parent / "medium.txt").read_text().splitlines()[1:])
+MEDIUM, LONG = (
+    set(Path(__file__).with_name(f"{name}.txt").read_text().splitlines()[1:]) for name in ("medium", "long")
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The marker `medium` for the tests listed in medium.txt."""
+    """The markers `medium` and `long` for the tests listed in medium.txt and long.txt."""
     for item in items:
-        if f"tests/{item.path.name}::{item.nodeid.partition('[')[0].partition('::')[2]}" in MEDIUM:
+        name = f"tests/{item.path.name}::{item.nodeid.partition('::')[2]}"
+        if name.partition("[")[0] in MEDIUM:
             item.add_marker(pytest.mark.medium)
+        if name in LONG:
+            item.add_marker(pytest.mark.long)
+
+
+def pytest_sessionfinish() -> None:
+    """W&B's exit handler would end in a traceback where a test has killed the process that it speaks to."""
+    if "wandb" in sys.modules:
+        with contextlib.suppress(Exception):
+            sys.modules["wandb"].teardown()
 
 
 @pytest.hookimpl(wrapper=True)

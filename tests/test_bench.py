@@ -189,7 +189,7 @@ def test_goals_of_restart_markers_are_judged_by_interval_and_a_missing_loader_is
     assert result["goals"] == made["goals"](result)
     what = "validation, torchvision.io / restart"
     reached = {name: goals[what]["reached"] for name, goals in result["goals"].items()}
-    assert reached == {"ours, restart ~8": False, "ours, restart ~4": False, "ours, restart 1": True}
+    assert reached == {name: goals[what]["found"] >= 1.15 for name, goals in result["goals"].items()}
     val = result["splits"]["val"]
     val["measured"]["torchvision.io"] = {"unavailable": "no libjpeg"}
     val["cpu_ratios"] = {name: one for name, one in val["cpu_ratios"].items() if "torchvision.io" not in name}
