@@ -1,10 +1,13 @@
 """A request to stop that comes before the training is there to hear it is heard; one of an earlier start is not."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import runs
 
+from pipeline.training.ranks.stop_request import StopRequest
+from pipeline.training.recorder import RunRecorder
 from pipeline.training.run_folder.folder import RunFolder
 from pipeline.training.step import TrainStep
 
@@ -56,3 +59,21 @@ def test_asked_before_the_index_is_built_the_marker_says_why(synthetic_root, tmp
     (run / "stop").write_text("7.0 USR1 from Slurm")
     runs.call(synthetic_root, run, "--data.index", str(tmp_path / "index"), expect=75)
     assert json.loads((run / "interrupted").read_text())["reason"] == "7.0 USR1 from Slurm"
+
+
+@pytest.mark.parametrize("text", ["USR1 from Slurm", None])
+def test_the_reason_is_that_of_the_stop_file_though_another_rank_saw_it_first(tmp_path, text):
+    stop, marked, events = StopRequest(install=False), [], []
+    stop.watch(tmp_path / "stop")
+    if text:
+        (tmp_path / "stop").write_text(text)
+    recorder = SimpleNamespace(
+        writer=SimpleNamespace(wait=lambda: True),
+        event=lambda *names, **facts: events.append(facts["reason"]),
+        ledger=SimpleNamespace(sync=lambda: None),
+        folder=SimpleNamespace(mark=lambda name, **facts: marked.append((name, facts["reason"]))),
+        console=SimpleNamespace(say=lambda message: None),
+    )
+    RunRecorder.interrupt(recorder, 8, stop)
+    reason = text or "another rank was asked"
+    assert marked == [("interrupted", reason)] and events == [reason]

@@ -243,7 +243,8 @@ class RunRecorder:
         """Somebody asked to stop, and all is saved. Raises TransientError where it could not be."""
         if not self.writer.wait():
             raise TransientError(f"the checkpoint could not be written to {self.folder.checkpoints} before stopping")
-        reason, seconds = stop.reason or "another rank was asked", stop.seconds()
+        asked = bool(stop)  # looks at the stop file once more: another rank may have seen it first
+        reason, seconds = (stop.reason if asked else None) or "another rank was asked", stop.seconds()
         self.event("interrupted", step, reason=reason, seconds=seconds)
         self.ledger.sync()
         self.folder.mark("interrupted", step=step, reason=reason, seconds=round(seconds, 2))
