@@ -37,15 +37,16 @@ def pytest_sessionfinish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> Iterator[object]:
-    """The folders that a fixture of a module or class made are removed with it, unless a test failed: pytest keeps them
-    to the end of the session, some 10 GB in all."""
+    """The folders that a fixture of a module or class made are removed with it, unless a test that could use them
+    failed: pytest keeps them to the end of the session, some 4 GB in all."""
     if fixturedef.scope not in ("module", "class"):
         return (yield)
     base = request.getfixturevalue("tmp_path_factory").getbasetemp()
     made: set[Path] = set()
+    failed_before = request.session.testsfailed
 
     def remove() -> None:
-        if not request.session.testsfailed:
+        if request.session.testsfailed == failed_before:
             for path in made:
                 path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
