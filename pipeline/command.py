@@ -100,16 +100,28 @@ def verb_page(command: str, word: str, verbs: dict[str, str]) -> str:
 
 
 def run_command(function: Callable[..., int | None], verb: str, argv: list[str]) -> int:
-    """Parse `argv` by the signature of `function` (no default: positional) and call it.
+    """Parse `argv` by the signature of `function` (no default: positional; list[str]: one or more of them) and call it.
 
     Returns the function's exit code, 0 where it returns None.
     """
+    kinds = function.__annotations__
+    several = [name for name, kind in kinds.items() if kind == list[str]]
     parser = make_parser(f"pipeline {verb}", summary(function))
-    parser.add_function_arguments(function, as_group=False, as_positional=True, fail_untyped=True)
-    flags = {f"--{name}" for name, kind in function.__annotations__.items() if kind in (bool, bool | None)}
+    for name in several:
+        parser.add_argument(name, nargs="+", metavar=name.upper().removesuffix("S"), help=_help_of(function, name))
+    parser.add_function_arguments(function, as_group=False, as_positional=True, fail_untyped=True, skip=set(several))
+    flags = {f"--{name}" for name, kind in kinds.items() if kind in (bool, bool | None)}
     arguments = parser.instantiate_classes(parser.parse_args(normalize(argv, flags)))
     code = function(**arguments.as_dict())
     return EXIT_OK if code is None else code
+
+
+def _help_of(function: Callable[..., object], name: str) -> str:
+    """What the docstring says of an argument."""
+    import docstring_parser
+
+    found = docstring_parser.parse(function.__doc__ or "").params
+    return next(" ".join((item.description or "").split()) for item in found if item.arg_name == name)
 
 
 def split_options(kind: type[Options], verb: str, argv: list[str]) -> tuple[Options, list[str]]:

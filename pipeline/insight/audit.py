@@ -5,23 +5,26 @@ a function of recipe, seed and index alone, so its digest can be computed again:
 machine, without a GPU and without reading an image. Several runs are compared with each other as well.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, field
+from json import dumps
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.command import make_parser, summary
+from pipeline.command import run_command
 from pipeline.config import load_config
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.insight.runs import expand
 from pipeline.loader.build import make_train_plan
-from pipeline.loader.plan import TrainPlan
+from pipeline.loader.plan import MOST_SUBSTITUTES, TrainPlan
 from pipeline.progress import Progress
-from pipeline.run_paths import META, RunPaths, list_checkpoints
+from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.ledger import TRAINING_UNREADABLE, read_rows
+from pipeline.training.guard import rollbacks_of_ledger
+from pipeline.training.run_folder.checkpoint import DamagedCheckpoint, read_meta
 
 
 @dataclass
@@ -38,72 +41,63 @@ class Audit:
     images: int
     checked: int = 0
     replaced: int = 0
-    problems: tuple[str, ...] = ()
+    problems: list[str] = field(default_factory=list)
 
 
-class Replaced:
-    """The training images that could not be read, by the step in which that was found (steps done)."""
-
-    def __init__(self, found: dict[int, int]):
-        self.found = found
-
-    def ids(self, plan: TrainPlan, planned: np.ndarray, known: set[int]) -> np.ndarray:
-        """The planned ids, int64 [B], with the substitutes of those that are in `known`."""
-        ids = planned.copy()
-        for i, sample in enumerate(planned.tolist()):
-            attempt = 0
-            while sample in known and ids[i] in known:
-                ids[i] = plan.substitute(sample, attempt)
-                attempt += 1
-        return ids
-
-    def until(self, step: int) -> set[int]:
-        return {sample for sample, found in self.found.items() if found <= step}
+def with_substitutes(plan: TrainPlan, planned: np.ndarray, unreadable: Collection[int]) -> np.ndarray:
+    """The planned ids, int64 [B], with the first readable substitute of each that is among the unreadable ones."""
+    ids = planned.copy()
+    for i in np.flatnonzero(np.isin(planned, list(unreadable))):
+        candidates = (plan.substitute(int(planned[i]), attempt) for attempt in range(MOST_SUBSTITUTES))
+        ids[i] = next((found for found in candidates if found not in unreadable), planned[i])
+    return ids
 
 
-def check_step(plan: TrainPlan, step: int, digest: str, replaced: Replaced) -> bool | None:
-    """Is `digest` that of the batch of `step` (steps done)? None: it is, with substitutes for unreadable images."""
+def check_step(plan: TrainPlan, step: int, digest: str, unreadable: dict[int, int]) -> bool | None:
+    """Is `digest` that of the batch of `step` (steps done)? None: it is, with substitutes for unreadable images.
+
+    unreadable: sample id -> the step in which it was found so, which may be after it was read in good order.
+    """
     planned, *_ = plan.samples_at(step - 1, 0, plan.global_batch_size)
     if plan.digest(step - 1, planned) == digest:
         return True
-    for known in (set(replaced.found), replaced.until(step)):
-        ids = replaced.ids(plan, planned, known)
+    until_here = [sample for sample, found in unreadable.items() if found <= step]
+    for known in (unreadable, until_here):
+        ids = with_substitutes(plan, planned, known)
         if not np.array_equal(ids, planned) and plan.digest(step - 1, ids) == digest:
             return None
     return False
 
 
-def audit_run(folder: Path, index: Index | None, plan: TrainPlan, rows: list[dict], meta: dict, every: int) -> Audit:
-    """Compute every `every`-th batch of a run again. rows: of its ledger; meta: of its newest checkpoint."""
+def audit_run(folder: Path, index: Index, plan: TrainPlan, rows: list[dict], meta: dict, every: int) -> Audit:
+    """Compute every `every`-th batch of a run again. rows: of its ledger; meta: of its newest checkpoint, or empty."""
     train = [row for row in rows if row.get("kind") == "train"]
     events = [row for row in rows if row.get("kind") == "event"]
     steps = [row["step"] for row in train]
     found = Audit(str(folder), steps[0], steps[-1], len(steps) * plan.global_batch_size)
-    problems = []
     if steps != list(range(steps[0], steps[0] + len(steps))):
-        problems.append("the ledger's steps have gaps or repeats")
-    fingerprint = meta.get("index_fingerprint")
-    if index is not None and fingerprint not in (None, index.fingerprint):
-        problems.append(f"the index {index.fingerprint} is not the run's ({fingerprint}); give the run's --data_root")
-    plan.reshuffle([row["to"] for row in events if row.get("event") == "rolled_back" and row["reshuffle"]])
-    unreadable = {row["sample"]: row["step"] for row in events if row.get("event") == TRAINING_UNREADABLE}
-    replaced = Replaced(dict(meta.get("blacklist", [])) | unreadable)
+        found.problems.append("the ledger's steps have gaps or repeats")
+    fingerprint = meta.get("index_fingerprint", index.fingerprint)
+    if fingerprint != index.fingerprint:
+        found.problems.append(f"the index {index.fingerprint} is not the run's ({fingerprint}); give its --data_root")
+    if found.problems:
+        return found
+    plan.reshuffle([rollback.to for rollback in rollbacks_of_ledger(events) if rollback.reshuffle])
+    unreadable = dict(meta.get("blacklist", []))
+    unreadable |= {row["sample"]: row["step"] for row in events if row.get("event") == TRAINING_UNREADABLE}
     differing = []
-    if not problems:
-        with Progress(folder.name, len(train[::every]), "batches") as progress:
-            for row in train[::every]:
-                same = check_step(plan, row["step"], row["batch_digest"], replaced)
-                found.replaced += same is None
-                if same is False:
-                    differing.append(row["step"])
-                progress.advance()
-        found.checked = len(train[::every])
+    with Progress(folder.name, len(train[::every]), "batches") as progress:
+        for row in train[::every]:
+            same = check_step(plan, row["step"], row["batch_digest"], unreadable)
+            found.checked += 1
+            found.replaced += same is None
+            differing += [row["step"]] if same is False else []
+            progress.advance()
     if differing:
-        problems.append(
+        found.problems.append(
             f"{len(differing):,} of {found.checked:,} batches are others than recipe, seed and index say, "
             f"the first at step {differing[0]:,}"
         )
-    found.problems = tuple(problems)
     return found
 
 
@@ -127,20 +121,17 @@ def _read(folder: Path) -> list[dict]:
     paths = RunPaths(folder)
     if not paths.config.exists():
         raise UserError(f"{folder} is not a run folder: it has no {paths.config.name}; give a --run_dir")
-    rows = list(read_rows(paths.ledger)) if paths.ledger.exists() else []
+    rows = list(read_rows(paths.ledger))
     if not any(row.get("kind") == "train" for row in rows):
         raise UserError(f"{folder} has no training step in its ledger yet ({paths.ledger.name})")
     return rows
 
 
 def _newest_meta(paths: RunPaths) -> dict:
+    """The manifest of the newest checkpoint that has a sound one; empty without."""
     for _, folder in list_checkpoints(paths.checkpoints):
-        try:
-            meta = json.loads((folder / META).read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(meta, dict):
-            return meta
+        with contextlib.suppress(DamagedCheckpoint):
+            return read_meta(folder)
     return {}
 
 
@@ -161,7 +152,7 @@ def audit(
     data_root: str | None = None,
     index: str | None = None,
     every: int = 1,
-    json_file: str | None = None,
+    json: str | None = None,
 ) -> int:
     """Compute the digest of every batch of a run again, and compare the batches of several runs.
 
@@ -197,20 +188,11 @@ def audit(
     for line, _ in pairs:
         print(line)
     good = not any(item.problems for item in found) and all(same for _, same in pairs)
-    if json_file:
+    if json:
         result = {"good": good, "runs": [asdict(item) for item in found], "compared": [line for line, _ in pairs]}
-        Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
+        Path(json).expanduser().write_text(dumps(result, indent=1) + "\n")
     return EXIT_OK if good else EXIT_USER
 
 
 def main(argv: list[str]) -> int:
-    parser = make_parser("pipeline audit", summary(audit), "RUN [RUN ...] [options]")
-    parser.add_argument("runs", nargs="+", help="run folders, or folders of runs; compared with the first one")
-    parser.add_argument("--data_root", type=str, default=None, help="the data set, where it has moved")
-    parser.add_argument(
-        "--index", type=str, default=None, help="the folder of its index; default: the run's, or DATA_ROOT/index"
-    )
-    parser.add_argument("--every", type=int, default=1, help="check each n-th batch only")
-    parser.add_argument("--json", type=str, default=None, help="also write what was found into this file")
-    options = parser.parse_args(argv)
-    return audit(options.runs, options.data_root, options.index, options.every, options.json)
+    return run_command(audit, "audit", argv)

@@ -38,6 +38,7 @@ from pipeline.rng import hash_counter, uniform
 _ORDER, _CROP, _FLIP, _SUBSTITUTE, _AGAIN, _POLICY, _JITTER, _ERASE, _MIX = (
     np.uint64(i) for i in range(1, 10)
 )  # independent streams of one seed
+MOST_SUBSTITUTES = 1000  #: that are tried for an unreadable sample
 ORDER_AHEAD_STEPS = 50  #: before an epoch's border, when the next order is begun with: 0.13 s for 1.28 M samples
 
 

@@ -18,7 +18,7 @@ from pipeline.augment.ops import apply_ops
 from pipeline.config import AugmentConfig
 from pipeline.errors import TransientError
 from pipeline.loader.eval_plan import EvalPlan
-from pipeline.loader.plan import Planned, TrainPlan
+from pipeline.loader.plan import MOST_SUBSTITUTES, Planned, TrainPlan
 from pipeline.loader.prefetch import prefetch_to_device
 from pipeline.loader.source import Piece, Source, UnreadableSample
 
@@ -146,7 +146,7 @@ class Stream:
 
     def _read_substitute(self, sample_id: int) -> tuple[int, np.ndarray] | None:
         """The first readable substitute of an unreadable sample, and its bytes; None where it is to be left out."""
-        for attempt in range(1000):
+        for attempt in range(MOST_SUBSTITUTES):
             candidate = self.plan.substitute(sample_id, attempt)
             if candidate is None:
                 return None

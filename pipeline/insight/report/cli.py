@@ -5,17 +5,17 @@ import os
 import time
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 import numpy as np
 
-from pipeline.command import make_parser, normalize
+from pipeline.command import run_command
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.recipes import as_text
 from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
-from pipeline.insight.report.network_page import ON_CPU, network_sections
+from pipeline.insight.report.network_page import network_sections
 from pipeline.insight.runs import expand
 from pipeline.insight.status.run_state import read_state
 from pipeline.progress import duration
@@ -228,27 +228,37 @@ def describe(record: "Record") -> str:
     return f"{f'{what}. ' if what else ''}{sizes}. Written {made}."
 
 
-def main(argv: list[str]) -> int:
-    parser = make_parser("pipeline report", "One self-contained page of a run, or of several side by side.")
-    parser.add_argument("runs", nargs="+", help="run folders, or folders of runs")
-    parser.add_argument("--out", type=str, help="file to write; default: RUN/report/index.html (several: compare.html)")
-    parser.add_argument("--data_root", type=str, help="the data set's folder now; default: the run's")
-    parser.add_argument("--index", type=str, help="folder of its index; default: the run's, or DATA_ROOT/index")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="device for the predictions")
-    parser.add_argument(
-        "--images", type=int, help=f"validation images to classify; default: all with CUDA, otherwise {ON_CPU:,}"
-    )
-    options = parser.parse_args(normalize(argv, set()))
-    if options.device == "cuda":
+def report(
+    runs: list[str],
+    out: str | None = None,
+    data_root: str | None = None,
+    index: str | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+    images: int | None = None,
+) -> int:
+    """One self-contained page of a run, or of several side by side.
+
+    Args:
+        runs: run folders, or folders of runs.
+        out: file to write; default: RUN/report/index.html (several: compare.html).
+        data_root: the data set's folder now; default: the run's.
+        index: folder of its index; default: the run's, or DATA_ROOT/index.
+        device: device for the predictions.
+        images: validation images to classify; default: all with CUDA, otherwise 1,000.
+    """
+    if device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise UserError("--device cuda: no GPU is here; give --device cpu")
-    if options.images is not None and options.images < 1:
-        raise UserError(f"--images {options.images}: give a number above 0")
-    if options.data_root is not None and not Path(options.data_root).expanduser().is_dir():
-        raise UserError(f"--data_root {options.data_root} is no folder; give the one that holds train/ and val/")
-    out = Path(options.out).expanduser() if options.out else None
-    runs = [str(run) for run in expand(options.runs)]
-    print(write_report(runs, out, options.data_root, options.device, options.images, options.index))
+    if images is not None and images < 1:
+        raise UserError(f"--images {images}: give a number above 0")
+    if data_root is not None and not Path(data_root).expanduser().is_dir():
+        raise UserError(f"--data_root {data_root} is no folder; give the one that holds train/ and val/")
+    to = Path(out).expanduser() if out else None
+    print(write_report([str(run) for run in expand(runs)], to, data_root, device, images, index))
     return EXIT_OK
+
+
+def main(argv: list[str]) -> int:
+    return run_command(report, "report", argv)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.insight.report.run_record import Networks, Record
 
 SavePicture = Callable[[str, np.ndarray], None]  #: (name, uint8 [h, w, 3]): writes a picture beside the page
-ON_CPU = 1000  # validation images that are classified where there is no GPU
+ON_CPU = 1000  # validation images that are classified where there is no GPU, as `report --help` says
 CLASSES, PAIRS, MISTAKES, CAMS = 100, 20, 24, 8  # the largest number that is shown of each
 
 

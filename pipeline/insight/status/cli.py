@@ -8,7 +8,7 @@ import time
 from json import dumps
 from typing import Literal
 
-from pipeline.command import make_parser, normalize, summary
+from pipeline.command import run_command
 from pipeline.insight.runs import expand
 from pipeline.insight.status.run_state import RunState, read_state
 from pipeline.progress import duration
@@ -111,7 +111,7 @@ def status(runs: list[str], watch: bool = False, json: bool = False, sort: Liter
         runs: run folders, or folders of runs; several are shown a line each.
         watch: show it again every 5 s until the runs end.
         json: print one JSON object a run and line instead; times in seconds.
-        sort: of several runs: as given, or the best top-1 first.
+        sort: several runs: as given, or the best top-1 first.
     """
     while True:
         states = [read_state(folder) for folder in expand(runs)]
@@ -136,12 +136,4 @@ def status(runs: list[str], watch: bool = False, json: bool = False, sort: Liter
 
 
 def main(argv: list[str]) -> int:
-    parser = make_parser("pipeline status", summary(status), "RUN [RUN ...] [options]")
-    parser.add_argument("runs", nargs="+", help="run folders, or folders of runs; several are shown a line each")
-    parser.add_argument("--watch", type=bool, default=False, help="show it again every 5 s until the runs end")
-    parser.add_argument(
-        "--json", type=bool, default=False, help="print one JSON object a run and line instead; times in seconds"
-    )
-    parser.add_argument("--sort", choices=["given", "best"], default="given", help="several runs: the best top-1 first")
-    options = parser.parse_args(normalize(argv, {"--watch", "--json"}))
-    return status(options.runs, options.watch, options.json, options.sort)
+    return run_command(status, "status", argv)
