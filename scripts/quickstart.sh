@@ -41,6 +41,9 @@ fi
 "${train[@]}"
 
 echo
+echo "== is every batch, before and after the kill, the one that recipe, seed and index say?"
+python -m pipeline audit "$run"
+echo
 echo "== the best checkpoint on the whole validation set"
 python -m pipeline evaluate "$run"
 python - "$run/metrics.jsonl" <<'PYTHON'
@@ -62,6 +65,7 @@ cat <<END
 
 Now with real ImageNet:
   scripts/fetch_imagenet.sh /data/imagenet
+  . $PIPELINE_VENV/bin/activate
   torchrun --nproc-per-node=8 -m pipeline train --config resnet152 --data.root /data/imagenet --run_dir runs/resnet152
 or on a Slurm cluster:
   sbatch slurm/resnet152.sh
