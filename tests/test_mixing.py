@@ -1,5 +1,7 @@
 """mixup, CutMix and erasing: hand-worked values, torchvision's pixels, and the same for any number of ranks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from pipeline.config import AugmentConfig, DataConfig, RawConfig, TrainConfig, p
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.loader import build
+from pipeline.loader import stream as stream_module
 from pipeline.loader.build import check_shares
 from pipeline.rank_info import RankInfo
 from pipeline.training.step import NormalizeEraseMix
@@ -106,8 +109,6 @@ def seen(index, step, world_size):
         stream = build.make_train_stream(index, plan, data, RankInfo(rank, world_size), applies=EVERYTHING)
         (batch,) = stream.batches(step, step + 1)
         images = apply_ops(batch.images, batch.pixel_ops, EVERYTHING.interpolation, None)
-        ahead = stream._augmented(batch)  # as a GPU's loader hands it over
-        assert ahead.pixel_ops is None and torch.equal(ahead.augmented(EVERYTHING), images)
         targets = soft_targets(batch.targets, batch.erase_mix.shares, EVERYTHING.mix_group, 4)
         parts.append((whole(images, batch.erase_mix), targets, batch.ids, batch.images))
         stream.close()
@@ -127,6 +128,22 @@ def test_pixels_and_targets_are_the_same_for_any_world_size(index):
     assert len(set(ids.tolist())) < 24  # and copies of a sample are in one batch
     pairs = zip(ids.tolist(), partners(ids, 3).tolist(), strict=True)
     assert all(one != other for one, other in pairs)  # but not mixed with each other
+
+
+def test_a_gpu_gets_batches_whose_pixels_its_loader_has_changed(index, monkeypatch):
+    """With a stand-in for the copy to the device."""
+    monkeypatch.setattr(stream_module, "prefetch_to_device", lambda batches, device, then: map(then, batches))
+    data = DataConfig(loader="reference", image_size=48, val_size=48, val_resize=48).resolve()
+    plan = build.make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
+    stream = build.make_train_stream(index, plan, data, RankInfo(), applies=EVERYTHING)
+    here, stream.device = stream.device, SimpleNamespace(type="cuda")
+    batches = stream.batches(0, 1)
+    stream.device = here
+    (changed,), (plain,) = list(batches), list(stream.batches(0, 1))
+    stream.close()
+    assert plain.pixel_ops is not None and changed.pixel_ops is None
+    assert torch.equal(changed.augmented(EVERYTHING), plain.augmented(EVERYTHING))
+    assert torch.equal(changed.images, plain.augmented(EVERYTHING)) and not torch.equal(changed.images, plain.images)
 
 
 def test_a_micro_batch_sees_its_part(index):

@@ -42,7 +42,7 @@ class Batch:
         return len(self.ids)
 
     def augmented(self, c: AugmentConfig) -> torch.Tensor:
-        """The images, with the pixel ops applied."""
+        """uint8 [B, H, W, 3]: the images, with the pixel ops applied. c: the augmentation that they were drawn for."""
         return (
             self.images if self.pixel_ops is None else apply_ops(self.images, self.pixel_ops, c.interpolation, c.fill)
         )

@@ -18,10 +18,10 @@ from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.training.cli import train
 
 _STEPS = 6
-_PIECE = 8  # images whose BatchNorm statistics are taken together
+_MICRO_BATCH = 8  # images whose BatchNorm statistics are taken together
 #: BatchNorm's statistics over the same images on any number of ranks, and only sums in another order
-_PIECES = ["--train.micro_batch_size", str(_PIECE), "--train.precision", "fp32"]
-_OFF = 1e-3  # relative; sums of a few steps in another order
+_SAME_GROUPS = ["--train.micro_batch_size", str(_MICRO_BATCH), "--train.precision", "fp32"]
+_MOST_OFF = 1e-3  # relative; sums of a few steps in another order
 _BASE = ["--config", "smoke", "--model.name", "resnet18", "--data.image_size", "32", "--data.val_size", "32"]
 _BASE += ["--data.val_resize", "36", "--train.global_batch_size", "16", "--train.max_steps", str(_STEPS)]
 _BASE += ["--checkpoint.every_steps", "2", "--checkpoint.every_epoch", "false", "--train.deterministic"]
@@ -49,7 +49,7 @@ def elastic(settings: Settings) -> Iterator[Row]:
         yield skipped("half as many ranks", "one GPU")
         return
     data = _data(settings)
-    same = [*_PIECES, "--train.global_batch_size", str(_PIECE * ranks)]
+    same = [*_SAME_GROUPS, "--train.global_batch_size", str(_MICRO_BATCH * ranks)]
     whole = _train(settings, data, "many", ranks, *same)
     _train(settings, data, "fewer", ranks, *same, "--train.max_steps", "2")
     fewer = _train(settings, data, "fewer", ranks // 2, *same)
@@ -57,8 +57,8 @@ def elastic(settings: Settings) -> Iterator[Row]:
     worst = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
     found = check_samples(fewer)
     value = "; ".join(found) or f"same images, losses off by {worst:.1e} at most"
-    bound = f"same images; at most {_OFF:g}"
-    yield judged(f"{ranks} ranks, then {ranks // 2}", value, bound, not found and worst < _OFF)
+    bound = f"same images; at most {_MOST_OFF:g}"
+    yield judged(f"{ranks} ranks, then {ranks // 2}", value, bound, not found and worst < _MOST_OFF)
 
 
 def overlap(settings: Settings) -> Iterator[Row]:
