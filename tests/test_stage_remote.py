@@ -1,8 +1,11 @@
 """Shards from an object store: a real S3 server on this machine, whole files, cut downloads, damage, credentials."""
 
+import functools
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,22 @@ def test_copies_everything_and_a_second_run_nothing(bucket, packed, tmp_path, ca
     assert stage(local) == 0
     assert "0 of 3 shards copied, 3 existed already" in capsys.readouterr().out
     assert (local / "train-0.tar").stat().st_ino == before
+
+
+def test_from_an_http_server_whose_listing_tells_no_sizes(packed, tmp_path, capsys):  # noqa: F811
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    local = tmp_path / "local"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=packed)) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{files.server_port}"
+        assert [main(["stage", url, str(local)]) for _ in range(2)] == [0, 0]
+        files.shutdown()
+    out = capsys.readouterr().out
+    assert "3 of 3 shards copied" in out and "0 of 3 shards copied, 3 existed already" in out
+    assert content(local) == content(packed)
 
 
 def test_a_cut_download_goes_on_where_it_stopped(bucket, packed, tmp_path, monkeypatch):  # noqa: F811

@@ -192,7 +192,9 @@ def _list_wanted(store: Store, index: Index) -> Iterator[_File]:
                 safe_join(index.root, name)
             except ValueError as error:
                 raise UserError(f"index of {store.url}: {error}: refused") from error
-            info = listed.get(name) or store.info(name)
+            info = listed.get(name)
+            if info is None or info.get("size") is None:  # an HTTP server's listing tells no sizes
+                info = store.info(name)
             if info.get("size") is None:
                 raise UserError(f"{store.url}/{name}: the store does not tell its size; copy the folder by other means")
             yield _File(name, int(info["size"]), index.folders.get(name) or _mtime_ns(info), parts[name])
