@@ -121,6 +121,8 @@ def test_train_and_any_name_of_val(tmp_path, expected, val):
         ("Train", "Val", "holds no train/ folder; if Train/ is meant, rename it: mv {root}/Train {root}/train"),
         ("ILSVRC2012_img_train", "val", "if ILSVRC2012_img_train/ is meant, rename it"),
         ("train", "val_set", "neither val/ nor test/; if val_set/ is meant, rename it: mv {root}/val_set {root}/val"),
+        ("my train", "val", "rename it: mv '{root}/my train' {root}/train"),
+        ("train", "carnival", "neither val/ nor test/; put the validation images into val/"),
     ],
 )
 def test_a_split_of_another_name_is_named(tmp_path, capsys, train, val, says):
@@ -326,6 +328,10 @@ def test_two_data_sets_below_are_named(tmp_path, capsys):
         (["train/imagenet-0.tar.gz", "val/imagenet-0.tar.gz"], "unpack it"),
         (["ILSVRC2012_img_train.tar"], "put ILSVRC2012_img_val.tar beside it"),
         (["n01440764/a.JPEG", "n01443537/a.JPEG"], "class folders"),
+        (["bullet train/a.JPEG", "car/a.JPEG"], "class folders (such as bullet train)"),
+        (["train_set/a.JPEG", "val_set/a.JPEG"], "if train_set/ is meant, rename it"),
+        (["train_set/cat/a.JPEG", "val_set/cat/a.JPEG", "samples/a.JPEG"], "if train_set/ is meant, rename it"),
+        ([f"{name}/b/a.JPEG" for name in ("bullet train", *map(str, range(10)))], "expected train/CLASS/IMAGE"),
     ],
 )
 def test_other_forms_are_named_with_what_to_do(tmp_path, capsys, files, says):

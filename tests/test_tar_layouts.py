@@ -25,7 +25,11 @@ from test_layouts import (
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.left_out import Tally
 from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.index.tar_listing import TarSplit, drop_unlabeled, name_classes
+from pipeline.dataset.index.tar_members import Member
+from pipeline.errors import UserError
 
 NUMBER = {synset: number for number, synset in enumerate(sorted(SYNSETS.values()))}
 
@@ -125,6 +129,16 @@ def test_labels_in_the_forms_that_writers_give_them(tmp_path, members):
     index = index_of(tmp_path)
     assert index.synsets == ("0", "1") and index.splits["train"].records["label"].tolist() == [0, 0, 1, 1]
     assert index.left_out["train"]["samples without a label"]["count"] == 1
+
+
+def test_an_empty_label_is_none(tmp_path):
+    members = [(0, Member("a.jpg", 0, 9, "", "", "")), (0, Member("b.jpg", 9, 9, "cat", "", ""))]
+    split = TarSplit((tmp_path / "train.tar",), members, Tally(), {})
+    with pytest.raises(UserError, match="a label is '', which can't be the name of a class"):
+        name_classes({"train": split})
+    drop_unlabeled(split, tmp_path)
+    assert [member.name for _, member in split.members] == ["b.jpg"]
+    assert split.left_out.reasons == {"samples without a label": {"count": 1, "first": "train.tar:a.jpg"}}
 
 
 def test_leftovers_beside_shards_are_passed_over(tmp_path, expected):  # noqa: F811
@@ -248,6 +262,17 @@ def test_files_that_are_not_read_beside_shards_are_said(tmp_path, expected, caps
     write(root / "imagenet1k-train-0003.tar.gz", b"")
     assert index_of(root).fingerprint == expected
     assert f"{root} also holds imagenet1k-train-0003.tar.gz: not read" in capsys.readouterr().err
+    (root / "imagenet1k-train-0003.tar.gz").unlink()
+    for suffix in ("md5", "sha256", "idx", "json"):
+        write(root / f"imagenet1k-train-0000.tar.{suffix}", b"")
+    index_of(root)
+    assert "also holds" not in capsys.readouterr().err
+    write(root / "imagenet1k-train-0000.tar.aria2", b"")
+    (root / "imagenet1k-train-0001.tar").rename(root / "imagenet1k-train-0001.tar.zst.part")
+    index_of(root)
+    error = capsys.readouterr().err
+    assert f"{root} has no imagenet1k-train-0001.tar, but has those before and behind" in error
+    assert f"{root} also holds imagenet1k-train-0000.tar.aria2 and 1 more: not read" in error
     for path in root.glob("*train*"):
         path.unlink()
     assert main(["index", str(root)]) == 2

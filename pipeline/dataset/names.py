@@ -3,6 +3,7 @@ Unicode writes "é" as one character (NFC) or as two (NFD)."""
 
 import errno
 import os
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,12 +20,23 @@ FOREIGN_NAMES = frozenset(
 )
 
 
+_SPLIT_WORDS = {
+    "train": re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)"),
+    "val": re.compile(r"(^|[^a-z])(val|valid|validation|eval)([^a-z]|$)"),
+    "test": re.compile(r"(^|[^a-z])test([^a-z]|$)"),
+}
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  #: what stands in place of a file that was not fetched
 
 
 def is_foreign(name: str) -> bool:
     """Is a file or folder of this name a leftover of a system or program, and no part of a data set?"""
     return name[0] == "." or name.lower() in FOREIGN_NAMES
+
+
+def split_of(name: str) -> str:
+    """The split ("train", "val", "test") that a word of a file's or folder's name gives; empty where none does."""
+    return next((split for split, word in _SPLIT_WORDS.items() if word.search(name.lower())), "")
 
 
 def form(name: str) -> str:

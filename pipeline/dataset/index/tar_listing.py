@@ -91,15 +91,15 @@ def _walk_all(tars: TarFiles, root: Path, processes: int) -> TarSplit:
 def drop_unlabeled(split: TarSplit, root: Path) -> None:
     """Leave out the members without a label, in place, and count them."""
     for number, member in split.members:
-        if member.label is None:
+        if not member.label:
             split.left_out.add(NO_LABEL, f"{os.path.relpath(split.files[number], root)}:{member.name}")
-    split.members[:] = [(number, member) for number, member in split.members if member.label is not None]
+    split.members[:] = [(number, member) for number, member in split.members if member.label]
 
 
 def _label(split: TarSplit, name: str, kind: str, root: Path) -> None:
     """Give every member a label, in place, from where the split's are; count those that have none."""
     members = split.members
-    if any(member.label is not None for _, member in members):
+    if any(member.label for _, member in members):
         drop_unlabeled(split, root)
         return
     listed = None if name == "train" else find_val_labels(root, split.files[0].parent)
@@ -133,7 +133,9 @@ def name_classes(splits: dict[str, TarSplit], words: Sequence[str] = ()) -> dict
         if member.hint:
             of_label.add(member.hint)
     if not all(label.isdecimal() for label in hints):
-        wrong = next((label for label in hints if "/" in label or not label.isprintable() or label[0] == "."), None)
+        wrong = next(
+            (label for label in hints if "/" in label or not label.isprintable() or label[:1] in ("", ".")), None
+        )
         if wrong is not None:
             raise UserError(f"a label is {wrong[:80]!r}, which can't be the name of a class; rename it")
         return {label: label for label in hints}

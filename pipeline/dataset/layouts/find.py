@@ -8,20 +8,16 @@ from pathlib import Path
 
 from pipeline.dataset.imagenet import CLS_LOC, SYNSET
 from pipeline.dataset.layouts.foreign import describe_contents, describe_file, describe_format, describe_names
-from pipeline.dataset.names import dead_link, is_folder, is_foreign
+from pipeline.dataset.names import dead_link, is_folder, is_foreign, split_of
 from pipeline.errors import UserError
 
 OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}  #: of image-net.org
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation")
 _PART = re.compile(r"(train|val)\.X\d*")  # of ImageNet-100: train.X1 to train.X4, val.X
-SPLIT_WORDS = {
-    "train": re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)"),
-    "val": re.compile(r"(^|[^a-z])(val|valid|validation|eval)([^a-z]|$)"),
-    "test": re.compile(r"(^|[^a-z])test([^a-z]|$)"),
-}
 _OTHER_TARS = re.compile(r"ILSVRC20\d\d_(bbox|img_test|img_train_t3|devkit|dogs)\w*\.tar")
-_UNREAD = re.compile(r"\.(tar\.\w+|tgz)$")  # compressed tar files, and parts of downloads
+#: Compressed tar files, and parts of downloads; no checksums, lists and notes beside them.
+_UNREAD = re.compile(r"\.(tar(\.(gz|xz|bz2|zst|lz4|lzma|zip|part|partial|crdownload|download|incomplete|aria2))+|tgz)$")
 _MANY = 100  # folders, above which no data root is looked for below them
 
 
@@ -41,7 +37,8 @@ class TarFiles:
 class Layout:
     """A data root that was taken: the folders or the tar files of each split ("train", "val"; to score, "val" alone).
 
-    note: one line that says what was taken instead of the folder that was given, or of two; empty where that is clear.
+    note: one line that says what was taken instead of the folder that was given, or of two, and which files of the
+    splits are missing or not read; empty where all is clear.
     """
 
     root: Path
@@ -215,9 +212,7 @@ def _look(root: Path, with_test: bool = True) -> Layout:
             folders |= {} if inside else {"val": (root / "test",)}
         elif "test" in shards:
             tars["val"] = TarFiles("samples", shards["test"])
-    if tars and not note:
-        note = _unread(tars) or _find_gap(tars)
-    return Layout(root, folders, tars, note)
+    return Layout(root, folders, tars, "; ".join(filter(None, (note, _find_gap(tars), _unread(tars)))))
 
 
 def _unread(tars: dict[str, TarFiles]) -> str:
@@ -279,7 +274,7 @@ def _find_shards(root: Path) -> dict[str, tuple[Path, ...]]:
     for name in names:
         if name in OFFICIAL.values() or _OTHER_TARS.fullmatch(name):
             continue
-        split = next((split for split, word in SPLIT_WORDS.items() if word.search(name.lower())), None)
-        if split is not None:
+        split = split_of(name)
+        if split:
             found.setdefault(split, []).append(root / name)
     return {split: tuple(files) for split, files in found.items()}

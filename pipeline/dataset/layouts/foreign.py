@@ -2,13 +2,15 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.dataset.names import is_folder
+from pipeline.dataset.names import is_folder, split_of
 from pipeline.errors import UserError
 
 _LOOKED_AT = 5000  # entries
+_MANY = 10  # folders, above which they are classes, whatever the name of one
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -101,11 +103,13 @@ def describe_names(root: Path, missing: str) -> str:
     """What to do where a folder looks like the missing split ("train" or "val") under another name; else empty."""
     if (root / missing).exists():
         return ""
-    words = ("train",) if missing == "train" else ("val", "test")
-    names = [path.name for path in _entries(root)[1] if any(word in path.name.lower() for word in words)]
-    if missing == "val":
-        names = [name for name in names if "train" not in name.lower()]
-    return f"if {names[0]}/ is meant, rename it: mv {root / names[0]} {root / missing}" if len(names) == 1 else ""
+    wanted = ("train",) if missing == "train" else ("val", "test")
+    folders = _entries(root)[1]
+    names = [path.name for path in folders if split_of(path.name) in wanted]
+    if len(names) != 1 or len(folders) > _MANY:
+        return ""
+    move = shlex.join(["mv", str(root / names[0]), str(root / missing)])
+    return f"if {names[0]}/ is meant, rename it: {move}"
 
 
 def describe_contents(root: Path) -> UserError | None:
@@ -113,22 +117,27 @@ def describe_contents(root: Path) -> UserError | None:
     known = describe_format(root)
     if known is not None:
         return known
+    files, folders = _entries(root)
+    classes = [folder for folder in folders[:50] if _has_image(_entries(folder)[0][:200])]
+    is_split = len(folders) <= _MANY and any(split_of(path.name) and path not in classes for path in folders)
+    if len(folders) > 1 and not is_split and not all(split_of(folder.name) for folder in classes):
+        return UserError(
+            f"data root {root} holds no train/ folder, but class folders (such as {classes[0].name}); "
+            f"move them into {root}/train, and some images of each class into {root}/val/CLASS"
+        )
     rename = describe_names(root, "train")
     if rename:
         return UserError(f"data root {root} holds no train/ folder; {rename}")
-    files, folders = _entries(root)
-    inner = [path for folder in folders[:50] for path in _entries(folder)[0][:200]]
-    if any(path.suffix.lower() in _IMAGES for path in inner) and len(folders) > 1:
-        return UserError(
-            f"data root {root} holds no train/ folder, but class folders (such as {folders[0].name}); "
-            f"move them into {root}/train, and some images of each class into {root}/val/CLASS"
-        )
-    if any(path.suffix.lower() in _IMAGES for path in files):
+    if _has_image(files):
         return UserError(
             f"data root {root} holds no train/ folder, but images without class folders; "
             "expected train/CLASS/IMAGE and val/CLASS/IMAGE"
         )
     return None
+
+
+def _has_image(files: list[Path]) -> bool:
+    return any(path.suffix.lower() in _IMAGES for path in files)
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from pipeline.dataset.layouts.find import SPLIT_WORDS, TRAIN_NAMES, VAL_NAMES, find_layout
-from pipeline.dataset.names import dead_link, is_foreign
+from pipeline.dataset.layouts.find import TRAIN_NAMES, VAL_NAMES, find_layout
+from pipeline.dataset.names import dead_link, is_foreign, split_of
 from pipeline.errors import UserError
 
 _SPLITS = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
@@ -90,7 +90,7 @@ def _split_of(name: str) -> str:
     """The split that a file's name gives: by its first word, or else by any other; empty where none does."""
     name = name.lower()
     first = name.partition(".")[0].partition("-")[0].partition("_")[0]
-    return _SPLITS.get(first) or next((split for split, word in SPLIT_WORDS.items() if word.search(name)), "")
+    return _SPLITS.get(first) or split_of(name)
 
 
 def _folders(root: Path) -> list[Path]:
