@@ -93,6 +93,8 @@ LAYOUTS = {
         "model",
     ),
     "an average alone": ({"model_ema": under("module.") | {"n_averaged": torch.tensor(1)}, "epoch": 1}, "model_ema"),
+    "another state beside": ({"state": {"epoch": 3}, "model_ema": under("module.")}, "model_ema"),
+    "options beside": ({"params": {"lr": 0.1}, "state_dict_ema": OWN}, "state_dict_ema"),
 }
 
 
@@ -125,6 +127,16 @@ def test_a_file_without_usable_weights_is_one_line_that_says_what_it_holds(tmp_p
         "no weights": "optimizer, epoch",
     }
     assert words[what] in line
+
+
+def test_too_little_memory_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    torch.save(OWN, tmp_path / "file.pth")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(MemoryError):
+        read_weights(tmp_path / "file.pth")
 
 
 @pytest.mark.parametrize(

@@ -71,22 +71,29 @@ _encode.__module__, _encode.__qualname__, _encode.__name__ = "_codecs", "encode"
 def find_state(loaded: Any) -> tuple[dict[str, torch.Tensor] | None, str]:
     """(the state_dict in what a file held, None without one; the entry that it was taken from, "" for the file itself).
 
-    An average of the weights is taken only where there is nothing else.
+    An entry is taken only where it leads to a state_dict, and an average of the weights only where there is nothing
+    else.
     """
-    taken: list[str] = []
-    state = loaded
-    while isinstance(state, dict):
-        name = next((key for key in ENTRIES if isinstance(state.get(key), dict)), None)
-        if name is None:
-            break
-        taken.append(name)
-        state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        return None, ""
-    state = _without(state, _strangers(list(state)))
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        return None, ""
+    state, taken = _search(loaded, set())
     return state, ".".join(taken)
+
+
+def _search(loaded: Any, seen: set[int]) -> tuple[dict[str, torch.Tensor] | None, list[str]]:
+    """As `find_state`, the entries from the outermost. seen: id of each dict that was looked into; one may hold
+    itself."""
+    if not isinstance(loaded, dict) or id(loaded) in seen:
+        return None, []
+    seen.add(id(loaded))
+    for name in ENTRIES:
+        found, below = _search(loaded.get(name), seen)
+        if found is not None:
+            return found, [name, *below]
+    if not all(isinstance(key, str) for key in loaded):
+        return None, []
+    state = _without(loaded, _strangers(list(loaded)))
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        return None, []
+    return state, []
 
 
 def _strangers(names: list[str]) -> set[str]:

@@ -158,6 +158,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, list[str] | 
             with torch.serialization.safe_globals(safe_globals()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of TorchScript, which is refused below
                 state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a text or a torn file leads torch's reader to
         if "TorchScript" in str(error):
             raise UserError(
