@@ -252,11 +252,14 @@ def test_partial_sums_of_other_settings_or_damaged_ones_are_not_taken(run, evalu
         folder.mkdir()
         (folder / ".rank-00001.npz.7.tmp").touch()  # of a rank that was killed
     long_ago = time.time() - 8 * 86400
+    strays = [run / f"evaluation/stray-{i}" for i in range(8)]
+    for stray in strays:
+        stray.touch()
     for left in (old, *old.iterdir(), new):
         os.utime(left, (long_ago, long_ago))
     counted.seen = 0
     assert without_speed(evaluate(run, "--batch_size", "10")) == without_speed(wanted)
-    assert counted.seen == 6 and [folder.name for folder in (run / "evaluation").iterdir()] == ["new"]
+    assert counted.seen == 6 and sorted((run / "evaluation").iterdir()) == [new, *strays]
     shutil.rmtree(run / "evaluation")
 
 

@@ -262,6 +262,8 @@ def test_export_says_what_is_wrong(imported, tmp_path, capsys):
         (tmp_path / f"folder{suffix}").mkdir()
         assert main(["export", str(imported), str(tmp_path / f"folder{suffix}"), "--checkpoint", "last"]) == 2
         assert "can't be written (Is a directory); give another place" in capsys.readouterr().err
+    assert main(["export", str(imported), str(tmp_path / f"{'n' * 300}.pth"), "--checkpoint", "last"]) == 2
+    assert "can't be written (File name too long); give another place" in capsys.readouterr().err
     torch.save({0: torch.ones(1)}, tmp_path / "numbers.pth")
     assert main(["import", str(tmp_path / "numbers.pth"), str(tmp_path / "run")]) == 2
     assert "holds no state_dict" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The verb `export`: a run's network for others, with its classes and preprocessing beside it."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -75,8 +76,9 @@ def export(
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}); give another place") from error
     finally:
-        if target.is_file() and not target.stat().st_size:
-            target.unlink()
+        with contextlib.suppress(OSError):  # what is raised above says more
+            if target.is_file() and not target.stat().st_size:
+                target.unlink()
     try:
         checked = check_export(target, card, model, config, data_root)
     except ExportError:

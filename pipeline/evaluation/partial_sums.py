@@ -106,8 +106,11 @@ class PartialSums:
     def remove(self) -> None:
         """The scores are out. With these sums go those of evaluations that nobody has resumed for long."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        others: list[Path] = []
         with contextlib.suppress(OSError):
-            for other in self.folder.parent.iterdir():
+            others = [path for path in self.folder.parent.iterdir() if path.is_dir() and not path.is_symlink()]
+        for other in others:
+            with contextlib.suppress(OSError):
                 written = max(file.stat().st_mtime for file in (other, *other.iterdir()))
                 if time.time() - written > LEFT_S:
                     shutil.rmtree(other, ignore_errors=True)
