@@ -167,6 +167,22 @@ def test_a_variable_that_wandb_refuses_is_one_line_and_the_rows_are_kept(tmp_pat
     assert os.environ[f"WANDB_{name}"] == value
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("disabled", "disabled"), ("online", "offline")])
+@pytest.mark.parametrize("broken", ["variable", "settings file"])
+def test_what_wandb_refuses_makes_no_mode_less_private(monkeypatch, mode, expected, broken):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    file = Path("~/.config/wandb/settings").expanduser()
+    file.parent.mkdir(parents=True)
+    if broken == "variable":
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "abc")
+    else:
+        file.write_text("[default]\nbase_url = localhost:9\n")
+    plan = plan_wandb(TrackingConfig(wandb="online"))
+    assert plan.mode == expected
+    assert ("WANDB_MODE" if expected == "disabled" else "can't be used") in plan.why
+
+
 @pytest.mark.parametrize("text", ["base_url = localhost:9", "mode = offlien", "no setting"])
 def test_a_settings_file_that_wandb_refuses_lets_nothing_out(tmp_path, monkeypatch, text):
     """The client itself would go on without it, to W&B's own server."""

@@ -16,7 +16,7 @@ from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import read_rows
-from pipeline.tracking.wandb_settings import client_variables, plan_wandb, usable_variables
+from pipeline.tracking.wandb_settings import client_variables, only_variables, plan_wandb
 
 
 def resend(
@@ -42,10 +42,10 @@ def resend(
     config = load_config(paths.config)
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    _, refused = client_variables()
+    variables, refused = client_variables()
     if refused:
         raise UserError(f"W&B: {refused[0]}; mend it or unset it")
-    plan = plan_wandb(dataclasses.replace(config.tracking, wandb="online"))
+    plan = plan_wandb(dataclasses.replace(config.tracking, wandb="online"), (variables, refused))
     if mode is None and plan.mode == "disabled":
         raise UserError(f"W&B is disabled {plan.why}; give --mode online, or --mode offline for a later wandb sync")
     rows = [row for row in read_rows(ledger) if row.get("kind") in ("train", "eval") and "step" in row]
@@ -54,7 +54,7 @@ def resend(
 
         from pipeline.tracking.wandb_view import quiet_settings
 
-        with usable_variables():
+        with only_variables(variables):
             sent = wandb.init(
                 project=project or plan.project,
                 entity=entity or plan.entity,

@@ -11,7 +11,7 @@ import netrc
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -40,6 +40,7 @@ class WandbPlan:
         run_id: from WANDB_RUN_ID; None: the run's own.
         proxies: scheme -> proxy of W&B's settings.
         timeout_s: the client's own limit for a start, if one is set.
+        variables: the `WANDB_*` variables that the client takes; see `only_variables`.
     """
 
     mode: Mode
@@ -53,6 +54,7 @@ class WandbPlan:
     run_id: str | None = None
     proxies: dict[str, str] | None = None
     timeout_s: float | None = None
+    variables: dict[str, str] = field(default_factory=dict)
 
 
 def is_installed() -> bool:
@@ -64,21 +66,26 @@ def is_installed() -> bool:
     return found is not None and found.origin is not None
 
 
-def plan_wandb(config: TrackingConfig) -> WandbPlan:
-    """How a run with these options uses W&B in this environment. Nothing is written or sent."""
+def plan_wandb(config: TrackingConfig, found: tuple[dict[str, str], list[str]] | None = None) -> WandbPlan:
+    """How a run with these options uses W&B in this environment. Nothing is written or sent.
+
+    found: what `client_variables` returned, where it was asked before.
+    """
     if config.wandb == "disabled":
         return WandbPlan("disabled", "")
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
         return WandbPlan("disabled", "by WANDB_DISABLED")
-    variables, refused = client_variables()
-    broken = "; ".join(refused)
+    variables, refused = client_variables() if found is None else found
     try:
         own = _client_settings(variables)
     except Exception as error:  # whatever the client says of a file
-        own, broken = {}, f"W&B's settings can't be used: {_reason(error)}"
+        refused.append(f"W&B's settings can't be used: {_reason(error)}")
+        own = {}
+        with contextlib.suppress(Exception):
+            own = _client_settings(variables, files=False)
     url = str(own.get("base_url") or os.environ.get("WANDB_BASE_URL") or WandbPlan.url).rstrip("/")
     key = _has_key(url, own)
-    mode, why = _choose_mode(config.wandb, own, key, broken)
+    mode, why = _choose_mode(config.wandb, own, "WANDB_MODE" in variables, key, "; ".join(refused))
     folder = own.get("root_dir")
     proxies = {
         scheme: str(own[name]) for scheme, name in (("http", "http_proxy"), ("https", "https_proxy")) if own.get(name)
@@ -95,16 +102,23 @@ def plan_wandb(config: TrackingConfig) -> WandbPlan:
         run_id=own.get("run_id"),
         proxies=proxies or None,
         timeout_s=own.get("init_timeout"),
+        variables=variables,
     )
 
 
-def _choose_mode(asked: Mode | Literal["auto"], own: dict[str, Any], key: bool, broken: str) -> tuple[Mode, str]:
-    """(mode, what decided it). Of the run's option and W&B's own mode the more private one counts."""
-    if broken:
-        return "offline", broken
+def _choose_mode(
+    asked: Mode | Literal["auto"], own: dict[str, Any], by_variable: bool, key: bool, broken: str
+) -> tuple[Mode, str]:
+    """(mode, what decided it). Of the run's option and W&B's own mode the more private one counts.
+
+    by_variable: does W&B's own mode come from WANDB_MODE? broken: what can't be used, and might have asked for more
+    privacy; then nothing is sent.
+    """
     said = own.get("mode")
     theirs: Mode | None = _OLD_NAMES.get(said, said) if said is not None else None
-    source = "by WANDB_MODE" if os.environ.get("WANDB_MODE") else "by W&B's settings file"
+    source = "by WANDB_MODE" if by_variable else "by W&B's settings file"
+    if broken:
+        return (theirs, source) if theirs == "disabled" else ("offline", broken)
     if asked == "auto":
         if theirs is not None:
             return theirs, source
@@ -135,9 +149,8 @@ def client_variables() -> tuple[dict[str, str], list[str]]:
 
 
 @contextlib.contextmanager
-def usable_variables() -> Iterator[None]:
-    """The environment with those `WANDB_*` variables alone that the client takes, while it starts."""
-    variables, _ = client_variables()
+def only_variables(variables: dict[str, str]) -> Iterator[None]:
+    """The environment with these `WANDB_*` variables alone, which the client takes, while it starts."""
     before = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     for name in before:
         del os.environ[name]
@@ -157,8 +170,9 @@ def _reason(error: Exception) -> str:
     return (lines or [type(error).__name__])[0][:200]
 
 
-def _client_settings(variables: dict[str, str]) -> dict[str, Any]:
-    """Name -> value of the settings that the client's files and these variables give; {} where it is not installed."""
+def _client_settings(variables: dict[str, str], files: bool = True) -> dict[str, Any]:
+    """Name -> value of the settings that the client's files, unless they are left out, and these variables give; where
+    it is not installed, only the mode."""
     if not is_installed():
         mode = variables.get("WANDB_MODE")
         return {"mode": mode} if mode else {}
@@ -166,6 +180,17 @@ def _client_settings(variables: dict[str, str]) -> dict[str, Any]:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     found = wandb.Settings()
+    if files:
+        _read_files(found)
+    found.update_from_env_vars(variables)
+    given = {name: getattr(found, name) for name in found.model_fields_set}
+    if not os.environ.get("WANDB_DIR"):
+        given.pop("root_dir", None)
+    return given
+
+
+def _read_files(found: Any) -> None:
+    """Add to the client's settings what its files say. Raises where they can't be used."""
     place = os.environ.get("WANDB_CONFIG_DIR")
     with contextlib.suppress(RuntimeError):  # a user without a home
         found.settings_system = str(Path(place or "~/.config/wandb").expanduser() / "settings")
@@ -174,11 +199,6 @@ def _client_settings(variables: dict[str, str]) -> dict[str, Any]:
     files = [path for path in (found.settings_system, getattr(found, "settings_workspace", None)) if path]
     if set(found.model_fields_set) == before:  # the client passes over all of them where it refuses a value
         _refuse_settings(files)
-    found.update_from_env_vars(variables)
-    given = {name: getattr(found, name) for name in found.model_fields_set}
-    if not os.environ.get("WANDB_DIR"):
-        given.pop("root_dir", None)
-    return given
 
 
 def _refuse_settings(files: list[str]) -> None:

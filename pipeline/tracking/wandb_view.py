@@ -18,7 +18,7 @@ from pipeline.files import atomic_write, reason_of
 from pipeline.redact import redact
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.view import View
-from pipeline.tracking.wandb_settings import WandbPlan, find_problem, plan_wandb, usable_variables
+from pipeline.tracking.wandb_settings import WandbPlan, find_problem, only_variables, plan_wandb
 
 _INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 15, 60
 
@@ -70,7 +70,7 @@ class WandbView(View):
         if not hasattr(wandb, "init"):
             say("W&B: not installed; metrics.jsonl has everything")
             return
-        with usable_variables():
+        with only_variables(plan.variables):
             self._start(wandb, plan, run_dir, settings)
 
     @staticmethod
