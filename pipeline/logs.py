@@ -18,10 +18,18 @@ logger = logging.getLogger("pipeline")
 
 
 class HideCredentials(logging.Filter):
-    """No handler, a script's own neither, gets a record with a credential in it."""
+    """No handler, a script's own neither, gets a record of this logger with a credential in its message, or in the
+    traceback that a formatter adds to it. A logger's filter does not see the records of those below it: the package
+    has none."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), None
+        try:
+            text = record.getMessage()
+        except Exception:  # arguments that the format does not take, or a __str__ of theirs that fails
+            text = f"{record.msg} (its arguments do not fit)"
+        record.msg, record.args = redact(text), None
+        if record.exc_info:
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
         return True
 
 
