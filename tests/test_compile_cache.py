@@ -22,9 +22,12 @@ def make(num_classes):
 """
 
 
+@pytest.mark.parametrize("triton", ["/elsewhere", None])
 @pytest.mark.parametrize("compiled_before", [False, True])
-def test_each_run_of_a_process_has_its_own_cache_and_what_the_user_says_stays(monkeypatch, tmp_path, compiled_before):
-    """compiled_before: torch has set the variable to its own default."""
+def test_each_run_of_a_process_has_its_own_cache_and_what_the_user_says_stays(
+    monkeypatch, tmp_path, compiled_before, triton
+):
+    """compiled_before: torch has set the variables to its own default."""
     seen = []
 
     def start(config, *_):
@@ -33,10 +36,13 @@ def test_each_run_of_a_process_has_its_own_cache_and_what_the_user_says_stays(mo
             raise UserError("broken off")
 
     monkeypatch.setattr(cli, "_train_config", start)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     if compiled_before:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache_dir_utils.default_cache_dir())
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+        monkeypatch.setenv("TRITON_CACHE_DIR", cache_dir_utils.triton_cache_dir(0))
+    if triton:
+        monkeypatch.setenv("TRITON_CACHE_DIR", triton)
     before = dict(os.environ)
     for name in "ab":
         config = load_config("smoke", {"run_dir": tmp_path / name, "train.compile": True})
@@ -44,7 +50,8 @@ def test_each_run_of_a_process_has_its_own_cache_and_what_the_user_says_stays(mo
             cli.train_config(config, StopRequest(install=False))
         assert os.environ == before
     found = [(one["TORCHINDUCTOR_CACHE_DIR"], one["TRITON_CACHE_DIR"]) for one in seen]
-    assert found == [(str(tmp_path / name / "compile_cache/inductor"), "/elsewhere") for name in "ab"]
+    caches = [tmp_path / name / "compile_cache" for name in "ab"]
+    assert found == [(str(cache / "inductor"), triton or str(cache / "triton")) for cache in caches]
 
 
 @pytest.mark.long

@@ -170,9 +170,12 @@ def compile_cache_settings(folder: Path) -> dict[str, str]:
 
 
 def _set_by_torch(name: str) -> bool:
-    """Has torch, and not the user, set this variable? It does so when a process compiles for the first time."""
+    """Has torch, and not the user, set this variable, to its own folder or one below it? It does so when a process
+    compiles for the first time."""
     module = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
-    return module is not None and os.environ.get(name) == os.path.abspath(module.default_cache_dir())  # noqa: PTH100
+    if module is None:
+        return False
+    return Path(os.environ.get(name, "")).is_relative_to(Path(module.default_cache_dir()).absolute())
 
 
 @contextlib.contextmanager
