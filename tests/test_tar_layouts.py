@@ -205,6 +205,24 @@ def test_verify_of_a_changed_tar_goes_by_names(tmp_path, capsys):
         assert line in said, said
 
 
+def test_verify_after_the_loss_of_a_tar_names_its_images_alone(tmp_path, capsys):
+    for split in ("train", "val"):
+        for shard in range(2):
+            members = {f"{i}.jpg": jpeg(10 * shard + i) for i in range(3)} | {f"{i}.cls": b"0" for i in range(3)}
+            write(tmp_path / f"{split}-{shard}.tar", make_tar(members))
+    index_of(tmp_path)
+    (tmp_path / "train-1.tar").unlink()
+    (tmp_path / "val-1.tar").rename(tmp_path / "kept")
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path)]) == 2
+    missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing: ")]
+    lost = [f"missing: {split}-1.tar/{i}.jpg" for split in ("train", "val") for i in range(3)]
+    assert sorted(missing) == lost
+    index_of(tmp_path)
+    (tmp_path / "kept").rename(tmp_path / "val-1.tar")
+    assert main(["verify", str(tmp_path)]) == 0
+
+
 def test_a_changed_shard_is_read_again_and_the_others_are_not(tmp_path, monkeypatch):
     root = write_shards(tmp_path / "wds", "cls", TIMM)
     first = index_of(root)

@@ -96,6 +96,27 @@ def test_missing_images_are_named(root, tmp_path, capsys, spoil, number):
     assert entry in listed
 
 
+def test_progress_counts_what_is_looked_at(root, monkeypatch):
+    """More and fewer images than the index and the lists name, with an index and without."""
+    shown = []
+    real = verify.Progress
+
+    def spy(*args, **options):
+        shown.append(real(*args, **options))
+        return shown[-1]
+
+    monkeypatch.setattr(verify, "Progress", spy)
+    folder = root / CLS_LOC / "train/n99000001"
+    shutil.copy(folder / "n99000001_7.JPEG", folder / "n99000001_999.JPEG")
+    truncate(folder / "n99000001_8.JPEG")
+    (folder / "n99000001_9.JPEG").unlink()
+    before = verify_root(root)
+    verify_root(root, before=before)
+    shutil.rmtree(root / "index")
+    verify_root(root)
+    assert [(progress.total, progress.count) for progress in shown] == [(121, 121), (2, 2), (120, 120)]
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 

@@ -4,7 +4,6 @@ Two references: the archive's own lists (which images), and the index (which byt
 """
 
 import json as json_format
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from pipeline.command import run_command
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_sound, open_index
 from pipeline.dataset.index.scan import build_index
-from pipeline.dataset.verify.check import MISSING, Finding, Item, NamedSample, check_items
+from pipeline.dataset.verify.check import MISSING, Finding, NamedSample, check_items
 from pipeline.dataset.verify.expected import hash_ids, read_expected, train_id
 from pipeline.dataset.verify.report import Report, SplitCounts, judge, show, to_json
 from pipeline.dataset.verify.samples import find_splits, name_samples
@@ -124,17 +123,17 @@ def verify_root(
             report.known += finding.kind == "png" and named.stem in imagenet.KNOWN_PNG
             report.known += finding.kind == "cmyk" and named.stem in imagenet.KNOWN_CMYK
 
-    def items() -> Iterator[tuple[NamedSample, Item]]:
-        for named, item in name_samples(root, report.index, processes):
-            if again is not None and (named.split, named.stem) not in again:
-                take(named, None)
+    number, items = name_samples(root, report.index, processes)
+    if again is not None:
+        broken = []
+        for named, item in items:
+            if (named.split, named.stem) in again:
+                broken.append((named, item))
             else:
-                yield named, item
-
-    number = sum(map(len, report.index.splits.values())) if report.index else sum(report.expected.counts.values())
-    with Progress("Verifying", number if again is None else len(again), "images", quiet=quiet) as progress:
-        findings = check_items(items(), decode, processes, progress.advance)
-        for named, finding in findings:
+                take(named, None)
+        number, items = len(broken), iter(broken)
+    with Progress("Verifying", number, "images", quiet=quiet) as progress:
+        for named, finding in check_items(items, decode, processes, progress.advance):
             take(named, finding)
     if before is not None:
         report.kinds += before.kinds
