@@ -247,7 +247,7 @@ def test_a_disk_that_fills_up_is_one_line(pets, tmp_path, monkeypatch, capsys, w
 
 
 @needs_setpriv
-@pytest.mark.parametrize("what", ["pack.json", "train-000000.tar", "archive.zip"])
+@pytest.mark.parametrize("what", ["pack.json", "train-000000.tar", "archive.zip", ""])
 def test_what_may_not_be_read_is_not_called_unwritable(pets, tmp_path, what):
     """pack.json: nobody is told to remove the shards."""
     assert main(["pack", str(pets), str(tmp_path / "set"), "--processes", "1"]) == 0
@@ -255,12 +255,13 @@ def test_what_may_not_be_read_is_not_called_unwritable(pets, tmp_path, what):
     (tmp_path / "set" / what).chmod(0)
     argv = {
         "pack.json": ["pack", str(pets), str(tmp_path / "set")],
+        "": ["pack", str(pets), str(tmp_path / "set")],
         "train-000000.tar": ["stage", str(tmp_path / "set"), str(tmp_path / "local")],
         "archive.zip": ["fetch", str(tmp_path / "new"), "--from", str(tmp_path / "set/archive.zip")],
     }[what]
     done = as_another(*argv)
     assert done.returncode == 2
-    assert f"{tmp_path}/set/{what}: Permission denied for this account; ask its owner" in done.stderr
+    assert f"{tmp_path / 'set' / what}: Permission denied for this account; ask its owner" in done.stderr
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="mounts a file system")

@@ -1,19 +1,26 @@
 """Hugging Face parquet files into shards: the bytes that the same images in folders give; resumed, refused."""
 
+import contextlib
+import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from parquet_sets import parquet, write_table  # noqa: F401 - a fixture
+from PIL import Image
 from test_layouts import SYNSETS, expected, jpeg, sorted_tree, write  # noqa: F401 - a fixture
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.scan import read_unreadable
+from pipeline.dataset.index.tar_members import read_label
+from pipeline.dataset.lock import locked
 from pipeline.dataset.shards import parquet as packing
 from pipeline.dataset.shards import parquet_scan
 
@@ -87,6 +94,87 @@ def test_parts_and_an_index_elsewhere(tmp_path, parquet, expected):  # noqa: F81
     assert open_index(packed / "index").fingerprint == open_index(learned).fingerprint == expected
 
 
+@pytest.mark.parametrize(
+    ("held", "argv", "says"),
+    [
+        ({"lock": False}, ["--part", "1/2"], "packing into"),
+        ({"lock": True, "part-1-of-2.lock": False}, [], "packing part 1/2 into"),
+        ({"lock": True}, [], "packing into"),
+        ({"lock": True, "part-1-of-2.lock": False}, ["--part", "1/2"], "packing part 1/2 into"),
+        ({"lock": True, "part-1-of-2.lock": False}, ["--part", "1/3"], "packing part 1/2 into"),
+        ({"lock": True, "part-1-of-2.lock": False}, ["--part", "2/2"], None),
+    ],
+)
+def test_runs_whose_shards_overlap_exclude_each_other(tmp_path, parquet, capsys, held, argv, says):  # noqa: F811
+    """held: locks of another process, and whether it shares them."""
+    state = tmp_path / "packed/.packing"
+    state.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        for name, shared in held.items():
+            stack.enter_context(locked(state / name, "", shared=shared))
+        assert pack(parquet, tmp_path / "packed", *argv) == (2 if says else 0)
+    assert says is None or f"another process is {says} {tmp_path / 'packed'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["another time", "an older version's marker"])
+def test_images_are_not_decoded_again_at_each_repeat(tmp_path, parquet, monkeypatch, change):  # noqa: F811
+    packed = tmp_path / "packed"
+    assert pack(parquet, packed) == 0
+    marker = json.loads((packed / "pack.json").read_bytes())
+    if change == "another time":
+        os.utime(parquet / "data/train-00000-of-00002.parquet", ns=(0, 0))
+    else:
+        old = {name: size for name, (size, _) in marker[packing.MARK].items()}
+        (packed / "pack.json").write_text(json.dumps(marker | {packing.MARK: old}))
+    scanned = []
+    real = packing.scan_parquet
+    monkeypatch.setattr(packing, "scan_parquet", lambda *args: scanned.append(args) or real(*args))
+    for _ in range(3):
+        assert pack(parquet, packed) == 0
+    assert len(scanned) == 1 and not (packed / ".packing").exists()
+
+
+def test_room_for_the_originals_is_asked_for(tmp_path, parquet, capsys, monkeypatch):  # noqa: F811
+    free = iter([10**12, 1000])  # for the shards, for the originals
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=next(free)))
+    assert pack(parquet, tmp_path / "out", "--short-side", "16") == 2
+    error = capsys.readouterr().err
+    assert "has 0.000 GB free" in error and "(--part): the originals of all shards at work are written" in error
+
+
+def test_an_image_name_of_just_too_many_bytes_names_its_row(tmp_path, parquet, capsys):  # noqa: F811
+    """A tar header takes 100 bytes in one block; one more than with `.jpg` is found when the image is known."""
+    name = "n" * (100 - len("n01440764/.jpg")) + "_n01440764.webp"
+    image = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(image, "WEBP")
+    write_table(parquet / "data/train-more.parquet", [(name, image.getvalue(), 0)])
+    assert pack(parquet, tmp_path / "out") == 2
+    assert "row 0 of data/train-more.parquet has too long an image name" in capsys.readouterr().err
+
+
+def test_a_list_of_unreadable_images_from_an_older_version(tmp_path, parquet):  # noqa: F811
+    write_table(parquet / "data/train-more.parquet", [("x_n01440764.JPEG", CUT, 0)])
+    assert pack(parquet, tmp_path / "out") == 2
+    noted = tmp_path / "out/.packing/source/unreadable.json"
+    entries = json.loads(noted.read_bytes())
+    for name in ("tar", "offset", "digest"):
+        del entries["train"][0][name]
+    noted.write_text(json.dumps(entries))
+    assert pack(parquet, tmp_path / "out", "--unreadable", "skip") == 0
+
+
+def test_a_source_that_vanishes_is_one_line(tmp_path, parquet, capsys, monkeypatch):  # noqa: F811
+    path = parquet / "data/train-00001-of-00002.parquet"
+    real = parquet_scan.scan_listings
+    monkeypatch.setattr(parquet_scan, "scan_listings", lambda *args: path.unlink() or real(*args))
+    assert pack(parquet, tmp_path / "out") == 2
+    assert f"can't read {path} (No such file" in capsys.readouterr().err.splitlines()[-1]
+    path.symlink_to("blobs/0a1b")
+    assert pack(parquet, tmp_path / "out") == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and f"{path} is a link to blobs/0a1b, which is not there; download that file" in error[0]
+
+
 def test_a_source_that_has_changed_is_told_by_its_whole_path(tmp_path, capsys):
     """Both splits have a file of the same name; the later one is no other source's."""
     for split in ("train", "validation"):
@@ -140,8 +228,11 @@ def test_a_killed_pack_goes_on(tmp_path, monkeypatch):
     real_look, real_write = parquet_scan._look_at, packing.write_in_place
     monkeypatch.setattr(parquet_scan, "_look_at", lambda places: looked.extend(places) or real_look(places))
     monkeypatch.setattr(packing, "write_in_place", lambda *args: written.append(args) or real_write(*args))
+    opened, real_open = [], packing.open_file
+    monkeypatch.setattr(packing, "open_file", lambda path: opened.append(path) or real_open(path))
     assert main(command) == 0
     assert not looked and len(written) == 60 - 12 + 1
+    assert len(opened) <= 2 + 2 * 6  # each file, and each row group
     again = tmp_path / "again"
     assert pack(tmp_path / "hf", again) == 0
     assert_same(packed, again)
@@ -198,6 +289,36 @@ def test_labels_in_lists(tmp_path):
     assert pack(tmp_path / "hf", tmp_path / "out") == 0
     index = open_index(tmp_path / "out/index")
     assert index.synsets == ("0", "1") and len(index.splits["val"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (7, "7"),
+        (-1, None),
+        (1.0, "1"),
+        (-1.0, None),
+        (1.5, None),
+        (float("nan"), None),
+        (float("inf"), None),
+        ("-1", None),
+        ("1.0", "1"),
+        ("-1.0", None),
+        ("", None),
+        (" a ", "a"),
+        ([3], "3"),
+        ([3, 4], None),
+        ([], None),
+        (None, None),
+        (True, None),
+    ],
+)
+def test_a_label_is_the_same_in_a_tar_and_in_parquet(tmp_path, value, text):
+    assert read_label({"json": json.dumps({"label": value}).encode()}) == (text, "")
+    if isinstance(value, str):
+        assert read_label({"cls": value.encode()}) == (text, "")
+    write_table(tmp_path / "a.parquet", [("a.jpg", b"", value)])
+    assert [member.label for member in parquet_scan._list_file(str(tmp_path / "a.parquet")).members] == [text]
 
 
 @pytest.mark.parametrize("column", ["image.bytes", "image.path", "label"])

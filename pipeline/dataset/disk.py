@@ -21,6 +21,14 @@ def explain(error: OSError, path: Path | str) -> UserError | TransientError:
     return TransientError(f"can't write {path} ({error.strerror or error})")
 
 
+def explain_read(error: OSError, path: Path | str) -> UserError | TransientError:
+    """One line for a source that can't be read: UserError where it is gone or forbidden, else TransientError."""
+    problem = f"can't read {path} ({error.strerror or error})"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM):
+        return UserError(f"{problem}; fix that or give another root")
+    return TransientError(f"{problem}; run the same command again")
+
+
 def check_space(
     folder: Path, needed: float, files: int = 0, remedy: str = "free some space or give another folder"
 ) -> None:

@@ -22,10 +22,10 @@ def try_lock(file: IO) -> bool:
     return _try(file) is not False
 
 
-def _try(file: IO) -> bool | None:
+def _try(file: IO, kind: int = fcntl.LOCK_EX) -> bool | None:
     """True: locked; False: another process holds the lock; None: the file system has no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -36,15 +36,17 @@ def _try(file: IO) -> bool | None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: str, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, busy: str, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold the lock file `path`, created if missing.
 
+    shared: with others that hold it so.
     busy: message if another process holds it: printed before waiting for it, or with `wait=False` raised as UserError.
     On a file system without locks nothing is held, and one line says so.
     Raises OSError where the file can't be opened.
     """
-    with path.open("a") as file:
-        got = _try(file)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with path.open("a+") as file:  # NFS shares a lock only of a file that is open for reading
+        got = _try(file, kind)
         if got is None:
             print(
                 f"{path.parent}: its file system has no locks; run only one command at a time here",
@@ -55,5 +57,5 @@ def locked(path: Path, busy: str, wait: bool = True) -> Iterator[None]:
             if not wait:
                 raise UserError(busy)
             print(busy, file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, kind)
         yield

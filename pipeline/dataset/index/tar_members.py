@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.dataset.imagenet import SYNSET
+from pipeline.dataset.index.label_text import label_text
 from pipeline.dataset.index.left_out import FOREIGN, Tally
 from pipeline.dataset.names import LFS_POINTER, is_foreign
 from pipeline.errors import UserError
@@ -27,7 +28,6 @@ _LABEL_KEYS = (
     *("label", "cls", "class_id", "class_index", "class_idx", "label_id", "category_id", "target", "class", "wnid"),
     *("synset", "class_name", "label_name", "category"),
 )
-_WHOLE = re.compile(r"\d+\.0+")  # a number, as a floating-point one
 _MAGIC = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _MOST_TEXT = 1 << 20  # bytes of a label's member that are read
 _IN_NAME = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?!\d)")
@@ -206,25 +206,19 @@ def read_label(texts: dict[str, bytes]) -> tuple[str | None, str]:
     for suffix in _LABELS:
         if suffix not in texts:
             continue
-        text = texts[suffix].decode("utf-8-sig", "replace").strip().strip("\0").strip()
         if suffix == "json":
-            value, of_json = _from_json(text)
+            value, of_json = _from_json(texts[suffix])
             label, hint = label if label is not None else value, hint or of_json
-        elif label is None and text and (suffix != "txt" or text.isdigit() or SYNSET.fullmatch(text)):
-            label = _plain(text)
+            continue
+        text = label_text(texts[suffix])
+        if label is None and text and (suffix != "txt" or text.isdigit() or SYNSET.fullmatch(text)):
+            label = text
     return label, hint
 
 
-def _plain(text: str) -> str | None:
-    """A label's text; of a number its digits, and None for a negative one, which stands for none."""
-    if _WHOLE.fullmatch(text):
-        text = text.partition(".")[0]
-    return None if re.fullmatch(r"-\d+(\.0+)?", text) else text
-
-
-def _from_json(text: str) -> tuple[str | None, str]:
+def _from_json(content: bytes) -> tuple[str | None, str]:
     try:
-        value = json.loads(text)
+        value = json.loads(content.decode("utf-8-sig", "replace").strip().strip("\0"))
     except (ValueError, RecursionError):
         return None, ""
     hint = ""
@@ -235,8 +229,4 @@ def _from_json(text: str) -> tuple[str | None, str]:
         }
         hint = named.pop() if len(named) == 1 else ""
         value = next((value[key] for key in _LABEL_KEYS if value.get(key) is not None), None)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or not str(value).strip():
-        return None, hint
-    return _plain(str(value).strip()), hint
+    return label_text(value), hint

@@ -20,7 +20,7 @@ def find_parquet(root: Path) -> dict[str, tuple[Path, ...]]:
     `data/train-00000-of-00294.parquet`, `train-0.parquet`, `train.parquet` or `train/0000.parquet`, in `root` or in a
     folder of it; where there is no validation split, "test" stands for it. Images with a parquet file beside them are
     packed as such. Raises UserError for parquet files of one split alone, for such whose names tell of none, and
-    where files of a split are missing.
+    where files of a split are missing or links that lead nowhere.
     """
     try:
         layout = find_layout(root)
@@ -36,6 +36,7 @@ def find_parquet(root: Path) -> dict[str, tuple[Path, ...]]:
             found = _look(here / below)
             if "train" in found and "val" in found:
                 for split in ("train", "val"):
+                    _refuse_dead_links(found[split])
                     _refuse_gaps(found[split])
                 return {split: tuple(sorted(found[split])) for split in ("train", "val")}
             partly = partly or found
@@ -67,6 +68,13 @@ def _look(folder: Path) -> dict[str, list[Path]]:
     if "val" not in found and "test" in found:
         found["val"] = found["test"]
     return found
+
+
+def _refuse_dead_links(files: list[Path]) -> None:
+    """UserError for a file that is a link to nothing, as a pruned cache of the hub leaves it."""
+    for path in files:
+        if gone := dead_link(path):
+            raise UserError(f"{gone}; download that file again, or remove the link")
 
 
 def _refuse_gaps(files: list[Path]) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pipeline.command import run_command
 from pipeline.dataset import imagenet
-from pipeline.dataset.disk import explain
+from pipeline.dataset.disk import explain, explain_read
 from pipeline.dataset.index.index import MAIN_FILE, PACKED, Index, index_folder, open_index
 from pipeline.dataset.index.left_out import only_images
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
@@ -26,6 +26,7 @@ from pipeline.dataset.shards.format import (
     find_complete,
     is_whole,
     merge_shards,
+    read_marker,
     remove_records,
     shard_name,
 )
@@ -129,12 +130,28 @@ def _finish(
     for name in LISTS:
         if (root / name).is_file():
             (dest / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(root / name, dest / name)
+            _copy_list(root / name, dest / name)
     marker = json.loads((dest / PACKED).read_bytes()) | notes_of_source
     atomic_write(dest / UNREADABLE, json.dumps(notes, indent=1) + "\n")
     atomic_write(dest / PACKED, json.dumps({**marker, "complete": True}, indent=1) + "\n")
     remove_records(dest)
     return made
+
+
+def _copy_list(source: Path, target: Path) -> None:
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise explain_read(error, source) from error
+    with file, target.open("wb") as out:
+        shutil.copyfileobj(file, out)
+
+
+def _note_source(dest: Path, notes_of_source: dict) -> None:
+    """Let the marker of complete shards say what it would if they were packed now from the same images."""
+    marker = read_marker(dest)
+    if marker | notes_of_source != marker:
+        atomic_write(dest / PACKED, json.dumps(marker | notes_of_source, indent=1) + "\n")
 
 
 def pack_tree(
@@ -214,6 +231,7 @@ def pack_index(
     try:
         write(plan, todo)
         if complete:
+            _note_source(dest, notes_of_source)
             remove_records(dest)
             return open_index(index_folder(dest))
         if part is not None:

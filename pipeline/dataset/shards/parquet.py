@@ -35,12 +35,12 @@ from pipeline.dataset.shards.format import (
 )
 from pipeline.dataset.shards.in_place import sample_members, write_in_place
 from pipeline.dataset.shards.pack import make_task, pack_index, parse_part, refuse_foreign
-from pipeline.dataset.shards.parquet_scan import group_of, open_file, read_rows, scan_parquet
+from pipeline.dataset.shards.parquet_scan import File, group_of, open_file, read_rows, scan_parquet, stat_file
 from pipeline.dataset.shards.plan import Options, Plan, make_key
 from pipeline.dataset.shards.stage import list_shard_files
 from pipeline.dataset.shards.write_shard import Task, fill_shard, open_source
 from pipeline.dataset.workers import map_in_order
-from pipeline.errors import UserError, permission_problem
+from pipeline.errors import UserError
 from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
@@ -49,11 +49,11 @@ MARK = "parquet"  #: in the marker of the shards: file, relative to the root -> 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a row's sample goes, and what it is. source: file, relative to the root, and row; header: bytes of the
-    image's tar header; order: as of `Sample`."""
+    """Where a row's sample goes, and what it is. source: file, relative to the root, and row; shard: its number; start:
+    byte there; header: bytes of the image's tar header; order: as of `Sample`."""
 
     source: tuple[str, int]
-    number: int
+    shard: int
     start: int
     header: int
     key: str
@@ -116,7 +116,11 @@ def _members(place: _Place, data: bytes) -> bytes:
     """A sample as it stands in its shard."""
     suffix = image_suffix(data, place.name)
     if len(tar_header(f"{place.key}.{suffix}", len(data))) != place.header:
-        raise UserError(f"image {place.name} has too long a name for a tar header; rename it")
+        file, row = place.source
+        raise UserError(
+            f"row {row:,} of {file} has too long an image name for a tar header ({place.name}); write that file again "
+            "with a shorter path in this row"
+        )
     return sample_members(place.key, suffix, data, place.label)
 
 
@@ -125,7 +129,7 @@ class _Group:
     """The rows of a row group that are to be written: split, and the place of each, by row."""
 
     path: str
-    number: int
+    row_group: int
     dest: Path
     rows: dict[int, tuple[str, _Place]]
 
@@ -133,12 +137,12 @@ class _Group:
 def _write_group(group: _Group) -> int:
     """Put rows of a group into their places; returns how many."""
     file = open_file(group.path)
-    for row, found in enumerate(read_rows(group.path, file.image, group.number), file.firsts[group.number]):
+    for row, found in enumerate(read_rows(group.path, file.image, group.row_group), file.firsts[group.row_group]):
         if row in group.rows:
             (split, place), data = group.rows[row], found or b""
             if len(data) != place.size or (data and xxhash.xxh3_64_intdigest(data) != place.digest):
                 raise UserError(f"{group.path} has changed since it was read; run the same command again")
-            write_in_place(group.dest, split, place.number, _members(place, data), place.start)
+            write_in_place(group.dest, split, place.shard, _members(place, data), place.start)
     return len(group.rows)
 
 
@@ -222,48 +226,57 @@ def pack_parquet(
     turn, parts = parse_part(part)
     processes, given, root = processes or available_cores(), root, root.resolve()
     files = {split: tuple(root / path.relative_to(given) for path in paths) for split, paths in files.items()}
-    source = {os.path.relpath(path, root): _stamp(path) for paths in files.values() for path in paths}
+    stats = {os.path.relpath(path, root): stat_file(path) for paths in files.values() for path in paths}
+    source = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     done = read_marker(dest)
     if done.get(MARK) == source and not options.difference(done.get("options")):
         made = find_complete(dest)
         if made is not None and all((dest / name).is_file() for name in _list_files(made)):
             return made
     refuse_foreign(dest)
-    try:
-        (dest / STATE).mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            name = "lock" if part is None else f"part-{turn}-of-{parts}.lock"
-            busy = f"another process is packing {'into ' if part is None else f'part {part} into '}{dest}; wait for it"
-            stack.enter_context(locked(dest / STATE / name, busy, wait=False))
-            if part is None:
-                _refuse_parts(dest)
-            index = scan_parquet(root, files, source_index or dest / STATE / "source", processes)
+    with contextlib.ExitStack() as stack:
+        try:
+            _lock(stack, dest, part, turn, parts)
+        except OSError as error:
+            raise explain(error, error.filename or dest) from error
+        index = scan_parquet(root, files, source_index or dest / STATE / "source", processes)
 
-            def write(plan: Plan, todo: list[tuple[str, int]]) -> None:
-                _write(dest, index, _deal(dest, index, plan, options, todo), processes, quiet)
+        def write(plan: Plan, todo: list[tuple[str, int]]) -> None:
+            _write(dest, index, _deal(dest, index, plan, options, todo), processes, quiet)
 
-            return pack_index(root, dest, index, options, part, quiet, {MARK: source}, write, _read_row)
-    except PermissionError as error:
-        raise permission_problem(error) from error
-    except OSError as error:
-        raise explain(error, error.filename or dest) from error
-
-
-def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+        return pack_index(root, dest, index, options, part, quiet, {MARK: source}, write, _read_row)
 
 
 def _list_files(index: Index) -> Iterator[str]:
     return itertools.chain.from_iterable(map(list_shard_files, index.splits.values()))
 
 
-def _refuse_parts(dest: Path) -> None:
-    """UserError where a job still writes a part of the shards."""
+def _lock(stack: contextlib.ExitStack, dest: Path, part: str | None, turn: int, parts: int) -> None:
+    """Keep others from the shards of this run: a whole run is alone, parts of the same number of parts go together.
+
+    Raises UserError where another process writes the same shards, OSError where a lock can't be made.
+    """
+    state, busy = dest / STATE, f"another process is packing into {dest}; wait for it"
+    state.mkdir(parents=True, exist_ok=True)
+    if part is None:
+        _refuse_parts(dest)  # which names it
+        stack.enter_context(locked(state / "lock", busy, wait=False))
+        return
+    stack.enter_context(locked(state / "lock", busy, wait=False, shared=True))
+    of_part = f"another process is packing part {part} into {dest}; wait for it"
+    stack.enter_context(locked(state / f"part-{turn}-of-{parts}.lock", of_part, wait=False))
+    _refuse_parts(dest, allowed=parts)
+
+
+def _refuse_parts(dest: Path, allowed: int | None = None) -> None:
+    """UserError where a job still writes a part of the shards. allowed: a number of parts whose jobs may go on."""
     for path in sorted((dest / STATE).glob("part-*.lock")):
+        turn, _, parts = path.stem.removeprefix("part-").partition("-of-")
+        if parts == str(allowed):
+            continue
         with path.open("a") as file:
             if not try_lock(file):
-                raise UserError(f"another process is packing {path.stem.replace('-', ' ')} into {dest}; wait for it")
+                raise UserError(f"another process is packing part {turn}/{parts} into {dest}; wait for it")
 
 
 def _read_row(index: Index, split: str, sample: int) -> bytes:
@@ -281,19 +294,25 @@ def _read_row(index: Index, split: str, sample: int) -> bytes:
 def _write(dest: Path, index: Index, todo: list[_Shard], processes: int, quiet: bool) -> None:
     """Write and finish shards."""
     found = map_in_order(_find_written, todo, min(processes, max(1, len(todo))))
+    described: dict[str, File] = {}
     groups: dict[tuple[str, int], _Group] = {}
     for shard, there in zip(todo, found, strict=True):
         for place, is_there in zip(shard.places, there, strict=True):
             if not is_there:
                 file, row = place.source
                 path = f"{index.root}/{file}"
-                at = path, group_of(open_file(path), row)
+                if path not in described:
+                    described[path] = open_file(path)
+                at = path, group_of(described[path], row)
                 groups.setdefault(at, _Group(*at, dest, {})).rows[row] = shard.split, place
     tasks = [groups[at] for at in sorted(groups)]
     total = sum(len(task.rows) for task in tasks)
     bytes_left = sum(place.size for task in tasks for _, place in task.rows.values())
     anew = sorted(shard.size for shard in todo if shard.task is not None)
-    check_space(dest, bytes_left + sum(anew[-processes:]), len(todo))
+    remedy = "free some space or give another folder"
+    if anew:
+        remedy += ", or pack one part after another (--part): the originals of all shards at work are written first"
+    check_space(dest, bytes_left + sum(anew[-processes:]), len(todo), remedy)
     with Progress("Reading rows", total, "images", quiet=quiet or not total) as progress:
         for count in map_in_order(_write_group, tasks, min(processes, max(1, len(tasks)))):
             progress.advance(count)

@@ -5,8 +5,8 @@ In the index of parquet files a record's shard is a file, and its offset a row t
 
 import bisect
 import functools
+import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.dataset.disk import explain_read
 from pipeline.dataset.imagenet import SYNSET
 from pipeline.dataset.index.decode import FileContent, ScannedFile, inspect
 from pipeline.dataset.index.index import Index, is_current
+from pipeline.dataset.index.label_text import label_text
 from pipeline.dataset.index.left_out import Tally
-from pipeline.dataset.index.scan import locked_folder, open_previous, scan_listings
+from pipeline.dataset.index.scan import locked_folder, open_previous, read_unreadable, scan_listings
 from pipeline.dataset.index.scan_split import Place, Reader
 from pipeline.dataset.index.tar_listing import TarSplit, drop_unlabeled, make_listings, name_classes
 from pipeline.dataset.index.tar_members import Member
@@ -64,11 +66,15 @@ def _parquet() -> Any:
 
 def _explain(path: str, error: Exception, what: str) -> UserError | TransientError:
     """A file can't be read: What pyarrow says without an error number is damage; else it is the disk."""
-    if isinstance(error, OSError) and error.errno:
-        return TransientError(f"can't read {path} ({error.strerror or error}); run the same command again")
-    with Path(path).open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            return UserError(f"{path} is a pointer of Git LFS, not the file itself; run in its folder: git lfs pull")
+    try:
+        if isinstance(error, OSError) and error.errno:
+            raise error
+        with Path(path).open("rb") as file:
+            head = file.read(len(LFS_POINTER))
+    except OSError as failure:
+        return explain_read(failure, path)
+    if head == LFS_POINTER:
+        return UserError(f"{path} is a pointer of Git LFS, not the file itself; run in its folder: git lfs pull")
     text = " ".join(str(error).split())[:200]
     return UserError(f"{path} {what} ({text}); download that file again, then run the same command again")
 
@@ -78,11 +84,23 @@ def _open(path: str, _mtime_ns: int) -> Any:
     return _parquet().ParquetFile(path, page_checksum_verification=True)
 
 
+def stat_file(path: str | Path) -> os.stat_result:
+    """What the file system says of a file. UserError or TransientError where it can't be read."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise explain_read(error, path) from error
+
+
 def open_file(path: str) -> File:
     """The columns and row groups of a file. UserError where it holds no images with labels, or is no parquet file."""
     _parquet()
-    with Path(path).open("rb"):  # a missing permission is no damage
-        return _describe(path, os.stat(path).st_mtime_ns)
+    try:
+        with Path(path).open("rb") as file:  # a missing permission is no damage
+            mtime_ns = os.fstat(file.fileno()).st_mtime_ns
+    except OSError as error:
+        raise explain_read(error, path) from error
+    return _describe(path, mtime_ns)
 
 
 @functools.lru_cache(512)
@@ -133,24 +151,11 @@ def read_rows(path: str, column: str, group: int | None = None) -> Iterator[Any]
         for batch in file.iter_batches(_BATCH, row_groups=list(groups), columns=[column]):
             for value in batch.column(0).to_pylist():
                 yield value[inner] if isinstance(value, dict) else value
-    except (PermissionError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
         where = "" if group is None else f" in row group {group}"
         raise _explain(path, error, f"is damaged{where}") from error
-
-
-def _label_text(label: Any) -> str | None:
-    """A label as text; None where the row has none, or several."""
-    if isinstance(label, list | tuple):
-        return _label_text(label[0]) if len(label) == 1 else None
-    if isinstance(label, dict):
-        return None
-    if isinstance(label, bytes):
-        label = label.decode("utf-8", "replace")
-    if isinstance(label, float):  # of integers with gaps, as pandas writes them
-        label = int(label) if math.isfinite(label) and label == int(label) else None
-    return None if label is None or (isinstance(label, int) and label < 0) else str(label)
 
 
 def _list_file(path: str) -> _Listed:
@@ -167,7 +172,7 @@ def _list_file(path: str) -> _Listed:
         with_class = _WITH_CLASS.fullmatch(name)
         if with_class is not None:  # as Hugging Face writes ImageNet's names
             name = with_class["stem"] + with_class["suffix"]
-        members.append(Member(name, row, 0, _label_text(label), known[-1] if known else "", ""))
+        members.append(Member(name, row, 0, label_text(label), known[-1] if known else "", ""))
     return _Listed(file, members)
 
 
@@ -199,7 +204,7 @@ def _look_at(places: list[Place]) -> list[ScannedFile]:
     path = places[0][0]
     file = open_file(path)
     group = group_of(file, places[0][1])
-    mtime_ns = os.stat(path).st_mtime_ns
+    mtime_ns = stat_file(path).st_mtime_ns
     wanted, found = {row for _, row, _ in places}, {}
     for row, data in enumerate(read_rows(path, file.image, group), file.firsts[group]):
         if row in wanted:
@@ -218,8 +223,10 @@ def scan_parquet(root: Path, files: dict[str, tuple[Path, ...]], folder: Path, p
         previous = open_previous(folder)
         noted = {os.path.relpath(path, root) for path in paths}
         if previous is not None and previous.root == root and noted == set(previous.folders) and is_current(previous):
-            return previous
-        mtimes = {path: path.stat().st_mtime_ns for path in paths}
+            entries = itertools.chain.from_iterable(read_unreadable(folder).values())
+            if all({"tar", "offset", "digest"} <= set(entry) for entry in entries):  # older versions noted less
+                return previous
+        mtimes = {path: stat_file(path).st_mtime_ns for path in paths}
         names = [str(path) for path in paths]
         listed = list(map_in_order(_list_file, names, processes if len(paths) > _FEW else 1))
         words: Sequence[str] = _unify_labels(listed)
