@@ -230,13 +230,15 @@ def test_a_changed_shard_is_read_again_and_the_others_are_not(tmp_path, monkeypa
     read: list[str] = []
     with webdataset.TarWriter(str(root / "imagenet1k-train-0001.tar")) as sink:
         sink.write({"__key__": f"{SYNSETS[1]}_99", "jpg": jpeg(77), "cls": NUMBER[SYNSETS[1]]})
-    from pipeline.dataset.index import decode, scan_split
+    from pipeline.dataset.index import decode
 
-    def spy(members):
-        read.extend(Path(path).name for path, _, _ in members)
-        return decode.inspect_members(members)
+    real = decode.read_member
 
-    monkeypatch.setattr(scan_split, "inspect_members", spy)
+    def spy(member):
+        read.append(Path(member[0]).name)
+        return real(member)
+
+    monkeypatch.setattr(decode, "read_member", spy)
     assert len(build_index(root).splits["train"]) == 6
     assert read == ["imagenet1k-train-0001.tar"]
 

@@ -19,7 +19,7 @@ from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder,
 from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, describe, kind_of
 from pipeline.dataset.index.listing import Listing, list_places
 from pipeline.dataset.index.scan_journal import PreviousScan, ScanJournal
-from pipeline.dataset.index.scan_split import Reader, scan_split
+from pipeline.dataset.index.scan_split import IN_TARS, Reader, scan_split
 from pipeline.dataset.index.tar_listing import list_tars
 from pipeline.dataset.index.write import write_index
 from pipeline.dataset.layouts.find import Layout, find_layout
@@ -146,7 +146,7 @@ def scan_listings(
     previous: Index | None,
     processes: int,
     words: dict[str, str],
-    reader: Reader | None = None,
+    reader: Reader = IN_TARS,
 ) -> Index:
     """Look at every image of the splits, and write the index.
 

@@ -30,6 +30,9 @@ class Reader:
     unit_of: Callable[[Place], object] | None = None
 
 
+IN_TARS = Reader(inspect_members)  #: of tar files
+
+
 def _chunks(items: list, unit_of: Callable[[Any], object] | None = None) -> Iterator[list]:
     """`CHUNK` items at a time, or, where there are units, those of a unit that follow one another."""
     if unit_of is not None:
@@ -47,11 +50,11 @@ def scan_split(
     known: PreviousScan,
     journal: ScanJournal,
     processes: int,
-    reader: Reader | None = None,
+    reader: Reader = IN_TARS,
 ) -> tuple[np.ndarray, list[str], list[dict]]:
     """Records [n], names and the unreadable files of one split; unchanged files are not read again.
 
-    The label of a record is its number in `listing.classes`. reader: of files of many images, if they are no tar files.
+    The label of a record is its number in `listing.classes`. reader: of files of many images.
     """
     records = np.zeros(len(listing.names), RECORD)
     records["label"], records["shard"] = listing.labels, -1
@@ -94,10 +97,10 @@ def scan_split(
         )
     else:
         todo.sort(key=lambda i: place(i)[:2])  # files are read front to back
-        inspect, unit_of = (inspect_members, None) if reader is None else (reader.inspect, reader.unit_of)
+        unit_of = reader.unit_of
         chunks = list(_chunks(todo, None if unit_of is None else lambda i: unit_of(place(i))))
         members = ([(f"{root}/{shard}", *at) for shard, *at in map(place, chunk)] for chunk in chunks)
-        results = map_in_order(inspect, members, processes)  # type: ignore[arg-type]
+        results = map_in_order(reader.inspect, members, processes)  # type: ignore[arg-type]
     with Progress(f"Indexing {split}", len(todo), "images", quiet=not todo) as progress:
         for chunk, found in zip(chunks, results, strict=True):
             for i, seen in zip(chunk, found, strict=True):

@@ -145,7 +145,7 @@ def read_checked(index: Index, split: str, sample: int) -> bytes:
     return data
 
 
-Read = Callable[[Index, str, int], bytes]
+Read = Callable[[Index, str, int], bytes]  #: gives a sample's bytes: of an index, a split and a sample's number
 
 
 def make_key(synset: str, name: str, is_twin: bool = False) -> str:
