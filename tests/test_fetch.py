@@ -14,7 +14,7 @@ from fetching import BASE, assert_whole, command, fetch, fetch_from, read_images
 from kaggle_server import Faults, KaggleServer
 
 from pipeline.dataset import imagenet
-from pipeline.dataset.acquire.remote import LocalFile
+from pipeline.dataset.acquire.access.remote import LocalFile
 from pipeline.dataset.acquire.zip_directory import read_directory
 from pipeline.dataset.index.index import index_folder, open_index
 from pipeline.dataset.synthetic.archive import NESTED

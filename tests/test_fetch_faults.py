@@ -11,7 +11,7 @@ import pytest
 from fetching import BASE, assert_no_wrong_image, assert_whole, fetch_from, read_images
 from kaggle_server import Faults, KaggleServer
 
-from pipeline.dataset.acquire.remote import LocalFile
+from pipeline.dataset.acquire.access.remote import LocalFile
 from pipeline.dataset.acquire.zip_directory import read_directory
 
 MENDED = {

@@ -9,7 +9,7 @@ import pytest
 from fetching import QUICK, REPOSITORY, assert_no_wrong_image, assert_whole, command, fetch_from, read_images
 from kaggle_server import Faults, KaggleServer, Served
 
-from pipeline.dataset.acquire.remote import LocalFile
+from pipeline.dataset.acquire.access.remote import LocalFile
 from pipeline.dataset.acquire.zip_directory import read_directory
 
 STREAMS = 3  # as in QUICK

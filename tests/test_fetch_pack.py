@@ -13,7 +13,7 @@ from kaggle_server import Faults, KaggleServer
 from test_fetch_kill import kill_when
 
 from pipeline.__main__ import main
-from pipeline.dataset.acquire.remote import LocalFile
+from pipeline.dataset.acquire.access.remote import LocalFile
 from pipeline.dataset.acquire.zip_directory import read_directory
 from pipeline.dataset.index.index import index_folder, open_index
 from pipeline.dataset.shards.pack import pack_tree

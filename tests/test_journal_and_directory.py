@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.dataset.acquire import journal as journal_module
+from pipeline.dataset.acquire.access.remote import LocalFile
 from pipeline.dataset.acquire.journal import DONE, HEADER, RECORD, Journal
-from pipeline.dataset.acquire.remote import LocalFile
 from pipeline.dataset.acquire.transfer import MemberDamagedError, Reader, plan_requests, unpack
 from pipeline.dataset.acquire.zip_directory import check_safe, read_directory
 from pipeline.errors import TransientError, UserError

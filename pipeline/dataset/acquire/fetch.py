@@ -12,9 +12,10 @@ from typing import Literal
 from pipeline.command import run_command
 from pipeline.dataset.acquire import kaggle
 from pipeline.dataset.acquire.access.backoff import Patience
+from pipeline.dataset.acquire.access.remote import ArchiveChangedError, LocalFile, RemoteFile
 from pipeline.dataset.acquire.acquisition import UNPACKED, Acquisition, Options
+from pipeline.dataset.acquire.destination import check_kind, is_done, locked_root
 from pipeline.dataset.acquire.manifest import ALL, Manifest, read_manifest
-from pipeline.dataset.acquire.remote import ArchiveChangedError, LocalFile, RemoteFile
 from pipeline.dataset.acquire.selection import SPLITS, Selection, parse_classes
 from pipeline.dataset.acquire.sources import cifar10
 from pipeline.dataset.acquire.sources.official import OfficialFiles, find_official, pack_official, unpack_official
@@ -22,13 +23,10 @@ from pipeline.dataset.acquire.tree import STATE, ExistingFiles
 from pipeline.dataset.acquire.zip_directory import NotAnArchiveError
 from pipeline.dataset.disk import check_space, explain
 from pipeline.dataset.imagenet import CLS_LOC
-from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_current, open_index
+from pipeline.dataset.index.index import PACKED, Index, index_folder, open_index
 from pipeline.dataset.layouts.foreign import describe_contents
-from pipeline.dataset.lock import locked
-from pipeline.dataset.shards.format import find_complete, read_marker
 from pipeline.dataset.shards.plan import Options as PackOptions
 from pipeline.dataset.shards.plan import parse_restart, spell_out_restart
-from pipeline.dataset.shards.stage import list_shard_files
 from pipeline.dataset.shards.transcode import find_program
 from pipeline.errors import EXIT_INTERRUPTED, TransientError, UserError
 
@@ -94,10 +92,10 @@ def fetch(
             f"--from {from_file} is a folder without the tar files of image-net.org; give an archive, or index the "
             f"folder: pipeline index {from_file}"
         )
-    with _terminated_like_interrupted(), _locked_root(root):
+    with _terminated_like_interrupted(), locked_root(root):
         try:
-            _check_kind(root, packing)
-            if not _is_done(root, selection, index, packing):
+            check_kind(root, packing)
+            if not is_done(root, selection, index, packing):
                 if official is None:
                     _fetch_until_complete(root, manifest, selection, options, via, packing)
                 else:
@@ -128,7 +126,7 @@ def repair(root: Path, members: list[str], options: Options | None = None) -> No
     if (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards, which are not repaired by the image; remove them and fetch again")
     official = find_official(Path(manifest.file)) if manifest.file else None
-    with _locked_root(root):
+    with locked_root(root):
         if official is not None:
             present = ExistingFiles(root)
             for found in filter(None, map(present.find, members)):
@@ -153,23 +151,6 @@ def _take_official(
         unpack_official(files, root, selection)
     else:
         pack_official(files, root, selection, packing)
-
-
-def _check_kind(root: Path, packing: PackOptions | None) -> None:
-    """UserError where ROOT holds a tree and shards were asked for, or the other way round, or other shards."""
-    if packing is None and (root / PACKED).exists():
-        raise UserError(f"{root} holds packed shards; add --pack, or give another folder for a tree")
-    if packing is not None and (root / CLS_LOC).is_dir():
-        raise UserError(f"{root} holds a tree of images; give another folder, or run: pipeline pack {root} DEST")
-    if packing is not None and (root / PACKED).exists():
-        marker = read_marker(root)
-        difference = packing.difference(marker.get("options"))
-        if difference:
-            whole = packing.restart is not None and marker.get("complete")
-            remedy = (
-                f"make these from it: pipeline pack {root} DEST --restart {packing.restart}" if whole else "remove it"
-            )
-            raise UserError(f"{root} was packed with {difference}; give another folder, or {remedy}")
 
 
 def _fetch_until_complete(
@@ -253,18 +234,6 @@ def _sort_val(root: Path) -> None:
         sort_val(root, quiet=False)
 
 
-def _is_done(root: Path, selection: Selection, index: bool, packing: PackOptions | None) -> bool:
-    """Is the selection complete, and no folder changed since it was indexed? Then no request is sent to Kaggle."""
-    manifest = read_manifest(root)
-    if manifest is None or not manifest.has(selection) or not index or not has_index(index_folder(root)):
-        return False
-    if packing is not None and not find_complete(root):
-        return False
-    opened = open_index(index_folder(root))
-    files = [name for split in opened.splits.values() for name in list_shard_files(split)]
-    return is_current(opened) and all((root / name).is_file() for name in files)
-
-
 def _read_own_manifest(root: Path) -> Manifest:
     """The manifest that this run has written."""
     manifest = read_manifest(root)
@@ -278,24 +247,6 @@ def _describe(root: Path, verified: bool) -> str:
     classes = {len(chosen) for chosen in manifest.whole.values() if chosen != ALL}
     part = f" of {max(classes)} classes" if classes else ""
     return f"{root}: complete{' and verified' if verified else ''}: {counts} images{part}"
-
-
-@contextlib.contextmanager
-def _locked_root(root: Path) -> Iterator[None]:
-    """Make ROOT and `ROOT/.fetch`; UserError where another fetch works there."""
-    state = root / STATE
-    with contextlib.ExitStack() as stack:
-        try:
-            state.mkdir(parents=True, exist_ok=True)
-            busy = f"another fetch is running in {root}; wait for it or stop it"
-            stack.enter_context(locked(state / "lock", busy, wait=False))
-        except OSError as error:
-            raise explain(error, state) from error
-        shutil.rmtree(state / "parts", ignore_errors=True)
-        try:
-            yield
-        finally:
-            shutil.rmtree(state / "parts", ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from requests.adapters import HTTPAdapter
 from pipeline.dataset.acquire.access.backoff import Backoff, Patience, parse_retry_after
 from pipeline.dataset.acquire.access.connection import PROXY_USER, explain_connection
 from pipeline.dataset.acquire.access.credentials import Found, explain_none, prepare_credentials
-from pipeline.dataset.acquire.remote import BUSY, REFUSED, Address
+from pipeline.dataset.acquire.access.remote import BUSY, REFUSED, Address
 from pipeline.dataset.disk import explain
 from pipeline.errors import TransientError, UserError
 from pipeline.progress import Progress

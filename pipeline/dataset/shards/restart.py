@@ -14,12 +14,14 @@ window touches, and hands the decoder only the intervals that it touches. Entrie
 """
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
+from pipeline.dataset.index.index import Index, Split
 from pipeline.dataset.shards.jpeg import find_intervals, read_frame
 
 TABLE = ".restart"  #: suffix of a table; it lies beside its shard
@@ -39,6 +41,19 @@ class TableError(ValueError):
 def table_name(shard: str) -> str:
     """The file beside a shard: `train-000000.tar` has `train-000000.restart`."""
     return str(Path(shard).with_suffix(TABLE))
+
+
+def list_shard_files(split: Split) -> Iterator[str]:
+    """The shards of a split, and their tables."""
+    for shard in split.shards:
+        yield shard
+        if split.restart is not None:
+            yield table_name(shard)
+
+
+def has_shard_files(index: Index) -> bool:
+    """Is every shard there, and every table?"""
+    return all((index.root / name).is_file() for split in index.splits.values() for name in list_shard_files(split))
 
 
 def make_entry(data: bytes, digest: int) -> bytes | None:

@@ -3,16 +3,16 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipeline.command import run_command
 from pipeline.dataset.disk import check_space, explain
-from pipeline.dataset.index.index import MAIN_FILE, Index, Split, index_folder, list_files, open_index, safe_join
+from pipeline.dataset.index.index import MAIN_FILE, Index, index_folder, list_files, open_index, safe_join
 from pipeline.dataset.lock import locked
-from pipeline.dataset.shards.restart import TABLE, table_name
+from pipeline.dataset.shards.restart import TABLE, list_shard_files
 from pipeline.errors import UserError, permission_problem
 from pipeline.files import atomic_write
 from pipeline.progress import Progress
@@ -48,14 +48,6 @@ def copy_file(there: Path, here: Path, advance: Callable[[int], None]) -> None:
             advance(len(piece))
     shutil.copystat(there, temporary)
     temporary.replace(here)
-
-
-def list_shard_files(split: Split) -> Iterator[str]:
-    """The shards of a split, and their restart tables."""
-    for shard in split.shards:
-        yield shard
-        if split.restart is not None:
-            yield table_name(shard)
 
 
 def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: bool = False) -> tuple[Index, int]:

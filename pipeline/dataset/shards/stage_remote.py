@@ -30,8 +30,8 @@ from pipeline.dataset.index.index import (
     open_index,
     safe_join,
 )
-from pipeline.dataset.shards.restart import MAGIC, TABLE, is_intact, table_name
-from pipeline.dataset.shards.stage import CHUNK, THREADS, copy_index, list_shard_files, locked_folder
+from pipeline.dataset.shards.restart import MAGIC, TABLE, is_intact, list_shard_files, table_name
+from pipeline.dataset.shards.stage import CHUNK, THREADS, copy_index, locked_folder
 from pipeline.errors import TransientError, UserError
 from pipeline.files import atomic_write
 from pipeline.progress import Progress
