@@ -98,6 +98,16 @@ def test_going_back_sets_later_steps_aside_and_the_ledger_has_no_hole(root, run)
     assert steps(run) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("named", ["the link", "its target"])
+def test_a_checkpoint_of_the_run_is_not_written_again_where_checkpoints_is_a_link(root, run, tmp_path, named):
+    shutil.move(run / "checkpoints", tmp_path / "large")
+    (run / "checkpoints").symlink_to(tmp_path / "large")
+    path = (run / "checkpoints" if named == "the link" else tmp_path / "large") / "step-000000002"
+    before = path.stat().st_ino
+    runs.call(root, run, *SAVING[:-1], "2", "--resume", str(path))
+    assert saved(run) == [2] and steps(run, "eval") == [2] and path.stat().st_ino == before
+
+
 def test_resume_from_a_path_counts_once(root, run, tmp_path):
     """A batch script repeats its command after each interruption."""
     other = tmp_path / "other"

@@ -1,6 +1,8 @@
 """A request to stop that comes before the training is there to hear it is heard; one of an earlier start is not."""
 
 import json
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -61,19 +63,36 @@ def test_asked_before_the_index_is_built_the_marker_says_why(synthetic_root, tmp
     assert json.loads((run / "interrupted").read_text())["reason"] == "7.0 USR1 from Slurm"
 
 
-@pytest.mark.parametrize("text", ["USR1 from Slurm", None])
-def test_the_reason_is_that_of_the_stop_file_though_another_rank_saw_it_first(tmp_path, text):
-    stop, marked, events = StopRequest(install=False), [], []
+@pytest.mark.parametrize(("text", "linked"), [("USR1 from Slurm", False), ("USR1 from Slurm", True), (None, False)])
+def test_reason_and_seconds_are_the_stop_files_though_another_rank_saw_it_first(tmp_path, text, linked):
+    stop, marked, events, said = StopRequest(install=False), [], [], []
     stop.watch(tmp_path / "stop")
-    if text:
+    if text and linked:
+        (tmp_path / "stop").symlink_to(text)
+    elif text:
         (tmp_path / "stop").write_text(text)
+    if text:
+        now = time.time()
+        os.utime(tmp_path / "stop", (now - 40, now - 40), follow_symlinks=False)
     recorder = SimpleNamespace(
-        writer=SimpleNamespace(wait=lambda: True),
-        event=lambda *names, **facts: events.append(facts["reason"]),
+        _require_saved=lambda what: None,
+        event=lambda *names, **facts: events.append((facts["reason"], facts["seconds"])),
         ledger=SimpleNamespace(sync=lambda: None),
-        folder=SimpleNamespace(mark=lambda name, **facts: marked.append((name, facts["reason"]))),
-        console=SimpleNamespace(say=lambda message: None),
+        folder=SimpleNamespace(mark=lambda name, **facts: marked.append((name, facts["reason"], facts["seconds"]))),
+        console=SimpleNamespace(say=said.append),
     )
     RunRecorder.interrupt(recorder, 8, stop)
-    reason = text or "another rank was asked"
-    assert marked == [("interrupted", reason)] and events == [reason]
+    ((reason, seconds),) = events
+    assert reason == (text or "another rank was asked")
+    assert seconds >= 40 if text else seconds == 0
+    assert marked == [("interrupted", reason, round(seconds, 2))] and f", {seconds:.1f} s after the signal" in said[0]
+
+
+def test_a_stop_file_from_the_future_is_of_now(tmp_path):
+    """The clock of the node that wrote it is ahead."""
+    stop = StopRequest(install=False)
+    stop.watch(tmp_path / "stop")
+    (tmp_path / "stop").write_text("enough")
+    os.utime(tmp_path / "stop", (time.time() + 1e6,) * 2)
+    before = time.monotonic()
+    assert stop and before <= stop.since <= time.monotonic()

@@ -10,6 +10,7 @@ from test_index import make_folder
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.scan import build_index
+from pipeline.tracking.ledger import VALIDATION_UNREADABLE
 
 TRAIN = ("--schedule.epochs", "1", "--train.eval_every_epochs", "1")
 
@@ -50,7 +51,7 @@ def test_a_score_over_fewer_images_says_so_everywhere(root, tmp_path, capsys, pr
     assert "left out of val: 1 unreadable (val/b/5.png)" in said
     (row,) = runs.rows(run, "eval")[-1:]
     assert (row["images"], row["left_out"]) == (7, 5)
-    (event,) = [row for row in runs.rows(run, "event") if row["event"] == "validation_unreadable"]
+    (event,) = [row for row in runs.rows(run, "event") if row["event"] == VALIDATION_UNREADABLE]
     assert sorted(event["files"]) == [f"val/{name}.png" for name in ("a/0", "a/1", "a/2", "b/0")]
     assert main(["status", str(run)]) == 0
     assert "(5 of 12 images left out)" in capsys.readouterr().out

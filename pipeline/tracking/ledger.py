@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.files import atomic_write
 
 TRAINING_UNREADABLE = "training_unreadable"  #: the event of a training image that is replaced from now on
+VALIDATION_UNREADABLE = "validation_unreadable"  #: the event of validation images that are left out of the scores
 
 
 def read_rows(path: Path, size: int | None = None) -> Iterator[dict]:

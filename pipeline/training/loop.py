@@ -11,7 +11,6 @@ from pipeline.errors import EXIT_OK, EXIT_REGROUP
 from pipeline.loader.build import make_eval_stream, make_train_stream
 from pipeline.loader.prefetch import DigestsAhead, OngoingBatches
 from pipeline.loader.stream import Stream
-from pipeline.tracking.ledger import TRAINING_UNREADABLE
 from pipeline.training.evaluate import Evaluation, score_recalibrated, share_buffers
 from pipeline.training.guard import Guard
 from pipeline.training.profile import Profiler
@@ -19,6 +18,7 @@ from pipeline.training.ranks.consistency import compare_parameters
 from pipeline.training.ranks.step_stats import StepStats, StepStatsExchange, Vote
 from pipeline.training.ranks.stop_request import interrupted_exit_code
 from pipeline.training.ranks.stragglers import OwnTime, Stragglers
+from pipeline.training.ranks.unreadable import Unreadable
 from pipeline.training.ranks.world import Clock
 from pipeline.training.recorder import RunRecorder, open_recorder
 from pipeline.training.setup import RunSetup, already_finished
@@ -91,9 +91,9 @@ class Trainer:
 
     def take_state_of(self, start: Start) -> None:
         """Set what a checkpoint holds beside the tensors of `train_step`."""
-        self.step, self.saved_step = start.step, start.step if start.is_saved_in(self.setup.folder) else -1
+        self.step, self.saved_step = start.step, start.step if start.is_saved else -1
         self.saved_at = time.monotonic()
-        self.blacklist = start.blacklist  # unreadable sample -> the step in which it was found
+        self.unreadable = Unreadable(start.blacklist)
         self.guard.restore(start.rollbacks, start.last_good_step)
         self.batches.close()
         self.plan.reshuffle(self.guard.reshuffled_from())
@@ -127,8 +127,7 @@ class Trainer:
         once.
         """
         epoch_start = self.plan.epoch_end(self.plan.epochs_done(self.step))
-        skip = frozenset(sample for sample, step in self.blacklist.items() if step <= epoch_start)
-        batches = self.batches.read(self.train_stream, self.step, pause, skip)
+        batches = self.batches.read(self.train_stream, self.step, pause, self.unreadable.skip(epoch_start))
         clock, waiting = Clock(), OwnTime(self.world.device)
         while self.step < pause and not self.stopping and self.guard.tripped is None:
             self.watch.phase("waiting for images", self.step + 1)
@@ -180,13 +179,9 @@ class Trainer:
             before = stats.step - 1
             planned, *_ = self.plan.samples_at(before, 0, self.plan.global_batch_size)
             ids = stats.ids.numpy()
-            for sample in planned[planned != ids].tolist():
-                if sample not in self.blacklist:
-                    self.blacklist[sample] = stats.step
-                    name = self.train_stream.source.describe(sample)
-                    self.console.say(f"unreadable from now on: {name}; substituted")
-                    if self.recorder:
-                        self.recorder.event(TRAINING_UNREADABLE, stats.step, file=name, sample=sample)
+            new = self.unreadable.observe(stats.step, planned, ids)
+            if self.recorder:
+                self.recorder.record_unreadable(stats.step, {i: self.train_stream.source.describe(i) for i in new})
             self.stopping |= stats.vote >= Vote.REGROUP
             self.regrouping |= stats.vote == Vote.REGROUP
             self.save_requested |= stats.vote == Vote.SAVE
@@ -215,7 +210,7 @@ class Trainer:
         found: dict[str, Evaluation] = {}
         for name, network in self.train_step.networks.items():
             scores = score_recalibrated(
-                network, self.setup, self.train_stream, self.eval_stream, self.step, frozenset(self.blacklist)
+                network, self.setup, self.train_stream, self.eval_stream, self.step, self.unreadable.skip()
             )
             if scores is None:
                 self.stopping = True
@@ -252,9 +247,7 @@ class Trainer:
             return
         compare_parameters(self.train_step.model, self.world, self.step)
         with self.watch.collective("the exchange of buffers"):
-            for (
-                network
-            ) in self.train_step.networks.values():  # rank 0's count, and its node may be the one that is lost
+            for network in self.train_step.networks.values():  # rank 0's count; its node may be the one that is lost
                 share_buffers(network, self.world)
         if self.local and self.world.local_rank == 0:
             self.watch.phase("a local snapshot")
@@ -262,8 +255,7 @@ class Trainer:
 
     def meta(self) -> dict:
         """What a checkpoint holds beside its tensors."""
-        blacklist = [list(item) for item in sorted(self.blacklist.items())]
-        return {**self.setup.identity(), "blacklist": blacklist, **self.guard.state()}
+        return {**self.setup.identity(), **self.unreadable.state(), **self.guard.state()}
 
     def roll_back(self) -> None:
         """Too many bad steps in a row: restore the last checkpoint before them, and resume from there with another

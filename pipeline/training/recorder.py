@@ -11,10 +11,15 @@ import torch
 from pipeline.config import semantic_config
 from pipeline.dataset.index.left_out import describe
 from pipeline.errors import TransientError
-from pipeline.loader.build import choose_loader
-from pipeline.model.build import count_parameters
 from pipeline.run_paths import RunPaths
-from pipeline.tracking.ledger import Ledger, best_step, early_stop, last_steps
+from pipeline.tracking.ledger import (
+    TRAINING_UNREADABLE,
+    VALIDATION_UNREADABLE,
+    Ledger,
+    best_step,
+    early_stop,
+    last_steps,
+)
 from pipeline.tracking.tensorboard_view import TensorBoardView
 from pipeline.tracking.view import View
 from pipeline.tracking.wandb_view import WandbView
@@ -31,7 +36,7 @@ from pipeline.training.run_folder.gpu_fault import take_gpu_fault
 from pipeline.training.run_folder.outage import Outage
 from pipeline.training.run_folder.set_aside import set_aside
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
-from pipeline.training.setup import RunSetup
+from pipeline.training.setup import RunSetup, print_summary
 from pipeline.training.start import resume_option
 from pipeline.training.step import TrainStep
 
@@ -143,14 +148,20 @@ class RunRecorder:
         """The ledger's row of an evaluation. found: "raw" and, where there is an average of the weights, "ema"."""
         epoch, scores = self.epoch(step), found["raw"].scores
         average = found["ema"].scores if "ema" in found else None
-        self.name_unreadable(step, {name: why for part in found.values() for name, why in part.unreadable.items()})
+        self.record_left_out(step, {name: why for part in found.values() for name, why in part.unreadable.items()})
         row = {"kind": "eval", "step": step, "epoch": epoch, **dataclasses.asdict(scores)}
         if average is not None:
             own = dataclasses.asdict(average)
             row |= {key.replace("val_", "val_ema_"): value for key, value in own.items() if key.startswith("val_")}
         self.log(row)
 
-    def name_unreadable(self, step: int, unreadable: dict[str, str]) -> None:
+    def record_unreadable(self, step: int, new: dict[int, str]) -> None:
+        """Training samples that could not be read, and are substituted from now on. new: sample -> its description."""
+        for sample, name in new.items():
+            self.console.say(f"unreadable from now on: {name}; substituted")
+            self.event(TRAINING_UNREADABLE, step, file=name, sample=sample)
+
+    def record_left_out(self, step: int, unreadable: dict[str, str]) -> None:
         """Name the validation images that could not be read, each once a start. unreadable: file -> reason."""
         new = {name: reason for name, reason in unreadable.items() if name not in self.named}
         if not new:
@@ -160,7 +171,7 @@ class RunRecorder:
             self.console.warn(f"validation image {name} can't be read ({reason}); left out of the scores")
         if len(new) > NAMED:
             self.console.warn(f"and {len(new) - NAMED:,} more validation images: see {self.folder.ledger}")
-        self.event("validation_unreadable", step, files=new)
+        self.event(VALIDATION_UNREADABLE, step, files=new)
 
     def alarm(self, text: str) -> None:
         """Warn, also those who only look at W&B."""
@@ -219,10 +230,14 @@ class RunRecorder:
             f"rolling back from step {rollback.at} to {path or 'the beginning'}, with learning rate {lr:.4g}{order}"
         )
 
+    def _require_saved(self, what: str) -> None:
+        """Raises TransientError where the last save did not reach the disk. what: the checkpoint, in words."""
+        if not self.writer.wait():
+            raise TransientError(f"{what} could not be written to {self.folder.checkpoints}; start again")
+
     def finish(self, step: int) -> None:
         """The last step is done, scored and on the disk. Raises TransientError where its checkpoint could not be."""
-        if not self.writer.wait():
-            raise TransientError(f"the last checkpoint could not be written to {self.folder.checkpoints}; start again")
+        self._require_saved("the last checkpoint")
         try:
             self.writer.prune()  # the last scores may have made another checkpoint the best
         except OSError as error:
@@ -241,10 +256,9 @@ class RunRecorder:
 
     def interrupt(self, step: int, stop: StopRequest) -> None:
         """Somebody asked to stop, and all is saved. Raises TransientError where it could not be."""
-        if not self.writer.wait():
-            raise TransientError(f"the checkpoint could not be written to {self.folder.checkpoints} before stopping")
-        asked = bool(stop)  # looks at the stop file once more: another rank may have seen it first
-        reason, seconds = (stop.reason if asked else None) or "another rank was asked", stop.seconds()
+        self._require_saved("the checkpoint before stopping")
+        stop.look()  # another rank may have seen the stop file first
+        reason, seconds = stop.reason or "another rank was asked", stop.seconds()
         self.event("interrupted", step, reason=reason, seconds=seconds)
         self.ledger.sync()
         self.folder.mark("interrupted", step=step, reason=reason, seconds=round(seconds, 2))
@@ -255,8 +269,7 @@ class RunRecorder:
 
     def regroup(self, step: int) -> None:
         """All is saved, for other ranks to resume. Raises TransientError where it could not be."""
-        if not self.writer.wait():
-            raise TransientError(f"the checkpoint could not be written to {self.folder.checkpoints} before stopping")
+        self._require_saved("the checkpoint before stopping")
         self.ledger.sync()
         self.console.say(f"step {step} is saved; the ranks start again with the nodes that joined")
 
@@ -284,18 +297,3 @@ def open_recorder(setup: RunSetup, train_step: TrainStep) -> RunRecorder:
     print_summary(setup, train_step)
     setup.console.start(setup.start.step, setup.milestones.last_step)
     return recorder
-
-
-def print_summary(setup: RunSetup, train_step: TrainStep) -> None:
-    """Print what is trained, on what, from where."""
-    config, say, world = setup.config, setup.console.say, setup.world
-    loader, fallen_back_from = choose_loader(config.data.loader)
-    if fallen_back_from:
-        setup.console.warn(fallen_back_from)
-    say(f"run folder {setup.folder.path}")
-    say(
-        f"{config.model.name}: {count_parameters(train_step.model):,} parameters, {config.train.precision}; "
-        f"{world.size} x {world.device.type}, global batch {config.train.global_batch_size}; "
-        f"{setup.plan.samples:,} training images of {setup.index.num_classes} classes by {loader}"
-    )
-    say("starting at step 0" if setup.start.path is None else f"resuming from {setup.start.path}")

@@ -8,9 +8,9 @@ import torch
 
 from pipeline.config import Config, semantic_config
 from pipeline.dataset.index.index import Index
-from pipeline.loader.build import make_train_plan
+from pipeline.loader.build import choose_loader, make_train_plan
 from pipeline.loader.plan import TrainPlan
-from pipeline.model.build import build_model
+from pipeline.model.build import build_model, count_parameters
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
 from pipeline.tracking.ledger import early_stop, read_rows
@@ -146,3 +146,18 @@ def already_finished(setup: RunSetup) -> bool:
         return ended
 
     return setup.world.on_rank_zero(find_scores)
+
+
+def print_summary(setup: RunSetup, train_step: TrainStep) -> None:
+    """Print what is trained, on what, from where."""
+    config, say, world = setup.config, setup.console.say, setup.world
+    loader, fallen_back_from = choose_loader(config.data.loader)
+    if fallen_back_from:
+        setup.console.warn(fallen_back_from)
+    say(f"run folder {setup.folder.path}")
+    say(
+        f"{config.model.name}: {count_parameters(train_step.model):,} parameters, {config.train.precision}; "
+        f"{world.size} x {world.device.type}, global batch {config.train.global_batch_size}; "
+        f"{setup.plan.samples:,} training images of {setup.index.num_classes} classes by {loader}"
+    )
+    say("starting at step 0" if setup.start.path is None else f"resuming from {setup.start.path}")

@@ -32,21 +32,19 @@ class Start:
         meta: the checkpoint's manifest.
         rollbacks: of the run so far.
         went_back: `--resume PATH` was followed; what this run did after it is to be set aside.
+        is_saved: is `path` a checkpoint of this run? `--resume PATH` may name another run's, which may go away.
     """
 
     path: Path | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     rollbacks: list[Rollback] = field(default_factory=list)
     went_back: bool = False
+    is_saved: bool = True
 
     @property
     def step(self) -> int:
         """Number of steps done."""
         return self.meta.get("step", 0)
-
-    def is_saved_in(self, folder: RunFolder) -> bool:
-        """Has this run a checkpoint of it, or can do without, at step 0? `--resume PATH` may name another run's."""
-        return self.path is None or self.path.resolve().parent == folder.checkpoints
 
     @property
     def blacklist(self) -> dict[int, int]:
@@ -107,6 +105,11 @@ def _newest(folder: RunFolder, rows: list[dict], warn: Callable[[str], None]) ->
     return found
 
 
+def _is_in(path: Path, folder: Path) -> bool:
+    """Does `path` lie in `folder`, whichever of them is a symbolic link?"""
+    return folder.resolve() in (path.resolve().parent, path.parent.resolve())
+
+
 def _was_followed(config: Config, rows: list[dict]) -> bool:
     """Has an earlier start of this run followed `--resume PATH` already? A batch script that is requeued repeats it."""
     return any(row.get("resume_option") == resume_option(config) for row in rows)
@@ -145,7 +148,8 @@ def find_start(
     if found is None:
         return Start(rollbacks=rollbacks)
     check_fingerprints(*found, semantic_config(config), index_fingerprint, config.given)
-    start = Start(*found, rollbacks or rollbacks_of(found[1]), went_back)
+    own = not went_back or _is_in(found[0], folder.checkpoints)
+    start = Start(*found, rollbacks or rollbacks_of(found[1]), went_back, own)
     if start.step > last_step:
         raise UserError(
             f"{start.path} is at step {start.step}, past the end at {last_step}; "

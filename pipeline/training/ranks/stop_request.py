@@ -103,30 +103,34 @@ class StopRequest:
         else:
             self.regroup = True
 
-    def ask(self, reason: str) -> None:
-        """Note a request; the first one counts."""
+    def ask(self, reason: str, age_s: float = 0.0) -> None:
+        """Note a request, made so long ago; the first one counts."""
         if self.reason is None:
-            self.since = time.monotonic()
+            self.since = time.monotonic() - age_s
             self.reason = reason
 
     def watch(self, file: Path) -> None:
         """Take the file's appearance as a request too; its text is the reason."""
         self._file = file
 
-    def _read_file(self, file: Path) -> None:
-        """Take note of the stop file. An empty one may be about to be written: it counts when it is a second old."""
+    def look(self) -> None:
+        """Take note of the stop file, if it is there: the request is as old as the file. An empty one may be about to
+        be written: it counts when it is a second old."""
+        if self.reason is not None or self._file is None:
+            return
+        age_s = 0.0
         try:
-            text = read_note(file).strip()
-            if text or time.time() - file.stat().st_mtime > 1:
-                self.ask(text[:200] or "stop file")
+            age_s = max(0.0, time.time() - self._file.lstat().st_mtime)  # a link's text may be the note
+            text = read_note(self._file).strip()
+            if text or age_s > 1:
+                self.ask(text[:200] or "stop file", age_s)
         except (PermissionError, IsADirectoryError, UnicodeDecodeError):
-            self.ask("stop file")
+            self.ask("stop file", age_s)
         except OSError:  # none, or a file system that is away
             pass
 
     def __bool__(self) -> bool:
-        if self.reason is None and self._file is not None:
-            self._read_file(self._file)
+        self.look()
         return self.reason is not None
 
     def seconds(self) -> float:
