@@ -14,6 +14,7 @@ from test_stage import content, packed  # noqa: F401 - packed is a fixture
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
+from pipeline.dataset.shards import stage_remote
 
 pytest.importorskip("moto.server")
 s3fs = pytest.importorskip("s3fs")
@@ -60,12 +61,15 @@ def test_copies_everything_and_a_second_run_nothing(bucket, packed, tmp_path, ca
     assert (local / "train-0.tar").stat().st_ino == before
 
 
-def test_from_an_http_server_whose_listing_tells_no_sizes(packed, tmp_path, capsys):  # noqa: F811
+def test_from_an_http_server_without_sizes_in_its_listing_and_byte_ranges(packed, tmp_path, monkeypatch, capsys):  # noqa: F811
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
+    monkeypatch.setattr(stage_remote, "CHUNK", 2000)  # of shards of 3000
     local = tmp_path / "local"
+    local.mkdir()
+    (local / ".train-1.tar.stage.tmp").write_bytes((packed / "train-1.tar").read_bytes()[:500])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=packed)) as files:
         threading.Thread(target=files.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{files.server_port}"

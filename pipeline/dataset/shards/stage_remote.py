@@ -263,7 +263,13 @@ def _copy(store: Store, file: _File, dest: Path, advance: Callable[[int], None])
             target.truncate(begun)
             advance(begun)
             for start in range(begun, file.size, CHUNK):
-                target.write(store.read(file.name, start, min(start + CHUNK, file.size)))
+                data = store.read(file.name, start, min(start + CHUNK, file.size))
+                if len(data) == file.size:  # also from an HTTP server that knows no byte ranges
+                    target.truncate(0)
+                    target.write(data)
+                    advance(file.size - start)
+                    break
+                target.write(data)
                 advance(min(start + CHUNK, file.size) - start)
         if _is_sound(temporary, file):
             if file.mtime_ns is not None:
