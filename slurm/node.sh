@@ -8,7 +8,7 @@
 set -u
 
 STORE_LOST=68 INTERRUPTED=75 # exit codes of `pipeline launch`: the rendezvous is out of reach; asked to stop
-REJOINS=20                   # of a node whose network comes and goes
+REJOINS=${REJOINS:-20}        # of a node whose network comes and goes
 
 # shellcheck disable=SC2317,SC2329 # the traps call it
 on_signal() { # $1: its name
@@ -93,7 +93,7 @@ rendezvous_answers() { # a dropped packet is waited for without an end
     timeout 5 bash -c ": >/dev/tcp/${RENDEZVOUS%:*}/${RENDEZVOUS##*:}" 2>/dev/null
 }
 
-find_first_node() { # 0: this node can join again. The batch shell was lost with the first node, or does the same as here:
+find_first_node() { # 0: this node joins again, which it does REJOINS times at most. The batch shell was lost with the first node, or does the same as here:
     # requeue the job. Where only the way to it is broken, the job may be healthy: Slurm knows.
     local answer end=$((SECONDS + ${REQUEUE_S:-600})) first lost='' said='' state
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -108,6 +108,11 @@ find_first_node() { # 0: this node can join again. The batch shell was lost with
             fi
         fi
         if [[ -z $lost ]] && rendezvous_answers; then
+            if ((rejoins >= REJOINS)); then
+                echo "$node: the rendezvous on $first answers again; this node stays out, it has joined again $REJOINS times"
+                return 1
+            fi
+            rejoins=$((rejoins + 1))
             echo "$node: the rendezvous on $first answers again; this node joins again"
             return 0
         elif [[ -n $lost ]] && answer=$(LC_ALL=C timeout 90 scontrol requeue "$JOB" 2>&1); then
@@ -150,7 +155,7 @@ main() { # VERB ...: `pipeline VERB ...`
         launcher=$!
         await "$launcher"
         code=$?
-        if [[ -z $elastic || -n $store || $code != "$STORE_LOST" ]] || ! find_first_node || ((++rejoins > REJOINS)); then
+        if [[ -z $elastic || -n $store || $code != "$STORE_LOST" ]] || ! find_first_node; then
             break
         fi
     done

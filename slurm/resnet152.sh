@@ -22,6 +22,7 @@
 #   MIN_NODES       nodes that training goes on with when others are lost; submit with --no-kill [all]
 #   SPARE_NODES     nodes that wait, and take the place of lost ones [0]
 #   REJOIN_S        seconds to wait for lost nodes where fewer than MIN_NODES are left, before the job is requeued [30]
+#   REJOINS         times at most that a node which was out of reach joins again [20]
 #   BENCH           JSON file with a measured speed, for preflight's time estimate until the run has its own [none]
 #   PIPELINE_HOME   the project's folder [where sbatch was called]
 #   PYTHON          interpreter [python]

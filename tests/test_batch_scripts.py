@@ -447,6 +447,14 @@ def test_a_node_that_was_cut_off_joins_again(job, cut_off):
     assert "the rendezvous on n1 answers again; this node joins again" in log
 
 
+def test_a_node_that_is_cut_off_again_and_again_stays_out_and_says_so(job, cut_off):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        process = cut_off(RENDEZVOUS=f"127.0.0.1:{server.getsockname()[1]}", REJOINS="2")
+        log, _ = process.communicate(timeout=30)
+    assert process.returncode == 68 and not job.file("requeued")
+    assert log.count("this node joins again") == 2 and "this node stays out, it has joined again 2 times" in log
+
+
 def log_of(job) -> str:
     return "".join(path.read_text() for path in job.run.glob("logs/*"))
 
