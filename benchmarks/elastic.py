@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,10 +79,15 @@ def lose_a_node(job: NodeJob, case: Case) -> dict:
     lost = next(node for node in reversed(job.nodes[1:]) if ranks_of(node))
     job.kill(lost)
     begun, done = time.monotonic(), job.last_step()
-    times = {"noticed": job.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of old ranks")}
-    times["new rank"] = job.wait_for(lambda: job.ranks().keys() - old, "new rank")
-    times["resumed"] = job.wait_for(lambda: len(job.starts()) > starts, "resumed run")
-    times["first step"] = job.wait_for(lambda: job.has_trained(starts, 1, case.after), "step without the lost node")
+
+    def time_of(condition: Callable[[], object], what: str) -> float:
+        job.wait_for(condition, what)
+        return time.monotonic()
+
+    times = {"noticed": time_of(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), "end of old ranks")}
+    times["new rank"] = time_of(lambda: job.ranks().keys() - old, "new rank")
+    times["resumed"] = time_of(lambda: len(job.starts()) > starts, "resumed run")
+    times["first step"] = time_of(lambda: job.has_trained(starts, 1, case.after), "step without the lost node")
     job.wait_for(lambda: job.has_trained(starts, STEPS_AFTER, case.after), "further step")
     again = max(0, done - job.starts()[starts]["step"])
     job.stop()

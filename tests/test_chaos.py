@@ -46,6 +46,9 @@ class Scripted:
     lose = end = begin
 
 
+STARTS = [f"start of job {number}" for number in range(1, 6)]
+
+
 @pytest.mark.parametrize(
     ("outcomes", "tried", "good", "problems"),
     [
@@ -53,6 +56,11 @@ class Scripted:
         ([True, True, False, True, True, True], 3, 2, ["try 2, node frozen: wrong"]),
         ([True, True, True, True, False], 3, 3, ["end of job 1: wrong"]),
         ([False, True, True, True, True, True], 3, 3, ["start of job 1: wrong"]),
+        (
+            [False, False, True, False, False, False, True, True, True, True],  # two, and two
+            *(3, 2),
+            [f"{what}: wrong" for what in (*STARTS[:2], "try 1, launcher killed", *STARTS[3:])],
+        ),
         ([False] * 3, 0, 0, [f"start of job {n}: wrong" for n in (1, 2, 3)]),  # not for ever
     ],
 )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
@@ -21,6 +22,7 @@ from pipeline.insight.status.run_state import read_events_and_evals, read_tail
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import is_start
 
+T = TypeVar("T")
 GLOBAL_BATCH_SIZE = 24  # 1, 2, 3 and 4 ranks divide it
 OURS, TORCHRUN = "pipeline launch", "torchrun"
 LAUNCHERS = {
@@ -133,14 +135,14 @@ class NodeJob:
             return False
         return self.last_step() >= found[-1]["step"] + steps
 
-    def wait_for(self, condition: Callable[[], object], what: str) -> float:
-        """The time at which `condition` came true. Raises TransientError after `timeout_s`."""
+    def wait_for(self, condition: Callable[[], T], what: str) -> T:
+        """What `condition` returns as soon as that is true. Raises TransientError after `timeout_s`."""
         deadline = time.monotonic() + self.timeout_s
-        while not condition():
+        while not (found := condition()):
             if time.monotonic() > deadline:
                 raise TransientError(f"no {what} within {self.timeout_s:.0f} s")
             time.sleep(POLL_S)
-        return time.monotonic()
+        return found
 
     # --- processes
 

@@ -64,13 +64,7 @@ class Tries:
         Raises TransientError where more than that node was lost, or two worlds train.
         """
         job = self.job
-        members: list[subprocess.Popen] = []
-
-        def trains() -> bool:
-            members[:] = [node for node in job.nodes if ranks_of(node)]
-            return len(members) > 1 and self._training() > 1
-
-        job.wait_for(trains, "world of two ranks or more")
+        members = job.wait_for(self._members, "world of two ranks or more")
         time.sleep(self.random.uniform(0, 1))  # any moment, also one at which the job grows
         victim = self.random.choice([node for node in job.nodes if ranks_of(node)] or members)
         starts = len(job.starts())
@@ -90,6 +84,11 @@ class Tries:
         job.wait_for(lambda: list(job.ranks().values()).count(0) < 2, "end of a second rank 0")
         self._check()
         return seconds
+
+    def _members(self) -> list[subprocess.Popen]:
+        """The nodes with ranks; [] where fewer than two train together."""
+        members = [node for node in self.job.nodes if ranks_of(node)]
+        return members if len(members) > 1 and self._training() > 1 else []
 
     def _training(self) -> int:
         """The ranks of the present world; 0 where it has not done a step."""
@@ -134,13 +133,13 @@ def lose_nodes(
     with Burners(load), Progress("bench elastic", tries, "tries") as progress:
         while done < tries and time.monotonic() < until and failed_starts < _FAILED_STARTS:
             jobs += 1
-            failed_starts += 1
+            begun = False
             what = f"start of job {jobs}"
             with NodeJob(work, f"tries-{jobs}", f"1:{MOST}", timeout_s=timeout_s) as job:
                 series = Tries(job, seed + jobs)
                 try:
                     series.begin()
-                    failed_starts = 0
+                    begun = True
                     while done < tries and time.monotonic() < until:
                         done += 1
                         kind = KINDS[done % len(KINDS)]
@@ -150,6 +149,7 @@ def lose_nodes(
                     what = f"end of job {jobs}"
                     series.end()
                 except TransientError as error:
+                    failed_starts = 0 if begun else failed_starts + 1
                     problems.append(f"{what}: {error}")
                     (work.parent / f"{work.name}-problem-{len(problems)}.log").write_bytes(job.log.read_bytes())
     return {"tries": done, "jobs": jobs, "load": load, "problems": problems, "seconds": seconds}
