@@ -17,7 +17,7 @@ def own_rank() -> int:
     return int(text) if has_launcher() and text.isdecimal() else 0
 
 
-def is_no_rank() -> bool:
+def is_beyond_world_size() -> bool:
     """Is this rank's number beyond those of its job? Then no rank 0 speaks for it."""
     size = os.environ.get("WORLD_SIZE", "")
     return has_launcher() and size.isdecimal() and own_rank() >= int(size)

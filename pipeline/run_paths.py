@@ -133,7 +133,7 @@ def run_around(path: str | Path) -> Path | None:
     return next((place for place in above if RunPaths(place).config.is_file()), None)
 
 
-def no_run(run: str | Path, checkpoints: bool = False) -> str:
+def not_a_run_message(run: str | Path, checkpoints: bool = False) -> str:
     """What to say of a path that is no run folder: it names the run folder that it lies in, if there is one.
     checkpoints: does the verb take --checkpoint?"""
     path, above = Path(run).expanduser().absolute(), run_around(run)

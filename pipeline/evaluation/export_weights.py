@@ -18,7 +18,7 @@ from pipeline.evaluation.checkpoints import FILES, find_checkpoint
 from pipeline.model.build import build_model, transforms_input
 from pipeline.model.heads import count_outputs
 from pipeline.model.weights import load_whole, mark_blurpool
-from pipeline.run_paths import no_run
+from pipeline.run_paths import not_a_run_message
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder
@@ -50,7 +50,7 @@ def export(
     if target.suffix not in writers:
         raise UserError(f"{out}: the name says what to write; let it end in {', '.join(writers)}")
     if not folder.config.exists():
-        raise UserError(no_run(run, checkpoints=True))
+        raise UserError(not_a_run_message(run, checkpoints=True))
     config = load_config(folder.config, verb="export")
     path, meta = find_checkpoint(folder, checkpoint)
     scores = next((row for row in read_rows(folder.ledger) if _is_score_of(row, meta["step"])), {})

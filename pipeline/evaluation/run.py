@@ -22,7 +22,7 @@ from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_
 from pipeline.logs import logger
 from pipeline.model.published import PREFIX, Published, find_published
 from pipeline.model.sizes import check_to_score
-from pipeline.run_paths import no_run
+from pipeline.run_paths import not_a_run_message
 from pipeline.training.data import open_data
 from pipeline.training.evaluate import evaluate
 from pipeline.training.guard import rollbacks_of
@@ -79,7 +79,7 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     published = find_published(ask.model, ask.weights.removeprefix(PREFIX)) if ask.published else None
     folder = RunFolder(Path(ask.run).expanduser().resolve())
     if published is None and not folder.config.exists():
-        raise UserError(no_run(ask.run, checkpoints=True))
+        raise UserError(not_a_run_message(ask.run, checkpoints=True))
     config = published_config(ask, published) if published else load_config(folder.config, verb="evaluate")
     config = relocated(config, ask.data_root, ask.batch_size, ask.device, ask.index)
     root = Path(config.data.root).expanduser()

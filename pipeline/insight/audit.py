@@ -21,7 +21,7 @@ from pipeline.insight.runs import expand
 from pipeline.loader.build import make_train_plan
 from pipeline.loader.plan import MOST_SUBSTITUTES, TrainPlan
 from pipeline.progress import Progress
-from pipeline.run_paths import RunPaths, list_checkpoints
+from pipeline.run_paths import RunPaths, list_checkpoints, not_a_run_message
 from pipeline.tracking.ledger import TRAINING_UNREADABLE, read_rows
 from pipeline.training.guard import rollbacks_of_ledger
 from pipeline.training.run_folder.checkpoint import DamagedCheckpoint, read_meta
@@ -120,7 +120,7 @@ def compare(one: Path, other: Path, rows: dict[Path, list[dict]]) -> tuple[str, 
 def _read(folder: Path) -> list[dict]:
     paths = RunPaths(folder)
     if not paths.config.exists():
-        raise UserError(f"{folder} is not a run folder: it has no {paths.config.name}; give a --run_dir")
+        raise UserError(not_a_run_message(folder))
     rows = list(read_rows(paths.ledger))
     if not any(row.get("kind") == "train" for row in rows):
         raise UserError(f"{folder} has no training step in its ledger yet ({paths.ledger.name})")

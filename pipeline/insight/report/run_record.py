@@ -14,7 +14,7 @@ from pipeline.evaluation.checkpoints import find_checkpoint
 from pipeline.model.build import build_model
 from pipeline.model.heads import count_outputs
 from pipeline.model.weights import load_whole, start_from
-from pipeline.run_paths import no_run
+from pipeline.run_paths import not_a_run_message
 from pipeline.tracking.ledger import best_step, better_scores, read_rows
 from pipeline.training.run_folder.best import place_of_weights
 from pipeline.training.run_folder.checkpoint import load_state
@@ -60,7 +60,7 @@ def read_record(run: str) -> Record:
     """Read a run folder, also of a run that is still training. Raises UserError if it is not one."""
     folder = RunFolder(Path(run).expanduser().resolve())
     if not folder.config.exists():
-        raise UserError(no_run(run))
+        raise UserError(not_a_run_message(run))
     config = load_config(folder.config, verb="report")
     rows: dict[str, list[dict]] = {"train": [], "eval": [], "event": []}
     for row in read_rows(folder.ledger):

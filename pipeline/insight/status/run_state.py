@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 from pipeline.files import read_note
-from pipeline.run_paths import META, RunPaths, list_checkpoints
+from pipeline.run_paths import META, RunPaths, list_checkpoints, not_a_run_message
 from pipeline.tracking.ledger import is_start, left_out_note, top1_of, world_sizes
 
 TAIL_ROWS = 100  # training rows that rates are taken over
@@ -123,7 +123,7 @@ def read_state(folder: Path, now: float | None = None) -> RunState:
     paths, config = RunPaths(folder), _read_config(folder)
     ledger = paths.ledger
     if not ledger.exists() and config is None:
-        raise UserError(f"{folder} is not a run folder (no config.yaml, no metrics.jsonl); give the --run_dir of a run")
+        raise UserError(not_a_run_message(folder))
     tail = read_tail(ledger) if ledger.exists() else []
     others = list(read_events_and_evals(ledger)) if ledger.exists() else []
     evals = [row for row in others if row.get("kind") == "eval"]

@@ -17,7 +17,7 @@ from pipeline.errors import TransientError, UserError, permission_problem
 from pipeline.gpu_facts import sign_of_gpus, why_no_cuda
 from pipeline.limits import MOST_FILES, available_cores, open_files_limit, share_of_cores
 from pipeline.model.pooling import use_deterministic_pooling
-from pipeline.rank_env import find_leftovers, has_launcher, is_no_rank
+from pipeline.rank_env import find_leftovers, has_launcher, is_beyond_world_size
 from pipeline.rank_info import RankInfo
 from pipeline.training.ranks.rendezvous import agree_on_name, find_store
 from pipeline.training.ranks.stop_request import StopRequest
@@ -158,7 +158,7 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
     leftovers = find_leftovers()
     if leftovers:
         error = UserError(leftovers)
-        error.on_all_ranks = not is_no_rank()
+        error.on_all_ranks = not is_beyond_world_size()
         raise error
     rank, size, local_rank, local_size = 0, 1, 0, 1
     if has_launcher():

@@ -15,7 +15,7 @@ from typing import Literal
 from pipeline.config import Config, ScheduleConfig, load_config, semantic_config
 from pipeline.config.time import Time, epochs_of, is_time, plain_time, steps_of
 from pipeline.errors import UserError
-from pipeline.run_paths import RunPaths, list_checkpoints, no_run
+from pipeline.run_paths import RunPaths, list_checkpoints, not_a_run_message
 from pipeline.tracking.ledger import Ledger, read_rows, read_rows_backwards
 from pipeline.training.run_folder.checkpoint import load_state, read_meta, verify_checkpoint, write_checkpoint
 from pipeline.training.run_folder.folder import RunFolder, make_run_folder
@@ -62,7 +62,7 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
     """
     paths = RunPaths(Path(run).expanduser().resolve())
     if not paths.config.exists():
-        raise UserError(no_run(run))
+        raise UserError(not_a_run_message(run))
     if any(item.partition("=")[0] == "--schedule.epochs" for item in overrides):
         raise UserError("give --epochs, the length of both runs together, instead of --schedule.epochs")
     if not is_time(epochs, above=True):
