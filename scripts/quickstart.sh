@@ -11,7 +11,8 @@ data=$folder/data
 run=$folder/run
 log=$folder/train.log
 mkdir -p "$folder"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the package sets the threads of each process itself
+threads=${OMP_NUM_THREADS:-}
+export OMP_NUM_THREADS=${threads:-1} # for torchrun, which would set it so and warn; each rank takes its share of the cores
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 processes=$((gpus > 0 ? gpus : 2))
@@ -42,6 +43,7 @@ fi
 
 echo
 echo "== is every batch, before and after the kill, the one that recipe, seed and index say?"
+[ -n "$threads" ] || unset OMP_NUM_THREADS
 python -m pipeline audit "$run"
 echo
 echo "== the best checkpoint on the whole validation set"

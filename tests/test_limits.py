@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import limits
 from pipeline.dataset.index.scan import build_index
@@ -246,3 +247,24 @@ def test_two_ranks_under_torchrun_have_half_the_cores_each_bound_or_not(tmp_path
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*run, str(program), how], capture_output=True, text=True, timeout=100)
     assert sorted(done.stdout.split()) == ["16"] * 4 + ["cores"] * 2, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"), [(None, 3), ("", 3), ("1", 1), ("2,1", 2), ("64", 3), ("0", 3), ("-1", 3), ("many", 3)]
+)
+def test_threads_that_a_run_alone_computes_with(monkeypatch, given, threads):
+    """The cores that it may use, or fewer where OMP_NUM_THREADS says so: two runs can share a machine."""
+    from pipeline.config import TrainConfig
+    from pipeline.training.ranks import world as worlds
+
+    monkeypatch.setattr(worlds, "available_cores", lambda: 3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before = torch.get_num_threads()
+    try:
+        world = worlds.start_world(TrainConfig(device="cpu"))
+        assert (torch.get_num_threads(), world.cores) == (threads, 3)
+    finally:
+        torch.distributed.destroy_process_group()
+        torch.set_num_threads(before)

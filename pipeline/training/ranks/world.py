@@ -196,8 +196,15 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
     watch = Watchdog(rank, size, train.hang_timeout_s, _shared_store(size))
     cores = _own_cores(rank, size)
     if device.type == "cpu":
-        torch.set_num_threads(cores)
+        torch.set_num_threads(cores if size > 1 else _wanted_threads(cores))
     return World(rank, size, local_rank, local_size, device, cores, watch, long_timeout_group)
+
+
+def _wanted_threads(cores: int) -> int:
+    """The threads that a process alone computes with: `cores`, or fewer where OMP_NUM_THREADS says so, as of programs
+    that share a machine. Of several ranks their launcher sets that variable, mostly to 1."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(cores, int(wanted)) if wanted.isdecimal() and int(wanted) > 0 else cores
 
 
 def _own_cores(rank: int, size: int) -> int:
