@@ -123,7 +123,7 @@ def test_a_window_is_a_fraction_of_the_bytes():
     assert cut.size < 0.35 * len(data)
 
 
-@pytest.mark.parametrize("loader", [*LOADERS, "parts"])
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_decoders_see_the_same_in_the_part_as_in_the_whole(loader, sampling):
     side = 24
@@ -138,9 +138,7 @@ def test_decoders_see_the_same_in_the_part_as_in_the_whole(loader, sampling):
     planned = Planned(np.arange(count), np.zeros(count, int), windows, rois, np.zeros(count, bool), side)
     encoded = [np.frombuffer(piece, np.uint8) for piece, _, _ in pieces]
     origins = np.array([piece[1:] for piece in pieces], np.int32)
-    name, parts = ("dali", True) if loader == "parts" else (loader, False)
-    decoder = build.make_decoder(name, count, 1, torch.device("cpu"), 1, parts=parts)
-    assert (type(decoder).__name__ == "PartDecoder") == parts
+    decoder = build.make_decoder(loader, count, 1, torch.device("cpu"), 1)
     (images,) = decoder.decode([EncodedBatch(0, planned, encoded, origins)])
     decoder.close()
     for image, (x, y) in zip(images.numpy(), corners, strict=True):
@@ -302,56 +300,13 @@ def test_a_table_that_does_not_fit_costs_time_and_no_pixel(own, how, caplog):
     assert "pipeline verify" in warnings[0]
 
 
-def encode(kind: str, pixels: np.ndarray) -> bytes:
-    image, stream = Image.fromarray(pixels), BytesIO()
-    if kind == "16-bit PNG":
-        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
-    elif kind in ("CMYK", "L"):
-        image = image.convert(kind)
-    image.save(stream, "PNG" if "PNG" in kind else "JPEG")
-    return stream.getvalue()
-
-
-@pytest.mark.skipif(build.dali_problem() is not None, reason="no DALI")
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_on_a_cpu_whole_samples_of_any_format_are_decoded_as_dali_does(interpolation):
-    """On a CPU restart shards are decoded without DALI; not every sample in them is a part of a JPEG."""
-    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-    data = [np.frombuffer(encode(kind, pixels), np.uint8) for kind in ("RGB", "L", "CMYK", "PNG", "16-bit PNG")]
-    count = len(data)
-    windows = np.tile(np.array([11, 9, 70, 60], np.int32), (count, 1))
-    whole = np.tile(np.array([0.0, 0, 70, 60]), (count, 1))
-    flips = np.arange(count) % 2 == 0
-    for rois in (whole, np.tile(np.array([9.0, 9, 61, 49]), (count, 1))):
-        planned = Planned(np.arange(count), np.zeros(count, np.int64), windows, rois, flips, 20)
-        found = []
-        for parts in (False, True):
-            decoder = build.make_decoder("dali", count, 2, torch.device("cpu"), 2, None, interpolation, parts=parts)
-            batch = EncodedBatch(0, planned, [decoder.prepare(item) for item in data])
-            found += decoder.decode([batch])
-            kind = type(decoder).__name__
-            decoder.close()
-        assert kind == "PartDecoder" and torch.equal(*found)
-
-
 def test_what_no_decoder_takes_is_named_by_its_step_and_position():
     whole = np.frombuffer(make_jpeg(37, 50, "4:2:0", 1), np.uint8)
     windows = np.tile(np.array([0, 0, 20, 20], np.int32), (2, 1))
     planned = Planned(np.arange(2), np.zeros(2, int), windows, windows.astype(float), np.zeros(2, bool), 20)
-    decoder = build.make_decoder("dali", 2, 1, torch.device("cpu"), 1, parts=True)
+    decoder = build.make_decoder("dali", 2, 1, torch.device("cpu"), 1)
     with pytest.raises(UndecodableSample) as raised:
         list(decoder.decode([EncodedBatch(7, planned, [whole, whole[:30]])]))
     assert (raised.value.step, raised.value.position) == (7, 1)
     assert len(list(decoder.decode([EncodedBatch(7, planned, [whole, whole])]))) == 1, "it goes on"
-    decoder.close()
-
-
-def test_another_jpeg_library_than_pils_is_not_used(monkeypatch):
-    from pipeline.loader.decode import parts
-
-    assert parts.decodes_as_pil()
-    monkeypatch.setattr(parts, "_decode_jpeg", lambda data: torch.zeros((40, 56, 3), dtype=torch.uint8))
-    assert not parts.decodes_as_pil()
-    decoder = build.make_decoder("dali", 4, 1, torch.device("cpu"), 2, parts=True)
-    assert type(decoder).__name__ == "DaliDecoder"
     decoder.close()

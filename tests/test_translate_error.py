@@ -210,6 +210,7 @@ def test_too_little_memory_is_no_bad_image(root):
 
     source = Source(build_index(root).splits["train"])
     decoder = DaliDecoder(8, 1, torch.device("cpu"))
+    source.hurry(more=True)  # several threads are to read
 
     def batches():
         with little_memory():

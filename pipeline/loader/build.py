@@ -108,15 +108,9 @@ def make_decoder(
     resize: int | None = None,
     interpolation: str = "bilinear",
     decode: str = "cpu",
-    parts: bool = False,
 ) -> Decoder:
     """A decoder by name, "dali" or "reference". resize: of the shorter side in validation, None in training. decode: as
-    `data.decode`. parts: it is given parts of samples that hold their windows: nothing is left for DALI to skip."""
-    if name == "dali" and parts and device.type == "cpu":
-        from pipeline.loader.decode.parts import PartDecoder, decodes_as_pil
-
-        if decodes_as_pil():
-            return PartDecoder(threads, prefetch, interpolation)
+    `data.decode`."""
     if name == "dali":
         from pipeline.loader.decode.dali import DaliDecoder
 
@@ -181,7 +175,7 @@ def _make_stream(
     resize = data.val_resize if name == "val" else None
     check_decode(data, place.device.type)
     settings = (batch_size, threads, place.device, data.prefetch, resize, data.interpolation, data.decode)
-    decoder = make_decoder(name_of_loader, *settings, parts=split.restart is not None)
+    decoder = make_decoder(name_of_loader, *settings)
     labels = split.records["label"]
     source = Source(split)
     return Stream(

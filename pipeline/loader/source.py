@@ -14,7 +14,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -32,6 +33,7 @@ _LOCAL_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # this process's lim
 _RETRY_AFTER_S = (0.1, 1.0, 5.0)  # short failures of a network file system
 T = TypeVar("T")
 
+_HURRIED = 16  # batches that all threads read once one was late
 _FEWEST_SHARDS = 8  # kept open at once, however few files this process may open
 _SHARE = 4  # of the files that this process may open, each split's shards may be one in so many
 
@@ -81,12 +83,23 @@ class Row(NamedTuple):
     table_size: int = 0
 
 
+@dataclass
+class _Reading:
+    """A batch under way. take: reads its samples until none is left. helpers: threads that do so beside the caller."""
+
+    take: Callable[[], None]
+    helpers: list[Future]
+
+
 class Source:
     """Reads the bytes of samples of a split; safe to use from several threads.
 
+    A batch is read by the thread that asks for it, and by `threads` while batches are late (`hurry`): of files that are
+    in memory, one thread reads quicker than several, which mostly wait for each other's turn in Python.
+
     Args:
         split: from the index.
-        threads: files read at once by `read_batch`.
+        threads: files read at once where batches are late.
     """
 
     def __init__(self, split: Split, threads: int = 8):
@@ -99,6 +112,8 @@ class Source:
         self._lock = threading.Lock()
         self._without_table: set[int] = set()  # shards whose restart table does not fit
         self._busy: dict[int, tuple[float, int]] = {}  # thread -> (start time, sample id) of its read
+        self._readings: list[_Reading] = []
+        self._hurried = 0  # batches that all threads are still to read
 
     def _shard(self, row: Row, suffix: str = "") -> _OpenShard:
         """A shard or (suffix) a file beside it, opened; those that were not used for longest are closed where too many
@@ -216,34 +231,48 @@ class Source:
         except (OSError, ValueError) as error:
             raise UnreadableSample(row.sample_id, str(error)) from error
 
-    def _read_part(self, rows: list[Row], prepare: Prepare) -> list[np.ndarray | UnreadableSample]:
-        parts: list[np.ndarray | UnreadableSample] = []
-        for row in rows:
-            try:
-                parts.append(self._prepared(row, prepare))
-            except UnreadableSample as error:
-                parts.append(error)
-        return parts
+    def hurry(self, more: bool) -> None:
+        """Somebody waits for a batch: all threads read those under way. more: and some to come."""
+        with self._lock:
+            self._hurried = _HURRIED if more else self._hurried
+            for reading in self._readings:
+                self._help(reading)
+
+    def _help(self, reading: _Reading) -> None:
+        while len(reading.helpers) < self.threads - 1:
+            reading.helpers.append(self.pool.submit(reading.take))
+
+    def _each(self, read: Callable[[int], T], count: int) -> list[T | UnreadableSample]:
+        """What `read` returns for 0 to count - 1, or the UnreadableSample that it raises."""
+        found: dict[int, T | UnreadableSample] = {}
+        left = iter(range(count))
+
+        def take() -> None:
+            for i in left:  # each goes to one thread
+                try:
+                    found[i] = read(i)
+                except UnreadableSample as error:
+                    found[i] = error
+
+        reading = _Reading(take, [])
+        try:
+            with self._lock:
+                self._readings.append(reading)
+                if self._hurried:
+                    self._hurried -= 1
+                    self._help(reading)
+            take()
+        finally:
+            with self._lock:
+                self._readings.remove(reading)
+        for helper in reading.helpers:
+            helper.result()
+        return [found[i] for i in range(count)]
 
     def read_batch(self, sample_ids: np.ndarray, prepare: Prepare = _as_it_is) -> list[np.ndarray | UnreadableSample]:
-        """The bytes of each sample, read and prepared by several threads; for an unreadable one its exception,
-        returned."""
+        """The bytes of each sample, prepared; for an unreadable one its exception, returned."""
         rows = self._rows(sample_ids)
-        size = max(1, -(-len(rows) // self.threads))
-        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
-        parts = self.pool.map(self._read_part, chunks, [prepare] * len(chunks))
-        return [item for part in parts for item in part]
-
-    def _read_pieces(
-        self, rows: list[Row], windows: list[tuple[int, int, int, int]], prepare: Prepare
-    ) -> list[Piece | UnreadableSample]:
-        pieces: list[Piece | UnreadableSample] = []
-        for row, window in zip(rows, windows, strict=True):
-            try:
-                pieces.append(self._piece(row, window, prepare))
-            except UnreadableSample as error:
-                pieces.append(error)
-        return pieces
+        return self._each(lambda i: self._prepared(rows[i], prepare), len(rows))
 
     def read_windows(
         self, sample_ids: np.ndarray, windows: np.ndarray, prepare: Prepare = _as_it_is
@@ -253,15 +282,7 @@ class Source:
         windows: int32 [B, 4], as in `Planned`. Inside its window every pixel of a part is the sample's.
         """
         rows, boxes = self._rows(sample_ids), [tuple(window) for window in windows.tolist()]
-        size = max(1, -(-len(rows) // self.threads))
-        firsts = range(0, len(rows), size)
-        parts = self.pool.map(
-            self._read_pieces,
-            (rows[i : i + size] for i in firsts),
-            (boxes[i : i + size] for i in firsts),
-            [prepare] * len(firsts),
-        )
-        return [item for part in parts for item in part]
+        return self._each(lambda i: self._piece(rows[i], boxes[i], prepare), len(rows))
 
     def slowest(self) -> str:
         """The file that is being read for the longest time, for messages; empty if none is being read."""

@@ -28,8 +28,6 @@ class _NoResizer:
             return self.images
 
     def start(self, windows: Any, planned: Any) -> "_Done":
-        for position in range(len(windows)):
-            windows[position]  # of restart shards it is decoded here
         return self._Done(len(windows))
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""Decoders of a stream: DALI, parts of restart shards by torchvision.io, and PIL as the reference; and resizing."""
+"""Decoders of a stream: DALI, and PIL as the reference; and resizing."""
