@@ -13,6 +13,7 @@ import pytest
 import runs
 
 import pipeline
+from pipeline.dataset.synthetic.generate import Settings, generate_tree
 from pipeline.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "examples/ten_lines.py"
@@ -127,3 +128,21 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match="has no metrics"):
         pipeline.read_ledger(tmp_path)
     assert capsys.readouterr().err == ""
+
+
+def test_a_script_without_a_guard_indexes_with_several_processes(tmp_path):
+    """Worker processes do not run it again: it would wait for itself."""
+    generate_tree(tmp_path / "data", Settings(classes=2, train_per_class=30, val_per_class=2, size=16, oddities=0))
+    (tmp_path / "mine.py").write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pipeline.dataset.index import scan, scan_split\n"
+        "scan_split.SMALL = 1\n"
+        "print('begins', flush=True)\n"
+        "index = scan.build_index(Path(sys.argv[1]), processes=2)\n"
+        "print(len(index.splits['train']), sys.modules['__main__'].__file__)\n"
+    )
+    command = [sys.executable, str(tmp_path / "mine.py"), str(tmp_path / "data")]
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["begins", "60", str(tmp_path / "mine.py")]

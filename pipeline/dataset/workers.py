@@ -3,12 +3,15 @@
 import functools
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 from typing import TypeVar
 
 from pipeline.errors import TransientError, UserError
@@ -34,6 +37,23 @@ def read_ahead(read: Callable[[Task], Result], items: Iterable[Task]) -> Iterato
 @functools.cache
 def _readers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(READERS, thread_name_prefix="read")
+
+
+class _Worker(SpawnProcess):
+    """A new process that does not run the program's own file again, as Python's would: it needs nothing of it, and a
+    script that is not guarded by `if __name__ == "__main__"` would begin anew in each."""
+
+    def start(self) -> None:
+        program = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # without a file
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = program
+
+
+class _Workers(SpawnContext):
+    Process = _Worker
 
 
 def _start_worker() -> None:
@@ -63,7 +83,7 @@ def map_in_order(
         yield from map(function, tasks)
         return
     pending: deque = deque()
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(processes, mp_context=_Workers(), initializer=_start_worker)
     try:
         for task in tasks:
             pending.append(pool.submit(function, task))
