@@ -1,6 +1,8 @@
 """The two decoders give the same batches, pixels as torchvision's, and bear unreadable samples."""
 
+import gc
 import shutil
+import threading
 from io import BytesIO
 
 import numpy as np
@@ -299,19 +301,52 @@ def test_a_shard_replaced_by_another_stops_the_run(synthetic_root, tmp_path):
     stream.close()
 
 
-def test_no_validation_pixel_is_off_by_two_where_sums_lie_halfway():
-    """320 rows become 256, a factor of 5 / 4."""
-    bands = [Image.effect_noise((500, 320), 60 + 30 * i) for i in range(3)]
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(500, 320), (320, 500), (640, 480), (480, 640), (1600, 1200), (200, 160), (256, 160), (500, 375)],
+)
+def test_no_validation_pixel_is_off_by_two_where_sums_lie_halfway(width, height):
+    """As where 320 rows become 256, a factor of 5 / 4: of both axes, of one, enlarged, and of none."""
+    bands = [Image.effect_noise((width, height), 60 + 30 * i) for i in range(3)]
     image = Image.merge("RGB", bands)
-    plan = EvalPlan(np.array([500]), np.array([320]), 1, 256, 224)
+    plan = EvalPlan(np.array([width]), np.array([height]), 1, 256, 224)
     planned = plan.cut(np.array([0]), np.array([0]))
-    left, top, width, height = planned.windows[0].tolist()
-    window = np.array(image)[top : top + height, left : left + width]
+    left, top, w, h = planned.windows[0].tolist()
+    window = np.array(image)[top : top + h, left : left + w]
     resizer = Resizer(1)
     (found,) = resizer.start([window], planned).result()
     resizer.close()
-    expected = np.asarray(Compose([Resize(256), CenterCrop(224)])(image), int)
+    size = 256 * width // min(width, height), 256 * height // min(width, height)
+    wide = image.resize((size[0], height), Image.Resampling.BILINEAR)  # Pillow 13 does some shapes vertically first
+    expected = np.asarray(CenterCrop(224)(wide.resize(size, Image.Resampling.BILINEAR)), int)
     assert np.abs(expected - found.numpy()).max() == 1
+
+
+def test_a_resizer_whose_threads_can_not_start_leaves_none_behind(monkeypatch):
+    start = threading.Thread.start
+
+    def start_two(thread):
+        if thread.name == "resize_2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Resizer(4)
+    assert torch.get_num_threads() == before
+    gc.collect()
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("resize_")]:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_each_image_is_resized_by_one_thread():
+    """Torch would divide it among the cores, and the parts would wait for each other."""
+    resizer = Resizer(2)
+    numbers = {resizer.pool.submit(torch.get_num_threads).result() for _ in range(8)}
+    resizer.close()
+    assert numbers == {1}
 
 
 @pytest.mark.parametrize("shape", [(301, 421), (411, 307), (257, 263), (641, 479), (91, 133)])

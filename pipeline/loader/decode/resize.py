@@ -128,10 +128,13 @@ def _start_pool(threads: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         begun.wait()
 
-    for _ in range(threads):
-        pool.submit(begin)
-    begun.wait()
-    torch.set_num_threads(others)
+    try:
+        for _ in range(threads):
+            pool.submit(begin)
+        begun.wait()
+    finally:
+        begun.abort()  # where a thread can't be started, the others wait no longer
+        torch.set_num_threads(others)
     return pool
 
 
