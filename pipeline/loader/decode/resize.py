@@ -47,6 +47,8 @@ def _with_border(window: np.ndarray, left: int, top: int) -> np.ndarray:
     So a pixel of the output lies where a pixel of the whole image, resized, lies. The others are not looked at: a
     window of which only a region is resized has a margin as wide as the filter reaches (`EvalPlan`).
     """
+    if not left and not top:
+        return np.ascontiguousarray(window)
     height, width, channels = window.shape
     image = _memory("window", top + height, left + width, channels)
     image[top:, left:] = window
@@ -56,10 +58,6 @@ def _with_border(window: np.ndarray, left: int, top: int) -> np.ndarray:
 def _as_planes(image: np.ndarray) -> torch.Tensor:
     """uint8 [h, w, 3] as a tensor [1, 3, h, w] of the same memory, which torch knows as channels_last."""
     return torch.from_numpy(image[None].transpose(0, 3, 1, 2))
-
-
-def _as_floats(planes: torch.Tensor) -> torch.Tensor:
-    return planes.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 class Windows(Protocol):
@@ -86,8 +84,8 @@ class Resizing:
 def _denominator(factor: float) -> int:
     """Of 1 / factor, where it is a fraction with a denominator of 16 at most; else 0.
 
-    Then many sums lie halfway between two levels, and where both passes round another way than PIL's a pixel is off by
-    two. In floating point, rounded once, none is off by more than one.
+    Then many sums lie halfway between two levels. Where that is so on both axes and both passes round another way than
+    PIL's, a pixel is off by two; in floating point, rounded once, by one at most.
     """
     return next((n for n in range(1, 17) if abs(n / factor - round(n / factor)) < 1e-6), 0)
 
@@ -173,11 +171,8 @@ class Resizer:
 
     def _whole(self, window: np.ndarray, image: np.ndarray) -> None:
         """Fill `image` [size, size, 3] with a window [h, w, 3]."""
-        if not window.flags.c_contiguous:  # torch would copy it with several threads
-            whole = _memory("window", *window.shape)
-            whole[:] = window
-            window = whole
-        self._resize_into(_as_planes(window), image.shape[:2], False, None, None, out=_as_planes(image))
+        planes = _as_planes(np.ascontiguousarray(window))
+        self._resize_into(planes, image.shape[:2], False, None, None, out=_as_planes(image))
 
     def _cut_out(self, window: np.ndarray, corner: list[int], region: list[float], size: int) -> np.ndarray:
         """A region (left, top, right, bottom) of a window, resized to uint8 [size, size, 3]; good until this thread's
@@ -193,22 +188,16 @@ class Resizer:
         rows += rows == height and y.factor != 1  # torch takes as many out as in for nothing to do
         columns += columns == width and x.factor != 1
         across, down = slice(x.first, x.first + size), slice(y.first, y.first + size)
-        if not (self.is_bicubic or x.has_ties or y.has_ties):
+        if not self.is_bicubic and not (x.has_ties and y.has_ties):
             resized = _memory("resized", rows, columns, 3)  # into channels_last, as it comes, at half the time
             self._resize_into(planes, [rows, columns], False, y.factor, x.factor, out=_as_planes(resized))
             return resized[down, across]
-        if not self.is_bicubic and not x.has_ties and y.factor < 1:
-            wide = _memory("resized", height, columns, 3)
-            self._resize_into(planes, [height, columns], False, 1, x.factor, out=_as_planes(wide))
-            exact = _as_floats(_as_planes(wide[:, across]))
+        exact = planes.to(torch.float32, memory_format=torch.contiguous_format)
+        if self.is_bicubic:  # which overshoots: PIL cuts to whole levels between the passes, too
+            exact = self._resize(exact, [height, columns], False, 1, x.factor)[..., across].round_().clamp_(0, 255)
             exact = self._resize(exact, [rows, size], False, y.factor, 1)
-        else:
-            exact = _as_floats(planes)
-            if self.is_bicubic:  # which overshoots: PIL cuts to whole levels between the passes, too
-                exact = self._resize(exact, [height, columns], False, 1, x.factor)[..., across].round_().clamp_(0, 255)
-                exact = self._resize(exact, [rows, size], False, y.factor, 1)
-            else:  # rounded once
-                exact = self._resize(exact, [rows, columns], False, y.factor, x.factor)[..., across]
+        else:  # rounded once
+            exact = self._resize(exact, [rows, columns], False, y.factor, x.factor)[..., across]
         return exact[0, :, down].round_().clamp_(0, 255).byte().permute(1, 2, 0).numpy()
 
     def close(self) -> None:
