@@ -1,6 +1,7 @@
 """Data that many tests share: made once a session, never changed by a test (copy it first)."""
 
 import contextlib
+import os
 import shutil
 import sys
 import zipfile
@@ -12,6 +13,8 @@ import pytest
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.synthetic.archive import write_kaggle_zip
 from pipeline.dataset.synthetic.generate import Settings, generate_tree
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of each run on a CPU, in a process of its own or not: sums depend on the number
 
 MEDIUM, LONG = (
     set(Path(__file__).with_name(f"{name}.txt").read_text().splitlines()[1:]) for name in ("medium", "long")

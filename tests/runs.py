@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from pipeline.__main__ import main
-from pipeline.limits import available_cores
 from pipeline.run_paths import list_checkpoints
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -39,11 +38,10 @@ def command(
 
 
 def environment() -> dict[str, str]:
-    """Of a training process, without what this one's W&B (a process of its own) and torch (where it compiled) left, and
-    with as many threads as a run in this process has: sums depend on their number."""
+    """Of a training process, without what this one's W&B (a process of its own) and torch (where it compiled) left."""
     left = ("WANDB_SERVICE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     own = {name: value for name, value in os.environ.items() if name not in left}
-    return own | {"OMP_NUM_THREADS": str(available_cores()), "WANDB_MODE": "offline"}
+    return own | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
 def train(*arguments, expect: int = 0, **options) -> str:
