@@ -21,8 +21,8 @@ from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.scan import read_unreadable
 from pipeline.dataset.index.tar_members import read_label
 from pipeline.dataset.lock import locked
-from pipeline.dataset.shards import parquet as packing
-from pipeline.dataset.shards import parquet_scan
+from pipeline.dataset.shards.parquet import pack as packing
+from pipeline.dataset.shards.parquet import scan as parquet_scan
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -190,7 +190,7 @@ DYING = """
 import os, signal, sys
 from pipeline.__main__ import main
 from pipeline.dataset.index import scan_journal
-from pipeline.dataset.shards import parquet
+from pipeline.dataset.shards.parquet import pack as parquet
 
 def dying(real, left=[int(sys.argv[2])]):
     def call(*args):

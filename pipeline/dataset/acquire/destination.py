@@ -12,7 +12,7 @@ from pipeline.dataset.disk import explain
 from pipeline.dataset.imagenet import CLS_LOC
 from pipeline.dataset.index.index import PACKED, has_index, index_folder, is_current, open_index
 from pipeline.dataset.lock import locked
-from pipeline.dataset.shards.format import find_complete, read_marker
+from pipeline.dataset.shards.marker import find_complete, read_marker
 from pipeline.dataset.shards.plan import Options as PackOptions
 from pipeline.dataset.shards.restart import has_shard_files
 from pipeline.errors import UserError

@@ -22,22 +22,12 @@ from pipeline.dataset.acquire.selection import BASE, Selection
 from pipeline.dataset.index.index import PACKED, RECORD, Index, Split, index_folder, open_index
 from pipeline.dataset.index.scan import UNREADABLE
 from pipeline.dataset.index.write import pack_names
-from pipeline.dataset.shards.format import (
-    BLOCK,
-    exists,
-    find_complete,
-    image_suffix,
-    is_whole,
-    merge_shards,
-    read_marker,
-    remove_records,
-    shard_name,
-    temporary_path,
-    whole_size,
-)
-from pipeline.dataset.shards.format import STATE as SHARD_STATE
+from pipeline.dataset.shards.format import BLOCK, image_suffix, temporary_path, whole_size
 from pipeline.dataset.shards.in_place import sample_members, write_in_place
+from pipeline.dataset.shards.marker import find_complete, read_marker
 from pipeline.dataset.shards.plan import RESTART_GROWTH, Options, make_key, make_plan
+from pipeline.dataset.shards.records import STATE as SHARD_STATE
+from pipeline.dataset.shards.records import exists, is_whole, merge_shards, remove_records, shard_name
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError
 from pipeline.files import atomic_write

@@ -18,15 +18,8 @@ import xxhash
 
 from pipeline.dataset.disk import explain
 from pipeline.dataset.index.decode import decode_fully
-from pipeline.dataset.shards.format import (
-    BLOCK,
-    Sample,
-    ShardWriter,
-    make_row,
-    shard_name,
-    temporary_path,
-    write_records,
-)
+from pipeline.dataset.shards.format import BLOCK, Sample, ShardWriter, make_row, temporary_path
+from pipeline.dataset.shards.records import shard_name, write_records
 from pipeline.dataset.shards.transcode import transcode
 from pipeline.errors import TransientError
 

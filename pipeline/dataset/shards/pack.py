@@ -19,17 +19,8 @@ from pipeline.dataset.index.index import MAIN_FILE, PACKED, Index, index_folder,
 from pipeline.dataset.index.left_out import only_images
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
 from pipeline.dataset.layouts.parquet_files import find_parquet
-from pipeline.dataset.selected import MANIFEST, read_selected
-from pipeline.dataset.shards.format import (
-    STATE,
-    exists,
-    find_complete,
-    is_whole,
-    merge_shards,
-    read_marker,
-    remove_records,
-    shard_name,
-)
+from pipeline.dataset.selected import read_selected
+from pipeline.dataset.shards.marker import note_source, prepare
 from pipeline.dataset.shards.plan import (
     Options,
     Plan,
@@ -39,46 +30,17 @@ from pipeline.dataset.shards.plan import (
     read_checked,
     spell_out_restart,
 )
+from pipeline.dataset.shards.records import exists, is_whole, merge_shards, remove_records, shard_name
 from pipeline.dataset.shards.transcode import find_program
 from pipeline.dataset.shards.write_shard import Task, write_shard
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError, permission_problem
-from pipeline.files import appears, atomic_write, reason_of
+from pipeline.files import appears, atomic_write
 from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
 #: Lists of the archive that go with the shards, so that `verify` knows what is to be there.
 LISTS = (imagenet.SYNSET_MAPPING, imagenet.VAL_SOLUTION, imagenet.TRAIN_LIST)
-_OWN = (MANIFEST, ".fetch", STATE)  # what may be there before the marker is
-
-
-def refuse_foreign(dest: Path) -> None:
-    """UserError where `dest` is no folder, or holds something else than shards or what is left of their making."""
-    others = (path.name for path in dest.iterdir()) if dest.is_dir() else ()
-    foreign = any(PACKED not in name and name not in _OWN for name in others)
-    if not (dest / PACKED).exists() and dest.exists() and (not dest.is_dir() or foreign):
-        raise UserError(f"{dest} exists and holds something else; give a new or empty folder")
-
-
-def _check_dest(dest: Path, wanted: dict, options: Options) -> dict | None:
-    """The marker in `dest`, None for a new folder; UserError where it holds something else, or other shards."""
-    refuse_foreign(dest)
-    try:
-        found = dict(json.loads((dest / PACKED).read_bytes()))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except PermissionError as error:
-        raise permission_problem(error) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{dest / PACKED} can't be read ({error}); remove {dest} or give another folder") from error
-
-    def compare(key: str) -> str:
-        return "" if found.get(key) == wanted[key] else f"{key} {found.get(key)} instead of {wanted[key]}"
-
-    difference = compare("source") or options.difference(found.get("options")) or compare("shards")
-    if difference:
-        raise UserError(f"{dest} was packed with {difference}; give another folder or remove it")
-    return found
 
 
 def parse_part(part: str | None) -> tuple[int, int]:
@@ -96,25 +58,6 @@ def _open_source(root: Path, folder: Path, part: str | None, processes: int | No
         elsewhere = "" if folder == index_folder(root) else f" --out {folder}"
         raise UserError(f"{folder} holds no index yet; run first: pipeline index {root}{elsewhere}")
     return open_index(folder)
-
-
-def prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
-    """Make `dest` ready, or return True if it is complete. Raises UserError where it can't be used."""
-    shards = {split: len(cuts) - 1 for split, cuts in plan.cuts.items()}
-    marker = {"source": index.fingerprint, "options": options.marker(), "shards": shards, "complete": False}
-    if _check_dest(dest, marker, options) is not None:
-        return find_complete(dest) is not None
-    try:
-        dest.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(dest).free
-        if plan.size > free:
-            raise UserError(
-                f"{dest} has {free / 1e9:,.1f} GB free, but {plan.size / 1e9:,.1f} GB are needed; give another folder"
-            )
-        atomic_write(dest / PACKED, json.dumps(marker, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"can't write into {dest} ({reason_of(error, dest)}); give another folder") from error
-    return False
 
 
 def _finish(
@@ -145,13 +88,6 @@ def _copy_list(source: Path, target: Path) -> None:
         raise explain_read(error, source) from error
     with file, target.open("wb") as out:
         shutil.copyfileobj(file, out)
-
-
-def _note_source(dest: Path, notes_of_source: dict) -> None:
-    """Let the marker of complete shards say what it would if they were packed now from the same images."""
-    marker = read_marker(dest)
-    if marker | notes_of_source != marker:
-        atomic_write(dest / PACKED, json.dumps(marker | notes_of_source, indent=1) + "\n")
 
 
 def pack_tree(
@@ -231,7 +167,7 @@ def pack_index(
     try:
         write(plan, todo)
         if complete:
-            _note_source(dest, notes_of_source)
+            note_source(dest, notes_of_source)
             remove_records(dest)
             return open_index(index_folder(dest))
         if part is not None:
@@ -280,7 +216,7 @@ def pack(
     source_index = Path(index).expanduser() if index else None
     files = find_parquet(Path(root))
     if files:
-        from pipeline.dataset.shards.parquet import pack_parquet
+        from pipeline.dataset.shards.parquet.pack import pack_parquet
 
         made = pack_parquet(Path(root), files, Path(dest), options, part, processes, False, source_index)
     else:

@@ -111,7 +111,8 @@ def stage(source: str, dest: str, index: str | None = None) -> int:
         dest: folder on the node's own disk.
         index: folder of the source's index; default SOURCE/index.
     """
-    from pipeline.dataset.shards.stage_remote import is_url, stage_url
+    from pipeline.dataset.shards.stage_remote import stage_url
+    from pipeline.dataset.shards.store import is_url
 
     if is_url(source):
         if index is not None:

@@ -16,29 +16,23 @@ import xxhash
 
 from pipeline.dataset.disk import check_space, explain
 from pipeline.dataset.index.index import Index
-from pipeline.dataset.index.scan import read_unreadable
 from pipeline.dataset.lock import locked, try_lock
 from pipeline.dataset.shards.format import (
-    BLOCK,
-    STATE,
     Sample,
     ShardWriter,
-    find_complete,
     image_suffix,
     make_row,
-    read_marker,
-    shard_name,
-    tar_header,
-    temporary_path,
     whole_size,
-    write_records,
 )
-from pipeline.dataset.shards.in_place import sample_members, write_in_place
-from pipeline.dataset.shards.pack import make_task, pack_index, parse_part, refuse_foreign
-from pipeline.dataset.shards.parquet_scan import File, group_of, open_file, read_rows, scan_parquet, stat_file
-from pipeline.dataset.shards.plan import Options, Plan, make_key
-from pipeline.dataset.shards.stage import list_shard_files
-from pipeline.dataset.shards.write_shard import Task, fill_shard, open_source
+from pipeline.dataset.shards.in_place import write_in_place
+from pipeline.dataset.shards.marker import find_complete, read_marker, refuse_foreign
+from pipeline.dataset.shards.pack import pack_index, parse_part
+from pipeline.dataset.shards.parquet.places import Place, Shard, deal, find_written, members_of
+from pipeline.dataset.shards.parquet.scan import File, group_of, open_file, read_rows, scan_parquet, stat_file
+from pipeline.dataset.shards.plan import Options, Plan
+from pipeline.dataset.shards.records import STATE, shard_name, write_records
+from pipeline.dataset.shards.restart import has_shard_files
+from pipeline.dataset.shards.write_shard import fill_shard, open_source
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError
 from pipeline.limits import available_cores
@@ -48,90 +42,13 @@ MARK = "parquet"  #: in the marker of the shards: file, relative to the root -> 
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a row's sample goes, and what it is. source: file, relative to the root, and row; shard: its number; start:
-    byte there; header: bytes of the image's tar header; order: as of `Sample`."""
-
-    source: tuple[str, int]
-    shard: int
-    start: int
-    header: int
-    key: str
-    name: str
-    label: int
-    digest: int
-    size: int
-    shape: tuple[int, int]
-    order: int
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A shard to be made. size: bytes of its members, as they are in the source; task: how to make it from those; None
-    where it keeps them."""
-
-    dest: Path
-    split: str
-    number: int
-    places: tuple[_Place, ...]
-    size: int
-    task: Task | None
-
-    @property
-    def temporary(self) -> Path:
-        return temporary_path(self.dest, self.split, self.number)
-
-
-def _deal(dest: Path, index: Index, plan: Plan, options: Options, todo: list[tuple[str, int]]) -> list[_Shard]:
-    """The shards that are to be made."""
-    unreadable = read_unreadable(index.folder)
-    digests = {(entry["tar"], entry["offset"]): entry["digest"] for of in unreadable.values() for entry in of}
-    shards = []
-    for split, number in todo:
-        of_split, end, places = index.splits[split], 0, []
-        anew = options.side_of(split) is not None or options.restart is not None
-        for item in plan.of_shard(split, number).tolist():
-            if item < len(of_split):
-                record, name, order = of_split.records[item], of_split.name(item), 2 * item + 1
-                source = of_split.shards[record["shard"]], int(record["offset"])
-                label, size, digest = int(record["label"]), int(record["size"]), int(record["digest"])
-                shape = int(record["width"]), int(record["height"])
-            else:
-                extra, anew = plan.extras[split][item - len(of_split)], True
-                assert extra.place is not None
-                name, label, order, shape = extra.name, extra.label, extra.order, (0, 0)
-                source, size = extra.place[:2], extra.place[2]
-                digest = digests[source]
-            key = make_key(index.synsets[label], name, item in plan.twins[split])
-            header = len(tar_header(f"{key}.jpg", size))
-            places.append(_Place(source, number, end, header, key, name, label, digest, size, shape, order))
-            text = len(tar_header(f"{key}.cls", len(str(label)))) + BLOCK
-            end += header + size + -size % BLOCK + text
-        task = make_task(dest, index, plan, options, split, number) if anew else None
-        shards.append(_Shard(dest, split, number, tuple(places), end, task))
-    return shards
-
-
-def _members(place: _Place, data: bytes) -> bytes:
-    """A sample as it stands in its shard."""
-    suffix = image_suffix(data, place.name)
-    if len(tar_header(f"{place.key}.{suffix}", len(data))) != place.header:
-        file, row = place.source
-        raise UserError(
-            f"row {row:,} of {file} has too long an image name for a tar header ({place.name}); write that file again "
-            "with a shorter path in this row"
-        )
-    return sample_members(place.key, suffix, data, place.label)
-
-
-@dataclass(frozen=True)
 class _Group:
     """The rows of a row group that are to be written: split, and the place of each, by row."""
 
     path: str
     row_group: int
     dest: Path
-    rows: dict[int, tuple[str, _Place]]
+    rows: dict[int, tuple[str, Place]]
 
 
 def _write_group(group: _Group) -> int:
@@ -142,29 +59,13 @@ def _write_group(group: _Group) -> int:
             (split, place), data = group.rows[row], found or b""
             if len(data) != place.size or (data and xxhash.xxh3_64_intdigest(data) != place.digest):
                 raise UserError(f"{group.path} has changed since it was read; run the same command again")
-            write_in_place(group.dest, split, place.shard, _members(place, data), place.start)
+            write_in_place(group.dest, split, place.shard, members_of(place, data), place.start)
     return len(group.rows)
 
 
-def _find_written(shard: _Shard) -> list[bool]:
-    """Which samples of an unfinished shard are in their places, as a killed run left it."""
-    if not shard.temporary.exists():
-        return [False] * len(shard.places)
-    found = []
-    with shard.temporary.open("rb") as file:
-        for place in shard.places:
-            file.seek(place.start + place.header)
-            data = file.read(place.size)
-            same = not place.size or xxhash.xxh3_64_intdigest(data) == place.digest
-            whole = _members(place, data) if same else b""
-            file.seek(place.start)
-            found.append(same and file.read(len(whole)) == whole)
-    return found
-
-
-def _finish_shard(shard: _Shard) -> int:
+def _finish_shard(shard: Shard) -> int:
     """Check a shard from disk and give it its name; returns its samples."""
-    if not all(_find_written(shard)):
+    if not all(find_written(shard)):
         shard.temporary.unlink(missing_ok=True)
         raise UserError(f"{shard.temporary} does not hold what was written; check the disk, run the same command again")
     try:
@@ -174,7 +75,7 @@ def _finish_shard(shard: _Shard) -> int:
     return len(shard.places)
 
 
-def _keep(shard: _Shard) -> None:
+def _keep(shard: Shard) -> None:
     rows, names = [], []
     with shard.temporary.open("r+b") as file:
         file.truncate(whole_size(shard.size))
@@ -190,7 +91,7 @@ def _keep(shard: _Shard) -> None:
     shard.temporary.replace(shard.dest / shard_name(shard.split, shard.number))
 
 
-def _make_anew(shard: _Shard) -> None:
+def _make_anew(shard: Shard) -> None:
     """Write the shard from the originals, as `pack` writes it from a tree."""
     assert shard.task is not None
     made = shard.temporary.with_name(f".anew{shard.temporary.name}")
@@ -231,7 +132,7 @@ def pack_parquet(
     done = read_marker(dest)
     if done.get(MARK) == source and not options.difference(done.get("options")):
         made = find_complete(dest)
-        if made is not None and all((dest / name).is_file() for name in _list_files(made)):
+        if made is not None and has_shard_files(made):
             return made
     refuse_foreign(dest)
     with contextlib.ExitStack() as stack:
@@ -242,13 +143,9 @@ def pack_parquet(
         index = scan_parquet(root, files, source_index or dest / STATE / "source", processes)
 
         def write(plan: Plan, todo: list[tuple[str, int]]) -> None:
-            _write(dest, index, _deal(dest, index, plan, options, todo), processes, quiet)
+            _write(dest, index, deal(dest, index, plan, options, todo), processes, quiet)
 
         return pack_index(root, dest, index, options, part, quiet, {MARK: source}, write, _read_row)
-
-
-def _list_files(index: Index) -> Iterator[str]:
-    return itertools.chain.from_iterable(map(list_shard_files, index.splits.values()))
 
 
 def _lock(stack: contextlib.ExitStack, dest: Path, part: str | None, turn: int, parts: int) -> None:
@@ -291,9 +188,9 @@ def _read_row(index: Index, split: str, sample: int) -> bytes:
     return found
 
 
-def _write(dest: Path, index: Index, todo: list[_Shard], processes: int, quiet: bool) -> None:
+def _write(dest: Path, index: Index, todo: list[Shard], processes: int, quiet: bool) -> None:
     """Write and finish shards."""
-    found = map_in_order(_find_written, todo, min(processes, max(1, len(todo))))
+    found = map_in_order(find_written, todo, min(processes, max(1, len(todo))))
     described: dict[str, File] = {}
     groups: dict[tuple[str, int], _Group] = {}
     for shard, there in zip(todo, found, strict=True):

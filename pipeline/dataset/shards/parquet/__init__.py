@@ -1,0 +1,1 @@
+"""Hugging Face parquet files as a source of shards."""
