@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import xxhash
 
 from pipeline.config import DataConfig, TrainConfig
 from pipeline.dataset.index.scan import build_index
@@ -26,21 +27,22 @@ def index(tmp_path_factory):
 
 
 class Watched(Source):
-    """Notes which thread reads which sample. `hold`: samples whose read waits for `released`."""
+    """Notes which thread reads which sample. The `hold`-th read waits for `released`; `all_read` is set with the
+    `wanted`-th."""
 
     def __init__(self, split, threads=4):
         super().__init__(split, threads)
         self.readers: dict[int, str] = {}
-        self.hold: set[int] = set()
-        self.held, self.released = threading.Event(), threading.Event()
-        self.pause_s = 0.0
+        self.hold = self.wanted = 0
+        self.held, self.released, self.all_read = threading.Event(), threading.Event(), threading.Event()
 
     def _read(self, row):
         self.readers[row.sample_id] = threading.current_thread().name
-        if row.sample_id in self.hold:
+        if len(self.readers) == self.wanted:
+            self.all_read.set()
+        if len(self.readers) == self.hold:
             self.held.set()
             assert self.released.wait(60)
-        time.sleep(self.pause_s)
         return super()._read(row)
 
 
@@ -59,65 +61,79 @@ def test_a_batch_in_time_is_read_by_the_thread_that_asks(source):
 
 
 def test_the_others_read_on_while_a_sample_of_a_late_batch_hangs(source):
-    source.hold = {3}
+    source.hold, source.wanted = 4, BATCH
     found = []
     reading = threading.Thread(target=lambda: found.append(source.read_batch(np.arange(BATCH))))
     reading.start()
     assert source.held.wait(60)
     assert set(source.readers) == {0, 1, 2, 3}, "alone, in order"
-    source.hurry(more=False)
-    deadline = time.monotonic() + 60
-    while len(source.readers) < BATCH and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert set(source.readers) == set(range(BATCH)), "the others were read while one hangs"
+    source.threads.hurry(more=False)
+    assert source.all_read.wait(60), "the others are read while one hangs"
     source.released.set()
     reading.join(60)
     (read,) = found
-    digests = source.split.records["digest"][:BATCH]
-    again = [source.read(i) for i in range(BATCH)]
-    assert len(digests) == len(read) and all(map(np.array_equal, read, again)), "in the order asked for"
+    assert [xxhash.xxh3_64_intdigest(data) for data in read] == source.split.records["digest"][:BATCH].tolist()
     source.readers.clear()
     source.read_batch(np.arange(BATCH, 2 * BATCH))
     assert set(source.readers.values()) == {threading.current_thread().name}, "the next is in time again"
 
 
-def test_after_a_late_batch_some_are_read_by_all(source):
-    source.hurry(more=True)
-    source.pause_s = 0.02
-    source.read_batch(np.arange(BATCH))
-    assert len(set(source.readers.values())) > 1
+def test_after_a_late_batch_some_are_read_by_all(source, monkeypatch):
+    together = threading.Barrier(2)  # two threads read at the same time, or nothing is read
+
+    def read(row):
+        together.wait(60)
+        return Source._read(source, row)
+
+    monkeypatch.setattr(source, "_read", read)
+    source.threads.hurry(more=True)
+    assert len(source.read_batch(np.arange(BATCH))) == BATCH
 
 
 def test_an_error_of_a_helper_ends_the_batch(source, monkeypatch):
-    def gone(row):
+    failed = threading.Event()
+
+    def read(row):
         if threading.current_thread().name.startswith("read"):
+            failed.set()
             raise TransientError("data root is gone")
-        time.sleep(0.05)
+        assert failed.wait(60)
         return Source._read(source, row)
 
-    monkeypatch.setattr(source, "_read", gone)
-    source.hurry(more=True)
+    monkeypatch.setattr(source, "_read", read)
+    source.threads.hurry(more=True)
     with pytest.raises(TransientError, match="gone"):
         source.read_batch(np.arange(BATCH))
 
 
-@pytest.mark.parametrize("pause_s", [0.0, 0.05])
-def test_a_stream_that_waits_for_slow_files_is_helped(index, pause_s):
+@pytest.fixture
+def stream(index, source):
     data = DATA.resolve()
     plan = make_train_plan(index, data, TrainConfig(global_batch_size=BATCH))
-    stream = make_train_stream(index, plan, data, RankInfo())
-    watched = Watched(index.splits["train"])
-    watched.pause_s = pause_s
-    stream.source.close()
-    stream.source = watched
+    made = make_train_stream(index, plan, data, RankInfo())
+    made.source.close()
+    made.source = source
+    yield made
+    source.released.set()
+    made.close()
+
+
+def test_a_stream_that_waits_for_a_batch_has_it_read_by_all(stream, source):
+    source.hold, source.wanted = 4, BATCH  # the fourth sample of the first batch hangs
+    found = []
+    asking = threading.Thread(target=lambda: found.append(next(stream.batches(0, 12))))
+    asking.start()
+    assert source.all_read.wait(60), "the others of that batch are read while one hangs"
+    source.released.set()
+    asking.join(60)
+    assert len(found[0]) == BATCH
+
+
+def test_a_stream_that_is_ahead_is_read_by_one_thread(stream, source):
     seen = []
     for batch in stream.batches(0, 12):
         seen += batch.ids.tolist()
-        time.sleep(0 if pause_s else 0.2)  # a step of the training
-    stream.close()
-    assert sorted(seen) == sorted(watched.readers)
-    by_others = sum(name.startswith("read") for name in watched.readers.values())
-    if pause_s:
-        assert by_others > 3 * BATCH, "slow files are read by several threads"
-    else:
-        assert by_others <= 5 * BATCH, "only the first batches are late: those that are decoded ahead"
+        time.sleep(0.2)  # a step of the training: what is read meanwhile is in time
+    assert sorted(seen) == sorted(source.readers)
+    late = sum(name.startswith("read") for name in source.readers.values())
+    assert late <= 5 * BATCH, "only the first batches are late: those that are decoded ahead"

@@ -127,7 +127,7 @@ def few_file_handles():
 def test_too_few_file_handles_are_no_bad_image(root):
     """They end the run: the images are not substituted, as unreadable ones are."""
     source = Source(build_index(root).splits["train"])
-    source.pool.submit(int).result()
+    source.threads.pool.submit(int).result()
     with few_file_handles(), pytest.raises(OSError) as error:
         source.read_batch(np.arange(8))
     source.close()
@@ -210,7 +210,7 @@ def test_too_little_memory_is_no_bad_image(root):
 
     source = Source(build_index(root).splits["train"])
     decoder = DaliDecoder(8, 1, torch.device("cpu"))
-    source.hurry(more=True)  # several threads are to read
+    source.threads.hurry(more=True)  # several threads are to read
 
     def batches():
         with little_memory():

@@ -14,10 +14,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -26,6 +24,7 @@ from pipeline.dataset.index.index import Split
 from pipeline.dataset.shards.restart import TABLE, Cut, TableError, plan_cut
 from pipeline.errors import TransientError
 from pipeline.limits import SPARE_FILES, open_files_limit
+from pipeline.loader.reading_threads import ReadingThreads
 from pipeline.logs import logger
 
 _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
@@ -33,7 +32,6 @@ _LOCAL_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # this process's lim
 _RETRY_AFTER_S = (0.1, 1.0, 5.0)  # short failures of a network file system
 T = TypeVar("T")
 
-_HURRIED = 16  # batches that all threads read once one was late
 _FEWEST_SHARDS = 8  # kept open at once, however few files this process may open
 _SHARE = 4  # of the files that this process may open, each split's shards may be one in so many
 
@@ -50,6 +48,14 @@ class UnreadableSample(Exception):
     def __init__(self, sample_id: int, reason: str):
         super().__init__(f"sample {sample_id}: {reason}")
         self.sample_id, self.reason = sample_id, reason
+
+
+def _or_error(read: Callable[..., T], *arguments: Any) -> "T | UnreadableSample":
+    """What `read` returns, or the UnreadableSample that it raises."""
+    try:
+        return read(*arguments)
+    except UnreadableSample as error:
+        return error
 
 
 class _OpenShard:
@@ -83,19 +89,8 @@ class Row(NamedTuple):
     table_size: int = 0
 
 
-@dataclass
-class _Reading:
-    """A batch under way. take: reads its samples until none is left. helpers: threads that do so beside the caller."""
-
-    take: Callable[[], None]
-    helpers: list[Future]
-
-
 class Source:
     """Reads the bytes of samples of a split; safe to use from several threads.
-
-    A batch is read by the thread that asks for it, and by `threads` while batches are late (`hurry`): of files that are
-    in memory, one thread reads quicker than several, which mostly wait for each other's turn in Python.
 
     Args:
         split: from the index.
@@ -104,16 +99,13 @@ class Source:
 
     def __init__(self, split: Split, threads: int = 8):
         self.split = split
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-        self.threads = threads
+        self.threads = ReadingThreads(threads)
         self._shards: OrderedDict[tuple[int, str], _OpenShard] = OrderedDict()  # (shard, suffix), by their last use
         files = len(split.shards) * (1 if split.restart is None else 2)
         self._most_open = max(_FEWEST_SHARDS, open_files_limit(_SHARE * files + SPARE_FILES) // _SHARE)
         self._lock = threading.Lock()
         self._without_table: set[int] = set()  # shards whose restart table does not fit
         self._busy: dict[int, tuple[float, int]] = {}  # thread -> (start time, sample id) of its read
-        self._readings: list[_Reading] = []
-        self._hurried = 0  # batches that all threads are still to read
 
     def _shard(self, row: Row, suffix: str = "") -> _OpenShard:
         """A shard or (suffix) a file beside it, opened; those that were not used for longest are closed where too many
@@ -231,48 +223,10 @@ class Source:
         except (OSError, ValueError) as error:
             raise UnreadableSample(row.sample_id, str(error)) from error
 
-    def hurry(self, more: bool) -> None:
-        """Somebody waits for a batch: all threads read those under way. more: and some to come."""
-        with self._lock:
-            self._hurried = _HURRIED if more else self._hurried
-            for reading in self._readings:
-                self._help(reading)
-
-    def _help(self, reading: _Reading) -> None:
-        while len(reading.helpers) < self.threads - 1:
-            reading.helpers.append(self.pool.submit(reading.take))
-
-    def _each(self, read: Callable[[int], T], count: int) -> list[T | UnreadableSample]:
-        """What `read` returns for 0 to count - 1, or the UnreadableSample that it raises."""
-        found: dict[int, T | UnreadableSample] = {}
-        left = iter(range(count))
-
-        def take() -> None:
-            for i in left:  # each goes to one thread
-                try:
-                    found[i] = read(i)
-                except UnreadableSample as error:
-                    found[i] = error
-
-        reading = _Reading(take, [])
-        try:
-            with self._lock:
-                self._readings.append(reading)
-                if self._hurried:
-                    self._hurried -= 1
-                    self._help(reading)
-            take()
-        finally:
-            with self._lock:
-                self._readings.remove(reading)
-        for helper in reading.helpers:
-            helper.result()
-        return [found[i] for i in range(count)]
-
     def read_batch(self, sample_ids: np.ndarray, prepare: Prepare = _as_it_is) -> list[np.ndarray | UnreadableSample]:
         """The bytes of each sample, prepared; for an unreadable one its exception, returned."""
         rows = self._rows(sample_ids)
-        return self._each(lambda i: self._prepared(rows[i], prepare), len(rows))
+        return self.threads.read_each(lambda i: _or_error(self._prepared, rows[i], prepare), len(rows))
 
     def read_windows(
         self, sample_ids: np.ndarray, windows: np.ndarray, prepare: Prepare = _as_it_is
@@ -282,7 +236,7 @@ class Source:
         windows: int32 [B, 4], as in `Planned`. Inside its window every pixel of a part is the sample's.
         """
         rows, boxes = self._rows(sample_ids), [tuple(window) for window in windows.tolist()]
-        return self._each(lambda i: self._piece(rows[i], boxes[i], prepare), len(rows))
+        return self.threads.read_each(lambda i: _or_error(self._piece, rows[i], boxes[i], prepare), len(rows))
 
     def slowest(self) -> str:
         """The file that is being read for the longest time, for messages; empty if none is being read."""
@@ -296,5 +250,5 @@ class Source:
         return name if shard < 0 else f"{self.split.shards[shard]}:{name}"
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        self.threads.close()
         self._shards.clear()

@@ -132,7 +132,7 @@ class Stream:
         self.max_unreadable = max_unreadable
         self.unreadable: dict[int, str] = {}  # sample id -> reason: all that this rank has found
         self.missing = 0  # images of the split that are not in the index, as they could not be read
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # batch after batch; others help (`hurry`)
         self._skip: frozenset[int] = frozenset()
 
     def _record_unreadable(self, sample_id: int, reason: str) -> None:
@@ -229,7 +229,7 @@ class Stream:
                     if coming not in reading and coming not in repaired:
                         reading[coming] = self._pool.submit(self._prepare, coming)
                 if step not in repaired and not reading[step].done():
-                    self.source.hurry(more=step - first >= 4 * self.prefetch)  # the first ones are always late
+                    self.source.threads.hurry(more=step - first >= 4 * self.prefetch)  # the first ones are always late
                 encoded = repaired.pop(step) if step in repaired else reading.pop(step).result()
                 if encoded.data:
                     in_decoder[step] = encoded

@@ -51,7 +51,7 @@ def io(
                 ids = order[np.arange(start, start + batch_size) % len(order)]
                 if cold:
                     _drop_from_cache(split, ids)
-                source.hurry(more=True)  # all threads are to read
+                source.threads.hurry(more=True)  # all threads are to read
                 wall, cpu = time.perf_counter(), time.process_time()
                 read = source.read_batch(ids)
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

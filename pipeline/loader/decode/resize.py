@@ -130,8 +130,10 @@ def _start_pool(threads: int) -> ThreadPoolExecutor:
         for _ in range(threads):
             pool.submit(begin)
         begun.wait()
+    except RuntimeError:  # a thread can't be started: the others wait no longer
+        begun.abort()
+        raise
     finally:
-        begun.abort()  # where a thread can't be started, the others wait no longer
         torch.set_num_threads(others)
     return pool
 
@@ -154,8 +156,8 @@ class Resizer:
         corners = planned.windows[:, :2].tolist()
         rois = planned.rois.tolist()
 
-        # Each call of torch lets another thread take Python's lock, and a thread that waits for it is woken each time:
-        # whatever NumPy can do without leaving it is NumPy's.
+        # Each call of torch releases the GIL, and a thread that waits for it is woken each time: whatever NumPy can do
+        # without releasing it is NumPy's.
         def work(first: int, last: int) -> None:
             for i in range(first, last):
                 window, image = np.asarray(windows[i]), pixels[i]
