@@ -41,7 +41,7 @@ def environment() -> dict[str, str]:
     """Of a training process, without what this one's W&B (a process of its own) and torch (where it compiled) left."""
     left = ("WANDB_SERVICE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     own = {name: value for name, value in os.environ.items() if name not in left}
-    return own | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    return own | {"WANDB_MODE": "offline"}
 
 
 def train(*arguments, expect: int = 0, **options) -> str:

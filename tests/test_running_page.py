@@ -44,7 +44,6 @@ def here(root, tmp_path, monkeypatch):
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(PAGE.parents[1]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path

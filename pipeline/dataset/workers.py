@@ -39,7 +39,7 @@ def _readers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
 
-class _Worker(SpawnProcess):
+class _WorkerProcess(SpawnProcess):
     """A new process that does not run the program's own file again, as Python's would: it needs nothing of it, and a
     script that is not guarded by `if __name__ == "__main__"` would begin anew in each."""
 
@@ -52,8 +52,8 @@ class _Worker(SpawnProcess):
             sys.modules["__main__"] = program
 
 
-class _Workers(SpawnContext):
-    Process = _Worker
+class _WorkerContext(SpawnContext):
+    Process = _WorkerProcess
 
 
 def _start_worker() -> None:
@@ -83,7 +83,7 @@ def map_in_order(
         yield from map(function, tasks)
         return
     pending: deque = deque()
-    pool = ProcessPoolExecutor(processes, mp_context=_Workers(), initializer=_start_worker)
+    pool = ProcessPoolExecutor(processes, mp_context=_WorkerContext(), initializer=_start_worker)
     try:
         for task in tasks:
             pending.append(pool.submit(function, task))
