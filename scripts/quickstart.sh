@@ -70,5 +70,5 @@ Now with real ImageNet:
   . $PIPELINE_VENV/bin/activate
   torchrun --nproc-per-node=8 -m pipeline train --config resnet152 --data.root /data/imagenet --run_dir runs/resnet152
 or on a Slurm cluster:
-  sbatch slurm/resnet152.sh
+  DATA_ROOT=/data/imagenet sbatch slurm/resnet152.sh
 END

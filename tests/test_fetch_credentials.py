@@ -167,6 +167,14 @@ def test_a_file_that_may_be_meant_is_named(home, name):
     assert f"{home / name} may be meant" in explain_none()
 
 
+def test_each_place_that_was_looked_at_is_named(home, tmp_path, monkeypatch):
+    (home / ".kaggle").mkdir(exist_ok=True)
+    own = home / ".kaggle"
+    assert f"looked at KAGGLE_API_TOKEN, {own / 'access_token'} and {own / 'kaggle.json'}" == explain_none()
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+    assert f"{tmp_path / 'access_token'} and {tmp_path / 'kaggle.json'}" in explain_none()
+
+
 def test_a_variable_that_names_no_file_is_told(home, monkeypatch):
     monkeypatch.setenv("KAGGLE_API_TOKEN", str(home / "token.txt"))
     with pytest.raises(UserError, match="names a file that is not there"):

@@ -73,14 +73,19 @@ def _find_token() -> str | None:
             return TOKEN
         os.environ[TOKEN] = _read_token(path)
         return f"{TOKEN} ({path})"
-    homes = [Path.home() / ".kaggle"]
-    if folder := os.environ.get(FOLDER):
-        homes.append(Path(folder))
-    for path in (home / name for home in homes for name in TOKEN_NAMES):
+    for path in (folder / name for folder in _token_folders() for name in TOKEN_NAMES):
         if path.exists():
             os.environ[TOKEN] = _read_token(path)
             return str(path)
     return None
+
+
+def _token_folders() -> list[Path]:
+    """Where access tokens are looked for: the client's own folder, then the one that is set."""
+    folders = [Path.home() / ".kaggle"]
+    if folder := os.environ.get(FOLDER):
+        folders.append(Path(folder))
+    return folders
 
 
 def _bare_token(text: str) -> str:
@@ -135,7 +140,7 @@ def _read_key(path: Path) -> tuple[str, str]:
 
 def explain_none() -> str:
     """Where credentials were looked for in vain, and what looks as if it were meant as such."""
-    looked = f"looked at {config_folder() / 'kaggle.json'} and {TOKEN}"
+    looked = f"looked at {TOKEN}, {_token_folders()[-1] / TOKEN_NAMES[0]} and {config_folder() / 'kaggle.json'}"
     for name, other in ((USER, KEY), (KEY, USER)):
         if os.environ.get(name) and not os.environ.get(other):
             return f"{looked}; {name} is set without {other}"
