@@ -46,7 +46,7 @@ def train(config: Config) -> bool:
     """Train a run, or resume it: one rank, as `pipeline train`. Returns whether it is finished; False: it was asked to
     stop (SIGTERM, SIGUSR1, Ctrl-C, a stop file) and has saved, and the same call resumes.
 
-    Signal handlers are set while it trains, and put back. Raises UserError for what you can mend, TransientError for
+    Signal handlers are set while it trains, and put back. Raises UserError for what you can fix, TransientError for
     what broke underneath.
     """
     from pipeline.training.cli import train_config

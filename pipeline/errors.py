@@ -1,6 +1,6 @@
 """The two ways a command can fail, and the exit codes by which a scheduler distinguishes them.
 
-`UserError` is something that the user can mend: one line that names the thing, the value and the remedy.
+`UserError` is something that the user can fix: one line that names the thing, the value and the remedy.
 `TransientError` is something that broke underneath (a node, a disk, a server): trying again may help.
 """
 
@@ -11,7 +11,7 @@ from pipeline.redact import redact
 
 EXIT_OK = 0  #: finished; or nothing was left to do
 EXIT_RETRY = 1  #: a node, a disk, a server or a program failed: trying again may help
-EXIT_USER = 2  #: an option, a path or a data set must be mended first: trying again does not help
+EXIT_USER = 2  #: an option, a path or a data set must be fixed first: trying again does not help
 EXIT_INTERRUPTED = 75  #: stopped by a signal after saving; run the same command to resume (EX_TEMPFAIL)
 EXIT_GPU_FAULT = 71  #: a GPU failed: trying again may help, but not on this node (EX_OSERR)
 EXIT_NODE_LOST = 69  #: too few nodes are left, or came: start the job again (EX_UNAVAILABLE); `pipeline launch`
@@ -44,7 +44,7 @@ class TransientError(RuntimeError):
 
 
 class GpuFault(TransientError):
-    """A GPU, or its link, failed as only another one can mend."""
+    """A GPU, or its link, failed as only another one can fix."""
 
 
 def permission_problem(error: PermissionError) -> UserError:

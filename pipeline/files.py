@@ -63,7 +63,7 @@ def atomic_write(path: Path, data: str | bytes, durable: bool = True) -> None:
 
 def appears(path: Path, within_s: float = LATE_S) -> bool:
     """Is `path` there, or will it be within some seconds? A network file system may show late what another node made;
-    listing the folders above asks its server anew."""
+    listing the folders above asks its server again."""
     deadline = time.monotonic() + within_s
     while not path.exists():
         if time.monotonic() > deadline:

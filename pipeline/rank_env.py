@@ -71,7 +71,7 @@ def find_leftovers() -> str | None:
     given = {name: os.environ[name] for name in NAMES if os.environ.get(name)}
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         if name in given and not given[name].isdecimal():
-            return f"{name}={given[name]} in the environment is no whole number; unset it, or start with torchrun"
+            return f"{name}={given[name]} in the environment is not a whole number; unset it, or start with torchrun"
     rank, size = int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1))
     unset = " ".join(f"-u {name}" for name in given)
     remedy = f"for a run of one process unset them (env {unset} pipeline ...), for several ranks start with torchrun"

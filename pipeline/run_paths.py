@@ -134,7 +134,7 @@ def run_around(path: str | Path) -> Path | None:
 
 
 def not_a_run_message(run: str | Path, checkpoints: bool = False) -> str:
-    """What to say of a path that is no run folder: it names the run folder that it lies in, if there is one.
+    """What to say of a path that is not a run folder: it names the run folder that it lies in, if there is one.
     checkpoints: does the verb take --checkpoint?"""
     path, above = Path(run).expanduser().absolute(), run_around(run)
     if above is None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Known holes of the dependencies in constraints.txt, by OSV's list (https://osv.dev). Needs the network.
-# Exit code 0: none known; 1: some, listed with the versions that mend them (or pip-audit failed); 2: no network.
+# Exit code 0: none known; 1: some, listed with the versions that fix them (or pip-audit failed); 2: no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -87,7 +87,7 @@ def changeable(group: type = RawConfig, prefix: str = "") -> list[str]:
 
 
 def resume_page(text: str) -> str:
-    """docs/resume.md with its table written anew."""
+    """docs/resume.md with its table written again."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return head + BEGIN + "\n".join(["| option | meaning |", "|---|---|", *changeable()]) + "\n" + END + tail

@@ -111,7 +111,7 @@ def differences() -> str:
 
 
 def page(text: str) -> str:
-    """The page with its list written anew."""
+    """The page with its list written again."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + differences() + END + rest.split(END)[1]
 

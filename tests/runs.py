@@ -59,7 +59,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def call(*arguments, expect: int = 0, **options) -> str:
-    """As `train`, by one process and inside this one: nothing has to be imported anew."""
+    """As `train`, by one process and inside this one: nothing has to be imported again."""
     argv = command(*arguments, **options)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     printed = io.StringIO()

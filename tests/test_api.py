@@ -114,7 +114,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ("resnet512", {}, "is neither a file nor a recipe"),
         (tmp_path / "empty.yaml", {}, r"empty\.yaml is empty; give a YAML file"),
         (tmp_path / "list.yaml", {}, r"list\.yaml holds .*, not options"),
-        (tmp_path / "torn.yaml", {}, r"torn\.yaml is no valid YAML: .* line 1, column 8"),
+        (tmp_path / "torn.yaml", {}, r"torn\.yaml is not valid YAML: .* line 1, column 8"),
         (tmp_path, {}, r"is a folder; give a YAML file"),
         ("smoke", {"optim.lrr": 0.1}, "did you mean --optim.lr"),
         ("smoke", {"train.max_steps": "many"}, "--train.max_steps many: give a whole number"),

@@ -115,6 +115,6 @@ def test_a_pickle_that_calls_something_is_refused(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "pwned"),)
 
-    with pytest.raises(UserError, match=r"mkdir, which is no array"):
+    with pytest.raises(UserError, match=r"mkdir, which is not an array"):
         cifar10._ArrayUnpickler(io.BytesIO(pickle.dumps(Malicious()))).load()
     assert list(tmp_path.iterdir()) == []

@@ -63,7 +63,7 @@ def test_a_curve_that_depends_on_the_length_starts_anew_and_says_so(root, run, c
     before = sorted(path.stat().st_mtime_ns for path in run.rglob("*"))
     new = run.with_name("run-to-6")
     printed = extend(capfd, run, "--epochs", "6", "--optim.lr", "0.02")
-    assert "start anew, 0.4167 epochs of warm-up and then cosine; not the curve of one run" in printed
+    assert "start over, 0.4167 epochs of warm-up and then cosine; not the curve of one run" in printed
     assert "changed from here on: optim.lr" in printed
     rates = column(new, "lr")
     assert len(rates) == 19 and column(new, "step")[0] == 11

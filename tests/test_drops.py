@@ -156,7 +156,7 @@ def test_a_compiled_network_takes_new_keys_without_a_new_compilation():
 
 
 def test_the_networks_mode_counts_and_not_a_layers():
-    """BatchNorm is in training mode by itself when its statistics are computed anew, in evaluation mode when frozen."""
+    """BatchNorm is in training mode by itself when its statistics are recomputed, in evaluation mode when frozen."""
     model = build_model(ModelConfig(name="resnet18", stochastic_depth=0.9), 5).eval()
     plain = torchvision.models.resnet18(num_classes=5).eval()
     plain.load_state_dict(model.state_dict())

@@ -1,7 +1,7 @@
 """Frozen behavior: three tiny runs must give the batches, learning rates and losses that `golden.json` holds.
 
 A change that is not meant to alter the mathematics leaves this test as it is. One that is meant to must say why in the
-changelog, and write the file anew: `python tests/test_golden.py`.
+changelog, and write the file again: `python tests/test_golden.py`.
 """
 
 import json

@@ -168,7 +168,7 @@ def test_an_imported_run_can_be_scored_and_trained_on(imported, synthetic_root, 
     ("change", "words"),
     [
         (lambda state: state.pop("layer4.2.bn3.weight"), "layer4.2.bn3.weight"),
-        (lambda state: state.pop("layer4.2.conv3.weight"), "no ResNet-50"),
+        (lambda state: state.pop("layer4.2.conv3.weight"), "not a ResNet-50"),
         (
             lambda state: state.update({"layer1.0.extra.bias": torch.ones(1), "layer1.0.extra.weight": torch.ones(1)}),
             "extra",
@@ -224,7 +224,7 @@ def test_outputs_that_the_data_set_does_not_explain_are_refused(synthetic_root, 
     assert main([*options, "--data_root", str(synthetic_root)]) == 2
     assert "has 4 classes and the network 9 outputs" in capsys.readouterr().err
     assert main(options) == 0 and main([*options[:2], str(tmp_path / "other"), "--name", "squeezenet"]) == 2
-    assert "--name squeezenet is no torchvision" in capsys.readouterr().err
+    assert "--name squeezenet is not a torchvision" in capsys.readouterr().err
 
 
 def test_means_go_with_googlenets_and_inceptions_weights(synthetic_root, tmp_path):

@@ -136,7 +136,7 @@ def test_images_grow_without_a_new_pipeline(index, loader):
     plan = build.make_train_plan(index, growing, TrainConfig(global_batch_size=24, seed=3))
     stream = build.make_train_stream(index, plan, growing, RankInfo())
     sizes, pipelines = [], set()
-    for first in (0, 4, 8):  # the loop begins a stream anew at each epoch
+    for first in (0, 4, 8):  # the loop begins a stream again at each epoch
         for batch in stream.batches(first, first + 4):
             sizes.append(batch.images.shape[1])
             (left, top, width, height), planned = plan.local(len(sizes) - 1).windows[0].tolist(), batch

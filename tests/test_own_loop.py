@@ -284,7 +284,7 @@ def test_a_state_of_other_batches_is_refused(root, tmp_path):
     TrainLoader(root, **SMALL).load_state_dict(older)  # of a version that did not know these options yet
     with pytest.raises(UserError, match="pad_crop None there and 2 here"):
         TrainLoader(root, **SMALL, data=DataConfig(pad_crop=2)).load_state_dict(older)
-    with pytest.raises(UserError, match="no state of a TrainLoader"):
+    with pytest.raises(UserError, match="not a state of a TrainLoader"):
         loader.load_state_dict({"epoch": 3})
     own = shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("index"))
     next((own / "ILSVRC/Data/CLS-LOC/train").glob("*/*")).unlink()

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_named(options, expected):
 def test_a_misspelled_network_of_timm_is_named(capsys):
     pytest.importorskip("timm")
     config = parse_config(["--model.name", "timm:resnet512d", "--data.root", "data"])
-    with pytest.raises(UserError, match=r"timm:resnet512d is no network of timm; did you mean timm:resnet"):
+    with pytest.raises(UserError, match=r"timm:resnet512d is not a network of timm; did you mean timm:resnet"):
         validate(config, 1, "cpu")
     assert "whole number" in complaint(capsys, "--model.num_classes", "many")
 
@@ -140,7 +140,7 @@ def test_timms_weights_from_a_file(tmp_path):
     with pytest.raises(UserError, match=r"does not fit --model\.name timm:test_vit"):
         start_from(build_model(other, 4), other)
     named = ModelConfig(name="timm:test_resnet", weights="DEFAULT")
-    with pytest.raises(UserError, match="is no file, which timm:test_resnet needs"):
+    with pytest.raises(UserError, match="is not a file, which timm:test_resnet needs"):
         start_from(model, named)
 
 

@@ -190,7 +190,7 @@ def test_preflight_names_the_node_that_is_slow_or_failed(tmp_path):
     result = qualified.check_qualified(found, [])
     assert result.level == "FAIL" and "n5 failed: GPU 3: bf16 product: 700.0 TFLOP/s" in result.text
     (tmp_path / "n1/qualify.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"n1/qualify.json is no result of pipeline qualify"):
+    with pytest.raises(UserError, match=r"n1/qualify.json is not a result of pipeline qualify"):
         qualified.read_qualified(tmp_path)
     with pytest.raises(UserError, match=r"holds no qualify.json; on all nodes run: srun pipeline qualify"):
         qualified.read_qualified(tmp_path / "none")

@@ -188,7 +188,10 @@ def test_a_process_that_the_kernel_killed_for_memory_is_told_of():
     finally:
         group.rmdir()
     line = translate_error(error, RawConfig().resolve(), WORLD)
-    assert line.startswith("before the first step: contact") and "has killed 1 for want of host memory" in line
+    assert (
+        line.startswith("before the first step: contact")
+        and "has killed 1 since the start because host memory ran out" in line
+    )
 
 
 @contextlib.contextmanager

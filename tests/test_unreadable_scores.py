@@ -84,7 +84,7 @@ def test_a_score_over_no_image_is_none(root, tmp_path):
 
 
 def test_a_file_that_is_mended_meanwhile_is_scored_again(root, indexed, tmp_path):
-    """Each evaluation looks anew: a short outage does not leave images out for the rest of a run."""
+    """Each evaluation looks again: a short outage does not leave images out for the rest of a run."""
     runs.call(root, tmp_path / "run", *TRAIN, "--train.max_steps", "1")
     for name in ("a/0", "a/1", "a/2", "b/0"):
         shutil.copy2(indexed / "val" / f"{name}.png", root / "val" / f"{name}.png")

@@ -48,7 +48,7 @@ CASES = [
     (1, ("--model.name", "alexnet", "--data.image_size", "64", "--data.val_size", "64", "--data.val_resize", "64"), ""),
     (1, ("--model.name", "vit_b_16"), "--data.image_size 32"),
     (1, ("--model.name", "inception_v3"), "--data.image_size 32"),
-    (1, ("--model.name", "resnet1152"), "is no torchvision classification model"),
+    (1, ("--model.name", "resnet1152"), "is not a torchvision classification model"),
     (1, ("--model.name", "resnet50"), ""),
     (1, ("--model.num_classes", "3"), "--model.num_classes 3: the data set has 4 classes"),
     (1, ("--model.num_classes", "4"), ""),

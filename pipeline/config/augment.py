@@ -37,8 +37,8 @@ class AugmentConfig:
     erase_ratio: tuple[float, float] = (0.3, 3.3)
     """Smallest and largest height / width of the rectangle."""
     repeats: int = 1
-    """Copies of a sample in a batch, each augmented anew (repeated augmentation). An epoch has as many steps as ever,
-    and sees one in `repeats` of the samples; `repeats` epochs see each of them `repeats` times."""
+    """Copies of a sample in a batch, each augmented independently (repeated augmentation). An epoch has as many steps
+    as without, and sees one in `repeats` of the samples; `repeats` epochs see each of them `repeats` times."""
     mixup: float = 0.0
     """mixup: both parameters of the beta distribution of an image's share; 0: off."""
     cutmix: float = 0.0

@@ -21,8 +21,8 @@ class EmaConfig:
     every_steps: int = 1
     """Average whenever this many steps are done."""
     last_epochs: Time | None = None
-    """Instead of decay: the mean of the weights after every `every_steps` steps of so many last epochs (Izmailov et al.
-    2018, arXiv 1803.05407); before, a copy of the weights."""
+    """Instead of decay: the mean of the weights after every `every_steps` steps of the last epochs, this many (Izmailov
+    et al. 2018, arXiv 1803.05407); before, a copy of the weights."""
 
     def __post_init__(self) -> None:
         if self.last_epochs is not None:
@@ -51,8 +51,8 @@ class EvaluationConfig:
     flip: bool = False
     """Score the mean of the logits of each image and its mirror image (as FFCV)."""
     recalibrate_batches: int = 0
-    """Before scoring, compute BatchNorm's statistics anew over so many of the last training batches, with the weights
-    as they are; training continues with its own. 0: score with the running statistics."""
+    """Before scoring, recompute BatchNorm's statistics over this many of the last training batches, with the weights as
+    they are; training continues with its own. 0: score with the running statistics."""
 
 
 def check_evaluation(c: EvaluationConfig) -> Iterator[Check]:

@@ -52,8 +52,8 @@ class DataConfig:
     """Instead of RandomResizedCrop: resize the image so that its shorter side has a whole number of pixels drawn from
     this range, then crop image_size pixels at a random place (He et al. 2015)."""
     pad_crop: int | None = None
-    """Instead of RandomResizedCrop: resize the image so that its shorter side has image_size pixels, pad it by so many
-    pixels on every side with augment.fill (default: black), and crop image_size pixels at a random place."""
+    """Instead of RandomResizedCrop: resize the image so that its shorter side has image_size pixels, pad it by this
+    many pixels on every side with augment.fill (default: black), and crop image_size pixels at a random place."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     alternate_flips: bool = False

@@ -50,8 +50,8 @@ class ModelConfig:
     """Start from trained weights: torchvision's published ones by name (DEFAULT, IMAGENET1K_V1, ...), or a file. A head
     for other classes starts fresh."""
     keep_head: bool = False
-    """With weights: keep their head also where the data set has as many but other classes; default: it starts
-    fresh."""
+    """With weights: keep their head even if the data set has other classes, as long as they are as many; default: it
+    starts fresh."""
     freeze: str | None = None
     """Parameters that are not trained: "body" (all but the head), or patterns of names: "conv1.*,layer1.*"."""
 

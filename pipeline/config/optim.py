@@ -43,9 +43,9 @@ class OptimConfig:
     """lamb, lars: give the layer-wise rate to tensors without weight decay too; default: they take the plain step, as
     in timm and apex."""
     weight_decay: float = 1e-4
-    """Weight decay of the weights; see norm_weight_decay and bias_weight_decay for normalisation layers and biases."""
+    """Weight decay of the weights; see norm_weight_decay and bias_weight_decay for normalization layers and biases."""
     norm_weight_decay: float = 0.0
-    """Weight decay of normalisation layers and, unless bias_weight_decay is given, of biases."""
+    """Weight decay of normalization layers and, unless bias_weight_decay is given, of biases."""
     bias_weight_decay: float | None = None
     """Weight decay of the biases of all other layers; default: as norm_weight_decay."""
     clip_norm: float | None = None

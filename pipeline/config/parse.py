@@ -56,7 +56,7 @@ def _read_recipe(name: str, warnings: list[str]) -> str:
         return path
     except yaml.YAMLError as error:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
-        raise UserError(f"--config {path} is no valid YAML: {reason}; mend the file") from error
+        raise UserError(f"--config {path} is not valid YAML: {reason}; fix the file") from error
     if not isinstance(settings, dict):
         what = "is empty" if settings is None else f"holds {str(settings)[:40]!r}, not options"
         raise UserError(f"--config {path} {what}; give a YAML file such as pipeline train --print_config writes")

@@ -50,8 +50,8 @@ class CheckpointConfig:
     keep: int = runtime_field(2)
     """Newest checkpoints kept, beside the best one."""
     outage_timeout_minutes: float = runtime_field(30.0)
-    """Training continues for so long while the run folder can't be written, with its rows kept in memory; then the run
-    ends with exit code 1, to be started again, perhaps elsewhere."""
+    """Training continues for this long while the run folder can't be written, with its rows kept in memory; then the
+    run ends with exit code 1, to be started again, perhaps elsewhere."""
 
 
 def check_checkpoint(c: CheckpointConfig) -> Iterator[Check]:
@@ -80,7 +80,7 @@ class TrackingConfig:
     report: bool = runtime_field(True)
     """Write report/index.html when the run is finished, and send its pictures to W&B."""
     print_every_s: float = runtime_field(30.0)
-    """Seconds between plain progress lines where the output is no terminal."""
+    """Seconds between plain progress lines where the output is not a terminal."""
 
 
 def check_tracking(c: TrackingConfig) -> Iterator[Check]:

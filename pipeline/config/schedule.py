@@ -35,7 +35,7 @@ class ScheduleConfig:
     milestones: tuple[Time, ...] = (30.0, 60.0)
     """step, multistep: times at which the rate is multiplied by gamma, from the run's beginning."""
     step_every: Time | None = None
-    """step: the rate is multiplied by gamma whenever so much time has passed, instead of at the milestones."""
+    """step: the rate is multiplied by gamma whenever this much time has passed, instead of at the milestones."""
     gamma: float = 0.1
     """step, multistep: factor of the rate at each milestone, or every step_every."""
     power: float = 2.0

@@ -12,12 +12,12 @@ class TrainConfig:
     """Batch, precision, length."""
 
     global_batch_size: int = 256
-    """Images a step over all ranks; stays the same when the number of ranks changes."""
+    """Images per step, over all ranks; it stays the same when the number of ranks changes."""
     micro_batch_size: int | None = runtime_field(None)
     """Images that a rank puts through the network at once; the local batch is accumulated from as many as it
     takes. BatchNorm's statistics are over these. Default: the local batch at once."""
     eval_batch_size: int | None = runtime_field(None)
-    """Validation images a rank at once; default: the micro batch."""
+    """Validation images per rank at once; default: the micro batch."""
     eval_every_epochs: float = runtime_field(1.0)
     """Evaluate whenever this many epochs are done, and at the end."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -37,14 +37,14 @@ class TrainConfig:
     compress_gradients: Literal["bf16"] | None = None
     """Exchange gradients in this type, half the bytes; default: as they are."""
     profile_steps: int | None = runtime_field(None)
-    """Profile so many steps, after the first three of a start: a trace, and on CUDA a snapshot of the memory, in
+    """Profile this many steps, after the first three of a start: a trace, and on CUDA a snapshot of the memory, in
     run_dir/profile."""
     seed: int = 0
     """Determines initial weights, order of the samples and augmentation."""
     max_steps: int | None = runtime_field(None)
-    """Stop after this many steps in all, in the midst of the schedule; default: to its end."""
+    """Stop after this many steps in all, in the middle of the schedule; default: to its end."""
     stop_after_evals_without_gain: int | None = runtime_field(None)
-    """Early stopping: end the run, as finished, after so many evaluations in a row without a higher top-1 (of the
+    """Early stopping: end the run, as finished, after this many evaluations in a row without a higher top-1 (of the
     weights or their average); default: train to the end."""
     device: Literal["auto", "cuda", "cpu"] = runtime_field("auto")
     """Where to train; auto: on the GPUs, or on the CPU of a machine without any."""

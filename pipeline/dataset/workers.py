@@ -41,7 +41,7 @@ def _readers() -> ThreadPoolExecutor:
 
 class _WorkerProcess(SpawnProcess):
     """A new process that does not run the program's own file again, as Python's would: it needs nothing of it, and a
-    script that is not guarded by `if __name__ == "__main__"` would begin anew in each."""
+    script that is not guarded by `if __name__ == "__main__"` would start over in each."""
 
     def start(self) -> None:
         program = sys.modules["__main__"]

@@ -73,7 +73,7 @@ def find_checkpoint(folder: RunFolder, name: str) -> tuple[Path, dict]:
         path = own if own.is_dir() else Path(name).expanduser()
         if not path.is_dir():
             raise UserError(
-                f"--checkpoint {name} is no checkpoint; give best, last, or one of {folder.path}: {_names(folder)}"
+                f"--checkpoint {name} is not a checkpoint; give best, last, or one of {folder.path}: {_names(folder)}"
             )
     try:
         return path, verify_checkpoint(path)

@@ -98,7 +98,7 @@ def preprocessing_with(file: Path, name: str) -> dict:
             sizes = {"val_size": int(said["center_crop"]), "val_resize": int(said["resize_shorter_side"])}
             return {"mean": tuple(map(float, said["mean"])), "std": tuple(map(float, said["std"])), **sizes}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{card} is no card of an export ({error!r}); mend or remove it") from error
+            raise UserError(f"{card} is not a card of an export ({error!r}); fix or remove it") from error
     if name in AUXILIARY_WEIGHTS:
         return {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     if not preprocessing_of(name):
@@ -113,7 +113,7 @@ def load_strictly(model: torch.nn.Module, state: dict, file: str, name: str) -> 
         load_whole(model, state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-        raise UserError(f"{file} is no state_dict of {name}: {' '.join(lines)[:300]}") from error
+        raise UserError(f"{file} is not a state_dict of {name}: {' '.join(lines)[:300]}") from error
 
 
 def classes_for(index: Index, outputs: int) -> list[str]:

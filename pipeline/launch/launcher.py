@@ -272,13 +272,13 @@ class Launcher:
         failure = ""  # a rank that was stopped from here is no cause
         if code not in (EXIT_OK, EXIT_USER, EXIT_INTERRUPTED, EXIT_REGROUP) and rank not in stopped:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            how += " (perhaps by the kernel, for want of memory)" if code == -signal.SIGKILL else ""
+            how += " (perhaps by the kernel, out of memory)" if code == -signal.SIGKILL else ""
             failure = f"rank {self.order['first_rank'] + rank} ({socket.gethostname()}, pid {pid}) {how}"
         self.link.say("ended", round=self.order["round"], exit_code=code, failure=failure)
 
 
 def _sum_up(codes: dict[int, int], stopped: set[int]) -> tuple[int, int]:
-    """(exit code of the node, local rank that it is of). What the user must mend comes first, then a GPU's fault, then
+    """(exit code of the node, local rank that it is of). What the user must fix comes first, then a GPU's fault, then
     what ended first, but for those that only noticed it. stopped: ranks that a signal of the launcher ended."""
     for code in (EXIT_USER, EXIT_GPU_FAULT):
         for rank, found in codes.items():

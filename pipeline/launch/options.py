@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> Options:
-    """Raises UserError for what can't be. Exits with code 2 and one line for what is no option."""
+    """Raises UserError for what can't be. Exits with code 2 and one line for what is not an option."""
     if "--serve-store" in argv or "--serve_store" in argv:
         argv = [*argv, "train"] if not _names_program(argv) else argv
     given = _parser().parse_args(argv)

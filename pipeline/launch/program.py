@@ -31,7 +31,7 @@ def program_of(options: Options) -> Program:
 
 
 def logs_of(options: Options) -> DefaultLogsSpecs:
-    """Where the ranks' output goes. Raises UserError for a filter that is no list of numbers."""
+    """Where the ranks' output goes. Raises UserError for a filter that is not a list of numbers."""
     given = options.torch
     redirects, tee = Std.from_str(given.redirects), Std.from_str(given.tee)
     wanted = given.log_dir or redirects != Std.NONE or tee != Std.NONE

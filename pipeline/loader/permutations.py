@@ -9,7 +9,7 @@ import numpy as np
 
 class Permutations:
     """Orders of all samples by number: each computed once, by whichever thread asks first, and the newest kept. One
-    that failed is computed anew for who asks next.
+    that failed is computed again for who asks next.
 
     Args:
         make: number -> int64 [n].

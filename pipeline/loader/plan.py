@@ -12,9 +12,9 @@ the global batch that no rank splits, so a sample's partner is the same for any 
 With repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) a permutation lasts `repeats` epochs, and each of
 its samples appears in it `repeats` times in a row. The number of positions and steps of an epoch does not change: it
 holds one in `repeats` of the samples, each `repeats` times. After `repeats` epochs every sample was used exactly
-`repeats` times. (The samplers of timm and DeiT draw an epoch's samples anew instead.) In a batch the first copies of
-all its samples come first, then the second ones: copies of a sample lie far apart, mostly on other ranks, and are not
-mixed with each other while a mixing group is no longer than a copy's share of the batch.
+`repeats` times. (The samplers of timm and DeiT draw each epoch's samples independently instead.) In a batch the first
+copies of all its samples come first, then the second ones: copies of a sample lie far apart, mostly on other ranks,
+and are not mixed with each other while a mixing group is no longer than a copy's share of the batch.
 
 The digest of a batch is xxh3_64 over ids (int64), windows (int32) and flips (uint8) of the global batch, and then over
 those that are present of: ops (uint8), amounts (float32), erased (int32), shifts (int32), blends (float32), boxes
@@ -135,7 +135,7 @@ class TrainPlan:
         self.reshuffle([])
 
     def reshuffle(self, steps: list[int]) -> None:
-        """Permute the rest of an epoch anew from each of these steps on. Each sample still comes as often."""
+        """Permute the rest of an epoch again from each of these steps on. Each sample still comes as often."""
         self.reshuffled_from = list(steps)
         self.permutation = Permutations(self._permutation)
 

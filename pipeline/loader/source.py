@@ -180,7 +180,7 @@ class Source:
 
     def _sees_folder(self, sample_id: int) -> bool:
         """Does this node see the folder of a sample's file? A network file system may show a new one late: listing the
-        folder above asks its server anew."""
+        folder above asks its server again."""
         folder = self.split.path(sample_id).parent
         with contextlib.suppress(OSError):
             os.listdir(folder.parent)

@@ -211,7 +211,7 @@ class TrainLoader(LoaderBase):
         Raises UserError if the loader that saved it has other settings or another data set: its steps are others.
         """
         if state.get("format") != _FORMAT or not isinstance(state.get("step"), int):
-            raise UserError("this is no state of a TrainLoader; give what its state_dict() returned")
+            raise UserError("this is not a state of a TrainLoader; give what its state_dict() returned")
         own = self._settings()
         defaults = semantic_config(RawConfig().resolve())
         known = {name: defaults[name] for name in own if name in defaults} | rename_flat(state["settings"])
@@ -220,7 +220,7 @@ class TrainLoader(LoaderBase):
             differing.append("the images are others")
         if differing:
             raise UserError(
-                f"the state is of other batches: {'; '.join(differing[:3])}. Make the loader as it was, or begin anew"
+                f"the state is of other batches: {'; '.join(differing[:3])}. Make the loader as it was, or start over"
             )
         self.step = self._resumed_at = state["step"]
 

@@ -23,7 +23,7 @@ def _walk(module: nn.Module, place: str) -> Iterator[tuple[str, nn.Module]]:
 def layer_numbers(model: nn.Module, heads: tuple[str, ...]) -> dict[str, int]:
     """Parameter name -> number of its layer: 0 at the input, the highest in the heads.
 
-    A layer is a block (residual, dense, encoder, ...) or a layer that stands alone; a normalisation that stands alone
+    A layer is a block (residual, dense, encoder, ...) or a layer that stands alone; a normalization that stands alone
     belongs to what comes before it, and a parameter outside all layers (class token, positions) to the first.
     """
     layers: list[list[str]] = []

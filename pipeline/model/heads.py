@@ -78,7 +78,7 @@ def freeze(model: nn.Module, config: ModelConfig, patterns: str) -> None:
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:
-    """The normalisation layers all of whose own parameters are frozen: their statistics are to stay, too."""
+    """The normalization layers all of whose own parameters are frozen: their statistics are to stay, too."""
 
     def is_frozen(module: nn.Module) -> bool:
         own = list(module.parameters(recurse=False))

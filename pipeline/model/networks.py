@@ -23,9 +23,9 @@ def check_name(name: str, option: str = "--model.name") -> None:
     if is_own(name):
         load_function(name, option)
         return
-    bare, whose = name, "torchvision classification model"
+    bare, whose = name, "a torchvision classification model"
     if is_timm(name):
-        timm, bare, whose = import_timm(name), name.removeprefix(TIMM), "network of timm"
+        timm, bare, whose = import_timm(name), name.removeprefix(TIMM), "a network of timm"
         if timm.is_model(bare):
             return
         names, lists = timm.list_models(), "timm.list_models() lists them"
@@ -35,7 +35,7 @@ def check_name(name: str, option: str = "--model.name") -> None:
         prefix = name.removesuffix(bare)
         close = [prefix + one for one in difflib.get_close_matches(bare, names, n=3)]
         hint = f"did you mean {' or '.join(close)}?" if close else lists
-        raise UserError(f"{option} {name} is no {whose}; {hint}")
+        raise UserError(f"{option} {name} is not {whose}; {hint}")
 
 
 def make_network(config: ModelConfig, num_classes: int, **extra: object) -> nn.Module:

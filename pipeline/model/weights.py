@@ -114,7 +114,7 @@ def published_state(config: ModelConfig) -> dict[str, torch.Tensor]:
     """torchvision's weights by name ("DEFAULT", "IMAGENET1K_V1", ...), downloaded once and checked by their hash."""
     if not is_torchvision(config.name):
         raise UserError(
-            f"--model.weights {config.weights} is no file, which {config.name} needs; names are torchvision's"
+            f"--model.weights {config.weights} is not a file, which {config.name} needs; names are torchvision's"
         )
     known = torchvision.models.get_model_weights(config.name)
     if config.weights not in known.__members__:
@@ -175,8 +175,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, list[str] | 
         else:
             reason = "torch.save did not write it, or it is cut off"
         raise UserError(
-            f"{path} is no file of weights that can be read safely ({reason}); "
-            "save it anew with torch.save(model.state_dict(), FILE)"
+            f"{path} is not a file of weights that can be read safely ({reason}); "
+            "save it again with torch.save(model.state_dict(), FILE)"
         ) from error
     found, entry = find_state(state)
     if found is None:

@@ -185,7 +185,7 @@ class Ledger:
         self._open()
 
     def _take_out(self, step: int, *events: dict) -> None:
-        """Write the file anew, without the rows of steps after `step` and with `events`, if that changes it."""
+        """Write the file again, without the rows of steps after `step` and with `events`, if that changes it."""
         rows = list(read_rows(self.path))
         keep = [row for row in rows if row.get("kind") == "event" or row.get("step", 0) <= step]
         self.evaluations = [row for row in keep if row.get("kind") == "eval"]

@@ -44,7 +44,7 @@ def resend(
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     variables, refused = client_variables()
     if refused:
-        raise UserError(f"W&B: {refused[0]}; mend it or unset it")
+        raise UserError(f"W&B: {refused[0]}; fix it or unset it")
     plan = plan_wandb(dataclasses.replace(config.tracking, wandb="online"), (variables, refused))
     if mode is None and plan.mode == "disabled":
         raise UserError(f"W&B is disabled {plan.why}; give --mode online, or --mode offline for a later wandb sync")

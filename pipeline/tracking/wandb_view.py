@@ -117,7 +117,7 @@ class WandbView(View):
                 self._try(self.run.define_metric, name, summary="max")
 
     def _own_id(self) -> str:
-        """The id of the run in W&B, drawn at its first start; anew in a copy of a run folder that is still in its
+        """The id of the run in W&B, drawn at its first start; again in a copy of a run folder that is still in its
         place, as two runs must not share one."""
         file = self.paths.wandb_run_id
         own = str(self.paths.path.resolve())

@@ -28,7 +28,7 @@ class ContinueOptions:
     """Length of both runs together: epochs (120 or "120ep") or batches ("5000ba")."""
     rate: Literal["follow", "restart", "last"] | None = None
     """The learning rate from here on. follow: the same curve goes on (step, multistep, constant); restart: the curve
-    anew over what is added, with a warm-up; last: as it was in the last step. Default: follow, otherwise restart."""
+    again over what is added, with a warm-up; last: as it was in the last step. Default: follow, otherwise restart."""
     run_dir: str | None = None
     """The new run's folder; default: RUN-to-N."""
 

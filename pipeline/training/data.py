@@ -54,7 +54,7 @@ def check_labels(index: Index, classes: int) -> None:
             sample = int(wrong[0])
             raise UserError(
                 f"{split.name(sample)} has label {int(labels[sample])}, the model has classes 0 to {classes - 1} "
-                f"({len(wrong):,} such samples); build the index anew: pipeline index ROOT"
+                f"({len(wrong):,} such samples); build the index again: pipeline index ROOT"
             )
 
 

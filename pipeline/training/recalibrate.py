@@ -1,4 +1,4 @@
-"""BatchNorm's statistics computed anew, over training images and with the weights as they are now (Wu & Johnson 2021,
+"""BatchNorm's statistics computed again, over training images and with the weights as they are now (Wu & Johnson 2021,
 arXiv 2105.07576, section 3: the running statistics lag behind the weights, and are no average of theirs)."""
 
 import contextlib

@@ -199,7 +199,7 @@ class RunRecorder:
         self.ledger.append(_event_row(name, step, **facts))
 
     def is_evaluated(self, step: int) -> bool:
-        """Does the ledger hold an evaluation of this step? (A kill in its midst: it is done again.)"""
+        """Does the ledger hold an evaluation of this step? (A kill in the middle of it: it is done again.)"""
         return any(row["step"] == step for row in self.ledger.evaluations)
 
     def stops_early(self) -> str | None:

@@ -181,7 +181,7 @@ class TrainStep:
         self, batch: Batch, step: int
     ) -> list[tuple[torch.Tensor, torch.Tensor, EraseAndMix | None, torch.Tensor | None]]:
         """(images, labels, erasing and mixing, keys of what is dropped) of each part that goes through the network at
-        once. Colours and geometry are changed here: as bytes, before anything is compiled, as each op is for other
+        once. Colors and geometry are changed here: as bytes, before anything is compiled, as each op is for other
         images at every step."""
         images = batch.augmented(self.config.augment).split(self.micro)
         targets = batch.targets.split(self.micro)
@@ -231,7 +231,7 @@ class TrainStep:
         return [torch.cat([buffer.reshape(-1) for buffer in buffers]) for buffers in self.buffers]
 
     def train(self) -> None:
-        """Training mode; frozen normalisation layers keep their statistics."""
+        """Training mode; frozen normalization layers keep their statistics."""
         self.exchanging.train()
         for norm in self.held:
             norm.eval()
@@ -239,7 +239,7 @@ class TrainStep:
     def warm_up(self, size: int | None = None) -> None:
         """Forward and backward on a blank batch that leave no trace. size: of its images; default: the largest.
 
-        DistributedDataParallel lays its gradient buckets out anew after its first backward, and with more than two
+        DistributedDataParallel lays its gradient buckets out again after its first backward, and with more than two
         ranks the order of a sum follows from the layout. Done before the first step of every start, this makes a step's
         bits independent of where the run was resumed.
         """

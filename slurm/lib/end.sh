@@ -110,7 +110,7 @@ $asked; if nobody sent that signal, $(more_memory)"
     return "$1"
 }
 
-OUT_OF_MEMORY='exceeded (job |step )?memory limit|oom[-_]kill|OOM Killed|: Out Of Memory|killed [0-9]+ for want of host memory'
+OUT_OF_MEMORY='exceeded (job |step )?memory limit|oom[-_]kill|OOM Killed|: Out Of Memory|killed [0-9]+ since the start because host memory ran out'
 KILLED='pipeline launch: rank .* was killed by SIGKILL[^;]*; see above' # not the times before
 
 more_memory() {

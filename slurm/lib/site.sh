@@ -31,7 +31,7 @@ site_file_ended() { # $1: exit code. site.env has ended this shell.
     set +eu
     trap - EXIT
     cd /
-    log "$SITE_ENV ended the job${site_line:+, line $site_line: $site_command} (exit code $1); mend it and submit again"
+    log "$SITE_ENV ended the job${site_line:+, line $site_line: $site_command} (exit code $1); fix it and submit again"
     exit 2
 }
 

@@ -95,7 +95,7 @@ class Acquisition:
         return {split: len(numbers) for split, numbers in wanted.items()}
 
     def repair(self, names: list[str], selection: Selection) -> None:
-        """Fetch members anew, whatever is in the tree. UserError for names that the archive does not have.
+        """Fetch members again, whatever is in the tree. UserError for names that the archive does not have.
 
         `selection`: what the tree is to hold; a tar can't be entered in the middle and is read for all of it.
         """

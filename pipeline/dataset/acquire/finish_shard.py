@@ -1,6 +1,6 @@
 """The last step of `fetch --pack`: a shard whose members are all in place is checked from disk and named.
 
-With restart markers it is written anew, transcoded, and what was fetched is removed: each process needs the space of
+With restart markers it is written again, transcoded, and what was fetched is removed: each process needs the space of
 one shard more.
 """
 
@@ -45,7 +45,7 @@ class FinishTask:
 def finish_shard(task: FinishTask) -> tuple[int, list[str]]:
     """Check a shard from disk and give it its final name: (samples, members that do not decode).
 
-    Raises TransientError where the disk does not hold what was written; the shard is removed then, to be fetched anew.
+    Raises TransientError where the disk does not hold what was written; the shard is removed then, to be fetched again.
     """
     bad: list[str] = []
     try:
@@ -76,7 +76,7 @@ class _DoNotKeep(Exception):
 
 
 def _transcode(task: FinishTask, file: BinaryIO, bad: list[str]) -> None:
-    """The shard written anew, with restart markers: as `pack --restart` writes it."""
+    """The shard written again, with restart markers: as `pack --restart` writes it."""
     assert task.restart is not None
     shard, path = task.shard, task.path.with_name(f".marked{task.path.name}")
     with contextlib.suppress(_DoNotKeep), ShardWriter(task.dest, shard.split, shard.number, True, path) as writer:

@@ -62,7 +62,7 @@ UNSAFE_PART = re.compile(r"(^|/)\.{1,2}(/|$)|^[A-Za-z]:")
 
 
 class NotAnArchiveError(UserError):
-    """The file is no zip, or its end is missing."""
+    """The file is not a zip, or its end is missing."""
 
 
 class Source(Protocol):

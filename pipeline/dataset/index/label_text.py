@@ -9,7 +9,7 @@ _NEGATIVE = re.compile(r"-\d+")
 
 
 def label_text(value: Any) -> str | None:
-    """A label as text, of a whole number its digits. None where `value` is no label: nothing, a negative number (it
+    """A label as text, of a whole number its digits. None where `value` is not a label: nothing, a negative number (it
     stands for none), a number that isn't whole, a truth value, several labels, or a dict."""
     if isinstance(value, list | tuple):
         return label_text(value[0]) if len(value) == 1 else None

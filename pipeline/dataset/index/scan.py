@@ -90,7 +90,7 @@ def build_index(
         processes: default: every core that this process may use.
         to_score: a validation split alone is enough (see there); where the root is that split, the index
             goes beside it, to `ROOT.index`.
-        recheck: also look whether the files that it left out are mended.
+        recheck: also look whether the files that it left out are fixed.
 
     Raises UserError for a tree that is not in class folders, an empty class, or a folder that can't be written.
     """

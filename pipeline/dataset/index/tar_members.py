@@ -119,7 +119,7 @@ def _damaged(path: str, error: Exception | str) -> UserError:
     if head.startswith(LFS_POINTER):
         return UserError(f"{path} is a pointer of Git LFS, not the file itself; run in its folder: git lfs pull")
     if head.lstrip()[:1] == b"<":
-        return UserError(f"{path} holds a web page, no tar file; get that file again")
+        return UserError(f"{path} holds a web page, not a tar file; get that file again")
     return UserError(f"{path} is cut or damaged ({error}); get that file again")
 
 

@@ -73,7 +73,7 @@ def find_layout(root: Path, to_score: bool = False) -> Layout:
         raise describe_file(root)
     if not root.is_dir():
         wanted = "the images" if to_score else "train/ and val/"
-        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds {wanted}")
+        raise UserError(f"data root {root} does not exist or is not a folder; give the folder that holds {wanted}")
     own = _look(root)
     if "train" in own.splits:
         bare = "train" in own.folders and not any(path for folder in own.folders["train"] for path in _folders(folder))
@@ -123,7 +123,9 @@ def find_val_folder(root: Path) -> Path:
     if root.is_file():
         raise describe_file(root)
     if not root.is_dir():
-        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds ILSVRC/ or val/")
+        raise UserError(
+            f"data root {root} does not exist or is not a folder; give the folder that holds ILSVRC/ or val/"
+        )
     for here in [root, *_above(root), *(layout.root for layout in _below(root)[0])]:
         folders = _look(here, with_test=False).folders.get("val", ())
         if len(folders) == 1:
@@ -136,7 +138,7 @@ def find_val_folder(root: Path) -> Path:
 
 
 def _taken(layout: Layout, given: Path) -> Layout:
-    return Layout(layout.root, layout.folders, layout.tars, f"{given} is no data root itself: taking {layout.root}")
+    return Layout(layout.root, layout.folders, layout.tars, f"{given} is not a data root itself: taking {layout.root}")
 
 
 def _above(root: Path) -> Iterator[Path]:
@@ -184,7 +186,7 @@ def _look(root: Path, with_test: bool = True) -> Layout:
     for name in (*TRAIN_NAMES, *VAL_NAMES):
         gone = dead_link(base / name)
         if gone is not None:
-            raise UserError(f"{gone}; mount what holds it, or mend the link")
+            raise UserError(f"{gone}; mount what holds it, or fix the link")
     folders: dict[str, tuple[Path, ...]] = {}
     tars: dict[str, TarFiles] = {}
     note = ""

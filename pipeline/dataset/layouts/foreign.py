@@ -82,8 +82,8 @@ def describe_file(path: Path) -> UserError:
     for belongs, what, remedy in _FORMATS:
         if belongs(path.name):
             remedy = remedy.format(root=path.parent, file=path)
-            return UserError(f"data root {path} is a file ({what}), no folder; {remedy}")
-    return UserError(f"data root {path} is a file, no folder; give the folder that holds train/ and val/")
+            return UserError(f"data root {path} is a file ({what}), not a folder; {remedy}")
+    return UserError(f"data root {path} is a file, not a folder; give the folder that holds train/ and val/")
 
 
 def describe_format(root: Path) -> UserError | None:

@@ -32,7 +32,7 @@ def find_complete(dest: Path) -> Index | None:
 
 
 def refuse_foreign(dest: Path) -> None:
-    """UserError where `dest` is no folder, or holds something else than shards or what is left of their making."""
+    """UserError where `dest` is not a folder, or holds something else than shards or what is left of their making."""
     others = (path.name for path in dest.iterdir()) if dest.is_dir() else ()
     foreign = any(PACKED not in name and name not in _OWN for name in others)
     if not (dest / PACKED).exists() and dest.exists() and (not dest.is_dir() or foreign):

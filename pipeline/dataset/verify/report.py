@@ -47,7 +47,7 @@ class Report:
         return self.index is not None and any(split.shards for split in self.index.splits.values())
 
     def broken(self) -> list[NamedSample]:
-        """What fetching again would mend."""
+        """What fetching again would fix."""
         return self.missing + self.damaged
 
 

@@ -92,7 +92,9 @@ def verify_root(
     """
     root = root.resolve()
     if not root.is_dir():
-        raise UserError(f"data root {root} does not exist or is no folder; give the folder that holds train/ and val/")
+        raise UserError(
+            f"data root {root} does not exist or is not a folder; give the folder that holds train/ and val/"
+        )
     processes = processes or available_cores()
     root, opened = open_baseline(root, index)
     report = Report(root, read_expected(root), opened)

@@ -22,7 +22,7 @@ def read_qualified(folder: Path) -> list[dict]:
             content = json.loads(path.read_text())
             found.append({"node": str(content["node"]), "parts": dict(content["parts"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is no result of pipeline qualify ({error}); run that again") from error
+            raise UserError(f"{path} is not a result of pipeline qualify ({error}); run that again") from error
     return found
 
 

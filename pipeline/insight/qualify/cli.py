@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     root, argv = _take_root(argv)
     options, rest = split_options(Options, "qualify", argv)
     if rest:
-        raise UserError(f"{rest[0]} is no option of pipeline qualify (see pipeline qualify --help)")
+        raise UserError(f"{rest[0]} is not an option of pipeline qualify (see pipeline qualify --help)")
     if not options.minutes > 0:
         raise UserError(f"--minutes {options.minutes:g}: give a number above 0")
     gpus = len(visible_gpus(query_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES")))

@@ -105,7 +105,7 @@ def checkpoint_stall(settings: Settings) -> Iterator[Row]:
 
 
 def training(settings: Settings) -> Iterator[Row]:
-    """The loader against what a step eats, and the GPU's idle time, of a run over the data set."""
+    """The loader against what a step consumes, and the GPU's idle time, of a run over the data set."""
     if not settings.root:
         yield skipped("loader and idle time", "requires a data set: give --data.root")
         return
@@ -127,7 +127,7 @@ def judge_training(result: dict, on_gpu: bool) -> Iterator[Row]:
     """Rows from what `bench train` found."""
     yield Row("training", f"{result['images_per_s']:,.1f} images/s with the loader; {result['verdict']}")
     ratio = result["loader_images_per_s"] / result["step_images_per_s"]
-    value = f"{result['loader_images_per_s']:,.0f} images/s, {ratio:.2f} x what a step eats"
+    value = f"{result['loader_images_per_s']:,.0f} images/s, {ratio:.2f} x what a step consumes"
     idle = result["shares"]["data"]
     if on_gpu:
         yield judged("loader", value, f"at least {_LOADER:g} x", ratio >= _LOADER)

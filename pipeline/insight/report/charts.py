@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, coloured by the page's CSS, so that they follow its light and dark. No drawing library."""
+"""Line charts as inline SVG, colored by the page's CSS, so that they follow its light and dark. No drawing library."""
 
 import bisect
 import dataclasses

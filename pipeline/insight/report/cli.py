@@ -254,7 +254,7 @@ def report(
     if images is not None and images < 1:
         raise UserError(f"--images {images}: give a number above 0")
     if data_root is not None and not Path(data_root).expanduser().is_dir():
-        raise UserError(f"--data_root {data_root} is no folder; give the one that holds train/ and val/")
+        raise UserError(f"--data_root {data_root} is not a folder; give the one that holds train/ and val/")
     to = Path(out).expanduser() if out else None
     print(write_report([str(run) for run in expand(runs)], to, data_root, device, images, index))
     return EXIT_OK

@@ -94,7 +94,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict], OptimConfig], torch.optim.Optimizer]
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, heads: tuple[str, ...] = ()) -> torch.optim.Optimizer:
-    """The configured optimizer; its learning rate is set anew at every step by the schedule.
+    """The configured optimizer; its learning rate is set at every step by the schedule.
 
     torch's are fused, since only then an update can be left out on the device's own judgement (`TrainStep`). Raises
     UserError where one of the user's own can't be made.

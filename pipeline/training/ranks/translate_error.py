@@ -34,7 +34,7 @@ _NO_THREAD = "can't start new thread"  # no room for its stack, mostly
 _NO_CONTEXT = "CUDA error: out of memory"  # of CUDA, not of torch's allocator
 _GPU_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)")
 _NOT_DETERMINISTIC = "does not have a deterministic implementation"
-#: what only another GPU, or a reset of this one, mends
+#: what only another GPU, or a reset of this one, fixes
 _GPU_FAULT = re.compile(
     r"uncorrectable (ECC|NVLink)|hardware stack error|fallen off the bus|GPU is lost|CUDA error: unknown error|"
     r"CUDA-capable device\(s\) is/are busy or unavailable|XID \d+|CUDA error: (an illegal memory access|"
@@ -127,12 +127,12 @@ def translate_error(error: BaseException, config: Config, world: World) -> str |
         where = error.filename or config.run_dir
         if number in (errno.ENOSPC, errno.EDQUOT):
             return f"{where} can't be written any more: {why_full(error, where)}; {FREE} and start again"
-        return f"{where} can't be read or written any more ({error.strerror}); mend that and start again"
+        return f"{where} can't be read or written any more ({error.strerror}); fix that and start again"
     return None
 
 
 def _oom_kills() -> int:
-    """How many processes the kernel of this machine has killed for want of memory."""
+    """How many processes the kernel of this machine has killed because memory ran out."""
     lines = Path("/proc/vmstat").read_text().splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
@@ -141,9 +141,9 @@ _OOM_KILLS_BEFORE = _oom_kills()
 
 
 def _killed_for_memory() -> str:
-    """The rest of a sentence on a rank that died: was it killed for want of memory?"""
+    """The rest of a sentence on a rank that died: was it killed because memory ran out?"""
     killed = _oom_kills() - _OOM_KILLS_BEFORE
-    return f" (here the kernel has killed {killed} for want of host memory since the start)" if killed else ""
+    return f" (here the kernel has killed {killed} since the start because host memory ran out)" if killed else ""
 
 
 def is_gpu_fault(error: BaseException) -> bool:

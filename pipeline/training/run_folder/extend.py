@@ -1,7 +1,7 @@
 """A finished run trained on in a new run folder, which begins with a copy of the old one's last checkpoint.
 
 Weights, momentum, average and the count of steps go on, and with it which images are seen. The learning rate follows
-the same curve where a longer run would have had the same rates so far; otherwise it starts anew, or stays as it was.
+the same curve where a longer run would have had the same rates so far; otherwise it starts over, or stays as it was.
 """
 
 import dataclasses
@@ -114,7 +114,7 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
         schedule = _restarted(new, epochs, step, per_epoch)
         new = dataclasses.replace(new, schedule=schedule)
         text = (
-            f"the learning rates start anew, {epochs_of(schedule.warmup_epochs, per_epoch):.4g} epochs of warm-up and "
+            f"the learning rates start over, {epochs_of(schedule.warmup_epochs, per_epoch):.4g} epochs of warm-up and "
             f"then {schedule.name}; not the curve of one run of this length"
         )
     others = [name for name in changed if not name.startswith("schedule.")]

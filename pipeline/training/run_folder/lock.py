@@ -131,7 +131,7 @@ class RunLock:
                     self._temporary().replace(path)
                     if path == self.path:
                         self.say(
-                            f"lock of host {owner.get('host')}, pid {owner.get('pid')} taken over: it is there no more"
+                            f"lock of host {owner.get('host')}, pid {owner.get('pid')} taken over: its process is gone"
                         )
                     return
             finally:
@@ -211,7 +211,7 @@ class RunLock:
 
     @staticmethod
     def _touched(path: Path) -> float | None:
-        """When the lock was last touched. Opened first: NFS looks anew only then."""
+        """When the lock was last touched. Opened first: NFS looks again only then."""
         try:
             with path.open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime

@@ -45,7 +45,7 @@ class Outage:
             left = (self.wait_s - now + self._since) / 60
             self.warn(
                 f"step {step}: {reason}; training continues and keeps its rows in memory, no checkpoint is saved; "
-                f"if that is not mended in {left:.3g} min (--checkpoint.outage_timeout_minutes), "
+                f"if that is not fixed in {left:.3g} min (--checkpoint.outage_timeout_minutes), "
                 "the run ends with exit code 1"
             )
             self._say_at = now + max(SAY_AGAIN_AFTER_S, 2 * (now - self._since))

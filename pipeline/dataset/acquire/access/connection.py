@@ -19,7 +19,7 @@ WEB_PAGE = "a web page came instead of an answer: a captive portal or a proxy's 
 def explain_connection(error: BaseException) -> str:
     """The reason of a failure that may pass, without credentials.
 
-    Raises UserError for what waiting does not mend: a certificate that is not trusted, a proxy that wants a user.
+    Raises UserError for what waiting does not fix: a certificate that is not trusted, a proxy that wants a user.
     """
     chain = list(_causes(error))
     text = " ".join(map(str, chain))

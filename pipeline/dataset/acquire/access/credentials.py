@@ -56,7 +56,7 @@ class _Empty(UserError):
 
 
 class _NoObject(UserError):
-    """A kaggle.json whose JSON is no object, on which the client ends."""
+    """A kaggle.json whose JSON is not an object, on which the client ends."""
 
 
 def _find_token() -> str | None:
@@ -99,7 +99,9 @@ def _read_token(path: Path) -> str:
     if not text:
         raise _Empty(f"{path} is empty; put the access token into it, or remove it")
     if text.startswith(("{", "[")):
-        raise UserError(f"{path} holds JSON, no access token; if it is the key of an older kind, name it kaggle.json")
+        raise UserError(
+            f"{path} holds JSON, not an access token; if it is the key of an older kind, name it kaggle.json"
+        )
     if not text.isascii() or not text.isprintable() or " " in text:
         raise UserError(f"{path} holds more than an access token; put the token alone into it, or remove it")
     return text
@@ -146,7 +148,7 @@ def explain_none() -> str:
             return f"{looked}; {name} is set without {other}"
     folder = os.environ.get(FOLDER)
     if folder and not Path(folder).is_dir():
-        return f"{looked}; {FOLDER} names {folder}, which is no folder"
+        return f"{looked}; {FOLDER} names {folder}, which is not a folder"
     for place in dict.fromkeys((config_folder(), Path.home() / ".kaggle", Path.home() / "Downloads", Path.home())):
         for path in sorted(place.glob("*.[jJ][sS][oO][nN]*")):
             if path.name.lower().startswith("kaggle") and path.is_file():
@@ -166,12 +168,12 @@ def config_folder() -> Path:
 
 def _read_text(path: Path) -> str:
     if path.is_dir():
-        raise UserError(f"{path} is a folder, no file; remove it, and put the file there")
+        raise UserError(f"{path} is a folder, not a file; remove it, and put the file there")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); mend that: chmod 600 {path}") from None
+        raise UserError(f"{path} can't be read ({error.strerror}); fix that: chmod 600 {path}") from None
     try:
         return data.decode(next((name for bom, name in _BOMS if data.startswith(bom)), "utf-8"))
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text; download it again from https://www.kaggle.com/settings") from None
+        raise UserError(f"{path} is not text; download it again from https://www.kaggle.com/settings") from None

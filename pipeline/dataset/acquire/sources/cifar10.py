@@ -111,7 +111,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise UserError(f"the CIFAR-10 archive names {module}.{name}, which is no array; give another --from FILE")
+            raise UserError(
+                f"the CIFAR-10 archive names {module}.{name}, which is not an array; give another --from FILE"
+            )
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 

@@ -149,5 +149,5 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if info.isdir():
             continue
         if not info.isreg() or "/" in info.name or info.name.startswith(".") or not info.name.isprintable():
-            raise UserError(f"{path} holds {info.name!r}, which is no plain file: archive refused")
+            raise UserError(f"{path} holds {info.name!r}, which is not a regular file: archive refused")
         yield info

@@ -1,7 +1,7 @@
 """Hugging Face parquet files straight into tar shards: the bytes that `pack` makes from the same images in folders.
 
 The files are read twice: to decode every image and to learn its size, then to put each where its shard has a place for
-it. A kill costs the row groups at work. A shard whose images are made anew (smaller, with restart markers, mended) is
+it. A kill costs the row groups at work. A shard whose images are made again (smaller, with restart markers, fixed) is
 written from the one with the originals, which is removed then.
 """
 
