@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import runs
 
 import pipeline
+from pipeline.dataset import workers
 from pipeline.dataset.synthetic.generate import Settings, generate_tree
 from pipeline.errors import UserError
 
@@ -128,6 +130,27 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match="has no metrics"):
         pipeline.read_ledger(tmp_path)
     assert capsys.readouterr().err == ""
+
+
+def test_two_threads_may_start_worker_processes(monkeypatch):
+    """While one starts, the program's module is hidden; the other must not take the empty one for it."""
+    program, entered, another = sys.modules["__main__"], threading.Event(), threading.Event()
+
+    def start(process):
+        entered.set()
+        if process.name == "first":
+            another.wait(0.3)  # the second one begins meanwhile, unless it waits for the first
+        else:
+            another.set()
+            first.join(20)  # and ends after it
+
+    monkeypatch.setattr(workers.SpawnProcess, "start", start)
+    first, second = (threading.Thread(target=workers._WorkerProcess(name=name).start) for name in ("first", "second"))
+    first.start()
+    assert entered.wait(20)
+    second.start()
+    second.join(20)
+    assert sys.modules["__main__"] is program
 
 
 def test_a_script_without_a_guard_indexes_with_several_processes(tmp_path):

@@ -19,6 +19,7 @@ from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
 from pipeline.errors import TransientError
 from pipeline.loader import build
+from pipeline.loader.decode.dali import DaliDecoder
 from pipeline.loader.decode.resize import Resizer
 from pipeline.loader.eval_plan import EvalPlan
 from pipeline.loader.plan import Planned
@@ -232,7 +233,9 @@ def test_a_sample_that_only_the_decoder_refuses_is_substituted(own_root, loader,
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_decoders_find_the_sample_they_refuse(loader, named, monkeypatch):
-    """DALI's message names the sample, except where it does not."""
+    """DALI's message names the sample, except where it does not: then another decoder looks for it."""
+    made, make = [], DaliDecoder._build
+    monkeypatch.setattr(DaliDecoder, "_build", lambda self: made.append(self) or make(self))
     if not named:
         monkeypatch.setattr("pipeline.loader.decode.dali._sample_number", lambda message: None)
     decoder = build.make_decoder(loader, 3, 1, CPU, 1)
@@ -244,6 +247,7 @@ def test_decoders_find_the_sample_they_refuse(loader, named, monkeypatch):
     with pytest.raises(UndecodableSample) as caught:
         list(decoder.decode([EncodedBatch(6, planned, [good, good, good[: len(good) // 3]])]))
     assert (caught.value.step, caught.value.position) == (6, 2)
+    assert len({id(one) for one in made}) == (loader == "dali") * (1 if named else 2)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -322,17 +326,18 @@ def test_no_validation_pixel_is_off_by_two_where_sums_lie_halfway(width, height)
     assert np.abs(expected - found.numpy()).max() == 1
 
 
-def test_a_resizer_whose_threads_can_not_start_leaves_none_behind(monkeypatch):
+@pytest.mark.parametrize("problem", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
+def test_a_resizer_whose_threads_can_not_start_leaves_none_behind(monkeypatch, problem):
     start = threading.Thread.start
 
     def start_two(thread):
         if thread.name == "resize_2":
-            raise RuntimeError("can't start new thread")
+            raise problem
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start_two)
     before = torch.get_num_threads()
-    with pytest.raises(RuntimeError, match="can't start new thread"):
+    with pytest.raises(type(problem)):
         Resizer(4)
     assert torch.get_num_threads() == before
     gc.collect()

@@ -209,6 +209,23 @@ def test_one_iterator_at_a_time(root):
     assert len(list(second)) == 4
 
 
+def test_an_iterator_of_a_closed_loader_says_so(root):
+    loader = TrainLoader(root, **SMALL)
+    batches = loader.epoch(0)
+    next(batches)
+    loader.close()
+    with pytest.raises(UserError, match="its loader was closed"):
+        next(batches)
+
+
+def test_a_validation_batch_of_which_nothing_can_be_read_is_left_out(root, tmp_path):
+    own = shutil.copytree(root, tmp_path / "data")
+    loader = EvalLoader(own, batch_size=1, image_size=32, device="cpu")
+    loader.index.splits["val"].path(3).write_bytes(b"no image")
+    with loader:
+        assert sum(len(targets) for _, targets in loader) == loader.num_samples - 1 == 23
+
+
 def test_an_unreadable_image_is_replaced_alike_everywhere(root, tmp_path):
     own = shutil.copytree(root, tmp_path / "data")
     whole = TrainLoader(own, **SMALL, raw=True)

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pipeline.errors import TransientError, UserError
 from pipeline.limits import available_cores
@@ -43,13 +43,16 @@ class _WorkerProcess(SpawnProcess):
     """A new process that does not run the program's own file again, as Python's would: it needs nothing of it, and a
     script that is not guarded by `if __name__ == "__main__"` would start over in each."""
 
+    _starting: ClassVar = threading.Lock()  # two threads may start workers
+
     def start(self) -> None:
-        program = sys.modules["__main__"]
-        sys.modules["__main__"] = ModuleType("__main__")  # without a file
-        try:
-            super().start()
-        finally:
-            sys.modules["__main__"] = program
+        with self._starting:
+            program = sys.modules["__main__"]
+            sys.modules["__main__"] = ModuleType("__main__")  # without a file
+            try:
+                super().start()
+            finally:
+                sys.modules["__main__"] = program
 
 
 class _WorkerContext(SpawnContext):

@@ -2,6 +2,7 @@
 and what turns a decoded batch into what a network takes."""
 
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -172,7 +173,8 @@ class Reader:
         self._newest: object = None  # of the ranges
 
     def read(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps start..stop-1. Raises UserError where another range was begun since."""
+        """The batches of steps start..stop-1; fewer where nothing of a validation batch can be read. Raises UserError
+        where another range was begun, or the loader closed, since."""
         if start >= stop:
             return
         if self.stream is None:
@@ -180,8 +182,10 @@ class Reader:
         self._newest = this = object()
         batches = self._batches.read(self.stream, start, stop, frozenset())
         try:
-            for _ in range(start, stop):
-                yield next(batches)
+            for batch in itertools.islice(batches, stop - start):
+                yield batch
+                if self._newest is None:
+                    raise UserError("this iterator ended when its loader was closed; begin another one")
                 if self._newest is not this:
                     raise UserError(
                         "this iterator ended when another one of the same loader was begun; read one at a time, or "

@@ -151,7 +151,8 @@ class DaliDecoder:
                 encoded = self._handed[0]
                 position = _sample_number(str(error))
                 if position is None:
-                    position = self._find_undecodable(encoded)
+                    pipeline = None  # its memory is free again
+                    position = 0 if len(encoded.data) == 1 else self._find_undecodable(encoded)
                 if position is None:
                     raise
                 raise UndecodableSample(encoded.step, position, _reason(str(error))) from error
@@ -165,12 +166,16 @@ class DaliDecoder:
 
     def _find_undecodable(self, encoded: EncodedBatch) -> int | None:
         """The first position of a batch that fails when it is decoded alone: DALI's message does not always say."""
-        alone = DaliDecoder(1, 1, self.device, 1, self.interpolation, self.decode_on)
-        for position in range(len(encoded.data)):
-            try:
-                list(alone.decode([encoded.only(position)]))
-            except (RuntimeError, UndecodableSample):
-                return position
+        device = self.device if self.decode_on == "mixed" else torch.device("cpu")  # a GPU may have no room left
+        alone = DaliDecoder(1, 1, device, 1, self.interpolation, self.decode_on)
+        try:
+            for position in range(len(encoded.data)):
+                try:
+                    list(alone.decode([encoded.only(position)]))
+                except UndecodableSample:  # other errors are not the sample's
+                    return position
+        finally:
+            alone.close()
         return None
 
     def _to_torch(self, images: Any, size: int) -> torch.Tensor:

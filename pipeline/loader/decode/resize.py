@@ -130,8 +130,9 @@ def _start_pool(threads: int) -> ThreadPoolExecutor:
         for _ in range(threads):
             pool.submit(begin)
         begun.wait()
-    except RuntimeError:  # a thread can't be started: the others wait no longer
+    except BaseException:  # a thread can't be started, or Ctrl-C: the others wait no longer
         begun.abort()
+        pool.shutdown(wait=False)
         raise
     finally:
         torch.set_num_threads(others)
