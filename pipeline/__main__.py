@@ -1,6 +1,7 @@
 """The front door: one verb, one function. No logic lives here, and nothing heavy is imported before its verb."""
 
 import atexit
+import contextlib
 import importlib
 import os
 import select
@@ -25,6 +26,7 @@ from pipeline.errors import (
 )
 from pipeline.files import give_home
 from pipeline.logs import shown_on_command_line
+from pipeline.output import failure_of_stdout, prepare_output, unfailing_output
 from pipeline.rank_env import own_rank
 from pipeline.redact import redact
 from pipeline.training.ranks import stop_request
@@ -107,6 +109,8 @@ VERBS = {
 
 #: verbs that train or score, for which Linux is needed: /proc, shared memory, DALI
 LINUX_ONLY = ("train", "continue", "launch", "evaluate", "qualify", "chaos", "bench")
+#: verbs whose work matters more than what they print
+TRAINING = ("train", "continue", "launch")
 
 
 def usage() -> str:
@@ -139,6 +143,11 @@ def _main(argv: list[str]) -> int:
     if verb in LINUX_ONLY and not sys.platform.startswith("linux"):
         complain(f"pipeline {verb}", f"needs Linux, and this is {sys.platform}: run it in a Linux container")
         return EXIT_USER
+    with unfailing_output() if verb in TRAINING else contextlib.nullcontext():
+        return _run_verb(verb, rest)
+
+
+def _run_verb(verb: str, rest: list[str]) -> int:
     module, function, _ = VERBS[verb]
     moved = give_home()
     if moved and own_rank() == 0:
@@ -158,6 +167,12 @@ def _main(argv: list[str]) -> int:
         if not reader_has_left():
             raise
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        problem = failure_of_stdout() if error.filename is None else None
+        if problem is None:
+            raise
+        complain(f"pipeline {verb}", f"stdout can't be written ({problem.strerror})")
+        return EXIT_RETRY
     except KeyboardInterrupt:
         print(f"pipeline {verb}: interrupted; run the same command to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -180,13 +195,15 @@ def run() -> None:
 
     def leave() -> None:
         if "torch" in sys.modules:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code if isinstance(code, int) else EXIT_OK if code is None else EXIT_RETRY)
 
     def print_traceback(*error: Any) -> None:
         sys.stderr.write(redact("".join(traceback.format_exception(*error))))
 
+    prepare_output()
     stop_request.process_is_ours = True
     sys.excepthook = print_traceback
     threading.excepthook = lambda found: print_traceback(*found[:3])

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.config import Config, parse_config
 from pipeline.errors import EXIT_OK, TransientError, UserError
+from pipeline.output import unfailing_output
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.ranks.stop_request import StopRequest
@@ -51,7 +52,7 @@ def train(config: Config) -> bool:
     """
     from pipeline.training.cli import train_config
 
-    with _stop_request() as stop:
+    with _stop_request() as stop, unfailing_output():
         train_config(config, stop)
     return RunPaths(Path(config.run_dir).expanduser()).finished.exists()
 

@@ -246,6 +246,7 @@ def _run_forked(
         _maybe_apply_numa_binding_to_current_process(device_index=local_rank, numa_options=numa)
     _use_threads({name: env[name] for name in _THREADS if name in env})  # of the cores that it is bound to
     assert program.module is not None
+    sys.modules.pop(f"{program.module}.__main__", None)  # of the launcher: it is run again here
     sys.argv = [program.module, *program.argv]
     code: Any = 0
     try:

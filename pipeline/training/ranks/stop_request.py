@@ -79,7 +79,8 @@ class StopRequest:
             message = (
                 "stopping; saving at the end of this step" if first else "saving; Ctrl-C once more ends it at once"
             )
-            os.write(2, f"\n{message}\n".encode())  # print is not for signal handlers
+            with contextlib.suppress(OSError):  # Ctrl-C has ended what reads it, such as tee
+                os.write(2, f"\n{message}\n".encode())  # print is not for signal handlers
         if not first and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C twice, then a third: the user won't wait
         if self._raises:
