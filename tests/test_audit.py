@@ -64,6 +64,20 @@ def test_runs_are_compared_with_the_first_one(finished, root, tmp_path):
     assert "2 of 2 batches differ, the first at step 1" in output and output.count("as recipe, seed and index say") == 2
 
 
+def test_a_folder_of_runs_is_checked_without_those_that_can_not_be(finished, tmp_path):
+    """One failed before its first step, one has a damaged configuration."""
+    folder = tmp_path / "runs"
+    for name in ("a", "b", "c"):
+        shutil.copytree(finished, folder / name)
+    (folder / "a/metrics.jsonl").unlink()
+    (folder / "b/config.yaml").write_text("optim: [lr")
+    output = runs.capture(["audit", str(folder)])
+    assert f"left out: {folder / 'a'} has no training step" in output and "left out: --config" in output
+    assert output.count("as recipe, seed and index say") == 1
+    shutil.rmtree(folder / "c")
+    assert "no run has a training step" in runs.capture(["audit", str(folder)], expect=2)
+
+
 def test_another_data_set_is_named(finished, tmp_path):
     data = tmp_path / "data"
     runs.capture(

@@ -9,6 +9,7 @@ import sys
 import pytest
 import runs
 
+from pipeline.__main__ import main
 from pipeline.dataset.index.scan import build_index
 from pipeline.run_paths import list_checkpoints
 from pipeline.training.run_folder.checkpoint import verify_checkpoint
@@ -188,3 +189,14 @@ def test_evaluate_scores_the_best_checkpoint(finished, tmp_path):
     assert found["val_loss"] == pytest.approx(recorded["val_loss"], rel=1e-6)
     done = subprocess.run([*command[:4], str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "is not a run folder" in done.stderr
+
+
+def test_a_failure_that_nobody_foresaw_is_marked_as_well(root, tmp_path, monkeypatch):
+    def fail(setup):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("pipeline.training.loop.train", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(runs.command(root, tmp_path / "run")[3:])
+    marker = json.loads((tmp_path / "run/failed").read_text())
+    assert (marker["exit_code"], marker["message"]) == (1, "ZeroDivisionError: division by zero")

@@ -63,6 +63,8 @@ from pipeline.training.run_folder.same_recipe import compare_semantic_config
         (["--train.sed", "1"], ["--train.sed", "did you mean --train.seed?"]),
         (["--momentun", "0.9"], ["--momentun", "did you mean --optim.momentum?"]),
         (["--data.mean", "[.nan,0,0]"], ["--data.mean", "three numbers"]),
+        (["--augment", "randaugment"], ["--augment randaugment", "did you mean --augment.policy randaugment?"]),
+        (["--train", "8"], ["--train 8", "give one of them, --train.NAME"]),
     ],
 )
 def test_impossible_values_are_one_clear_line(capsys, argv, words):
@@ -74,6 +76,34 @@ def test_unknown_key_in_a_recipe_file(capsys, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("optim: {lerning_rate: 0.1}\n")
     assert "lerning_rate" in complaint(capsys, "--config", str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optim: 0.1", "optim is '0.1', but it is a group of options"),
+        ("train: 8", "train is '8', but it is a group of options"),
+        ("data: []", "data is '[]', but"),
+        ("guard: off", "guard is 'False', but"),
+        ("schedule: cosine", "did you mean schedule: {name: cosine}?"),
+        ("optim: {learning_rate: 0.1}", "unknown option optim.learning_rate; did you mean optim.lr?"),
+        ("lr: 0.1", "unknown option lr; did you mean optim.lr?"),
+        ("optim: {lr: 0.5}\noptim: {momentum: 0.5}", "'optim' is there twice in line 2, column 1"),
+        ("optim: {lr: 0.5, lr: 0.1}", "'lr' is there twice"),
+    ],
+)
+def test_mistakes_in_a_recipe_file_are_named(capsys, tmp_path, text, words):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text + "\n")
+    line = complaint(capsys, "--config", str(recipe))
+    assert f"--config {recipe}" in line and words in line
+
+
+def test_a_group_without_options_and_a_path_in_the_home_folder(tmp_path, monkeypatch):
+    """All lines of a group may be commented out. A shell leaves `--config=~/mine.yaml` as it is."""
+    (tmp_path / "mine.yaml").write_text("data:\n  # image_size: 64\noptim: {lr: 0.3}\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_config(["--config=~/mine.yaml"]).optim.lr == 0.3
 
 
 def test_broken_yaml_is_one_line(capsys, tmp_path):

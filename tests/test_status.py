@@ -16,6 +16,7 @@ from pipeline.config import RawConfig, TrainConfig, to_yaml
 from pipeline.insight.status.cli import render, render_list
 from pipeline.insight.status.run_state import read_events_and_evals, read_state, read_tail
 from pipeline.progress import duration
+from pipeline.training.run_folder.lock import RunLock
 
 NOW = time.time()
 BATCH, PER_EPOCH, LAST = 32, 10, 40
@@ -247,6 +248,40 @@ def test_several_runs_or_a_folder_of_them_are_a_line_each(sweep, capsys):
     assert main(["status", str(sweep / "c"), str(sweep / "a"), "--json"]) == 0
     seen = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["run"] for row in seen] == [str(sweep / "c"), str(sweep / "a")]
+
+
+def test_a_damaged_run_hides_none_of_the_others(sweep, capsys):
+    (sweep / "c/config.yaml").write_text("optim: [lr")
+    assert main(["status", str(sweep)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and [line.split()[1] for line in lines[1:]] == ["training", "unreadable", "training"]
+    assert "config.yaml can't be read (" in lines[2]
+    assert main(["status", str(sweep / "c")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_run_whose_process_is_gone_is_stalled_at_once(run):
+    lock = RunLock(run)
+    lock.acquire()
+    train(run, 1, 3)
+    assert read_state(run).state == "training"
+    owner = json.loads((run / "lock").read_text())
+    (run / "lock").write_text(json.dumps(owner | {"pid_start": "1"}))  # as after a kill: another process has the pid
+    state = read_state(run)
+    assert (state.state, state.detail) == (
+        "stalled",
+        f"host {owner['host']}, pid {owner['pid']} has ended without a word; the same command resumes the run",
+    )
+    (run / "lock").write_text(json.dumps(owner | {"machine": "another"}))
+    assert read_state(run).state == "training"  # cannot be seen from here
+    lock.release()
+
+
+def test_imported_weights_are_no_run_that_starts(run):
+    checkpoint(run, 0)
+    assert read_state(run).state == "starting"
+    (run / "metrics.jsonl").unlink()
+    assert read_state(run).state == "imported"
 
 
 def test_a_folder_without_runs_is_named(sweep, capsys):

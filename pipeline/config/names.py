@@ -47,7 +47,15 @@ ELSEWHERE = {
 }
 
 #: groups of options that are often given as if they were one -> the option that is meant
-GROUPS = {"data": "data.root", "model": "model.name", "optim": "optim.name", "schedule": "schedule.name"}
+GROUPS = {
+    "augment": "augment.policy",
+    "data": "data.root",
+    "ema": "ema.decay",
+    "model": "model.name",
+    "optim": "optim.name",
+    "schedule": "schedule.name",
+    "tracking": "tracking.wandb",
+}
 
 #: options of the parser itself
 BUILT_IN = ("config", "help", "print_config")
@@ -112,7 +120,7 @@ def check_names(argv: list[str]) -> None:
     Such are the names of other trainers (--lr, --epochs, -b, --arch), misspellings (--optim.lrr), and --model resnet50,
     as model is a group of options. `argv` is normalized (see `pipeline.command.normalize`).
     """
-    known = set(option_names())
+    known, groups = set(option_names()), set(group_names())
     position = 0
     while position < len(argv):
         item = argv[position]
@@ -124,13 +132,41 @@ def check_names(argv: list[str]) -> None:
         if not equals and name not in ("h", "help", "print_config"):
             value = argv[position] if position < len(argv) else ""
             position += 1
-        if name in GROUPS and not Path(value).is_file() and not value.lstrip().startswith("{"):
-            raise UserError(f"--{name} {value}: {name} is a group of options; did you mean --{GROUPS[name]} {value}?")
+        if name in groups and not Path(value).is_file() and not value.lstrip().startswith("{"):
+            hint = f"did you mean --{GROUPS[name]} {value}?" if name in GROUPS else f"give one of them, --{name}.NAME"
+            raise UserError(f"--{name} {value}: {name} is a group of options; {hint}")
         if name in known or name in BUILT_IN or item == "-h":
             continue
         meant = nearest(name, known)
         if meant:
             raise UserError(f"unknown option {dashes}{name}; did you mean {' or '.join(f'--{one}' for one in meant)}?")
+
+
+def check_settings(settings: dict[str, Any], path: str) -> bool:
+    """Raises UserError for a group of options in a recipe that is none, and for the first unknown option for which a
+    known one is probably meant. Groups without options are taken out of `settings`; True: there were some."""
+    known, groups = set(option_names()), set(group_names())
+    empty = [name for name in groups if name in settings and settings[name] is None]
+    for name in empty:
+        del settings[name]
+    for group, options in settings.items():
+        if group in groups and not isinstance(options, dict):
+            said = f"--config {path}: {group} is {str(options)[:40]!r}, but it is a group of options"
+            if isinstance(options, str) and group in GROUPS:
+                example = GROUPS[group].partition(".")[2]
+                raise UserError(f"{said}; did you mean {group}: {{{example}: {options[:40]}}}?")
+            raise UserError(f"{said}; write them below it, as pipeline train --print_config does")
+        names = [f"{group}.{name}" for name in options] if group in groups else [str(group)]
+        for name in names:
+            meant = [] if name in known else nearest(name, known)
+            if meant:
+                raise UserError(f"--config {path}: unknown option {name}; did you mean {' or '.join(meant)}?")
+    return bool(empty)
+
+
+def group_names() -> Iterator[str]:
+    """The names of the groups of options."""
+    return (part.name for part in dataclasses.fields(RawConfig) if dataclasses.is_dataclass(part.type))
 
 
 def nearest(name: str, known: set[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipeline.command import make_parser, normalize, summary
-from pipeline.config.names import check_names, flag_names, rename_arguments, rename_settings
+from pipeline.config.names import check_names, check_settings, flag_names, rename_arguments, rename_settings
 from pipeline.config.run import Config, RawConfig
 from pipeline.config.time import Time, is_time, parse_time
 from pipeline.errors import UserError, complain
@@ -31,6 +31,7 @@ def recipe_names() -> list[str]:
 
 def resolve_recipe(name: str) -> str:
     """The file of a recipe: a path as it is, a name from the package. Raises UserError for neither."""
+    name = str(Path(name).expanduser())  # a shell leaves --config=~/mine.yaml as it is
     if Path(name).is_file():
         try:
             Path(name).read_text(encoding="utf-8")
@@ -51,7 +52,7 @@ def _read_recipe(name: str, warnings: list[str]) -> str:
     ones, as YAML; then `warnings` gets one line for each."""
     path = resolve_recipe(name)
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
     except OSError:  # the parser reports it
         return path
     except yaml.YAMLError as error:
@@ -61,9 +62,23 @@ def _read_recipe(name: str, warnings: list[str]) -> str:
         what = "is empty" if settings is None else f"holds {str(settings)[:40]!r}, not options"
         raise UserError(f"--config {path} {what}; give a YAML file such as pipeline train --print_config writes")
     renamed = rename_settings(settings)
+    empty = check_settings(settings, path)
     warnings += [f"{path}: {line}" for line in renamed]
     moved = _follow_run_folder(settings, Path(path))
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if renamed or moved else path
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if renamed or moved or empty else path
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a mapping has no key twice: the last one would count in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _follow_run_folder(settings: dict[str, Any], path: Path) -> bool:

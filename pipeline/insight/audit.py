@@ -168,12 +168,21 @@ def audit(
     """
     if every < 1:
         raise UserError(f"--every {every}: give 1 or more")
-    folders = expand(runs)
-    rows = {folder: _read(folder) for folder in folders}
+    rows, configs = {}, {}
+    for folder in expand(runs):
+        try:
+            rows[folder], configs[folder] = _read(folder), load_config(RunPaths(folder).config)
+        except UserError as error:
+            if str(folder) in {str(Path(run).expanduser().resolve()) for run in runs}:
+                raise
+            print(f"left out: {error}", flush=True)  # one of a folder of runs
+    if not rows:
+        raise UserError("no run has a training step in its ledger yet; train first")
+    folders = list(configs)
     found = []
     for folder in folders:
         paths = RunPaths(folder)
-        config = load_config(paths.config)
+        config = configs[folder]
         where = locate_index(config.data, data_root, index)
         if not has_index(where):
             raise UserError(

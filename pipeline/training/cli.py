@@ -116,7 +116,7 @@ def _train_config(config: "Config", paths: RunPaths, stop: StopRequest, begin: C
     with importing():
         from pipeline.training import loop
         from pipeline.training.ranks.consistency import program_and_settings, refuse_differences
-        from pipeline.training.ranks.translate_error import translating_errors
+        from pipeline.training.ranks.translate_error import first_line, translating_errors
         from pipeline.training.ranks.world import start_watchdog, start_world
         from pipeline.training.run_folder.folder import RunFolder, make_run_folder
         from pipeline.training.run_folder.lock import RunLock
@@ -151,6 +151,10 @@ def _train_config(config: "Config", paths: RunPaths, stop: StopRequest, begin: C
             mark_failed(config.run_dir, error)
         if error.on_all_ranks:
             world.wait_for_all()  # the first rank that is gone makes torchrun and Slurm end the others
+        raise
+    except Exception as error:  # one that nobody foresaw
+        if lock.held:
+            mark_failed(config.run_dir, TransientError(f"{type(error).__name__}: {first_line(error)}"))
         raise
     except KeyboardInterrupt:  # asked to stop where there was nothing to save
         ended = paths.finished.exists() or paths.interrupted.exists()

@@ -6,16 +6,18 @@ import subprocess
 import sys
 import time
 from json import dumps
+from pathlib import Path
 from typing import Literal
 
 from pipeline.command import run_command
+from pipeline.errors import UserError
 from pipeline.insight.runs import expand
 from pipeline.insight.status.run_state import RunState, read_state
 from pipeline.progress import duration
 from pipeline.tracking.ledger import world_sizes_in_words
 
 WATCH_EVERY_S = 5.0
-ENDED = ("finished", "failed")
+ENDED = ("finished", "failed", "imported", "unreadable")
 
 
 def query_slurm(job: str | None) -> dict[str, str] | None:
@@ -114,7 +116,8 @@ def status(runs: list[str], watch: bool = False, json: bool = False, sort: Liter
         sort: several runs: as given, or the best top-1 first.
     """
     while True:
-        states = [read_state(folder) for folder in expand(runs)]
+        folders = expand(runs)
+        states = [read_state(folder) for folder in folders] if len(folders) == 1 else list(map(_state_of_one, folders))
         queued = [query_slurm(state.slurm_job_id) for state in states] if json or len(states) == 1 else []
         if json:
             text = "\n".join(
@@ -133,6 +136,14 @@ def status(runs: list[str], watch: bool = False, json: bool = False, sort: Liter
             time.sleep(WATCH_EVERY_S)
         except KeyboardInterrupt:
             return 0
+
+
+def _state_of_one(folder: Path) -> RunState:
+    """The state of one of several runs; a damaged folder hides none of the others."""
+    try:
+        return read_state(folder)
+    except UserError as error:
+        return RunState.unreadable(folder, str(error))
 
 
 def main(argv: list[str]) -> int:

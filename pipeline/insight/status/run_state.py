@@ -3,6 +3,7 @@
 Does not import torch; takes milliseconds, on any machine that sees the folder, also while the run trains.
 """
 
+import dataclasses
 import json
 import math
 import mmap
@@ -12,12 +13,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 from pipeline.files import read_note
 from pipeline.run_paths import META, RunPaths, list_checkpoints, not_a_run_message
 from pipeline.tracking.ledger import is_start, left_out_note, top1_of, world_sizes
+from pipeline.training.run_folder.lock import dead_owner
 
 TAIL_ROWS = 100  # training rows that rates are taken over
 TAIL_BYTES = 1 << 17  # holds them
@@ -29,7 +32,8 @@ QUIET_STEPS = 20.0  # or this many times a step
 class RunState:
     """Facts about a run; None: not known (yet).
 
-    state: starting, training, evaluating, preempted, stopped, failed, finished or stalled. Percent: top1, best_top1.
+    state: starting, training, evaluating, preempted, stopped, failed, finished, stalled, imported (weights of
+    `pipeline import`) or, in a list, unreadable. Percent: top1, best_top1.
     left_out: "5 of 12 images left out" of the latest evaluation, or empty. Share: data_wait_fraction. Seconds: step_s,
     left_s (training alone), checkpoint_age_s, silent_s (since the last row). world_sizes: (first step, ranks) of each
     stretch with one number of ranks.
@@ -59,6 +63,15 @@ class RunState:
     host: str | None
     slurm_job_id: str | None
     restarts: int
+
+    @classmethod
+    def unreadable(cls, folder: Path, problem: str) -> "RunState":
+        """Of a folder that can't be read."""
+        facts: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(cls))
+        facts |= {"run": str(folder), "state": "unreadable", "detail": problem}
+        return cls(
+            **facts | {"step": 0, "epoch": 0.0, "left_out": "", "silent_s": 0.0, "world_sizes": [], "restarts": 0}
+        )
 
 
 def read_tail(path: Path) -> list[dict]:
@@ -182,7 +195,7 @@ def _read_config(folder: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} can't be read ({error}); is it a run folder?") from error
+        raise UserError(f"{path} can't be read ({' '.join(str(error).split())}); is it a run folder?") from error
     return settings if isinstance(settings, dict) else {}
 
 
@@ -231,6 +244,11 @@ def _judge(folder: Path, activity: str, silent_s: float, step_s: float | None) -
         reason = str(marker.get("reason", "unknown"))
         by_slurm = any(word in reason for word in ("Slurm", "batch script", "to the step", "SIGTERM", "SIGUSR1"))
         return "preempted" if by_slurm else "stopped", f"{reason}; saved at step {marker.get('step')}"
+    gone = dead_owner(folder)
+    if gone is not None:
+        return "stalled", f"{gone} has ended without a word; the same command resumes the run"
+    if not RunPaths(folder).ledger.exists() and newest_checkpoint(folder) is not None:
+        return "imported", ""
     if silent_s > max(QUIET_S[activity], QUIET_STEPS * (step_s or 0.0)):
         return "stalled", f"nothing was written since it was {activity}, {silent_s / 60:.0f} min ago"
     asked = RunPaths(folder).stop

@@ -54,6 +54,18 @@ def _name(owner: dict) -> str:
     return f"{owner.get('host')}, pid {owner.get('pid')}{job}"
 
 
+def dead_owner(folder: Path) -> str | None:
+    """Host and pid of a process of this machine that had the lock of a run folder and is gone. None: nobody had it, it
+    lives, or that can't be seen from here."""
+    try:
+        owner = json.loads(RunPaths(folder).lock.read_bytes())
+        if not isinstance(owner, dict) or owner.get("machine") != _machine():
+            return None
+        return None if _start_of(owner["pid"]) == owner.get("pid_start") else f"host {_name(owner)}"
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 class RunLock:
     """The lock of a run folder, held from `acquire` to `release`.
 
@@ -131,7 +143,8 @@ class RunLock:
                     self._temporary().replace(path)
                     if path == self.path:
                         self.say(
-                            f"lock of host {owner.get('host')}, pid {owner.get('pid')} taken over: its process is gone"
+                            f"lock of host {owner.get('host')}, pid {owner.get('pid')} taken over: that process has "
+                            "ended"
                         )
                     return
             finally:
