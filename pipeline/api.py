@@ -74,7 +74,7 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
         code = evaluate_run(Request(run=str(run), json=str(file), **options), stop)
         if stop or code != EXIT_OK:
             raise TransientError("the evaluation was asked to stop")
-        return json.loads(file.read_text()) if file.exists() else {}
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def read_ledger(run: str | Path, kind: str | None = None) -> list[dict[str, Any]]:

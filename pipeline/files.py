@@ -78,7 +78,7 @@ def appears(path: Path, within_s: float = LATE_S) -> bool:
 def read_note(path: Path) -> str:
     """The text of a small file, or of a link that stands for it: a link can be made on a full disk, its target is the
     text. Raises OSError."""
-    return str(path.readlink()) if path.is_symlink() else path.read_text()
+    return str(path.readlink()) if path.is_symlink() else path.read_text(encoding="utf-8")
 
 
 def give_home() -> str | None:

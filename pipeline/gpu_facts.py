@@ -137,7 +137,9 @@ def _cuda_of_torch() -> str | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    match = re.search(r"^cuda\b.*=\s*'([\d.]+)'", Path(spec.origin).with_name("version.py").read_text(), re.MULTILINE)
+    match = re.search(
+        r"^cuda\b.*=\s*'([\d.]+)'", Path(spec.origin).with_name("version.py").read_text(encoding="utf-8"), re.MULTILINE
+    )
     return match[1] if match else None
 
 

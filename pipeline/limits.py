@@ -46,13 +46,13 @@ def memory_limit() -> int:
 
 def available_memory() -> int:
     """Bytes of memory that this process can still take: of the machine, of its control groups, by its own limit."""
-    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     available = int(facts["MemAvailable"].split()[0]) * 1024
     for limit, used in _memory_groups():
         available = min(available, limit - used)
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     if own != resource.RLIM_INFINITY:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         available = min(available, own - used)
     return max(0, available)
 
@@ -81,12 +81,12 @@ def _cpu_quotas() -> Iterator[float]:
     """The quota of each control group that has one, in cores."""
     for folder in _folders("cpu"):
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # v2
-            quota, period = (folder / "cpu.max").read_text().split()
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
             yield int(quota) / int(period)  # "max": no number
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # v1
-            micros = int((folder / "cpu.cfs_quota_us").read_text())
+            micros = int((folder / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
             if micros > 0:
-                yield micros / int((folder / "cpu.cfs_period_us").read_text())
+                yield micros / int((folder / "cpu.cfs_period_us").read_text(encoding="utf-8"))
 
 
 def _memory_groups() -> Iterator[tuple[int, int]]:
@@ -97,15 +97,15 @@ def _memory_groups() -> Iterator[tuple[int, int]]:
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
             with contextlib.suppress(OSError, ValueError):
-                limit = int((folder / limit_name).read_text())
+                limit = int((folder / limit_name).read_text(encoding="utf-8"))
                 if limit < _UNLIMITED:
-                    used = int((folder / used_name).read_text())
+                    used = int((folder / used_name).read_text(encoding="utf-8"))
                     yield limit, max(0, used - _statistic(folder / "memory.stat", cache))
 
 
 def _statistic(path: Path, name: str) -> int:
     with contextlib.suppress(OSError, ValueError):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(" ")
             if key == name:
                 return int(value)
@@ -127,7 +127,7 @@ def _folders(controller: str) -> Iterator[Path]:
 def _own_groups() -> Iterator[tuple[list[str], PurePosixPath]]:
     """(controllers, path) of each line of /proc/self/cgroup; v2 has no controllers there."""
     with contextlib.suppress(OSError):
-        for line in _GROUPS.read_text().splitlines():
+        for line in _GROUPS.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             yield [name for name in controllers.split(",") if name], PurePosixPath(path)
 
@@ -136,7 +136,7 @@ def _mounted(controller: str) -> Iterator[tuple[Path, PurePosixPath]]:
     """(mount point, the group's path below it) by the kernel's table of mounts."""
     lines = []
     with contextlib.suppress(OSError):
-        lines = _MOUNTS.read_text().splitlines()
+        lines = _MOUNTS.read_text(encoding="utf-8").splitlines()
     for line in lines:
         before, _, after = line.partition(" - ")
         kind, _, *options = after.split()

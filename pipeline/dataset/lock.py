@@ -45,7 +45,7 @@ def locked(path: Path, busy: str, wait: bool = True, shared: bool = False) -> It
     Raises OSError where the file can't be opened.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with path.open("a+") as file:  # NFS shares a lock only of a file that is open for reading
+    with path.open("a+", encoding="utf-8") as file:  # NFS shares a lock only of a file that is open for reading
         got = _try(file, kind)
         if got is None:
             print(

@@ -72,7 +72,7 @@ def export(
             pass
         writers[target.suffix](model.eval(), config, target)
         card = describe(config, outputs, classes, meta["step"], chosen, scores, inside=target.suffix == ".onnx")
-        card_file.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+        card_file.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}); give another place") from error
     finally:

@@ -94,7 +94,7 @@ def preprocessing_with(file: Path, name: str) -> dict:
     card = file.with_name(file.name + ".json")
     if card.is_file():
         try:
-            said = json.loads(card.read_text())["preprocessing"]
+            said = json.loads(card.read_text(encoding="utf-8"))["preprocessing"]
             sizes = {"val_size": int(said["center_crop"]), "val_resize": int(said["resize_shorter_side"])}
             return {"mean": tuple(map(float, said["mean"])), "std": tuple(map(float, said["std"])), **sizes}
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -142,7 +142,7 @@ def write_run(folder: RunFolder, config: Config, model: torch.nn.Module, facts: 
             **facts,
         }
         write_checkpoint(folder.checkpoints, 0, state, {**meta, "torch": torch.__version__})
-        folder.config.write_text(to_yaml(config))
+        folder.config.write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"run folder {folder.path} can't be written ({error.strerror}); give another") from error
 

@@ -99,7 +99,7 @@ def _left_out_lines(result: Result) -> list[str]:
 
 def write_per_class(path: Path, results: list[Result]) -> None:
     """A CSV with a row for each class of each result: class, words, images, top-1 and top-5 in percent."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["weights", "size", "class", "words", "images", "top1", "top5"])
         for result in results:

@@ -29,7 +29,7 @@ def recipes(card: str | None = None) -> None:
     columns = min(shutil.get_terminal_size((120, 24)).columns, 120)
     for name in recipe_names():
         path = recipes_folder() / f"{name}.yaml"
-        written = yaml.safe_load(path.read_text())
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
         about = written.get("about", {})
         paragraphs = [about.get("what", "")]
         facts = [f"{_length(written['schedule']['epochs'])}, batch {written['train']['global_batch_size']:,}"]

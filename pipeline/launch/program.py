@@ -66,8 +66,8 @@ def binding_problem(ranks: int, machine: Path = Path("/")) -> str | None:
     for gpu in gpus[:ranks]:
         device = machine / "sys/bus/pci/devices" / gpu.bus_id.lower()[-12:]  # nvidia-smi writes a longer domain
         with contextlib.suppress(OSError, ValueError):
-            number = max(0, int((device / "numa_node").read_text()))
-            beside = parse_cores((nodes / f"node{number}/cpulist").read_text())
+            number = max(0, int((device / "numa_node").read_text(encoding="utf-8")))
+            beside = parse_cores((nodes / f"node{number}/cpulist").read_text(encoding="utf-8"))
             if not beside & allowed:
                 return f"this job has none of the cores beside GPU {gpu.bus_id}, those of NUMA node {number}"
     return None

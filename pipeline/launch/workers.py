@@ -266,7 +266,7 @@ def _show_command(command: list[str]) -> None:
     """Have ps, top and pkill -f see this command line, rather than that of the process this one was forked from; cut to
     the room there is (Linux)."""
     with contextlib.suppress(OSError, IndexError, ValueError):
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         begin, end = int(fields[45]), int(fields[46])  # arg_start, arg_end: proc(5)
         if end > begin > 0:
             text = "\0".join(command).encode()[: end - begin - 1]

@@ -77,7 +77,7 @@ class WandbView(View):
     def _high_water(path: Path, last_steps: dict[str, int]) -> dict[str, int]:
         """Kind of row -> the highest step ever sent; kept on disk, as the ledger forgets steps that are done again."""
         try:
-            before = {str(kind): int(step) for kind, step in json.loads(path.read_text()).items()}
+            before = {str(kind): int(step) for kind, step in json.loads(path.read_text(encoding="utf-8")).items()}
         except (OSError, ValueError, TypeError, AttributeError):
             before = {}
         sent = {kind: max(before.get(kind, 0), last_steps.get(kind, 0)) for kind in ("train", "eval")}
@@ -203,7 +203,7 @@ def quiet_settings(wandb: Any, timeout_s: float | None = None) -> Any:
 def _read_id(file: Path) -> tuple[str, str]:
     """(id, run folder) that a file `run-id` says; "" for what it does not."""
     try:
-        lines = [*file.read_text().splitlines(), "", ""]
+        lines = [*file.read_text(encoding="utf-8").splitlines(), "", ""]
     except OSError:
         return "", ""
     return lines[0].strip(), lines[1].strip()

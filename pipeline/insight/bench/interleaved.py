@@ -216,7 +216,7 @@ def cpu_seconds() -> float:
     ticks = os.sysconf("SC_CLK_TCK")
     for child in _children():
         try:
-            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             continue
         own += (int(fields[11]) + int(fields[12])) / ticks
@@ -227,7 +227,7 @@ def _children() -> list[int]:
     found: list[int] = []
     for path in Path("/proc/self/task").iterdir():
         try:
-            found += map(int, (path / "children").read_text().split())
+            found += map(int, (path / "children").read_text(encoding="utf-8").split())
         except OSError:
             continue
     return found
@@ -235,7 +235,7 @@ def _children() -> list[int]:
 
 def rss_mib() -> float:
     """Resident memory of this process, MiB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def spread_table(measured: dict[str, Measured], key: str) -> str:

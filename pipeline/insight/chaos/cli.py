@@ -58,7 +58,7 @@ def chaos(
 
 
 def write_json(path: Path, results: dict) -> None:
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def run_trial(work: Path, kills: int, processes: int, seed: int, model: str, device: str, wandb: str) -> dict:

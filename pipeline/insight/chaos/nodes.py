@@ -188,7 +188,7 @@ def ranks_of(node: subprocess.Popen) -> dict[int, int]:
     found = {}
     for pid in descendants(node.pid) if node.poll() is None else []:
         try:
-            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
         except OSError:
             continue
         if name.startswith("rank "):

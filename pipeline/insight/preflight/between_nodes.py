@@ -17,7 +17,7 @@ def probe_token(run_dir: Path, token: str, head: str) -> str | None:
     deadline = time.monotonic() + TOKEN_TIMEOUT_S
     while True:
         try:
-            found = (run_dir / TOKEN).read_text().strip()
+            found = (run_dir / TOKEN).read_text(encoding="utf-8").strip()
         except OSError:
             found = None
         if found == token:

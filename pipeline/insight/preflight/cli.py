@@ -72,7 +72,7 @@ def parse_time_limit(text: str) -> float | None:
 def read_nodes(path: Path) -> list[dict]:
     """The facts that nodes wrote to a file, by name of the node; other lines in it are left out."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"--nodes_file {path}: {error.strerror}") from error
     facts = []
@@ -88,7 +88,7 @@ def read_nodes(path: Path) -> list[dict]:
 def read_bench(path: Path) -> tuple[float, int]:
     """(images/s of all processes together, their number) of a bench file. Raises UserError."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         rate, world = float(content["images_per_s"]), int(content.get("world_size", 1))
     except OSError as error:
         raise UserError(

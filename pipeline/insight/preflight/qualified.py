@@ -19,7 +19,7 @@ def read_qualified(folder: Path) -> list[dict]:
     found = []
     for path in paths:
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             found.append({"node": str(content["node"]), "parts": dict(content["parts"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is not a result of pipeline qualify ({error}); run that again") from error

@@ -18,7 +18,7 @@ def main(name: str, settings: str, rows: str) -> int:
     """Write the part's rows, one JSON object a line, to the file `rows`."""
     given = json.loads(settings)
     given["scratch"] = Path(given["scratch"])
-    with Path(rows).open("w") as file:
+    with Path(rows).open("w", encoding="utf-8") as file:
         for row in part_named(name).rows(Settings(**given)):
             file.write(json.dumps(asdict(row)) + "\n")
             file.flush()

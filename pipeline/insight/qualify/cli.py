@@ -144,7 +144,7 @@ def run_part(part: Part, settings: Settings, cut: bool = False) -> list[Row]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     rows = [Row(**json.loads(line)) for line in lines if line.endswith("\n")]
     if code is None and cut:
         rows.append(

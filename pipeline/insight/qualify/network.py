@@ -43,7 +43,7 @@ def network(settings: Settings) -> Iterator[Row]:
         words = next((line for line in done.stderr.splitlines() if "Error" in line), done.stderr.strip()[-200:])
         yield Row("all-reduce", f"ended with exit code {done.returncode}: {words[:300]}", "runs", "FAIL")
         return
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text(encoding="utf-8"))
     who = f"{ranks} GPUs" if on_gpu else f"{ranks} processes on the CPU"
     for mib, gb_s in found["all_reduce"]:
         yield Row(f"all-reduce of {mib:g} MiB, {who}", f"{gb_s:,.2f} GB/s of bus", rate=gb_s)
@@ -101,7 +101,7 @@ if __name__ == "__main__":
     world = start_world(TrainConfig(device="cuda" if sys.argv[1] == "cuda" else "cpu"))
     result = measure(world)
     if world.is_rank_zero:
-        Path(sys.argv[2]).write_text(json.dumps(result))
+        Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
     world.close()
     sys.stdout.flush()
     os._exit(0)

@@ -191,7 +191,7 @@ def _read_config(folder: Path) -> dict | None:
 
     path = RunPaths(folder).config
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, yaml.YAMLError) as error:

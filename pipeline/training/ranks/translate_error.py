@@ -133,7 +133,7 @@ def translate_error(error: BaseException, config: Config, world: World) -> str |
 
 def _oom_kills() -> int:
     """How many processes the kernel of this machine has killed because memory ran out."""
-    lines = Path("/proc/vmstat").read_text().splitlines()
+    lines = Path("/proc/vmstat").read_text(encoding="utf-8").splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
@@ -204,7 +204,7 @@ def _room_mib(world: World) -> float:
     """MiB that a step could have, were nothing else there."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[1] / MIB
-    used = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
     return (available_memory() + used) / MIB
 
 

@@ -276,7 +276,7 @@ class Watchdog:
             return
         with contextlib.suppress(OSError):
             self.folder.mkdir(exist_ok=True)
-            with (self.folder / f"rank-{self.rank}-stacks.txt").open("w") as file:
+            with (self.folder / f"rank-{self.rank}-stacks.txt").open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file)
             record = flight_record()
             if record:

@@ -52,7 +52,7 @@ def _launcher_start() -> float:
 
 def _stat(pid: int) -> list[str]:
     """The fields of a process from the third on (proc(5), stat)."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
 
 
 def record_gpu_fault(folder: Path, rank: int, step: int | None, message: str) -> None:
@@ -73,7 +73,7 @@ def record_gpu_fault(folder: Path, rank: int, step: int | None, message: str) ->
 
 def _read(folder: Path) -> dict | None:
     try:
-        first, *more = (folder / NAME).read_text().splitlines()
+        first, *more = (folder / NAME).read_text(encoding="utf-8").splitlines()
         return {**json.loads(first), EXCLUDED: EXCLUDED in more}
     except (OSError, ValueError):
         return None

@@ -32,7 +32,7 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 def _start_of(pid: int) -> str | None:
     """When a process began, in clock ticks since boot (proc(5), stat, field 22); None: there is none, or a zombie."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
@@ -45,7 +45,7 @@ def _boottime() -> float:
 
 def _machine() -> str:
     """This boot of this machine, and the process ids that can be seen from here."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - a link to no path
 
 
@@ -153,7 +153,7 @@ class RunLock:
     def _temporary(self) -> Path:
         """Our name in a file of its own."""
         path = self.folder / f".lock.{self._me['token']}.tmp"
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             file.write(json.dumps(self._me) + "\n")
             file.flush()
             os.fsync(file.fileno())  # an empty lock after a power cut would have to be watched for a minute
@@ -177,7 +177,7 @@ class RunLock:
     def _create(self, path: Path) -> bool:
         """The same where a file system has no links; a reader may find it empty for a moment."""
         try:
-            with path.open("x") as file:
+            with path.open("x", encoding="utf-8") as file:
                 file.write(json.dumps(self._me) + "\n")
         except FileExistsError:
             return False

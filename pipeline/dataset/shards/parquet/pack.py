@@ -171,7 +171,7 @@ def _refuse_parts(dest: Path, allowed: int | None = None) -> None:
         turn, _, parts = path.stem.removeprefix("part-").partition("-of-")
         if parts == str(allowed):
             continue
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             if not try_lock(file):
                 raise UserError(f"another process is packing part {turn}/{parts} into {dest}; wait for it")
 
