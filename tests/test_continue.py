@@ -134,7 +134,7 @@ def test_a_continued_run_does_not_roll_back_before_its_beginning(run, tmp_path, 
     [
         (["--epochs", "2"], ["has trained 10 steps already", "give more"]),
         (["--epochs", "many"], ["--epochs many", "120"]),
-        ([], ["--epochs is missing"]),
+        ([], ["--epochs is required"]),
         (["--schedule.epochs", "6", "--epochs", "6"], ["instead of --schedule.epochs"]),
         (["--epochs", "6", "--optim.name", "adamw"], ["keeps --optim.name", "--model.weights"]),
         (["--epochs", "6", "--model.name", "resnet34"], ["keeps --model.name"]),

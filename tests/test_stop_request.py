@@ -85,7 +85,7 @@ def test_reason_and_seconds_are_the_stop_files_though_another_rank_saw_it_first(
     ((reason, seconds),) = events
     assert reason == (text or "another rank was asked")
     assert seconds >= 40 if text else seconds == 0
-    assert marked == [("interrupted", reason, round(seconds, 2))] and f", {seconds:.1f} s after the signal" in said[0]
+    assert marked == [("interrupted", reason, round(seconds, 2))] and f", {seconds:.1f} s after the request" in said[0]
 
 
 def test_a_stop_file_from_the_future_is_of_now(tmp_path):

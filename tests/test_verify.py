@@ -244,7 +244,7 @@ def test_a_set_without_lists_is_measured_by_its_index(root, tmp_path, capsys):
     shutil.copytree(root / CLS_LOC, plain)
     build_index(plain)
     assert main(["verify", str(plain)]) == 0
-    assert "no lists say what should be there" in capsys.readouterr().out
+    assert "there is no list to check completeness against" in capsys.readouterr().out
     next((plain / "val/n99000001").iterdir()).unlink()
     report = verify_root(plain)
     assert len(report.missing) == 1

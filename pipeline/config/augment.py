@@ -12,7 +12,7 @@ MAGNITUDES = {"randaugment": 30, "randaugment-timm": 10}
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of training images: all of it drawn in the plan, a function of the seed and the sample."""
+    """Augmentation of training images; each draw follows from the seed, the epoch and the image."""
 
     policy: Literal["none", "randaugment", "randaugment-timm", "trivialaugment", "autoaugment"] = "none"
     """Changes of color and geometry. randaugment, trivialaugment (wide), autoaugment (the ImageNet policy): with
@@ -24,9 +24,9 @@ class AugmentConfig:
     magnitude_std: float = 0.0
     """randaugment: standard deviation of the strength (timm's mstd)."""
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "nearest"
-    """Of the policy's shears, shifts and rotations."""
+    """How the policy's shears, shifts and rotations read pixels."""
     fill: tuple[int, int, int] | None = None
-    """Color (0 to 255) of what they uncover; default: black."""
+    """Fill color (0 to 255) of what shears, shifts and rotations uncover; default: black."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Color jitter of brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (-x to x of the color
     circle)."""

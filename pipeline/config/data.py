@@ -16,7 +16,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  #: of ImageNet, as mos
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the samples are, and what is cut from them: as the user gives it. `resolve` fills in the sizes."""
+    """The data set, decoding and cropping."""
 
     root: str = runtime_field("")
     """Data root: an ILSVRC root, or a folder with train/ and val/ (or test/), or packed shards."""

@@ -30,9 +30,9 @@ class OptimConfig:
     lr_scaling: Literal["linear", "sqrt"] = "linear"
     """How the rate follows the batch: linear (Goyal et al. 2017), or its square root (You et al. 2020, for LAMB)."""
     momentum: float = 0.9
-    """Of sgd and lars."""
+    """sgd and lars only."""
     nesterov: bool = False
-    """Of sgd."""
+    """sgd only."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of adamw and lamb."""
     eps: float = 1e-8

@@ -52,7 +52,7 @@ def _read_recipe(name: str, warnings: list[str]) -> str:
     ones, as YAML; then `warnings` gets one line for each."""
     path = resolve_recipe(name)
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
+        settings = _EachKeyOnce(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError:  # the parser reports it
         return path
     except yaml.YAMLError as error:

@@ -9,7 +9,7 @@ from pipeline.config.fields import Check, at_least_zero, positive, runtime_field
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What is done about numbers that are none."""
+    """What to do about losses and gradients that are not finite, and about other anomalies."""
 
     nonfinite: Literal["skip", "stop"] = runtime_field("skip")
     """A loss or gradient that is NaN or infinite: skip that step's update, on every rank; or stop."""

@@ -48,7 +48,7 @@ def export(
     folder, target = RunFolder(Path(run).expanduser().resolve()), Path(out).expanduser()
     writers = {".pth": write_state, ".pt": write_state, ".safetensors": write_safetensors, ".onnx": write_onnx}
     if target.suffix not in writers:
-        raise UserError(f"{out}: the name says what to write; let it end in {', '.join(writers)}")
+        raise UserError(f"{out}: the format follows from the name; use one that ends in {', '.join(writers)}")
     if not folder.config.exists():
         raise UserError(not_a_run_message(run, checkpoints=True))
     config = load_config(folder.config, verb="export")

@@ -84,6 +84,8 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     config = relocated(config, ask.data_root, ask.batch_size, ask.device, ask.index)
     root = Path(config.data.root).expanduser()
     if folder is not None and not root.is_dir():
+        if ask.data_root:
+            raise UserError(f"--data_root {ask.data_root} is not a folder; give the one that holds the data set")
         raise UserError(f"the run's data is not at {root} on this machine; give --data_root DIR, where it lies here")
     sizes = parse_sizes(ask.sizes, config.data)
     if ask.recalibrate is not None and ask.recalibrate < 0:

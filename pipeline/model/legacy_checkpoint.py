@@ -25,7 +25,7 @@ def guess_model_name(state: dict[str, torch.Tensor]) -> str:
     blocks = tuple(sum(stage == str(number) for stage, _ in blocks_found) for number in range(1, 5))
     if blocks not in DEPTHS:
         found = f"{blocks} bottleneck blocks" if any(blocks) else "no bottleneck blocks"
-        raise UserError(f"the file has {found}, which is not a ResNet-50, -101 or -152; give the model with --name")
+        raise UserError(f"the file has {found}, so it is not a ResNet-50, -101 or -152; name its network with --name")
     return DEPTHS[blocks]
 
 

@@ -78,7 +78,9 @@ def _continue(argv: list[str], stop: StopRequest) -> int:
     if not runs or rest[0] != runs[0]:
         raise UserError("give the folder of a finished run first: pipeline continue RUN --epochs N")
     if options.epochs is None:
-        raise UserError(f"--epochs is missing: the length of both runs together, e.g. {runs[0]} --epochs 120")
+        raise UserError(
+            f"--epochs is required, the length of both runs together: pipeline continue {runs[0]} --epochs 120"
+        )
     with importing():
         from pipeline.training.run_folder.extend import begin_extension, plan_extension
 

@@ -264,7 +264,7 @@ class RunRecorder:
         self.folder.mark("interrupted", step=step, reason=reason, seconds=round(seconds, 2))
         state = f"step {step} is saved" if step else "no step is done yet"
         self.console.say(
-            f"interrupted ({reason}): {state}, {seconds:.1f} s after the signal; run the same command to resume"
+            f"interrupted ({reason}): {state}, {seconds:.1f} s after the request; run the same command to resume"
         )
 
     def regroup(self, step: int) -> None:

@@ -95,7 +95,7 @@ def judge(report: Report, counts_of: dict[str, SplitCounts]) -> None:
         checks.append(Check("in no list", "0", f"{len(report.unlisted):,}", not report.unlisted))
     names = (("png", "PNG"), ("cmyk", "CMYK"), ("grayscale", "grayscale"), ("other", "of other formats"))
     odd = [f"{report.kinds[kind]:,} {name}" for kind, name in names if report.kinds[kind]]
-    checks.append(Check("odd, and no error", "-", ", ".join(odd) or "none", None))
+    checks.append(Check("unusual, but fine", "-", ", ".join(odd) or "none", None))
     if expected.is_imagenet or report.known:
         known = len(imagenet.KNOWN_PNG) + len(imagenet.KNOWN_CMYK)
         checks.append(Check("ImageNet's known PNG and CMYK files", f"{known}", f"{report.known}", None))
@@ -130,7 +130,7 @@ def describe(report: Report) -> str:
         return f"{report.root}: complete and verified: ImageNet (ILSVRC 2012), every image"
     if expected.counts:
         return f"{report.root}: complete and verified: every image that its lists name"
-    return f"{report.root}: unchanged and readable; no lists say what should be there"
+    return f"{report.root}: unchanged and readable; there is no list to check completeness against"
 
 
 def to_json(report: Report) -> dict:

@@ -108,7 +108,7 @@ def check_data(facts: dict, config: Config) -> CheckResult:
         return CheckResult(
             WARN,
             "data",
-            f"no index, so the run would first scan all images; build it before: pipeline index {config.data.root}",
+            f"no index, so the run would first scan all images; build it first: pipeline index {config.data.root}",
         )
     from pipeline.training.validate import warn_of_few_images
 

@@ -46,4 +46,4 @@ def check_open_files(nodes: list[dict], world_size: int) -> CheckResult:
     if limit < needed:
         text = f"{world_size} ranks need about {needed:,} in each, {name} allows {limit:,}"
         return CheckResult(FAIL, "open files", f"{text}; have the hard limit raised (ulimit -Hn, limits.conf)")
-    return CheckResult(PASS, "open files", f"about {needed:,} in each rank, of {limit:,} that may be")
+    return CheckResult(PASS, "open files", f"about {needed:,} per rank; the limit is {limit:,}")

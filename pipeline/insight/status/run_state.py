@@ -250,7 +250,7 @@ def _judge(folder: Path, activity: str, silent_s: float, step_s: float | None) -
     if not RunPaths(folder).ledger.exists() and newest_checkpoint(folder) is not None:
         return "imported", ""
     if silent_s > max(QUIET_S[activity], QUIET_STEPS * (step_s or 0.0)):
-        return "stalled", f"nothing was written since it was {activity}, {silent_s / 60:.0f} min ago"
+        return "stalled", f"last written to {silent_s / 60:.0f} min ago, while {activity}"
     asked = RunPaths(folder).stop
     is_asked = asked.exists() or asked.is_symlink()
     return activity, f"asked to stop: {read_note(asked).strip()}" if is_asked else ""

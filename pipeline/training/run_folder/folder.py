@@ -116,7 +116,7 @@ def make_run_folder(config: Config) -> RunFolder:
 def open_run_folder(config: Config) -> RunFolder:
     """The run folder, checked; `accept_start` follows. Rank 0 only, which holds its lock.
 
-    Raises UserError where it is of another recipe, or has checkpoints though `--resume never` is given.
+    Raises UserError where it was made with other settings, or has checkpoints though `--resume never` is given.
     """
     folder = make_run_folder(config)
     folder.check_recipe(config)

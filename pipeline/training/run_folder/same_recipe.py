@@ -62,7 +62,7 @@ def compare_semantic_config(there: dict, here: dict, whose: str, given: Collecti
             f". The learning rates follow from the run's length, so it can't be changed in place; {on}to start from "
             "its weights alone: --model.weights RUN_FOLDER with another --run_dir"
         )
-    raise UserError(f"{whose} is of another recipe: {'; '.join(says)}; {remedy}")
+    raise UserError(f"{whose} was made with other settings: {'; '.join(says)}; {remedy}")
 
 
 def _told(differing: list[str], given: Collection[str]) -> list[str]:
