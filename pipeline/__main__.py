@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import difflib
 import importlib
 import os
 import select
@@ -130,6 +131,10 @@ def main(argv: list[str] | None = None) -> int:
     program or notebook that calls this goes on."""
     try:
         return _main(sys.argv[1:] if argv is None else list(argv))
+    except BrokenPipeError:
+        if not reader_has_left():
+            raise
+        return 128 + signal.SIGPIPE
     except SystemExit as asked:
         if asked.code is None or isinstance(asked.code, int):
             return asked.code or EXIT_OK
@@ -138,15 +143,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    if argv[:1] == ["help"] and argv[1:2] != [] and argv[1] in VERBS:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
+        print(usage(), flush=True)
         return EXIT_OK
     if argv[0] in ("-V", "--version"):
         print(f"pipeline {__version__}")
         return EXIT_OK
     verb, *rest = argv
     if verb not in VERBS:
-        print(f"pipeline: unknown verb '{verb}'; one of: {', '.join(VERBS)}", file=sys.stderr)
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"one of: {', '.join(VERBS)}"
+        print(f"pipeline: unknown verb '{verb}'; {hint}", file=sys.stderr)
+        return EXIT_USER
+    if not _has_working_folder():
+        complain(f"pipeline {verb}", "the folder that this was started in no longer exists; cd into another")
         return EXIT_USER
     if verb in LINUX_ONLY and not sys.platform.startswith("linux"):
         complain(f"pipeline {verb}", f"needs Linux, and this is {sys.platform}: run it in a Linux container")
@@ -172,9 +184,7 @@ def _run_verb(verb: str, rest: list[str]) -> int:
         complain(f"pipeline {verb}", permission_problem(error))
         return EXIT_USER
     except BrokenPipeError:
-        if not reader_has_left():
-            raise
-        return 128 + signal.SIGPIPE
+        raise
     except OSError as error:
         problem = failure_of_stdout() if error.filename is None else None
         if problem is None:
@@ -184,6 +194,15 @@ def _run_verb(verb: str, rest: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"pipeline {verb}: interrupted; run the same command to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _has_working_folder() -> bool:
+    """Does the current folder still exist?"""
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def reader_has_left() -> bool:

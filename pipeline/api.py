@@ -52,6 +52,8 @@ def train(config: Config) -> bool:
     """
     from pipeline.training.cli import train_config
 
+    if not isinstance(config, Config):
+        raise UserError(f"config is {config!r:.80}: give what pipeline.load_config returns for it")
     with _stop_request() as stop, unfailing_output():
         train_config(config, stop)
     return RunPaths(Path(config.run_dir).expanduser()).finished.exists()
@@ -79,7 +81,9 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
 
 def read_ledger(run: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, also while it trains, ready for `pandas.DataFrame`. kind: only "train", "eval"
-    or "event". Raises UserError where there is no run."""
+    or "event". Raises UserError where there is no run, and for another kind."""
+    if kind not in (None, "train", "eval", "event"):
+        raise UserError(f"kind is {kind!r}: give 'train', 'eval' or 'event', or leave it out")
     paths = RunPaths(Path(run).expanduser())
     if not paths.ledger.exists():
         raise UserError(f"{run} has no metrics.jsonl; give a run folder")

@@ -129,6 +129,10 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         pipeline.evaluate(tmp_path, chekpoint="best")
     with pytest.raises(UserError, match="has no metrics"):
         pipeline.read_ledger(tmp_path)
+    with pytest.raises(UserError, match="kind is 'trian': give 'train'"):
+        pipeline.read_ledger(tmp_path, "trian")
+    with pytest.raises(UserError, match=r"config is 'tiny\.yaml': give what pipeline.load_config"):
+        pipeline.train("tiny.yaml")
     assert capsys.readouterr().err == ""
 
 

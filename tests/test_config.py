@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import signal
 import subprocess
 import sys
@@ -183,7 +184,9 @@ def test_front_door():
     shown = run("--help")
     assert shown.returncode == 0 and "train" in shown.stdout
     unknown = run("trian")
-    assert unknown.returncode == 2 and "trian" in unknown.stderr and unknown.stderr.count("\n") == 1
+    assert unknown.returncode == 2 and unknown.stderr == "pipeline: unknown verb 'trian'; did you mean train?\n"
+    assert "one of: train, " in run("nonsense").stderr
+    assert run("help", "recipes").stdout == run("recipes", "--help").stdout
     listed = run("recipes")
     assert listed.returncode == 0 and all(name in listed.stdout for name in recipe_names())
     printed = run("train", "--config", "smoke", "--print_config")
@@ -197,13 +200,26 @@ def test_the_front_door_and_the_dataset_room_do_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+@pytest.mark.parametrize("asked", ["recipes", "--help"])
+def test_a_reader_that_leaves_early_is_no_error(asked):
     """As in `pipeline recipes | head -1`."""
-    command = [sys.executable, "-m", "pipeline", "recipes"]
+    command = [sys.executable, "-m", "pipeline", asked]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         said = process.stderr.read()
     assert said == "" and process.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_current_folder_that_was_removed_is_one_line(tmp_path):
+    """As after a job's own folder was cleaned up."""
+    script = (
+        f"mkdir {tmp_path}/here && cd {tmp_path}/here && rmdir {tmp_path}/here && {sys.executable} -m pipeline recipes"
+    )
+    here = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        ["sh", "-c", script], env=os.environ | {"PYTHONPATH": here}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and done.stderr.endswith("no longer exists; cd into another\n")
 
 
 def test_a_checkpoint_with_old_names_is_of_the_same_recipe():
