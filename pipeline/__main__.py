@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if argv[:1] == ["help"] and argv[1:2] != [] and argv[1] in VERBS:
+    if len(argv) > 1 and argv[0] == "help" and argv[1] in VERBS:
         argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage(), flush=True)
@@ -183,10 +183,9 @@ def _run_verb(verb: str, rest: list[str]) -> int:
     except PermissionError as error:  # of a path that was asked for: Path.exists() and the like raise it, too
         complain(f"pipeline {verb}", permission_problem(error))
         return EXIT_USER
-    except BrokenPipeError:
-        raise
     except OSError as error:
-        problem = failure_of_stdout() if error.filename is None else None
+        names_output = error.filename is None and not isinstance(error, BrokenPipeError)  # that one: see `main`
+        problem = failure_of_stdout() if names_output else None
         if problem is None:
             raise
         complain(f"pipeline {verb}", f"stdout can't be written ({problem.strerror})")

@@ -124,8 +124,10 @@ def unfailing_output() -> Iterator[None]:
         for stream, other, name in zip(ours, reversed(ours), ("stdout", "stderr"), strict=True):
             if stream.problem is not None and other.problem is None:
                 print(f"warning: lines of {name} are lost ({stream.problem.strerror})", file=other, flush=True)
-        if (sys.stdout, sys.stderr) == tuple(ours):
-            sys.stdout, sys.stderr = before
+        if sys.stdout is ours[0]:  # else somebody wraps it, who will put it back
+            sys.stdout = before[0]
+        if sys.stderr is ours[1]:
+            sys.stderr = before[1]
 
 
 def _nowhere() -> TextIO:

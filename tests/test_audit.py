@@ -75,7 +75,7 @@ def test_a_folder_of_runs_is_checked_without_those_that_can_not_be(finished, tmp
     assert f"left out: {folder / 'a'} has no training step" in output and "left out: --config" in output
     assert output.count("as recipe, seed and index say") == 1
     shutil.rmtree(folder / "c")
-    assert "no run has a training step" in runs.capture(["audit", str(folder)], expect=2)
+    assert "none of these runs can be checked" in runs.capture(["audit", str(folder)], expect=2)
 
 
 def test_another_data_set_is_named(finished, tmp_path):

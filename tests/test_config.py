@@ -88,6 +88,7 @@ def test_unknown_key_in_a_recipe_file(capsys, tmp_path):
         ("guard: off", "guard is 'False', but"),
         ("schedule: cosine", "did you mean schedule: {name: cosine}?"),
         ("optim: {learning_rate: 0.1}", "unknown option optim.learning_rate; did you mean optim.lr?"),
+        ("optim: {qqqq: 0.1}", "unknown option optim.qqqq; see pipeline train --help"),
         ("lr: 0.1", "unknown option lr; did you mean optim.lr?"),
         ("optim: {lr: 0.5}\noptim: {momentum: 0.5}", "'optim' is there twice in line 2, column 1"),
         ("optim: {lr: 0.5, lr: 0.1}", "'lr' is there twice"),

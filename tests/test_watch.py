@@ -145,7 +145,7 @@ with pair[0].collective("the exchange of gradients"):
     print("ready", flush=True)
     time.sleep(0.5)
 print("went on", flush=True)
-time.sleep(0.3)  # for a complaint that would come late
+time.sleep(0.3)  # three beats (a tenth of the limit each), at any of which a watchdog might complain
 for watch in pair:
     watch.close()  # a thread that is within the store when Python ends would abort the process
 """

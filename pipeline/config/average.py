@@ -21,8 +21,8 @@ class EmaConfig:
     every_steps: int = 1
     """Average whenever this many steps are done."""
     last_epochs: Time | None = None
-    """Instead of decay: the mean of the weights after every `every_steps` steps of the last epochs, this many (Izmailov
-    et al. 2018, arXiv 1803.05407); before, a copy of the weights."""
+    """Instead of decay: the mean of the weights after every `every_steps` steps of the run's last epochs, as many as
+    given here (Izmailov et al. 2018, arXiv 1803.05407); before, a copy of the weights."""
 
     def __post_init__(self) -> None:
         if self.last_epochs is not None:

@@ -143,8 +143,8 @@ def check_names(argv: list[str]) -> None:
 
 
 def check_settings(settings: dict[str, Any], path: str) -> bool:
-    """Raises UserError for a group of options in a recipe that is none, and for the first unknown option for which a
-    known one is probably meant. Groups without options are taken out of `settings`; True: there were some."""
+    """Raises UserError for a group of options in a recipe that is a single value, and for an unknown option. Groups
+    without options are taken out of `settings`; True: there were some."""
     known, groups = set(option_names()), set(group_names())
     empty = [name for name in groups if name in settings and settings[name] is None]
     for name in empty:
@@ -158,9 +158,10 @@ def check_settings(settings: dict[str, Any], path: str) -> bool:
             raise UserError(f"{said}; write them below it, as pipeline train --print_config does")
         names = [f"{group}.{name}" for name in options] if group in groups else [str(group)]
         for name in names:
-            meant = [] if name in known else nearest(name, known)
-            if meant:
-                raise UserError(f"--config {path}: unknown option {name}; did you mean {' or '.join(meant)}?")
+            if name not in known:
+                meant = nearest(name, known)
+                hint = f"did you mean {' or '.join(meant)}?" if meant else "see pipeline train --help"
+                raise UserError(f"--config {path}: unknown option {name}; {hint}")
     return bool(empty)
 
 

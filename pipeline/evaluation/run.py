@@ -217,7 +217,7 @@ def recalibrated(
     world: World,
     stop: StopRequest,
 ) -> bool:
-    """BatchNorm's statistics again over the last `count` training batches; False if any rank was asked to stop."""
+    """Recompute BatchNorm's statistics over the last `count` training batches; False if any rank was asked to stop."""
     if subject.meta.get("index_fingerprint") != index.fingerprint:
         raise UserError(f"--recalibrate {count} needs the run's own data set, {index.root} is another; give 0")
     plain = dataclasses.replace(UNAUGMENTED, repeats=config.augment.repeats)  # as `recalibrate` looks at them

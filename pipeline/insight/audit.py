@@ -168,17 +168,18 @@ def audit(
     """
     if every < 1:
         raise UserError(f"--every {every}: give 1 or more")
+    named = {Path(run).expanduser().resolve() for run in runs}
     rows, configs = {}, {}
     for folder in expand(runs):
         try:
             rows[folder], configs[folder] = _read(folder), load_config(RunPaths(folder).config)
         except UserError as error:
-            if str(folder) in {str(Path(run).expanduser().resolve()) for run in runs}:
+            if folder in named:
                 raise
             print(f"left out: {error}", flush=True)  # one of a folder of runs
     if not rows:
-        raise UserError("no run has a training step in its ledger yet; train first")
-    folders = list(configs)
+        raise UserError("none of these runs can be checked; the lines above say why")
+    folders = list(rows)
     found = []
     for folder in folders:
         paths = RunPaths(folder)

@@ -143,7 +143,7 @@ def _state_of_one(folder: Path) -> RunState:
     try:
         return read_state(folder)
     except UserError as error:
-        return RunState.unreadable(folder, str(error))
+        return RunState(str(folder), "unreadable", str(error))
 
 
 def main(argv: list[str]) -> int:

@@ -3,7 +3,6 @@
 Does not import torch; takes milliseconds, on any machine that sees the folder, also while the run trains.
 """
 
-import dataclasses
 import json
 import math
 import mmap
@@ -11,9 +10,8 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.time import steps_of
 from pipeline.errors import UserError
@@ -42,36 +40,27 @@ class RunState:
     run: str
     state: str
     detail: str
-    step: int
-    last_step: int | None
-    epoch: float
-    loss: float | None
-    top1: float | None
-    top1_step: int | None
-    best_top1: float | None
-    best_step: int | None
-    left_out: str
-    images_per_s: float | None
-    step_s: float | None
-    data_wait_fraction: float | None
-    left_s: float | None
-    checkpoint_step: int | None
-    checkpoint_age_s: float | None
-    silent_s: float
-    world_size: int | None
-    world_sizes: list[tuple[int, int]]
-    host: str | None
-    slurm_job_id: str | None
-    restarts: int
-
-    @classmethod
-    def unreadable(cls, folder: Path, problem: str) -> "RunState":
-        """Of a folder that can't be read."""
-        facts: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(cls))
-        facts |= {"run": str(folder), "state": "unreadable", "detail": problem}
-        return cls(
-            **facts | {"step": 0, "epoch": 0.0, "left_out": "", "silent_s": 0.0, "world_sizes": [], "restarts": 0}
-        )
+    step: int = 0
+    last_step: int | None = None
+    epoch: float = 0.0
+    loss: float | None = None
+    top1: float | None = None
+    top1_step: int | None = None
+    best_top1: float | None = None
+    best_step: int | None = None
+    left_out: str = ""
+    images_per_s: float | None = None
+    step_s: float | None = None
+    data_wait_fraction: float | None = None
+    left_s: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age_s: float | None = None
+    silent_s: float = 0.0
+    world_size: int | None = None
+    world_sizes: list[tuple[int, int]] = field(default_factory=list)
+    host: str | None = None
+    slurm_job_id: str | None = None
+    restarts: int = 0
 
 
 def read_tail(path: Path) -> list[dict]:

@@ -58,12 +58,16 @@ def dead_owner(folder: Path) -> str | None:
     """Host and pid of a process of this machine that had the lock of a run folder and is gone. None: nobody had it, it
     lives, or that can't be seen from here."""
     try:
-        owner = json.loads(RunPaths(folder).lock.read_bytes())
-        if not isinstance(owner, dict) or owner.get("machine") != _machine():
-            return None
-        return None if _start_of(owner["pid"]) == owner.get("pid_start") else f"host {_name(owner)}"
-    except (OSError, ValueError, KeyError):
+        owner = RunLock._read(RunPaths(folder).lock)
+        is_ours = owner is not None and owner.get("machine") == _machine()
+    except OSError:
         return None
+    return f"host {_name(owner)}" if owner is not None and is_ours and not _is_there(owner) else None
+
+
+def _is_there(owner: dict) -> bool:
+    """Does the process of this machine that has a lock still run?"""
+    return owner.get("pid_start") is not None and _start_of(owner["pid"]) == owner["pid_start"]
 
 
 class RunLock:
@@ -206,7 +210,7 @@ class RunLock:
         if "launch_job" in self._me and owner.get("launch_job") == self._me["launch_job"]:
             return not owner["launch_round"] < self._me["launch_round"]  # cut off from the job, even if it is there
         if owner.get("machine") == self._me["machine"]:
-            return owner.get("pid_start") is not None and _start_of(owner["pid"]) == owner["pid_start"]
+            return _is_there(owner)
         restarted = self._me["slurm_restart_count"] > (owner.get("slurm_restart_count") or 0)
         if restarted and owner.get("slurm_job_id") == self._me["slurm_job_id"]:
             return False  # Slurm starts a job again only when it has ended
