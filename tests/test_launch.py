@@ -212,7 +212,7 @@ def test_a_rank_has_the_threads_and_the_command_line_of_an_interpreter_of_its_ow
 
 
 def test_the_installed_command_starts_ranks_without_a_warning_of_pythons(root, tmp_path):
-    """It is a file that imports `pipeline.__main__`, as ranks do with it; each runs that module again as its program."""
+    """It is a file that imports `pipeline.__main__`, and so do ranks, each of which runs that module as its program."""
     (tmp_path / "installed").write_text("from pipeline.__main__ import run\nif __name__ == '__main__':\n    run()\n")
     command = [sys.executable, str(tmp_path / "installed"), "launch", "--nproc-per-node=1"]
     done = runs.run(command + training(root, tmp_path / "run", "--train.max_steps", "1"))
