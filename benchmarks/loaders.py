@@ -1,16 +1,17 @@
-"""CPU time of an image in this project's loader and in torchvision's, timm's, LitData's and FFCV's, on the same images.
+"""CPU time of an image in this project's loader and in torchvision's, timm's, LitData's, FFCV's and SPDL's, on the same
+images.
 
     python benchmarks/loaders.py DATA [--shards SHARDS] [--images 576]
 
 DATA: a data root with an index and images in class folders. The loaders take turns, a process each; the ratios are
-found round by round. A loader that is not installed (timm, litdata, ffcv) is named in the table. Each is used as its
-own project uses it. The result goes to --json (default: runs/bench).
+found round by round. A loader that is not installed (timm, litdata, ffcv, spdl) is named in the table. Each is used as
+its own project uses it. The result goes to --json (default: runs/bench).
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -172,6 +173,61 @@ def ffcv_loader(root: str, split: str, size: int, batch: int, images: int, worke
     return _rounds(loader, images)
 
 
+def spdl_loader(root: str, split: str, size: int, batch: int, images: int, workers: int) -> Callable[[], int]:
+    """SPDL's pipeline of threads on the files: FFmpeg decodes, and its filters crop, resize and flip, to uint8."""
+    try:
+        import spdl.io
+        from spdl.pipeline import PipelineBuilder
+    except (ImportError, OSError) as error:
+        raise Unavailable(f"spdl can't be imported ({error})") from error
+    from torchvision.datasets import ImageFolder
+
+    files = [path for path, _ in ImageFolder(str(class_folders(root, split))).samples]
+
+    def decode(file: str) -> object:
+        packets = spdl.io.demux_image(file)
+        steps = spdl_filters(split, size, packets.width, packets.height)
+        description = spdl.io.get_video_filter_desc(filter_desc=steps, pix_fmt="rgb24")
+        return spdl.io.decode_packets(packets, filter_desc=description)
+
+    def collate(frames: list) -> torch.Tensor:
+        return spdl.io.to_torch(spdl.io.convert_frames(frames))
+
+    def one_pass() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = torch.randperm(len(files)).tolist() if split == "train" else range(len(files))
+        builder = PipelineBuilder().add_source(files[i] for i in order).pipe(decode, concurrency=max(1, workers))
+        built = builder.aggregate(batch).pipe(collate).add_sink(3).build(num_threads=max(1, workers))
+        with built.auto_stop():
+            for made in built:
+                yield made, torch.zeros(len(made))
+
+    return _rounds(Passes(one_pass), images)
+
+
+def spdl_filters(split: str, size: int, width: int, height: int) -> str:
+    """FFmpeg's filters for an image of this size: torchvision's random window, resized and flipped; or the center."""
+    from torchvision.transforms import RandomResizedCrop
+
+    if split != "train":
+        short = round(size * 256 / 224)
+        scale = short / min(width, height)
+        return f"scale={round(width * scale)}:{round(height * scale)}:flags=bilinear,crop={size}:{size}"
+    image = torch.empty(1, height, width, device="meta")
+    top, left, tall, wide = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+    flip = ",hflip" if torch.rand(()) < 0.5 else ""
+    return f"crop={wide}:{tall}:{left}:{top},scale={size}:{size}:flags=bilinear{flip}"
+
+
+class Passes:
+    """An iterable that calls `one_pass` for each pass."""
+
+    def __init__(self, one_pass: Callable[[], Iterator]) -> None:
+        self.one_pass = one_pass
+
+    def __iter__(self) -> Iterator:
+        return self.one_pass()
+
+
 def _rounds(loader: Iterable, images: int) -> Callable[[], int]:
     """Whole passes over a loader of (images, targets) until `images` have come; returns how many did."""
 
@@ -191,6 +247,7 @@ OTHERS = {
     "timm": timm_loader,
     "litdata": litdata_loader,
     "ffcv": ffcv_loader,
+    "spdl": spdl_loader,
 }
 
 

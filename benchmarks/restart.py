@@ -216,6 +216,7 @@ NEEDS = {
     "timm": "class folders",
     "litdata": "`litdata.optimize`: its own chunks",
     "ffcv": "its own format",
+    "spdl": "files, and the libraries of FFmpeg",
 }
 TITLES = {
     "torchvision": "torchvision: ImageFolder, PIL, DataLoader",
@@ -223,6 +224,7 @@ TITLES = {
     "timm": "timm: create_loader (PIL), without its work on the device",
     "litdata": "LitData with torchvision.io and v2, one process",
     "ffcv": "FFCV",
+    "spdl": "SPDL: threads, FFmpeg's decoder and filters",
 }
 BASELINE = name_of(4)
 AT_MOST = ("bytes read, restart / originals", "packing, CPU ms", "cut, CPU us")  # the other goals: at least
