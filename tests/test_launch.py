@@ -19,6 +19,7 @@ from launching import Job, descendants, kill, rank_pids, training, wait_for
 from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
+from pipeline.launch import options as options_module
 from pipeline.launch.launcher import Launcher
 from pipeline.launch.options import parse
 from pipeline.launch.program import binding_problem
@@ -399,6 +400,27 @@ def test_options_as_torchrun_has_them():
     assert short.limits.batch_size == parse_config(["--config", "smoke"]).train.global_batch_size
     static = parse(words("--nnodes 2 --node-rank 1 --master-addr h --master-port 9 other.py --lr 1"))
     assert (static.node_rank, static.host, static.port, static.warm) == (1, "h", 9, False)
+
+
+def test_options_where_torchrun_is_that_of_the_oldest_supported_torch(monkeypatch):
+    """torch 2.11's torchrun has neither of the two, and a port of its own, which a second job would find taken."""
+    from torch.distributed import run
+
+    newer = ("shutdown_timeout", "log_line_prefix_template")
+
+    def older():
+        parser = run.get_args_parser()
+        for action in [action for action in parser._actions if action.dest in newer]:
+            parser._handle_conflict_resolve(None, [(option, action) for option in action.option_strings])
+        parser.set_defaults(master_port=29500)
+        return parser
+
+    monkeypatch.setattr(options_module, "_torchrun_parser", older)
+    options = parse(words("--shutdown-timeout=90 --nproc_per_node 2 train --config smoke"))
+    assert (options.shutdown_timeout_s, options.torch.log_line_prefix_template, options.port) == (90, None, 0)
+    monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", "7")
+    options = parse(words("--log_line_prefix_template=${rank}: train --config smoke"))
+    assert (options.shutdown_timeout_s, options.torch.log_line_prefix_template) == (7, "${rank}:")
 
 
 def words(text: str) -> list[str]:

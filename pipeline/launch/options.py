@@ -50,10 +50,14 @@ class Options:
     command: list[str] = field(default_factory=list)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _torchrun_parser() -> argparse.ArgumentParser:
     from torch.distributed.run import get_args_parser
 
-    parser = get_args_parser()
+    return get_args_parser()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _torchrun_parser()
     parser.prog = "pipeline launch"
     parser.usage = "pipeline launch [options] train|evaluate ...   or   [options] -m MODULE ...   or   FILE ..."
     parser.description = (
@@ -80,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Start each worker as a new interpreter, rather than fork it from a process with all imports done.",
     )
 
+    _add_newer_options(parser)
     next(a for a in parser._actions if a.dest == "training_script_args").help = "Arguments of the program."
 
     def error(message: str) -> NoReturn:
@@ -88,6 +93,34 @@ def _parser() -> argparse.ArgumentParser:
 
     parser.error = error  # type: ignore[method-assign]
     return parser
+
+
+def _add_newer_options(parser: argparse.ArgumentParser) -> None:
+    """Options of newer torchruns, which torch 2.11 lacks."""
+    from torch.distributed.argparse_util import env
+
+    known = {action.dest for action in parser._actions}
+    if "shutdown_timeout" not in known:
+        parser.add_argument(
+            "--shutdown-timeout",
+            "--shutdown_timeout",
+            action=env,
+            type=int,
+            default=None,
+            help="Seconds that the ranks have to end after a signal, before they are killed. Environment: "
+            f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT. [{_SHUTDOWN_TIMEOUT_S}]",
+        )
+    if "log_line_prefix_template" not in known:
+        parser.add_argument(
+            "--log-line-prefix-template",
+            "--log_line_prefix_template",
+            action=env,
+            type=str,
+            default=None,
+            help="Beginning of each line of a rank's output: ${role_name}, ${local_rank} and ${rank} are replaced. "
+            "Environment: TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE.",
+        )
+    parser.set_defaults(master_port=None)  # 29500 in torch 2.11: a second job on the machine would find it taken
 
 
 def parse(argv: list[str]) -> Options:
