@@ -26,7 +26,15 @@ from pipeline.insight.preflight.node_facts import gather_facts
 from pipeline.limits import files_needed
 from pipeline.training.ranks import world
 
-SLURM = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")
+SLURM = (
+    "SLURM_LOCALID",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_GPUS_ON_NODE",
+    "SLURM_GPUS_PER_TASK",
+    "SLURM_STEP_GPUS",
+    "SLURM_JOB_GPUS",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +177,19 @@ def test_a_gpu_for_each_task(monkeypatch):
         world._device("auto", 3)
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "h100:1")
     assert world._device("auto", 3) == torch.device("cuda", 0)
+
+
+def test_a_task_that_srun_has_bound_to_one_gpu_of_the_node(monkeypatch):
+    """What tasks of Slurm 22.05 find with `srun --gpus-per-task=1`, `--gpu-bind=single:1` and `--ntasks-per-gpu=1`."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"GPUS_ON_NODE": "2", "STEP_GPUS": "1", "JOB_GPUS": "0,1", "LOCALID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert world._device("auto", 1) == torch.device("cuda", 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # the ranks of torchrun share what its one task sees
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    with pytest.raises(UserError, match="local rank 1 has no GPU"):
+        world._device("auto", 1)
 
 
 def facts_of(monkeypatch, builds=None) -> dict:

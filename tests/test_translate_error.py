@@ -75,6 +75,16 @@ def test_a_fault_of_a_gpu_names_host_card_and_step(tmp_path, monkeypatch, text):
     assert exit_code_of(error.value) == 71
 
 
+def test_a_gpu_that_slurm_has_bound_to_one_task_is_named(tmp_path, monkeypatch):
+    """Rank 3 of a node sees one GPU, which is number 0 in its process."""
+    nvidia_smi.install(tmp_path / "bin", monkeypatch, 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    world = World(3, 4, 3, 4, torch.device("cuda", 0))
+    world.watch.names[:] = [f"rank {number} (n16, GPU {number})" for number in range(4)]
+    line = translate_error(RuntimeError("CUDA error: misaligned address"), RawConfig().resolve(), world)
+    assert "GPU-00003aaa" in line and "serial 1652923000003" in line
+
+
 def test_a_network_without_deterministic_kernels_is_the_users_to_change():
     """The warm-up meets it, before the first step."""
     text = "upsample_bilinear2d_backward_out_cuda does not have a deterministic implementation, but you set ..."

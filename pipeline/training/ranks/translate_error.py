@@ -95,7 +95,7 @@ def translate_error(error: BaseException, config: Config, world: World) -> str |
     text = str(error)
     if is_gpu_fault(error):
         when = "before the first step" if world.watch.step is None else f"step {world.watch.step}"
-        gpu = name_gpu(world.local_rank)
+        gpu = name_gpu(world)
         return (
             f"GPU fault on {world.watch.names[world.rank]}{gpu}, {when}: {first_line(error)}; see nvidia-smi -q -d ECC "
             "and dmesg (NVRM: Xid)"
@@ -104,7 +104,7 @@ def translate_error(error: BaseException, config: Config, world: World) -> str |
         return _memory(error, world)
     if _NO_CONTEXT in text:
         return (
-            f"out of GPU memory on {world.watch.names[world.rank]}{name_gpu(world.local_rank)}: none is left for CUDA "
+            f"out of GPU memory on {world.watch.names[world.rank]}{name_gpu(world)}: none is left for CUDA "
             "itself; does another process use this GPU? See nvidia-smi"
         )
     if number in (errno.EMFILE, errno.ENFILE):
@@ -151,13 +151,14 @@ def is_gpu_fault(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _GPU_FAULT.search(str(error)) is not None
 
 
-def name_gpu(local_rank: int) -> str:
+def name_gpu(world: World) -> str:
     """UUID and serial number of this rank's GPU, as a part of a sentence. By nvidia-smi: after a fault CUDA answers
     nothing in this process."""
     gpus = visible_gpus(query_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if local_rank >= len(gpus):
+    number = world.device.index or 0  # by Slurm's binding each rank of a node may have number 0 of its own
+    if number >= len(gpus):
         return ""
-    gpu = gpus[local_rank]
+    gpu = gpus[number]
     known = ", ".join(part for part in (gpu.uuid, f"serial {gpu.serial}" if gpu.serial else "") if part)
     return f" ({known})" if known else ""
 

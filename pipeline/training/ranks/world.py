@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pipeline.config import TrainConfig
 from pipeline.errors import TransientError, UserError, permission_problem
-from pipeline.gpu_facts import sign_of_gpus, why_no_cuda
+from pipeline.gpu_facts import granted_gpus, sign_of_gpus, why_no_cuda
 from pipeline.limits import MOST_FILES, available_cores, open_files_limit, share_of_cores
 from pipeline.model.pooling import use_deterministic_pooling
 from pipeline.rank_env import find_leftovers, has_launcher, is_beyond_world_size
@@ -131,14 +131,23 @@ def _device(name: str, local_rank: int) -> torch.device:
             local_rank,
         )
     count = torch.cuda.device_count()
-    if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1":
-        return torch.device("cuda", 0)  # Slurm has given each process a GPU of its own
+    if count == 1 and _has_own_gpu(local_rank):
+        return torch.device("cuda", 0)
     if local_rank >= count:
         raise UserError(
             f"local rank {local_rank} has no GPU: {count} are visible; start as many processes a node as it has GPUs"
             " (of GPUs that are split by MIG a process sees one instance: start one process)"
         )
     return torch.device("cuda", local_rank)
+
+
+def _has_own_gpu(local_rank: int) -> bool:
+    """Has Slurm given each process a GPU of its own? By --gpus-per-task, which only sbatch says in the environment, or
+    by another option of srun, such as --gpu-bind=single:1 or --ntasks-per-gpu: then a task sees one of the node's."""
+    if os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1":
+        return True
+    by_srun = os.environ.get("SLURM_LOCALID") == str(local_rank) and "TORCHELASTIC_RUN_ID" not in os.environ
+    return by_srun and granted_gpus() > 1
 
 
 def _of_this_node(message: str, local_rank: int) -> UserError:
