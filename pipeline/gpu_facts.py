@@ -67,6 +67,19 @@ def _query(fields: Sequence[str]) -> list[dict[str, str]]:
     return [dict(zip(fields, line, strict=True)) for line in lines if len(line) == len(fields) and not done.returncode]
 
 
+def smi_problem() -> str | None:
+    """Why nvidia-smi does not answer, in its own words, such as "Failed to initialize NVML: Driver/library version
+    mismatch"; None: it answers, or is not installed."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_LIMIT_S:.0f} s"
+    except OSError:
+        return None
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    return (lines or [f"exit code {done.returncode}"])[0][:200] if done.returncode else None
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -172,7 +185,9 @@ def why_no_cuda() -> str:
         return "torch is a build without CUDA; install one with CUDA"
     gpus, driver = query_gpus()
     if driver is None:
-        return "nvidia-smi lists none; ask whoever runs this machine whether the driver is loaded"
+        said = smi_problem()
+        said = f"nvidia-smi fails ({said})" if said else "nvidia-smi lists none"
+        return f"{said}; ask whoever runs this machine whether the driver is loaded"
     problem = driver_problem(driver, {"torch": builds["torch"]})
     if problem:
         return f"{problem}; have the driver updated, or install a torch that is built for an older CUDA"

@@ -52,3 +52,12 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, count: int = 8, **cha
     program.write_text(PROGRAM.format(python=sys.executable, gpus=json.dumps(gpus)))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def install_broken(folder: Path, monkeypatch: pytest.MonkeyPatch, says: str, code: int) -> None:
+    """One that can't reach the driver or a GPU: it prints this and ends with an exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!{sys.executable}\nprint({says!r})\nraise SystemExit({code})\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")

@@ -242,6 +242,17 @@ def test_a_site_file_that_fails_is_named(job, text, said):
     assert ended.code == 2 and said in ended.log and "never" not in ended.log.splitlines()
 
 
+def test_a_container_of_the_example_sees_the_places(job):
+    """Its lines in their order, and nothing in sbatch's environment: what is mounted must be known by then."""
+    lines = [line[1:] for line in (ROOT / "slurm/site.env.example").read_text().splitlines() if line.startswith("#")]
+    taken = [line for line in lines if line.startswith((": ", "CONTAINER=", "SRUN_OPTIONS="))]
+    (job.folder / "site.env").write_text("\n".join(taken) + "\n")
+    show = r'printf "%s\n" "${CONTAINER[4]}" "${SRUN_OPTIONS[1]#*=}" "$PIPELINE_HOME,$DATA_ROOT,$RUN_DIR"'
+    ended = job.source(show, RUN_DIR="", DATA_ROOT="", SITE_ENV="site.env")
+    bound, mounted, places = ended.log.splitlines()[-3:]
+    assert bound == mounted == places and all(place.startswith("/") for place in places.split(","))
+
+
 def test_relative_paths_are_those_of_the_submission(job):
     (job.folder / "site.env").write_text("cd /\n")
     ended = job.source('echo "$RUN_DIR $DATA_ROOT"', RUN_DIR="runs/a", DATA_ROOT="data", SITE_ENV="site.env")

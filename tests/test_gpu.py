@@ -1,5 +1,8 @@
 """The same claims on a CUDA device. Skipped where there is none, so nothing here has to pass for a release by CPU."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import runs
@@ -108,3 +111,30 @@ def test_recorded_steps_learn(root, tmp_path):
     losses = [row["loss"] for row in runs.rows(run, "train")]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert {path.suffix for path in (run / "profile").iterdir()} == {".gz", ".pickle"}
+
+
+FAULT = """
+import time
+import torch
+import torch.distributed as dist
+from pipeline.config import TrainConfig
+from pipeline.training.ranks.world import start_world
+world = start_world(TrainConfig(device="cuda"))
+data = torch.ones(1 << 20, device=world.device)
+dist.all_reduce(data)
+torch.cuda.synchronize()
+data[torch.tensor([1 << 30], device=world.device)] += 1  # beyond its end: the device stops with an assertion
+dist.all_reduce(data)
+time.sleep(3)  # as long as this thread does not look: torch's own thread looks ten times a second
+try:
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    print("met:", str(error).splitlines()[0], flush=True)
+import os
+os._exit(0)
+"""
+
+
+def test_a_fault_is_met_by_the_training_thread():
+    done = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "met: CUDA error" in done.stdout, done.stderr[-3000:]

@@ -26,7 +26,15 @@ from pipeline.insight.preflight.node_facts import gather_facts
 from pipeline.limits import files_needed
 from pipeline.training.ranks import world
 
-SLURM = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")
+SLURM = (
+    "SLURM_LOCALID",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_GPUS_ON_NODE",
+    "SLURM_GPUS_PER_TASK",
+    "SLURM_STEP_GPUS",
+    "SLURM_JOB_GPUS",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +151,32 @@ def test_auto_refuses_the_cpu_under_an_old_driver(without_cuda, smi, monkeypatch
     assert world._device("auto", 0) == torch.device("cpu")
 
 
+BROKEN = {
+    "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 570.86": 18,
+    "Unable to determine the device handle for GPU1: 0000:3B:00.0: Unknown Error": 15,
+}
+
+
+@pytest.mark.parametrize("says", BROKEN)
+def test_what_nvidia_smi_says_where_it_fails_is_passed_on(says, without_cuda, tmp_path, monkeypatch):
+    nvidia_smi.install_broken(tmp_path / "bin", monkeypatch, says, BROKEN[says])
+    monkeypatch.setattr("pipeline.gpu_facts.cuda_builds", lambda: {"torch": "13.2"})
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    first = says.splitlines()[0]
+    with pytest.raises(UserError) as found:
+        world._device("auto", 0)
+    assert f"nvidia-smi fails ({first}); ask " in str(found.value) and "\n" not in str(found.value)
+    row = check_gpus([facts_of(monkeypatch)], parse_config([]))
+    assert row.level == "FAIL" and f"which fails ({first}), though Slurm granted 8" in row.text
+
+
+def test_preflight_says_what_train_will_where_a_driver_is_broken_outside_slurm(tmp_path, monkeypatch):
+    nvidia_smi.install_broken(tmp_path / "bin", monkeypatch, next(iter(BROKEN)), 18)
+    facts = facts_of(monkeypatch) | {"sign_of_gpus": "/dev/nvidia0 exists"}
+    row = check_gpus([facts], parse_config([]))
+    assert row.level == "FAIL" and "version mismatch), though /dev/nvidia0 exists" in row.text
+
+
 def test_auto_refuses_the_cpu_where_there_is_a_device_file(tmp_path, monkeypatch):
     (tmp_path / "nvidia0").touch()
     monkeypatch.setenv("PATH", "/nowhere")
@@ -169,6 +203,19 @@ def test_a_gpu_for_each_task(monkeypatch):
         world._device("auto", 3)
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "h100:1")
     assert world._device("auto", 3) == torch.device("cuda", 0)
+
+
+def test_a_task_that_srun_has_bound_to_one_gpu_of_the_node(monkeypatch):
+    """What tasks of Slurm 22.05 find with `srun --gpus-per-task=1`, `--gpu-bind=single:1` and `--ntasks-per-gpu=1`."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"GPUS_ON_NODE": "2", "STEP_GPUS": "1", "JOB_GPUS": "0,1", "LOCALID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert world._device("auto", 1) == torch.device("cuda", 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # the ranks of torchrun share what its one task sees
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    with pytest.raises(UserError, match="local rank 1 has no GPU"):
+        world._device("auto", 1)
 
 
 def facts_of(monkeypatch, builds=None) -> dict:

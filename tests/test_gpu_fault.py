@@ -1,12 +1,19 @@
 """A GPU that fails is not tried again: not in place by torchrun, and the ledger says so."""
 
 import json
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import runs
+import torch
 
-from pipeline.errors import EXIT_GPU_FAULT, GpuFault
+from pipeline.config import RawConfig, TrainConfig
+from pipeline.errors import EXIT_GPU_FAULT, GpuFault, TransientError
+from pipeline.training import loop
+from pipeline.training.ranks import world
+from pipeline.training.ranks.world import World
 from pipeline.training.run_folder import gpu_fault
 
 
@@ -59,6 +66,45 @@ def test_who_is_refused_after_a_fault(tmp_path, monkeypatch, now, refused):
     else:
         gpu_fault.refuse_restart_in_place(tmp_path)
     assert gpu_fault.take_gpu_fault(tmp_path)["fault_node"] == "n1" and gpu_fault.take_gpu_fault(tmp_path) is None
+
+
+def test_the_fault_is_noted_before_anything_is_closed(tmp_path, monkeypatch):
+    """Closing waits for the disk and for W&B, and the launcher may end the process meanwhile."""
+    seen = []
+
+    class Trainer:
+        def run(self):
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+        def close(self):
+            seen.append((tmp_path / "gpu_fault").exists())
+
+    config = RawConfig(run_dir=str(tmp_path)).resolve()
+    monkeypatch.setattr(loop, "already_finished", lambda setup: False)
+    monkeypatch.setattr(loop, "open_trainer", lambda setup: Trainer())
+    with pytest.raises(RuntimeError, match="uncorrectable ECC"):
+        loop.train(SimpleNamespace(config=config, world=World(0, 1, 0, 1, torch.device("cpu"))))
+    assert seen == [True]
+
+
+def test_torchs_thread_that_watches_nccl_does_not_abort_the_process(monkeypatch):
+    """It meets a GPU's fault within a tenth of a second, and would leave neither the marker nor the exit code 71."""
+    found = {}
+
+    def join(*_, **__):
+        found.update(os.environ)
+        raise torch.distributed.DistError("far enough")
+
+    names = ("TORCH_NCCL_RETHROW_CUDA_ERRORS", "TORCH_NCCL_TEARDOWN_ON_TIMEOUT")
+    for name in names:
+        monkeypatch.setenv(name, "")  # put back at the end
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(world, "_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    with pytest.raises(TransientError, match="far enough"):
+        world.start_world(TrainConfig())
+    assert [found.get(name) for name in names] == ["0", "1"]
 
 
 PROGRAM = """

@@ -1,6 +1,8 @@
 """`pipeline launch`: options as torchrun's, exit codes as this project's, one line for each thing that goes wrong."""
 
 import contextlib
+import functools
+import inspect
 import os
 import re
 import shutil
@@ -15,11 +17,13 @@ import nvidia_smi
 import pytest
 import runs
 from launching import Job, descendants, kill, rank_pids, training, wait_for
+from torch.numa import binding
 
 from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
 from pipeline.launch import options as options_module
+from pipeline.launch import workers
 from pipeline.launch.launcher import Launcher
 from pipeline.launch.options import parse
 from pipeline.launch.program import binding_problem
@@ -350,6 +354,26 @@ def test_ranks_are_forked_again_after_the_process_to_fork_from_has_died(tmp_path
     environment["PYTHONPATH"] = f"{tmp_path}:{Path.cwd()}"
     done = subprocess.run([sys.executable, "again.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["begun with 1", "rank with 1 None"] * 2, done.stderr
+
+
+def of_torch_2_11(*, gpu_index, numa_options):
+    return gpu_index, numa_options
+
+
+def of_later_ones(*, device_index, numa_options):
+    return device_index, numa_options
+
+
+@pytest.mark.parametrize("bind", [of_torch_2_11, of_later_ones])
+def test_torchs_binding_is_called_as_each_version_wants_it(monkeypatch, bind):
+    """torch has renamed the argument; a forked rank ended with a TypeError."""
+    found = []
+    real = inspect.signature(binding._maybe_apply_numa_binding_to_current_process).parameters
+    assert set(real) in [set(inspect.signature(one).parameters) for one in (of_torch_2_11, of_later_ones)]
+    stand_in = functools.wraps(bind)(lambda **given: found.append(bind(**given)))
+    monkeypatch.setattr(binding, "_maybe_apply_numa_binding_to_current_process", stand_in)
+    workers._bind(3, "node")
+    assert found == [(3, "node")]
 
 
 def state(pid: int, name: str) -> str:

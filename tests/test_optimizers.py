@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
 from pipeline.config import OptimConfig
@@ -97,6 +98,27 @@ def test_an_update_is_left_out_on_the_devices_own_judgement(name):
             optimizers[1].found_inf = torch.tensor(0.0)
             take(optimizers[1], calm, gradients, 1.0, 0.1)
         assert torch.equal(disturbed.weight, calm.weight) and torch.equal(disturbed.bias, calm.bias)
+
+
+class ValuesRead(TorchDispatchMode):
+    """Counts the times that the host asks a tensor for its value, for which it would wait on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_host_waits_for_nothing_in_an_update(name):
+    model = layer([1.0, 2.0])
+    optimizer = make_optimizer(model, OptimConfig(name=name, lr=0.1, weight_decay=0.1))
+    optimizer.found_inf = torch.zeros(())
+    with ValuesRead() as read:
+        for _ in range(2):
+            take(optimizer, model, [1.0, 2.0], 0.5, 0.1)
+    assert read.count == 0
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars"])

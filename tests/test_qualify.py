@@ -12,6 +12,7 @@ from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.insight.preflight import qualified
 from pipeline.insight.qualify import cli, network, speed
+from pipeline.insight.qualify import node as node_part
 from pipeline.insight.qualify.page import render
 from pipeline.insight.qualify.parts import PARTS, Part
 from pipeline.insight.qualify.rows import Settings
@@ -19,7 +20,7 @@ from pipeline.insight.qualify.rows import Settings
 
 @pytest.fixture(autouse=True)
 def outside_a_job(monkeypatch):
-    for name in ("SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES"):
+    for name in ("SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -44,6 +45,26 @@ def test_a_node_without_a_gpu(tmp_path, capsys):
     page = (tmp_path / "q/index.html").read_text()
     assert "bf16, DDP of one" in page and "<script" not in page
     assert "pass    fp32, eager" in capsys.readouterr().out  # said as it goes
+
+
+def test_a_node_whose_gpus_are_broken_does_not_qualify_as_one_without(tmp_path, monkeypatch):
+    says = "Failed to initialize NVML: Driver/library version mismatch"
+    nvidia_smi.install_broken(tmp_path / "bin", monkeypatch, says, 18)
+    monkeypatch.setattr("pipeline.gpu_facts.cuda_builds", lambda: {"torch": "13.2"})
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    with pytest.raises(UserError, match=r"Slurm granted 8.*version mismatch"):
+        cli.main(["--out", str(tmp_path / "q")])
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_node_that_has_lost_a_gpu_fails(tmp_path, monkeypatch):
+    nvidia_smi.install(tmp_path / "bin", monkeypatch, 7)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    rows = {row.what: row for row in node_part.node(Settings("cuda", 7, "", tmp_path, 60))}
+    assert rows["GPUs by Slurm"].verdict == "FAIL" and rows["GPUs by Slurm"].value == "7 of 8 granted"
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "7")
+    rows = {row.what: row for row in node_part.node(Settings("cuda", 7, "", tmp_path, 60))}
+    assert rows["GPUs by Slurm"].verdict == "pass"
 
 
 @pytest.mark.long

@@ -58,6 +58,8 @@ def test_host_memory(monkeypatch):
         "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
         "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
         "NCCL watchdog: Xid 79: GPU has fallen off the bus",
+        "Cuda failure 700 'an illegal memory access was encountered'",
+        "Cuda failure 'unspecified launch failure'",
     ],
 )
 def test_a_fault_of_a_gpu_names_host_card_and_step(tmp_path, monkeypatch, text):
@@ -75,6 +77,16 @@ def test_a_fault_of_a_gpu_names_host_card_and_step(tmp_path, monkeypatch, text):
     assert exit_code_of(error.value) == 71
 
 
+def test_a_gpu_that_slurm_has_bound_to_one_task_is_named(tmp_path, monkeypatch):
+    """Rank 3 of a node sees one GPU, which is number 0 in its process."""
+    nvidia_smi.install(tmp_path / "bin", monkeypatch, 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    world = World(3, 4, 3, 4, torch.device("cuda", 0))
+    world.watch.names[:] = [f"rank {number} (n16, GPU {number})" for number in range(4)]
+    line = translate_error(RuntimeError("CUDA error: misaligned address"), RawConfig().resolve(), world)
+    assert "GPU-00003aaa" in line and "serial 1652923000003" in line
+
+
 def test_a_network_without_deterministic_kernels_is_the_users_to_change():
     """The warm-up meets it, before the first step."""
     text = "upsample_bilinear2d_backward_out_cuda does not have a deterministic implementation, but you set ..."
@@ -83,6 +95,55 @@ def test_a_network_without_deterministic_kernels_is_the_users_to_change():
     line = str(error.value)
     assert line.startswith("--train.deterministic: upsample_bilinear2d_backward_out_cuda, which ") and "\n" not in line
     assert "give --train.deterministic false" in line
+
+
+def nccl_error(last: str) -> torch.distributed.DistBackendError:
+    """As torch words it."""
+    return torch.distributed.DistBackendError(
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, unhandled cuda error (run with "
+        "NCCL_DEBUG=INFO for details), NCCL version 2.28.9\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+        f"Last error:\n{last}"
+    )
+
+
+def test_a_gpu_fault_that_nccl_meets_is_one_of_the_gpu(tmp_path, monkeypatch):
+    nvidia_smi.install(tmp_path / "bin", monkeypatch, 1)
+    config = RawConfig(run_dir=str(tmp_path)).resolve()
+    with pytest.raises(GpuFault, match="GPU fault on rank 0") as error, translating_errors(config, WORLD):
+        raise nccl_error("Cuda failure 719 'unspecified launch failure'")
+    assert ": Cuda failure 719 'unspecified launch failure'; see" in str(error.value)
+    assert "unspecified launch failure" in (tmp_path / "gpu_fault").read_text()
+
+
+@pytest.mark.parametrize("last", ["Cuda failure 2 'out of memory'", "Failed to CUDA calloc async 608 bytes"])
+def test_no_memory_for_nccl(monkeypatch, last):
+    monkeypatch.setattr(translation, "_shm_free", lambda: 1 << 40)
+
+    def fail():
+        raise nccl_error(last)
+
+    line = broken(fail)
+    assert line.startswith("out of GPU memory on rank 0") and "--train.micro_batch_size" in line
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000",
+        "Multiple Ranks are using the same GPU/Partition. Set NCCL_MULTI_RANK_GPU_ENABLE=1 to enable this",
+    ],
+)
+def test_ranks_on_one_gpu_are_the_users_to_change(monkeypatch, last):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="on the same GPU") as error, translating_errors(RawConfig().resolve(), WORLD):
+        raise nccl_error(last)
+    assert "as many processes a node as it has GPUs (CUDA_VISIBLE_DEVICES=0 on " in str(error.value)
+
+
+def test_what_nccl_says_of_the_network_is_passed_on(monkeypatch):
+    monkeypatch.setattr(translation, "_shm_free", lambda: 1 << 40)
+    line = translate_error(nccl_error("Call to ibv_reg_mr failed"), RawConfig().resolve(), WORLD)
+    assert "contact to the other ranks was lost" in line and "(NCCL: Call to ibv_reg_mr failed)" in line
 
 
 def test_no_memory_for_cuda_itself(tmp_path, monkeypatch):

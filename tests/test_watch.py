@@ -101,6 +101,19 @@ def test_all_in_the_same_place_is_the_network(pair):
     assert "all ranks have been in the exchange of gradients" in said[0][1] and "network" in said[0][1]
 
 
+def test_an_error_of_nccl_ends_a_wait_before_its_limit(pair, monkeypatch):
+    """torch's own thread does not abort the process then, so that a GPU's fault can be reported."""
+    monkeypatch.setattr("pipeline.training.ranks.watchdog.BEAT_S", 0.05)
+    one, other, said, ended = pair
+    one.hang_timeout_s = other.hang_timeout_s = 1000
+    one.network_failed = lambda: True
+    one.start()
+    other.start()
+    with other.collective("the exchange of gradients"), one.collective("the exchange of gradients"):
+        assert ended.wait(10)
+    assert said[0][1].startswith("NCCL has reported an error in the exchange of gradients") and "network" in said[0][1]
+
+
 def test_a_long_wait_is_said_and_its_end(monkeypatch, capsys):
     monkeypatch.setattr("pipeline.training.ranks.watchdog.WARN_AFTER_S", 0.2)
     watch = Watchdog(hang_timeout_s=1000)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import inspect
 import multiprocessing
 import os
 import runpy
@@ -241,9 +242,7 @@ def _run_forked(
     _redirect(sys.stderr, stderr)
     os.environ.update(env)
     if numa is not None:
-        from torch.numa.binding import _maybe_apply_numa_binding_to_current_process
-
-        _maybe_apply_numa_binding_to_current_process(device_index=local_rank, numa_options=numa)
+        _bind(local_rank, numa)
     _use_threads({name: env[name] for name in _THREADS if name in env})  # of the cores that it is bound to
     assert program.module is not None
     sys.modules.pop(f"{program.module}.__main__", None)  # of the launcher: it is run again here
@@ -260,6 +259,15 @@ def _run_forked(
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _bind(local_rank: int, numa: NumaOptions) -> None:
+    """Bind this process to the cores beside its GPU."""
+    from torch.numa import binding
+
+    bind: Any = binding._maybe_apply_numa_binding_to_current_process
+    name = "gpu_index" if "gpu_index" in inspect.signature(bind).parameters else "device_index"  # torch 2.11; later
+    bind(**{name: local_rank}, numa_options=numa)
 
 
 def _show_command(command: list[str]) -> None:

@@ -18,6 +18,7 @@ from pipeline.training.ranks.consistency import compare_parameters
 from pipeline.training.ranks.step_stats import StepStats, StepStatsExchange, Vote
 from pipeline.training.ranks.stop_request import interrupted_exit_code
 from pipeline.training.ranks.stragglers import OwnTime, Stragglers
+from pipeline.training.ranks.translate_error import recording_gpu_faults
 from pipeline.training.ranks.unreadable import Unreadable
 from pipeline.training.ranks.world import Clock
 from pipeline.training.recorder import RunRecorder, open_recorder
@@ -32,7 +33,8 @@ def train(setup: RunSetup) -> int:
         return EXIT_OK
     trainer = open_trainer(setup)
     try:
-        return trainer.run()
+        with recording_gpu_faults(setup.config, setup.world):
+            return trainer.run()
     finally:
         trainer.close()
 

@@ -33,8 +33,10 @@ def gpu_problem(node: dict) -> str | None:
     count, granted = len(node["gpus"]), node["granted_gpus"]
     if node["driver_problem"] and (count or granted):
         return f"{node['driver_problem']}; have the driver updated, or install a torch that is built for an older CUDA"
-    if count < granted:
-        seen = f"{count or 'no'} GPU{'' if count == 1 else 's'} seen by nvidia-smi, though Slurm granted {granted}"
+    though = f"Slurm granted {granted}" if count < granted else node.get("sign_of_gpus")
+    if though:
+        fails = f", which fails ({node['smi_problem']})" if node.get("smi_problem") else ""
+        seen = f"{count or 'no'} GPU{'' if count == 1 else 's'} seen by nvidia-smi{fails}, though {though}"
         return f"{seen}; ask your cluster's support, or give --train.device cpu"
     return None
 

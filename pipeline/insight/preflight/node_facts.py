@@ -21,7 +21,16 @@ from pipeline.config import Config, DataConfig
 from pipeline.dataset.index.index import Split, has_index, locate_index, open_index
 from pipeline.dataset.index.left_out import describe
 from pipeline.errors import UserError, permission_problem
-from pipeline.gpu_facts import builds_problem, cuda_builds, driver_problem, granted_gpus, query_gpus, visible_gpus
+from pipeline.gpu_facts import (
+    builds_problem,
+    cuda_builds,
+    driver_problem,
+    granted_gpus,
+    query_gpus,
+    sign_of_gpus,
+    smi_problem,
+    visible_gpus,
+)
 from pipeline.limits import available_cores
 
 SAMPLES = 16  # read and compared with their digests on every node
@@ -40,16 +49,20 @@ def gather_facts(config: Config) -> dict:
     """The facts of this machine, as plain values.
 
     Keys: node, cpus, gpus (as `Gpu`, those that CUDA_VISIBLE_DEVICES leaves), driver, driver_problem (or None),
-    granted_gpus (by Slurm), open_files (that a process may have at most; -1: any number), versions, run_folder (a
-    problem, or None), and data ({problem, fingerprint, shards, read_s}).
+    smi_problem (what nvidia-smi says where it fails, or None), sign_of_gpus (why there should be some, where there are
+    none; or None), granted_gpus (by Slurm), open_files (that a process may have at most; -1: any number), versions,
+    run_folder (a problem, or None), and data ({problem, fingerprint, shards, read_s}).
     """
     gpus, driver = query_gpus()
     builds = cuda_builds()
     problem = driver_problem(driver, builds) if driver else None
+    visible = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return {
         "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         "cpus": available_cores(),
-        "gpus": [asdict(gpu) for gpu in visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))],
+        "gpus": [asdict(gpu) for gpu in visible],
+        "smi_problem": None if gpus else smi_problem(),
+        "sign_of_gpus": None if visible else sign_of_gpus(),
         "driver": driver,
         "driver_problem": problem if problem and not cuda_works() else builds_problem(builds),
         "granted_gpus": granted_gpus(),

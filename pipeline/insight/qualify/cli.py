@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.command import make_parser, split_options, summary
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.files import atomic_write
-from pipeline.gpu_facts import query_gpus, visible_gpus
+from pipeline.gpu_facts import query_gpus, sign_of_gpus, visible_gpus, why_no_cuda
 from pipeline.insight.qualify.page import render
 from pipeline.insight.qualify.parts import PARTS, Part
 from pipeline.insight.qualify.rows import Row, Settings, skipped
@@ -35,7 +35,7 @@ class Options:
     out: str = "runs/qualify"
     """Folder for qualify.json and index.html. Under Slurm the name of the node is added: give all nodes the same."""
     device: str = "auto"
-    """auto, cuda or cpu. auto: a GPU if nvidia-smi lists one."""
+    """auto, cuda or cpu. auto: a GPU if nvidia-smi lists one; refused where it lists none though there should be."""
     parts: str = ""
     """Only these parts, separated by commas."""
 
@@ -56,6 +56,11 @@ def main(argv: list[str]) -> int:
     gpus = len(visible_gpus(query_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES")))
     if options.device not in ("auto", "cuda", "cpu"):
         raise UserError(f"--device {options.device}: give auto, cuda or cpu")
+    sign = sign_of_gpus() if options.device == "auto" and not gpus else None
+    if sign:  # a node whose GPUs are broken must not pass as one without
+        raise UserError(
+            f"no GPU can be used on {socket.gethostname()}, though {sign}: {why_no_cuda()}; or --device cpu"
+        )
     device = options.device if options.device != "auto" else "cuda" if gpus else "cpu"
     folder = Path(options.out).expanduser()
     node = os.environ.get("SLURMD_NODENAME")

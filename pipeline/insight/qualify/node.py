@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.gpu_facts import builds_problem, cuda_builds, driver_problem, query_gpus
+from pipeline.gpu_facts import builds_problem, cuda_builds, driver_problem, granted_gpus, query_gpus
 from pipeline.insight.qualify.rows import Row, Settings, judged, skipped
 from pipeline.limits import available_cores, files_needed, memory_limit
 
@@ -25,6 +25,9 @@ def node(settings: Settings) -> Iterator[Row]:
     yield judged("torch and NCCL fit", problem or "same CUDA", "same major version of CUDA", problem is None)
     if gpus:
         yield Row("GPUs", f"{len(gpus)} x {gpus[0].name}, driver {driver}")
+        granted = granted_gpus()
+        if granted:  # one may have fallen off the bus
+            yield judged("GPUs by Slurm", f"{settings.gpus} of {granted} granted", "all", settings.gpus >= granted)
         problem = driver_problem(driver or "", builds)
         yield judged("driver", problem or f"{driver} runs all of them", "not too old", problem is None)
         yield judged("same GPU model", str(len({gpu.name for gpu in gpus})), "1 kind", len({g.name for g in gpus}) == 1)

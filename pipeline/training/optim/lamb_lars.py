@@ -73,7 +73,7 @@ class LAMB(_Layerwise):
             if "step" not in self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device=p.device)
         steps = [self.state[p]["step"] for p in weights]
-        torch._foreach_add_(steps, good)
+        torch._foreach_add_(steps, good, alpha=1)  # without alpha torch reads `good` as a number, and waits for it
         torch._foreach_mul_(first, 1 - (1 - b1) * good)
         torch._foreach_add_(first, gradients, alpha=1 - b1)
         torch._foreach_mul_(second, 1 - (1 - b2) * good)

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,11 +35,16 @@ _NO_THREAD = "can't start new thread"  # no room for its stack, mostly
 _NO_CONTEXT = "CUDA error: out of memory"  # of CUDA, not of torch's allocator
 _GPU_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)")
 _NOT_DETERMINISTIC = "does not have a deterministic implementation"
+_SAME_GPU = re.compile(r"Duplicate GPU detected|Multiple Ranks are using the same GPU")  # NCCL up to 2.28, and later
+_NO_ROOM_FOR_NCCL = re.compile(
+    r"Cuda failure (\d+ )?'out of memory'|CUDA error 2 'out of memory'|Failed to CUDA [cm]alloc"
+)
 #: what only another GPU, or a reset of this one, fixes
 _GPU_FAULT = re.compile(
-    r"uncorrectable (ECC|NVLink)|hardware stack error|fallen off the bus|GPU is lost|CUDA error: unknown error|"
-    r"CUDA-capable device\(s\) is/are busy or unavailable|XID \d+|CUDA error: (an illegal memory access|"
-    r"unspecified launch failure|misaligned address|an illegal instruction|"
+    r"uncorrectable (ECC|NVLink)|hardware stack error|fallen off the bus|GPU is lost|"
+    r"CUDA-capable device\(s\) is/are busy or unavailable|XID \d+|"
+    r"(CUDA error: |Cuda failure (\d+ )?')"  # as torch says it, and NCCL
+    r"(unknown error|an illegal memory access|unspecified launch failure|misaligned address|an illegal instruction|"
     r"invalid program counter|the launch timed out)|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|"
     r"CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)",
     re.IGNORECASE,
@@ -47,6 +53,23 @@ _CONTACT_LOST = re.compile(
     r"gloo|NCCL|Connection (reset|closed)|Broken pipe|Socket Timeout|connectFullMesh|c10d", re.IGNORECASE
 )
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENOENT}
+
+
+@contextlib.contextmanager
+def recording_gpu_faults(config: Config, world: World) -> Iterator[None]:
+    """Writes the marker of a GPU's fault as soon as it is raised inside: before loaders, ledger and W&B are closed,
+    which may take long, and the launcher may end this process any time."""
+    try:
+        yield
+    except RuntimeError as error:
+        _record_if_gpu_fault(error, config, world)
+        raise
+
+
+def _record_if_gpu_fault(error: BaseException, config: Config, world: World) -> None:
+    if is_gpu_fault(error) and config.run_dir:
+        folder = Path(config.run_dir).expanduser()
+        record_gpu_fault(folder, world.rank, world.watch.step, redact(_fault_line(error)))
 
 
 @contextlib.contextmanager
@@ -68,9 +91,14 @@ def translating_errors(config: Config, world: World) -> Iterator[None]:
                 f"{config.model.name} calls, has no deterministic form on CUDA; give --train.deterministic false, or "
                 "another network"
             ) from error
-        if is_gpu_fault(error) and config.run_dir:  # first of all: the launcher may end this process any time
-            folder = Path(config.run_dir).expanduser()
-            record_gpu_fault(folder, world.rank, world.watch.step, redact(first_line(error)))
+        if _SAME_GPU.search(str(error)):
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            raise UserError(
+                "several ranks of a node compute on the same GPU, and NCCL requires one for each; start as many "
+                "processes a node as it has GPUs"
+                + (f" (CUDA_VISIBLE_DEVICES={visible} on {socket.gethostname()})" if visible else "")
+            ) from error
+        _record_if_gpu_fault(error, config, world)
         first = False
         message = translate_error(error, config, world)
         if message is None or not _lost_contact(error):
@@ -82,6 +110,7 @@ def translating_errors(config: Config, world: World) -> Iterator[None]:
         world.watch.dump()
         if is_gpu_fault(error):
             if config.run_dir:
+                folder = Path(config.run_dir).expanduser()
                 record_gpu_fault(folder, world.rank, world.watch.step, redact(message))
             raise GpuFault(message) from error
         raise TransientError(
@@ -95,17 +124,22 @@ def translate_error(error: BaseException, config: Config, world: World) -> str |
     text = str(error)
     if is_gpu_fault(error):
         when = "before the first step" if world.watch.step is None else f"step {world.watch.step}"
-        gpu = name_gpu(world.local_rank)
+        gpu = name_gpu(world)
         return (
-            f"GPU fault on {world.watch.names[world.rank]}{gpu}, {when}: {first_line(error)}; see nvidia-smi -q -d ECC "
-            "and dmesg (NVRM: Xid)"
+            f"GPU fault on {world.watch.names[world.rank]}{gpu}, {when}: {_fault_line(error)}; see nvidia-smi -q -d "
+            "ECC and dmesg (NVRM: Xid)"
         )
     if _out_of_memory(error):
         return _memory(error, world)
     if _NO_CONTEXT in text:
         return (
-            f"out of GPU memory on {world.watch.names[world.rank]}{name_gpu(world.local_rank)}: none is left for CUDA "
+            f"out of GPU memory on {world.watch.names[world.rank]}{name_gpu(world)}: none is left for CUDA "
             "itself; does another process use this GPU? See nvidia-smi"
+        )
+    if _NO_ROOM_FOR_NCCL.search(text):
+        return (
+            f"out of GPU memory on {world.watch.names[world.rank]}{name_gpu(world)}: none is left for NCCL; lower "
+            "--train.micro_batch_size, or does another process use this GPU? See nvidia-smi"
         )
     if number in (errno.EMFILE, errno.ENFILE):
         return (
@@ -122,7 +156,8 @@ def translate_error(error: BaseException, config: Config, world: World) -> str |
         )
     if _lost_contact(error):
         when = "before the first step" if world.watch.step is None else f"step {world.watch.step}"
-        return f"{when}: contact to the other ranks was lost: {world.watch.missing()}{_killed_for_memory()}"
+        why = f"{world.watch.missing()}{_said_by_nccl(text)}{_killed_for_memory()}"
+        return f"{when}: contact to the other ranks was lost: {why}"
     if isinstance(error, OSError) and number in _DISK:
         where = error.filename or config.run_dir
         if number in (errno.ENOSPC, errno.EDQUOT):
@@ -146,18 +181,30 @@ def _killed_for_memory() -> str:
     return f" (here the kernel has killed {killed} since the start because host memory ran out)" if killed else ""
 
 
+def _said_by_nccl(text: str) -> str:
+    """The rest of a sentence: NCCL's own reason, which ends torch's message where there is one."""
+    reason = " ".join(text.partition("Last error:")[2].split())
+    return f" (NCCL: {reason[:200]})" if reason else ""
+
+
 def is_gpu_fault(error: BaseException) -> bool:
     """Did a GPU or its link fail, such that the same GPU should not be tried again?"""
     return isinstance(error, RuntimeError) and _GPU_FAULT.search(str(error)) is not None
 
 
-def name_gpu(local_rank: int) -> str:
+def _fault_line(error: BaseException) -> str:
+    """What a GPU's fault is, in the words of CUDA: NCCL's message begins with other lines."""
+    return next((line[:200] for line in str(error).splitlines() if _GPU_FAULT.search(line)), first_line(error))
+
+
+def name_gpu(world: World) -> str:
     """UUID and serial number of this rank's GPU, as a part of a sentence. By nvidia-smi: after a fault CUDA answers
     nothing in this process."""
     gpus = visible_gpus(query_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if local_rank >= len(gpus):
+    number = world.device.index or 0  # by Slurm's binding each rank of a node may have number 0 of its own
+    if number >= len(gpus):
         return ""
-    gpu = gpus[local_rank]
+    gpu = gpus[number]
     known = ", ".join(part for part in (gpu.uuid, f"serial {gpu.serial}" if gpu.serial else "") if part)
     return f" ({known})" if known else ""
 
@@ -167,7 +214,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _lost_contact(error: BaseException) -> bool:
-    if _out_of_memory(error):
+    if _out_of_memory(error) or is_gpu_fault(error) or _NO_ROOM_FOR_NCCL.search(str(error)):
         return False
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and _CONTACT_LOST.search(str(error)) is not None

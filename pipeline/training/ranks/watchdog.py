@@ -58,6 +58,7 @@ class Watchdog:
         self.rank, self.size, self.hang_timeout_s, self.store = rank, size, hang_timeout_s, store
         self.names = [f"rank {number}" for number in range(size)]
         self.detail: Callable[[], str] = lambda: ""  # more on where the training thread is: the file being read
+        self.network_failed: Callable[[], bool] = lambda: False  # has NCCL reported an error on this rank?
         self.before_exit: Callable[[str], None] = lambda message: None  # called before the process is ended
         self.folder: Path | None = None  # where stacks and collectives are left
         self.step: int | None = None
@@ -173,9 +174,11 @@ class Watchdog:
 
     def _judge(self, mark: Mark, beat: float) -> str | None:
         """Is it over? Then the sentence that names who hangs."""
-        if mark.collective and (gone := self.first_failure()) is not None and mark.age_s > 2 * beat:
+        waits = mark.collective and mark.age_s > 2 * beat
+        if waits and (gone := self.first_failure()) is not None:
             return f"{gone}; the others can't go on"
-        if mark.age_s <= mark.limit_s:
+        failed = waits and self.network_failed()
+        if mark.age_s <= mark.limit_s and not failed:
             return None
         if not mark.collective or self.store is None:
             return f"{self._sentence(self.rank, mark)}; it counts as hung"
@@ -183,6 +186,8 @@ class Watchdog:
         if silent:
             self.silent = silent
             return f"{self._names(silent)} shows no sign of life, last seen in {_place(marks[silent[0]])}"
+        if failed:
+            return f"NCCL has reported an error in {_place(mark)}, and all ranks show signs of life: the network?"
         behind = [rank for rank, other in marks.items() if other.count < mark.count]
         if not behind:
             return f"all ranks have been in {_place(mark)} for {mark.age_s:.0f} s: the network?"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pipeline.config import TrainConfig
 from pipeline.errors import TransientError, UserError, permission_problem
-from pipeline.gpu_facts import sign_of_gpus, why_no_cuda
+from pipeline.gpu_facts import granted_gpus, sign_of_gpus, why_no_cuda
 from pipeline.limits import MOST_FILES, available_cores, open_files_limit, share_of_cores
 from pipeline.model.pooling import use_deterministic_pooling
 from pipeline.rank_env import find_leftovers, has_launcher, is_beyond_world_size
@@ -28,6 +28,9 @@ LONG_TIMEOUT = timedelta(days=1)  # of what only waits for rank 0; the watch end
 SUSPENDED = timedelta(hours=6)  # for which a job may be suspended and resume in place
 STORE_TIMEOUT = timedelta(seconds=10)
 _LEAVE_S = 60.0
+#: A GPU's fault is the training thread's to report. torch's thread that watches NCCL meets it, too, and by default
+#: aborts the process at once (pytorch issue 126544). So `Watchdog.network_failed` looks at the errors of NCCL itself.
+_NCCL_THREAD = {"TORCH_NCCL_RETHROW_CUDA_ERRORS": "0", "TORCH_NCCL_TEARDOWN_ON_TIMEOUT": "1"}
 
 
 @dataclass(frozen=True)
@@ -131,14 +134,23 @@ def _device(name: str, local_rank: int) -> torch.device:
             local_rank,
         )
     count = torch.cuda.device_count()
-    if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1":
-        return torch.device("cuda", 0)  # Slurm has given each process a GPU of its own
+    if count == 1 and _has_own_gpu(local_rank):
+        return torch.device("cuda", 0)
     if local_rank >= count:
         raise UserError(
             f"local rank {local_rank} has no GPU: {count} are visible; start as many processes a node as it has GPUs"
             " (of GPUs that are split by MIG a process sees one instance: start one process)"
         )
     return torch.device("cuda", local_rank)
+
+
+def _has_own_gpu(local_rank: int) -> bool:
+    """Has Slurm given each process a GPU of its own? By --gpus-per-task, which only sbatch says in the environment, or
+    by another option of srun, such as --gpu-bind=single:1 or --ntasks-per-gpu: then a task sees one of the node's."""
+    if os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1":
+        return True
+    by_srun = os.environ.get("SLURM_LOCALID") == str(local_rank) and "TORCHELASTIC_RUN_ID" not in os.environ
+    return by_srun and granted_gpus() > 1
 
 
 def _of_this_node(message: str, local_rank: int) -> UserError:
@@ -171,6 +183,8 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+        for name, value in _NCCL_THREAD.items():
+            os.environ.setdefault(name, value)
     if train.deterministic:
         # Read when cuBLAS and NCCL are first used. NVLink SHARP sums in the switch, in an order of its own.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -194,6 +208,8 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
             use_deterministic_pooling()
     long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if size > 1 else None
     watch = Watchdog(rank, size, train.hang_timeout_s, _shared_store(size))
+    if device.type == "cuda" and size > 1:
+        watch.network_failed = _look_at_nccl(device)
     cores = _own_cores(rank, size)
     if device.type == "cpu":
         torch.set_num_threads(cores if size > 1 else _wanted_threads(cores))
@@ -216,6 +232,19 @@ def _own_cores(rank: int, size: int) -> int:
     dist.all_gather_object(everyone, (node, sorted(os.sched_getaffinity(0))))
     here = [other for other in range(size) if everyone[other][0] == node]
     return share_of_cores([everyone[other][1] for other in here], here.index(rank))
+
+
+def _look_at_nccl(device: torch.device) -> Callable[[], bool]:
+    """A function that tells, from any thread, whether NCCL has reported an error on this rank."""
+    backend: Any = dist.distributed_c10d._get_default_group()._get_backend(device)
+
+    def has_failed() -> bool:
+        try:
+            return backend.get_error().name != "SUCCESS"
+        except (AttributeError, RuntimeError):  # an older torch; a wrapper for debugging
+            return False
+
+    return has_failed
 
 
 def _shared_store(size: int) -> dist.Store | None:
