@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pipeline.config import Config
 from pipeline.loader.plan import TrainPlan
@@ -17,7 +18,8 @@ class Milestones:
 
     def evaluates_at(self, step: int) -> bool:
         """Is an evaluation due after `step` steps?"""
-        every = self.config.train.eval_every_epochs * self.plan.samples / self.plan.global_batch_size  # steps
+        epochs = Fraction(self.config.train.eval_every_epochs).limit_denominator(10**6)
+        every = epochs * self.plan.samples / self.plan.global_batch_size  # steps; exact, as floats miss whole numbers
         return step > 0 and (step == self.last_step or math.ceil(step // every * every) == step)
 
     def saves_at(self, step: int) -> bool:
