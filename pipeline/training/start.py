@@ -9,11 +9,12 @@ from pipeline.config import Config, semantic_config
 from pipeline.errors import UserError
 from pipeline.run_paths import META, RunPaths, list_checkpoints
 from pipeline.tracking.ledger import early_stop, read_rows
-from pipeline.training.guard import Guard, Rollback, is_in_history, rollbacks_of, rollbacks_of_ledger
+from pipeline.training.guard import Guard, Rollback, inherited_rollbacks, is_in_history, rollbacks_of_ledger
 from pipeline.training.optim.lr_schedule import Schedule
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
     find_newest_good,
+    read_meta,
     verify_checkpoint,
 )
 from pipeline.training.run_folder.folder import RunFolder
@@ -33,6 +34,7 @@ class Start:
         rollbacks: of the run so far.
         went_back: `--resume PATH` was followed; what this run did after it is to be set aside.
         is_saved: is `path` a checkpoint of this run? `--resume PATH` may name another run's, which may go away.
+        inherited: those of the rollbacks that the ledger does not have yet: of the run that saved the checkpoint.
     """
 
     path: Path | None = None
@@ -40,6 +42,7 @@ class Start:
     rollbacks: list[Rollback] = field(default_factory=list)
     went_back: bool = False
     is_saved: bool = True
+    inherited: list[Rollback] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -149,7 +152,8 @@ def find_start(
         return Start(rollbacks=rollbacks)
     check_fingerprints(*found, semantic_config(config), index_fingerprint, config.given)
     own = not went_back or _is_in(found[0], folder.checkpoints)
-    start = Start(*found, rollbacks or rollbacks_of(found[1]), went_back, own)
+    inherited = inherited_rollbacks(found[1], rollbacks)
+    start = Start(*found, [*inherited, *rollbacks], went_back, own, inherited)
     if start.step > last_step:
         raise UserError(
             f"{start.path} is at step {start.step}, past the end at {last_step}; "
@@ -167,6 +171,17 @@ def check_begin(start: Start, schedule: Schedule, folder: RunFolder) -> None:
         f"{folder.path} has no checkpoint to start from but step {start.step:,}; --schedule.begin is for a run that "
         "another one began: pipeline continue RUN_FOLDER --epochs N"
     )
+
+
+def needed_for_rollback(folder: Path) -> set[int]:
+    """The step of the last checkpoint before bad steps, if the newest one was saved among them; otherwise nothing."""
+    saved = list_checkpoints(folder)
+    try:
+        last_good = read_meta(saved[0][1]).get("last_good_step") if saved else None
+    except DamagedCheckpoint:
+        return set()
+    before = [step for step, _ in saved if last_good is not None and step <= last_good]
+    return set(before[:1])
 
 
 def find_rollback_start(folder: RunFolder, guard: Guard, warn: Callable[[str], None]) -> Start:
