@@ -146,3 +146,10 @@ def test_an_evaluation_is_due_at_each_end_of_an_epoch_that_a_step_meets_exactly(
     assert len(due) == 6 / every and due[-1] == 3125
     assert {plan.epoch_end(epoch) for epoch in range(1, 7)} <= set(due)
     assert milestones.next_pause(3124) == 3125
+
+
+def test_evaluations_may_be_due_more_often_than_steps():
+    config = RawConfig().resolve()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every_epochs=1e-9))
+    sizes = np.full(100, 32)
+    assert all(map(Milestones(config, TrainPlan(sizes, sizes, 10, seed=0), 50).evaluates_at, range(1, 51)))
