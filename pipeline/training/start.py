@@ -91,13 +91,33 @@ def named_checkpoint(option: str) -> Path:
     )
 
 
+def _find_good(
+    folder: RunFolder, warn: Callable[[str], None], accept: Callable[[dict], bool]
+) -> tuple[Path, dict] | None:
+    """The newest good checkpoint that is accepted; None: there is none. Raises UserError where that may be so only
+    because others are damaged: the run would start over, and the rows of its ledger would go."""
+    damaged: list[str] = []
+
+    def note(fault: str) -> None:
+        damaged.append(fault)
+        warn(fault)
+
+    found = find_newest_good(folder.checkpoints, note, accept)
+    if found is None and damaged:
+        raise UserError(
+            f"run folder {folder.path} has no undamaged checkpoint to resume from ({len(damaged)} damaged); put copies "
+            "of them back, or start over with another --run_dir"
+        )
+    return found
+
+
 def _newest(folder: RunFolder, rows: list[dict], warn: Callable[[str], None]) -> tuple[Path, dict] | None:
     """The newest good checkpoint of this run's history; None before the first one was saved.
 
-    Raises UserError where the ledger says that there was one, and none is left.
+    Raises UserError where all are damaged, or where the ledger says that there was one and none is left.
     """
     rollbacks = rollbacks_of_ledger(rows)
-    found = find_newest_good(folder.checkpoints, warn, lambda meta: is_in_history(meta, rollbacks))
+    found = _find_good(folder, warn, lambda meta: is_in_history(meta, rollbacks))
     saved = [row["step"] for row in rows if row.get("kind") == "eval" or row.get("event") in _AFTER_A_SAVE]
     if found is None and max(saved, default=0) > 0 and not list_checkpoints(folder.checkpoints):
         done = max(row.get("step", 0) for row in rows)
@@ -187,14 +207,15 @@ def needed_for_rollback(folder: Path) -> set[int]:
 def find_rollback_start(folder: RunFolder, guard: Guard, warn: Callable[[str], None]) -> Start:
     """The last checkpoint before the bad steps that `guard` counted. Rank 0 only.
 
-    If the steps after the last rollback failed again, it is a checkpoint before the one that was used then.
+    If the steps after the last rollback failed again, it is a checkpoint before the one that was used then. Raises
+    UserError where all are damaged.
     """
     assert guard.tripped is not None
 
-    def newest_up_to(step: int) -> tuple[Path, dict] | None:
-        return find_newest_good(
-            folder.checkpoints, warn, lambda meta: meta["step"] <= step and is_in_history(meta, guard.rollbacks)
-        )
+    def is_up_to(step: int) -> Callable[[dict], bool]:
+        return lambda meta: meta["step"] <= step and is_in_history(meta, guard.rollbacks)
 
-    found = newest_up_to(guard.rollbacks[-1].to - 1) if guard.failed_again() else None
-    return Start(*(found or newest_up_to(guard.tripped) or (None, {})))
+    found: tuple[Path, dict] | None = None
+    if guard.failed_again():
+        found = find_newest_good(folder.checkpoints, warn, is_up_to(guard.rollbacks[-1].to - 1))
+    return Start(*(found or _find_good(folder, warn, is_up_to(guard.tripped)) or (None, {})))
