@@ -69,8 +69,6 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
     Raises UserError where the run is not finished, or can't be continued in this way.
     """
     paths = RunPaths(Path(run).expanduser().resolve())
-    if not paths.config.exists():
-        raise UserError(not_a_run_message(run))
     if any(item.partition("=")[0] == "--schedule.epochs" for item in overrides):
         raise UserError("give --epochs, the length of both runs together, instead of --schedule.epochs")
     if not is_time(epochs, above=True):
@@ -79,6 +77,11 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
     target = Path(run_dir).expanduser() if run_dir else paths.path.with_name(f"{paths.path.name}-to-{_short(epochs)}")
     if target.resolve() == paths.path:
         raise UserError(f"--run_dir {run_dir} is the run itself, which stays as it is; give a new folder")
+    begun = None if list_checkpoints(paths.checkpoints) else _begun_extension(target, epochs, overrides)
+    if begun is not None:
+        return begun
+    if not paths.config.exists():
+        raise UserError(not_a_run_message(run))
     old = load_config(paths.config, verb="continue")
     new = load_config(paths.config, [*overrides, f"--run_dir={target}"], verb="continue")
     source, step, per_epoch, last_rate = _end_of(paths, old)
@@ -128,6 +131,24 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
     others = [name for name in changed if not name.startswith("schedule.")]
     also = f"; changed from here on: {', '.join(others)}" if others else ""
     return Extension(new, source, step, head + kept_state + text + also)
+
+
+def _begun_extension(target: Path, epochs: Time, overrides: list[str]) -> Extension | None:
+    """The extension that was begun in the folder `target`, which does not need the old run any more, as it has its own
+    configuration and checkpoint; None: none was."""
+    paths = RunPaths(target.resolve())
+    saved = list_checkpoints(paths.checkpoints)
+    begun = [row for row in read_rows(paths.ledger) if row.get("event") == "continued"]
+    if not (saved and begun and paths.config.exists()):
+        return None
+    config = load_config(paths.config, [*overrides, f"--run_dir={target}"], verb="continue")
+    if epochs != config.schedule.epochs:
+        raise UserError(
+            f"--epochs {epochs}: {paths.path} was begun with --epochs {config.schedule.epochs}, and the checkpoints of "
+            f"{begun[0].get('run')}, which it continues, are gone; give the same"
+        )
+    about = f"{paths.path} goes on from its own checkpoints; those of {begun[0].get('run')} are gone"
+    return Extension(config, saved[0][1], begun[0]["step"], about)
 
 
 def _short(epochs: Time) -> str:
