@@ -84,7 +84,7 @@ def test_the_last_rate_may_stay(root, run, capfd):
 
 
 def test_interrupted_it_resumes_without_the_old_folder(root, run, capfd):
-    """Killed in its first steps; then by the same command, with the old folder and without; then by its configuration."""
+    """Killed in its first steps; by the same command, with the old folder and without it; by its configuration."""
     new = run.with_name("new")
     command = [runs.sys.executable, "-m", "pipeline", "continue", str(run), "--epochs", "400", "--run_dir", str(new)]
     process = runs.subprocess.Popen(command, env=runs.environment(), stdout=runs.subprocess.DEVNULL)

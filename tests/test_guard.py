@@ -241,6 +241,19 @@ def test_rollbacks_of_the_run_that_is_continued_stay_in_force(root, tmp_path):
     assert "every batch" in runs.capture(["audit", str(run)])
 
 
+def test_going_back_before_a_rollback_gives_it_up(root, tmp_path):
+    """By --resume of an older checkpoint: the run is then as if it had not rolled back, with all rollbacks left."""
+    run, options = tmp_path / "run", [*TINY, *OTHER_ORDER, "--checkpoint.every_steps", "2", "--checkpoint.keep", "9"]
+    runs.call(root, tmp_path / "whole", *options, "--train.max_steps", "8")
+    with failing_at(5, 6):
+        runs.call(root, run, *options, "--train.max_steps", "8")
+    assert [event["to"] for event in events(run, "rolled_back")] == [4]
+    runs.call(root, run, *options, "--train.max_steps", "8", "--resume", str(runs.checkpoint_at(run, 2)))
+    assert not events(run, "rolled_back") and len(events(next(run.glob("set-aside-*")), "rolled_back")) == 1
+    assert runs.repeatable(run) == runs.repeatable(tmp_path / "whole")
+    assert "every batch" in runs.capture(["audit", str(run)])
+
+
 def test_the_checkpoint_that_a_rollback_requires_is_kept(root, tmp_path):
     """Stopped again and again among bad steps, with few checkpoints kept."""
     run = tmp_path / "run"

@@ -57,7 +57,7 @@ class RunRecorder:
         settings = semantic_config(config) | {"world_size": setup.world.size}
         wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), self.console.say)
         if setup.start.went_back:
-            set_aside(folder, setup.start.step, self.console.warn)
+            set_aside(folder, setup.start.step, setup.start.rollbacks, self.console.warn)
         self.ledger = Ledger(folder.ledger, setup.start.step)
         self.views: list[View] = [wandb, self.console]
         if config.tracking.tensorboard:

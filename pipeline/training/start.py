@@ -9,7 +9,14 @@ from pipeline.config import Config, semantic_config
 from pipeline.errors import UserError
 from pipeline.run_paths import META, RunPaths, list_checkpoints
 from pipeline.tracking.ledger import early_stop, read_rows
-from pipeline.training.guard import Guard, Rollback, inherited_rollbacks, is_in_history, rollbacks_of_ledger
+from pipeline.training.guard import (
+    Guard,
+    Rollback,
+    inherited_rollbacks,
+    is_in_history,
+    rollbacks_of,
+    rollbacks_of_ledger,
+)
 from pipeline.training.optim.lr_schedule import Schedule
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
@@ -172,6 +179,8 @@ def find_start(
         return Start(rollbacks=rollbacks)
     check_fingerprints(*found, semantic_config(config), index_fingerprint, config.given)
     own = not went_back or _is_in(found[0], folder.checkpoints)
+    if went_back:  # those of the way that is given up are set aside with it
+        rollbacks = [rollback for rollback in rollbacks if rollback in rollbacks_of(found[1])]
     inherited = inherited_rollbacks(found[1], rollbacks)
     start = Start(*found, [*inherited, *rollbacks], went_back, own, inherited)
     if start.step > last_step:
