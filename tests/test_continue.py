@@ -84,7 +84,7 @@ def test_the_last_rate_may_stay(root, run, capfd):
 
 
 def test_interrupted_it_resumes_without_the_old_folder(root, run, capfd):
-    """Killed in its first steps; then by the same command; then by its own configuration alone."""
+    """Killed in its first steps; by the same command, with the old folder and without it; by its configuration."""
     new = run.with_name("new")
     command = [runs.sys.executable, "-m", "pipeline", "continue", str(run), "--epochs", "400", "--run_dir", str(new)]
     process = runs.subprocess.Popen(command, env=runs.environment(), stdout=runs.subprocess.DEVNULL)
@@ -94,6 +94,9 @@ def test_interrupted_it_resumes_without_the_old_folder(root, run, capfd):
     assert process.wait(60) == -signal.SIGKILL
     extend(capfd, run, "--epochs", "400", "--run_dir", new, "--train.max_steps", "13")
     shutil.rmtree(run)
+    assert "--epochs 400" in extend(capfd, run, "--epochs", "300", "--run_dir", new, expect=2)
+    assert "are gone" in extend(capfd, run, "--epochs", "400", "--run_dir", new, "--train.max_steps", "14")
+    assert column(new, "step") == [11, 12, 13, 14]
     assert main(["train", "--config", str(new / "config.yaml"), "--train.max_steps", "15"]) == 0
     assert column(new, "step") == [11, 12, 13, 14, 15]
     assert sum(row["event"] == "continued" for row in runs.rows(new, "event")) == 1

@@ -1,5 +1,6 @@
 """NaN and infinite values: skipped on all ranks, then the run rolls back, then it stops; and resuming repeats it."""
 
+import contextlib
 import json
 import math
 from types import SimpleNamespace
@@ -18,11 +19,13 @@ from pipeline.training.data import check_labels
 from pipeline.training.guard import Guard, Rollback, Spikes, is_in_history
 from pipeline.training.ranks.step_stats import StepStats, Vote
 from pipeline.training.recorder import SPIKE_WARNING_STEPS, RunRecorder
+from pipeline.training.step import TrainStep
 
 TINY = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
 #: the first update throws the weights far out, and from the second on no loss is a number: going back heals it
 EXPLODING = [*TINY, "--optim.lr", "1e30", "--schedule.warmup_epochs", "0", "--guard.rollback_reshuffle"]
 EXPLODING += ["--guard.rollback_lr_factor", "1e-32"]
+OTHER_ORDER = ["--guard.max_skipped", "2", "--guard.rollback_reshuffle"]
 
 
 def stats(step, loss=1.0, norm=1.0, scale=1.0):
@@ -31,6 +34,26 @@ def stats(step, loss=1.0, norm=1.0, scale=1.0):
 
 def events(run, name):
     return [row for row in runs.rows(run, "event") if row["event"] == name]
+
+
+@contextlib.contextmanager
+def failing_at(*steps):
+    """The loss is not a number in each of these steps, the first time that it is done."""
+    left, call = set(steps), TrainStep.__call__
+
+    def broken(train_step, batch, lr, step=0):
+        if step + 1 not in left:
+            return call(train_step, batch, lr, step)
+        left.remove(step + 1)
+        loss, train_step.loss = train_step.loss, lambda *given: loss(*given) * math.nan
+        try:
+            return call(train_step, batch, lr, step)
+        finally:
+            train_step.loss = loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", broken)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +212,65 @@ def test_a_label_out_of_range_is_named_with_its_file(root):
     ):
         check_labels(index, 3)
     check_labels(index, 4)
+
+
+def test_a_run_begun_with_another_runs_checkpoint_does_not_roll_back_to_new_weights(root, tmp_path):
+    """It fails before it has saved anything."""
+    runs.call(root, tmp_path / "first", *TINY, "--train.max_steps", "3")
+    there, run = runs.checkpoint_at(tmp_path / "first", 3), tmp_path / "run"
+    with failing_at(4, 5, 6):
+        output = runs.call(root, run, *TINY, *OTHER_ORDER, "--resume", str(there), "--train.max_steps", "9")
+    assert f"rolling back from step 5 to {runs.checkpoint_at(run, 3)}" in output
+    assert [event["to"] for event in events(run, "rolled_back")] == [3]
+    assert [row["step"] for row in runs.rows(run, "train")] == list(range(4, 10))
+
+
+def test_rollbacks_of_the_run_that_is_continued_stay_in_force(root, tmp_path):
+    """Also after the new run has rolled back itself, and was started again: the same rates, orders and batches."""
+    old, run, whole = tmp_path / "old", tmp_path / "run", tmp_path / "whole"
+    with failing_at(4, 5):
+        runs.call(root, old, *TINY, *OTHER_ORDER, "--train.max_steps", "6")
+    options = ["continue", str(old), "--epochs", "3", "--rate", "restart", "--run_dir"]
+    with failing_at(8, 9):
+        runs.capture([*options, str(whole)])
+    assert [event["to"] for event in events(whole, "rolled_back")] == [6]
+    with failing_at(8, 9):
+        runs.capture([*options, str(run), "--train.max_steps", "9"])
+    runs.capture([*options, str(run)])
+    assert runs.repeatable(run) == runs.repeatable(whole)
+    assert "every batch" in runs.capture(["audit", str(run)])
+
+
+def test_going_back_before_a_rollback_gives_it_up(root, tmp_path):
+    """By --resume of an older checkpoint: the run is then as if it had not rolled back, with all rollbacks left."""
+    run, options = tmp_path / "run", [*TINY, *OTHER_ORDER, "--checkpoint.every_steps", "2", "--checkpoint.keep", "9"]
+    runs.call(root, tmp_path / "whole", *options, "--train.max_steps", "8")
+    with failing_at(5, 6):
+        runs.call(root, run, *options, "--train.max_steps", "8")
+    assert [event["to"] for event in events(run, "rolled_back")] == [4]
+    runs.call(root, run, *options, "--train.max_steps", "8", "--resume", str(runs.checkpoint_at(run, 2)))
+    assert not events(run, "rolled_back") and len(events(next(run.glob("set-aside-*")), "rolled_back")) == 1
+    assert runs.repeatable(run) == runs.repeatable(tmp_path / "whole")
+    assert "every batch" in runs.capture(["audit", str(run)])
+
+
+def test_the_checkpoint_that_a_rollback_requires_is_kept(root, tmp_path):
+    """Stopped again and again among bad steps, with few checkpoints kept."""
+    run = tmp_path / "run"
+    options = [*TINY, "--guard.max_skipped", "4", "--checkpoint.every_steps", "3", "--checkpoint.keep", "1"]
+    for stop in (5, 6, 9):
+        with failing_at(5, 6, 7, 8):
+            runs.call(root, run, *options, "--train.max_steps", str(stop))
+    assert [event["to"] for event in events(run, "rolled_back")] == [3]
+
+
+def test_stopped_at_the_last_bad_step_it_rolls_back_at_the_next_start():
+    config = GuardConfig(max_skipped=3)
+    whole, resumed = Guard(config, "bf16"), Guard(config, "bf16")
+    for step in (8, 9, 10):
+        whole.observe(stats(step, loss=math.nan))
+    assert whole.tripped == 7
+    resumed.restore([], whole.state()["last_good_step"], 10)
+    assert resumed.tripped == 7
+    resumed.restore([], 7, 9)
+    assert resumed.tripped is None

@@ -87,6 +87,20 @@ def test_an_interrupted_run_without_checkpoints_is_refused(root, run):
     assert (run / "metrics.jsonl").read_bytes() == ledger
 
 
+@pytest.mark.parametrize("file", ["model.pt", "meta.json"])
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(root, run, file):
+    """Its ledger would be emptied. And it is not continued, nor is a folder begun for that."""
+    for _, path in runs.list_checkpoints(run / "checkpoints"):
+        (path / file).write_bytes(b"damaged")
+    ledger = (run / "metrics.jsonl").read_bytes()
+    message = runs.call(root, run, "--train.max_steps", "8", expect=2).splitlines()[-1]
+    assert f"run folder {run} has no undamaged checkpoint" in message and "--run_dir" in message
+    message = runs.capture(["continue", str(run), "--epochs", "9"], expect=2).splitlines()[-1]
+    assert file in message and str(run) in message
+    assert (run / "metrics.jsonl").read_bytes() == ledger
+    assert not (run.parent / "run-to-9/metrics.jsonl").exists()
+
+
 def test_going_back_sets_later_steps_aside_and_the_ledger_has_no_hole(root, run):
     back = ["--resume", str(run / "checkpoints/step-000000002")]
     printed = runs.call(root, run, *SAVING[:-1], "3", *back)

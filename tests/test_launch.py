@@ -405,11 +405,23 @@ def test_a_user_error_of_training_is_one_line(root, tmp_path):
         (["--rdzv-conf=last_call_timeout", "train"], "NAME=VALUE"),
         (["--nproc-per-node=many", "train"], "--nproc-per-node many"),
         (["--virtual-local-rank", "train"], "--virtual-local-rank is not supported"),
+        (["--monitor-interval=-1", "train"], "--monitor-interval -1"),
+        (["--monitor-interval=nan", "train"], "--monitor-interval nan"),
+        (["--monitor-interval=1e300", "train"], "at most 3600"),
+        (["--rejoin-timeout=nan", "train"], "--rejoin-timeout nan"),
+        (["--rdzv-conf=last_call_timeout=soon", "train"], "last_call_timeout soon"),
     ],
 )
 def test_impossible_options_are_named(argv, named):
     with pytest.raises(UserError, match=named):
         parse(argv)
+
+
+def test_an_impossible_time_in_the_environment_is_named(monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "long")
+    with pytest.raises(UserError, match="TORCH_ELASTIC_SHUTDOWN_TIMEOUT long"):
+        parse(["train"])
+    parse(["--shutdown-timeout=5", "train"])
 
 
 def test_options_as_torchrun_has_them():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,22 @@ def test_a_dead_owners_lock_is_taken_over_at_once(owner, tmp_path, how):
     assert json.loads(lock.path.read_text())["pid"] == os.getpid() and str(owner.pid) in said[0]
     lock.release()
     assert files(tmp_path) == []
+
+
+def test_a_copy_of_a_folder_in_use_is_free_once_nobody_touches_its_lock(owner, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy2(tmp_path / "lock", copy)
+    said = []
+    lock = RunLock(copy, said.append)
+    lock.acquire()
+    assert json.loads((copy / "lock").read_text())["pid"] == os.getpid() and "a copy" in said[-1]
+    lock.release()
+    (copy / "lock").hardlink_to(tmp_path / "lock")  # touched: a file system whose numbers change
+    moved = json.loads((tmp_path / "lock").read_text()) | {"inode": 1}
+    (tmp_path / "lock").write_text(json.dumps(moved))
+    with pytest.raises(UserError, match="in use"):
+        RunLock(copy).acquire()
 
 
 def test_a_process_with_the_dead_owners_number_is_not_the_owner(owner, tmp_path):

@@ -1,11 +1,15 @@
 """The learning rate as a function of the step: each shape against values worked out by hand, and time with a unit."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 from test_config import complaint
 
-from pipeline.config import OptimConfig, ScheduleConfig, parse_config, to_yaml
+from pipeline.config import OptimConfig, RawConfig, ScheduleConfig, parse_config, to_yaml
+from pipeline.loader.plan import TrainPlan
+from pipeline.training.milestones import Milestones
 from pipeline.training.optim.lr_schedule import Schedule, peak_lr
 
 
@@ -127,3 +131,25 @@ def test_the_same_epochs_in_other_words_are_the_same_recipe(tmp_path):
 def test_what_is_no_time_is_one_line(capsys, argv, words):
     line = complaint(capsys, *argv)
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("every", [1, 0.5, 0.1])
+def test_an_evaluation_is_due_at_each_end_of_an_epoch_that_a_step_meets_exactly(every):
+    """50,000 images in batches of 96: after step 3,125 six epochs are done, though 3,125 is not a multiple of the float
+    520.83."""
+    config = RawConfig().resolve()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every_epochs=every))
+    sizes = np.full(50000, 32)
+    plan = TrainPlan(sizes, sizes, 96, seed=0)
+    milestones = Milestones(config, plan, last_step=100_000)
+    due = [step for step in range(1, 3126) if milestones.evaluates_at(step)]
+    assert len(due) == 6 / every and due[-1] == 3125
+    assert {plan.epoch_end(epoch) for epoch in range(1, 7)} <= set(due)
+    assert milestones.next_pause(3124) == 3125
+
+
+def test_evaluations_may_be_due_more_often_than_steps():
+    config = RawConfig().resolve()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every_epochs=1e-9))
+    sizes = np.full(100, 32)
+    assert all(map(Milestones(config, TrainPlan(sizes, sizes, 10, seed=0), 50).evaluates_at, range(1, 51)))

@@ -96,3 +96,16 @@ def test_a_stop_file_from_the_future_is_of_now(tmp_path):
     os.utime(tmp_path / "stop", (time.time() + 1e6,) * 2)
     before = time.monotonic()
     assert stop and before <= stop.since <= time.monotonic()
+
+
+def test_an_empty_stop_file_from_the_future_counts_a_second_after_it_was_seen(tmp_path, monkeypatch):
+    """`touch stop` on a file server whose clock is ahead."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    (tmp_path / "stop").touch()
+    os.utime(tmp_path / "stop", (time.time() + 3600,) * 2)
+    stop = StopRequest(install=False)
+    stop.watch(tmp_path / "stop")
+    assert not stop
+    now[0] += 1.5
+    assert stop and stop.reason == "stop file"

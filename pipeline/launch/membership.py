@@ -176,11 +176,11 @@ class Membership:
             self.end(EXIT_NODE_LOST)
 
     def _refuse_batch(self) -> None:
-        ranks = _ranks(list(self.nodes.values()))
+        ranks, nodes = _ranks(list(self.nodes.values())), _count(len(self.nodes), "node")
         some = f", or by those of at least {self.limits.min_nodes}" if self.limits.min_nodes < len(self.nodes) else ""
         self.say(
             f"--train.global_batch_size {self.limits.batch_size} is not divisible by the {ranks} ranks of "
-            f"{len(self.nodes)} nodes{some}; give a multiple, or other --nproc-per-node or --nnodes MIN:MAX"
+            f"{nodes}{some}; give a multiple, or other --nproc-per-node or --nnodes MIN:MAX"
         )
         self.end(EXIT_USER)
 

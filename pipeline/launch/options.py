@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pipeline.launch.node import Limits
 
 VERBS = ("train", "evaluate")  # of this package, that run as ranks
 _DEFAULT_PORT = 29400
+_LONGEST_INTERVAL_S = 3600
 _SHUTDOWN_TIMEOUT_S = 120
 _UNSUPPORTED = ("run_path", "virtual_local_rank", "event_log_handler", "start_method", "logs_specs")
 
@@ -123,6 +125,17 @@ def _add_newer_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(master_port=None)  # 29500 in torch 2.11: a second job on the machine would find it taken
 
 
+def _seconds(name: str, value: object) -> float:
+    """A time of 0 or more. Raises UserError that names it otherwise."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if not number >= 0:  # nor NaN; infinite: for ever
+        raise UserError(f"{name} {value}: give seconds, 0 or more")
+    return number
+
+
 def parse(argv: list[str]) -> Options:
     """Raises UserError for what can't be. Exits with code 2 and one line for what is not an option."""
     if "--serve-store" in argv or "--serve_store" in argv:
@@ -137,15 +150,21 @@ def parse(argv: list[str]) -> Options:
     module, command = _program(given)
     if given.max_restarts < 0:
         raise UserError(f"--max-restarts {given.max_restarts}: give 0 or more")
+    if not 0 < given.monitor_interval <= _LONGEST_INTERVAL_S:
+        raise UserError(
+            f"--monitor-interval {given.monitor_interval:g}: give seconds above 0, at most {_LONGEST_INTERVAL_S}"
+        )
+    shutdown: tuple[str, object] = "--shutdown-timeout", given.shutdown_timeout
     if given.shutdown_timeout is None:
-        given.shutdown_timeout = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S))
+        name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+        shutdown = name, os.environ.get(name, _SHUTDOWN_TIMEOUT_S)
     limits = Limits(
         minimum,
         maximum,
         max_restarts=given.max_restarts,
-        join_timeout_s=float(conf.get("join_timeout", conf.get("timeout", 600))),
-        last_call_s=float(conf.get("last_call_timeout", 30)),
-        rejoin_timeout_s=given.rejoin_timeout,
+        join_timeout_s=_seconds("--rdzv-conf join_timeout", conf.get("join_timeout", conf.get("timeout", 600))),
+        last_call_s=_seconds("--rdzv-conf last_call_timeout", conf.get("last_call_timeout", 30)),
+        rejoin_timeout_s=_seconds("--rejoin-timeout", given.rejoin_timeout),
         batch_size=_batch_size(command) if module == "pipeline" else None,
     )
     is_host = conf.get("is_host")
@@ -159,7 +178,7 @@ def parse(argv: list[str]) -> Options:
         node_rank=given.node_rank if given.rdzv_backend == "static" and maximum > 1 else None,
         local_addr=given.local_addr,
         monitor_interval_s=given.monitor_interval,
-        shutdown_timeout_s=float(given.shutdown_timeout),
+        shutdown_timeout_s=_seconds(*shutdown),
         serve_store=given.serve_store,
         warm=not given.cold and module == "pipeline",
         torch=given,

@@ -6,7 +6,7 @@ reshuffle), and the learning rate and the order of samples from step `to` on fol
 
 import math
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
@@ -15,6 +15,7 @@ from pipeline.errors import TransientError
 from pipeline.training.ranks.step_stats import StepStats
 
 WINDOW, ENOUGH = 100, 20  # losses that a spike is judged by, and the fewest that suffice
+INHERITED = "inherited_rollbacks"  # in the ledger's row of a start
 SPREADS = 5  # a spike is also so many standard deviations above, estimated by the median absolute deviation
 
 
@@ -34,9 +35,21 @@ def rollbacks_of(meta: dict) -> list[Rollback]:
 
 
 def rollbacks_of_ledger(rows: Iterable[dict]) -> list[Rollback]:
-    """The rollbacks among a ledger's rows."""
-    events = [row for row in rows if row.get("event") == "rolled_back"]
-    return [Rollback(row["at"], row["to"], row["lr_factor"], row["reshuffle"]) for row in events]
+    """The rollbacks among a ledger's rows, after those of the run whose checkpoint this one began with."""
+    inherited: list[Rollback] = []
+    own: list[Rollback] = []
+    for row in rows:
+        if row.get("event") == "rolled_back":
+            own.append(Rollback(row["at"], row["to"], row["lr_factor"], row["reshuffle"]))
+        elif row.get(INHERITED):
+            inherited += rollbacks_of({"rollbacks": row[INHERITED]})
+    return inherited + own
+
+
+def inherited_rollbacks(meta: dict, rollbacks: Sequence[Rollback]) -> list[Rollback]:
+    """The rollbacks of a checkpoint (its manifest) that a run's ledger, with these rollbacks, does not have: those of
+    another run, which come before its own."""
+    return list((Counter(rollbacks_of(meta)) - Counter(rollbacks)).elements())
 
 
 def is_in_history(meta: dict, rollbacks: Sequence[Rollback]) -> bool:
@@ -64,9 +77,12 @@ class Guard:
         self.last_good_step: int | None = None
         self.tripped: int | None = None
 
-    def restore(self, rollbacks: list[Rollback], last_good_step: int | None) -> None:
-        """Take the state that belongs to a checkpoint."""
+    def restore(self, rollbacks: list[Rollback], last_good_step: int | None, step: int) -> None:
+        """Take the state that belongs to a checkpoint of this step. It may have been saved after the last bad step that
+        is allowed, when the run was asked to stop."""
         self.rollbacks, self.last_good_step, self.tripped = list(rollbacks), last_good_step, None
+        if last_good_step is not None and step - last_good_step >= self.config.max_skipped:
+            self.tripped = last_good_step
 
     def observe(self, stats: StepStats) -> str | None:
         """Judge a step. Returns a warning at the first of several bad steps.
@@ -104,7 +120,7 @@ class Guard:
     def roll_back(self, at: int, to: int) -> Rollback:
         """Add a rollback to the run's history."""
         rollback = Rollback(at, to, self.config.rollback_lr_factor, self.config.rollback_reshuffle)
-        self.restore([*self.rollbacks, rollback], None)
+        self.restore([*self.rollbacks, rollback], None, to)
         return rollback
 
     def failed_again(self) -> bool:

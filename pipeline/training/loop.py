@@ -96,7 +96,7 @@ class Trainer:
         self.step, self.saved_step = start.step, start.step if start.is_saved else -1
         self.saved_at = time.monotonic()
         self.unreadable = Unreadable(start.blacklist)
-        self.guard.restore(start.rollbacks, start.last_good_step)
+        self.guard.restore(start.rollbacks, start.last_good_step, start.step)
         self.batches.close()
         self.plan.reshuffle(self.guard.reshuffled_from())
         self.digests.clear()
@@ -106,6 +106,8 @@ class Trainer:
         self.stopping = self.world.any(bool(self.stop))  # asked while everything was loaded
         if not self.stopping:
             self.warm_up()
+            if self.saved_step != self.step:
+                self.save()  # begun with another run's checkpoint, which may go away; a rollback may lead here
         while not self.stopping:
             if self.guard.tripped is not None:
                 self.roll_back()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pipeline.config import Config
 from pipeline.loader.plan import TrainPlan
@@ -17,7 +18,9 @@ class Milestones:
 
     def evaluates_at(self, step: int) -> bool:
         """Is an evaluation due after `step` steps?"""
-        every = self.config.train.eval_every_epochs * self.plan.samples / self.plan.global_batch_size  # steps
+        given = Fraction(self.config.train.eval_every_epochs)
+        epochs = given.limit_denominator(10**6) or given  # 0.1 is a tenth
+        every = epochs * self.plan.samples / self.plan.global_batch_size  # steps; exact, as floats miss whole numbers
         return step > 0 and (step == self.last_step or math.ceil(step // every * every) == step)
 
     def saves_at(self, step: int) -> bool:

@@ -25,7 +25,7 @@ from pipeline.tracking.view import View
 from pipeline.tracking.wandb_view import WandbView
 from pipeline.training.evaluate import Evaluation
 from pipeline.training.final_report import write_report
-from pipeline.training.guard import Rollback, Spikes
+from pipeline.training.guard import INHERITED, Rollback, Spikes
 from pipeline.training.ranks.launcher import current_launch
 from pipeline.training.ranks.step_stats import StepStats
 from pipeline.training.ranks.stop_request import StopRequest
@@ -37,7 +37,7 @@ from pipeline.training.run_folder.outage import Outage
 from pipeline.training.run_folder.set_aside import set_aside
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
 from pipeline.training.setup import RunSetup, print_summary
-from pipeline.training.start import resume_option
+from pipeline.training.start import needed_for_rollback, resume_option
 from pipeline.training.step import TrainStep
 
 SPIKE_WARNING_STEPS = 100
@@ -57,7 +57,7 @@ class RunRecorder:
         settings = semantic_config(config) | {"world_size": setup.world.size}
         wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), self.console.say)
         if setup.start.went_back:
-            set_aside(folder, setup.start.step, self.console.warn)
+            set_aside(folder, setup.start.step, setup.start.rollbacks, self.console.warn)
         self.ledger = Ledger(folder.ledger, setup.start.step)
         self.views: list[View] = [wandb, self.console]
         if config.tracking.tensorboard:
@@ -67,7 +67,7 @@ class RunRecorder:
         self.writer = CheckpointWriter(
             folder.checkpoints,
             config.checkpoint.keep,
-            protected=self._best_step,
+            protected=self._protected_steps,
             warn=self.alarm,
             before=self._before_checkpoint,
         )
@@ -77,10 +77,10 @@ class RunRecorder:
         self.named: set[str] = set()  # unreadable validation images
         self.next_spike_warning = 0  # step
 
-    def _best_step(self) -> set[int]:
-        """The step of the best checkpoint so far, which is never removed."""
+    def _protected_steps(self) -> set[int]:
+        """Steps of the checkpoints that are never removed: the best one so far, and one that a rollback requires."""
         best = best_step(self.ledger.evaluations)
-        return set() if best is None else {best}
+        return needed_for_rollback(self.folder.checkpoints) | (set() if best is None else {best})
 
     def record_start(self, setup: RunSetup) -> None:
         """The ledger's row of a start, and a summary of the run on the console."""
@@ -101,6 +101,8 @@ class RunRecorder:
             facts["left_out"] = describe(setup.index.left_out)
         if setup.config.resume not in ("auto", "never"):
             facts["resume_option"] = resume_option(setup.config)
+        if setup.start.inherited:
+            facts[INHERITED] = [list(dataclasses.astuple(item)) for item in setup.start.inherited]
         self.event("started" if setup.start.path is None else "resumed", setup.start.step, **facts)
 
     def epoch(self, step: int) -> float:

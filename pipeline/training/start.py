@@ -9,11 +9,19 @@ from pipeline.config import Config, semantic_config
 from pipeline.errors import UserError
 from pipeline.run_paths import META, RunPaths, list_checkpoints
 from pipeline.tracking.ledger import early_stop, read_rows
-from pipeline.training.guard import Guard, Rollback, is_in_history, rollbacks_of, rollbacks_of_ledger
+from pipeline.training.guard import (
+    Guard,
+    Rollback,
+    inherited_rollbacks,
+    is_in_history,
+    rollbacks_of,
+    rollbacks_of_ledger,
+)
 from pipeline.training.optim.lr_schedule import Schedule
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
     find_newest_good,
+    read_meta,
     verify_checkpoint,
 )
 from pipeline.training.run_folder.folder import RunFolder
@@ -33,6 +41,7 @@ class Start:
         rollbacks: of the run so far.
         went_back: `--resume PATH` was followed; what this run did after it is to be set aside.
         is_saved: is `path` a checkpoint of this run? `--resume PATH` may name another run's, which may go away.
+        inherited: those of the rollbacks that the ledger does not have yet: of the run that saved the checkpoint.
     """
 
     path: Path | None = None
@@ -40,6 +49,7 @@ class Start:
     rollbacks: list[Rollback] = field(default_factory=list)
     went_back: bool = False
     is_saved: bool = True
+    inherited: list[Rollback] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -88,13 +98,33 @@ def named_checkpoint(option: str) -> Path:
     )
 
 
+def _find_good(
+    folder: RunFolder, warn: Callable[[str], None], accept: Callable[[dict], bool]
+) -> tuple[Path, dict] | None:
+    """The newest good checkpoint that is accepted; None: there is none. Raises UserError where that may be so only
+    because others are damaged: the run would start over, and the rows of its ledger would go."""
+    damaged: list[str] = []
+
+    def note(fault: str) -> None:
+        damaged.append(fault)
+        warn(fault)
+
+    found = find_newest_good(folder.checkpoints, note, accept)
+    if found is None and damaged:
+        raise UserError(
+            f"run folder {folder.path} has no undamaged checkpoint to resume from ({len(damaged)} damaged); put copies "
+            "of them back, or start over with another --run_dir"
+        )
+    return found
+
+
 def _newest(folder: RunFolder, rows: list[dict], warn: Callable[[str], None]) -> tuple[Path, dict] | None:
     """The newest good checkpoint of this run's history; None before the first one was saved.
 
-    Raises UserError where the ledger says that there was one, and none is left.
+    Raises UserError where all are damaged, or where the ledger says that there was one and none is left.
     """
     rollbacks = rollbacks_of_ledger(rows)
-    found = find_newest_good(folder.checkpoints, warn, lambda meta: is_in_history(meta, rollbacks))
+    found = _find_good(folder, warn, lambda meta: is_in_history(meta, rollbacks))
     saved = [row["step"] for row in rows if row.get("kind") == "eval" or row.get("event") in _AFTER_A_SAVE]
     if found is None and max(saved, default=0) > 0 and not list_checkpoints(folder.checkpoints):
         done = max(row.get("step", 0) for row in rows)
@@ -149,7 +179,10 @@ def find_start(
         return Start(rollbacks=rollbacks)
     check_fingerprints(*found, semantic_config(config), index_fingerprint, config.given)
     own = not went_back or _is_in(found[0], folder.checkpoints)
-    start = Start(*found, rollbacks or rollbacks_of(found[1]), went_back, own)
+    if went_back:  # those of the way that is given up are set aside with it
+        rollbacks = [rollback for rollback in rollbacks if rollback in rollbacks_of(found[1])]
+    inherited = inherited_rollbacks(found[1], rollbacks)
+    start = Start(*found, [*inherited, *rollbacks], went_back, own, inherited)
     if start.step > last_step:
         raise UserError(
             f"{start.path} is at step {start.step}, past the end at {last_step}; "
@@ -169,17 +202,29 @@ def check_begin(start: Start, schedule: Schedule, folder: RunFolder) -> None:
     )
 
 
+def needed_for_rollback(folder: Path) -> set[int]:
+    """The step of the last checkpoint before bad steps, if the newest one was saved among them; otherwise nothing."""
+    saved = list_checkpoints(folder)
+    try:
+        last_good = read_meta(saved[0][1]).get("last_good_step") if saved else None
+    except DamagedCheckpoint:
+        return set()
+    before = [step for step, _ in saved if last_good is not None and step <= last_good]
+    return set(before[:1])
+
+
 def find_rollback_start(folder: RunFolder, guard: Guard, warn: Callable[[str], None]) -> Start:
     """The last checkpoint before the bad steps that `guard` counted. Rank 0 only.
 
-    If the steps after the last rollback failed again, it is a checkpoint before the one that was used then.
+    If the steps after the last rollback failed again, it is a checkpoint before the one that was used then. Raises
+    UserError where all are damaged.
     """
     assert guard.tripped is not None
 
-    def newest_up_to(step: int) -> tuple[Path, dict] | None:
-        return find_newest_good(
-            folder.checkpoints, warn, lambda meta: meta["step"] <= step and is_in_history(meta, guard.rollbacks)
-        )
+    def is_up_to(step: int) -> Callable[[dict], bool]:
+        return lambda meta: meta["step"] <= step and is_in_history(meta, guard.rollbacks)
 
-    found = newest_up_to(guard.rollbacks[-1].to - 1) if guard.failed_again() else None
-    return Start(*(found or newest_up_to(guard.tripped) or (None, {})))
+    found: tuple[Path, dict] | None = None
+    if guard.failed_again():
+        found = find_newest_good(folder.checkpoints, warn, is_up_to(guard.rollbacks[-1].to - 1))
+    return Start(*(found or _find_good(folder, warn, is_up_to(guard.tripped)) or (None, {})))

@@ -50,6 +50,7 @@ class StopRequest:
         self.regroup = False
         self.since = 0.0
         self._file: Path | None = None
+        self._seen: float | None = None  # when it was there for the first time
         self._before: dict[int, Any] = {}  # signal -> the handler that was there
         self._raises = False
         if install and threading.current_thread() is threading.main_thread():  # only that one may have handlers
@@ -116,19 +117,21 @@ class StopRequest:
 
     def look(self) -> None:
         """Take note of the stop file, if it is there: the request is as old as the file. An empty one may be about to
-        be written: it counts when it is a second old."""
+        be written: it counts when it is a second old, or was seen a second ago, as its clock may be ahead."""
         if self.reason is not None or self._file is None:
             return
         age_s = 0.0
         try:
             age_s = max(0.0, time.time() - self._file.lstat().st_mtime)  # a link's text may be the note
             text = read_note(self._file).strip()
-            if text or age_s > 1:
+            now = time.monotonic()
+            self._seen = now if self._seen is None else self._seen
+            if text or max(age_s, now - self._seen) > 1:
                 self.ask(text[:200] or "stop file", age_s)
         except (PermissionError, IsADirectoryError, UnicodeDecodeError):
             self.ask("stop file", age_s)
         except OSError:  # none, or a file system that is away
-            pass
+            self._seen = None
 
     def __bool__(self) -> bool:
         self.look()

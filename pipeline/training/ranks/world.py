@@ -26,6 +26,7 @@ from pipeline.training.ranks.watchdog import Watchdog
 END_TIMEOUT = timedelta(seconds=30)  # of the wait for all ranks before a process ends
 LONG_TIMEOUT = timedelta(days=1)  # of what only waits for rank 0; the watch ends it before, where nothing moves
 SUSPENDED = timedelta(hours=6)  # for which a job may be suspended and resume in place
+LONGEST_S = 365 * 86400.0  # of torch's time-outs, which count in nanoseconds: a few centuries would overflow
 STORE_TIMEOUT = timedelta(seconds=10)
 _LEAVE_S = 60.0
 #: A GPU's fault is the training thread's to report. torch's thread that watches NCCL meets it, too, and by default
@@ -190,7 +191,7 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     # The watchdog acts first and names the rank that hangs; unlike torch it notices that this process was suspended.
-    limit = max(timedelta(seconds=1.5 * train.hang_timeout_s + 30), SUSPENDED)
+    limit = max(timedelta(seconds=min(1.5 * train.hang_timeout_s + 30, LONGEST_S)), SUSPENDED)
     try:
         store = find_store(rank, size, limit, train.hang_timeout_s, stop) if size > 1 else dist.HashStore()
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)

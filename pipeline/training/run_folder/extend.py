@@ -4,10 +4,12 @@ Weights, momentum, average and the count of steps go on, and with it which image
 the same curve where a longer run would have had the same rates so far; otherwise it starts over, or stays as it was.
 """
 
+import contextlib
 import dataclasses
 import math
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +19,13 @@ from pipeline.config.time import Time, epochs_of, is_time, plain_time, steps_of
 from pipeline.errors import UserError
 from pipeline.run_paths import RunPaths, list_checkpoints, not_a_run_message
 from pipeline.tracking.ledger import Ledger, read_rows, read_rows_backwards
-from pipeline.training.run_folder.checkpoint import load_state, read_meta, verify_checkpoint, write_checkpoint
+from pipeline.training.run_folder.checkpoint import (
+    DamagedCheckpoint,
+    load_state,
+    read_meta,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from pipeline.training.run_folder.folder import RunFolder, make_run_folder
 
 Rate = Literal["follow", "restart", "last"]
@@ -61,8 +69,6 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
     Raises UserError where the run is not finished, or can't be continued in this way.
     """
     paths = RunPaths(Path(run).expanduser().resolve())
-    if not paths.config.exists():
-        raise UserError(not_a_run_message(run))
     if any(item.partition("=")[0] == "--schedule.epochs" for item in overrides):
         raise UserError("give --epochs, the length of both runs together, instead of --schedule.epochs")
     if not is_time(epochs, above=True):
@@ -71,6 +77,11 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
     target = Path(run_dir).expanduser() if run_dir else paths.path.with_name(f"{paths.path.name}-to-{_short(epochs)}")
     if target.resolve() == paths.path:
         raise UserError(f"--run_dir {run_dir} is the run itself, which stays as it is; give a new folder")
+    begun = None if list_checkpoints(paths.checkpoints) else _begun_extension(target, epochs, overrides)
+    if begun is not None:
+        return begun
+    if not paths.config.exists():
+        raise UserError(not_a_run_message(run))
     old = load_config(paths.config, verb="continue")
     new = load_config(paths.config, [*overrides, f"--run_dir={target}"], verb="continue")
     source, step, per_epoch, last_rate = _end_of(paths, old)
@@ -122,6 +133,24 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
     return Extension(new, source, step, head + kept_state + text + also)
 
 
+def _begun_extension(target: Path, epochs: Time, overrides: list[str]) -> Extension | None:
+    """The extension that was begun in the folder `target`, which does not need the old run any more, as it has its own
+    configuration and checkpoint; None: none was."""
+    paths = RunPaths(target.resolve())
+    saved = list_checkpoints(paths.checkpoints)
+    begun = [row for row in read_rows(paths.ledger) if row.get("event") == "continued"]
+    if not (saved and begun and paths.config.exists()):
+        return None
+    config = load_config(paths.config, [*overrides, f"--run_dir={target}"], verb="continue")
+    if epochs != config.schedule.epochs:
+        raise UserError(
+            f"--epochs {epochs}: {paths.path} was begun with --epochs {config.schedule.epochs}, and the checkpoints of "
+            f"{begun[0].get('run')}, which it continues, are gone; give the same"
+        )
+    about = f"{paths.path} goes on from its own checkpoints; those of {begun[0].get('run')} are gone"
+    return Extension(config, saved[0][1], begun[0]["step"], about)
+
+
 def _short(epochs: Time) -> str:
     return f"{epochs:g}" if isinstance(epochs, float) else str(epochs)
 
@@ -145,8 +174,21 @@ def _end_of(paths: RunPaths, config: Config) -> tuple[Path, int, float, float]:
         )
     step, path = saved[0]
     samples = round(last["step"] * config.train.global_batch_size / last["epoch"])
-    factor = math.prod(item[2] for item in read_meta(path).get("rollbacks", []))
+    with _refusing_damage(paths.path):
+        factor = math.prod(item[2] for item in read_meta(path).get("rollbacks", []))
     return path, step, samples / config.train.global_batch_size, last["lr"] / factor
+
+
+@contextlib.contextmanager
+def _refusing_damage(run: Path) -> Iterator[None]:
+    """A damaged checkpoint in here is the user's to repair."""
+    try:
+        yield
+    except DamagedCheckpoint as error:
+        raise UserError(
+            f"{error}; run the command of {run} again, which trains the steps since the checkpoint before, or start "
+            f"from weights alone: pipeline train --model.weights CHECKPOINT"
+        ) from error
 
 
 def _last_step(ledger: Path) -> tuple[dict | None, int | None]:
@@ -216,15 +258,18 @@ def begin_extension(plan: Extension) -> None:
     begun = any(row.get("event") == "continued" for row in rows)
     if not begun and (rows or list_checkpoints(folder.checkpoints)):
         raise UserError(f"run folder {folder.path} holds another run; give another --run_dir")
+    copied = bool(list_checkpoints(folder.checkpoints)) or any(row.get("kind") == "train" for row in rows)
+    if not copied:
+        with _refusing_damage(plan.run):
+            meta = verify_checkpoint(plan.source)
     if not begun:
         row = {"kind": "event", "event": "continued", "step": plan.step, "time": time.time()}
         row |= {"host": socket.gethostname(), "run": str(plan.run), "checkpoint": plan.source.name, "about": plan.about}
         ledger = Ledger(folder.ledger, plan.step)
         ledger.append(row)
         ledger.close()
-    if list_checkpoints(folder.checkpoints) or any(row.get("kind") == "train" for row in rows):
+    if copied:
         return
-    meta = verify_checkpoint(plan.source)
     parts = [name.removesuffix(".pt") for name in meta["files"]]
     own = {key: value for key, value in meta.items() if key not in ("files", "digest", "format", "step")}
     own |= {"semantic_config": semantic_config(plan.config)}

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from pipeline.errors import EXIT_RETRY, TransientError, UserError
 from pipeline.logs import logger
@@ -144,12 +145,11 @@ class RunLock:
             try:
                 found = self._read(path)
                 if found is not None and found.get("token") == owner.get("token"):
+                    copied = self._is_copy(path, owner)
                     self._temporary().replace(path)
                     if path == self.path:
-                        self.say(
-                            f"lock of host {owner.get('host')}, pid {owner.get('pid')} taken over: that process has "
-                            "ended"
-                        )
+                        why = "this folder is a copy of its" if copied else "that process has ended"
+                        self.say(f"lock of host {owner.get('host')}, pid {owner.get('pid')} taken over: {why}")
                     return
             finally:
                 claim.unlink(missing_ok=True)
@@ -158,10 +158,14 @@ class RunLock:
         """Our name in a file of its own."""
         path = self.folder / f".lock.{self._me['token']}.tmp"
         with path.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(self._me) + "\n")
+            self._write(file)
             file.flush()
             os.fsync(file.fileno())  # an empty lock after a power cut would have to be watched for a minute
         return path
+
+    def _write(self, file: TextIO) -> None:
+        """Our name, and the file's own number, which a copy of the run folder does not have."""
+        file.write(json.dumps(self._me | {"inode": os.fstat(file.fileno()).st_ino}) + "\n")
 
     def _link(self, path: Path) -> bool:
         """Make `path` with our name in it, if it is not there. (NFS may report a failure of a link that it made.)"""
@@ -182,7 +186,7 @@ class RunLock:
         """The same where a file system has no links; a reader may find it empty for a moment."""
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(self._me) + "\n")
+                self._write(file)
         except FileExistsError:
             return False
         return True
@@ -209,7 +213,7 @@ class RunLock:
         """Is the owner of a lock still there? May take as long as a lock takes to grow stale."""
         if "launch_job" in self._me and owner.get("launch_job") == self._me["launch_job"]:
             return not owner["launch_round"] < self._me["launch_round"]  # cut off from the job, even if it is there
-        if owner.get("machine") == self._me["machine"]:
+        if owner.get("machine") == self._me["machine"] and (not _is_there(owner) or not self._is_copy(path, owner)):
             return _is_there(owner)
         restarted = self._me["slurm_restart_count"] > (owner.get("slurm_restart_count") or 0)
         if restarted and owner.get("slurm_job_id") == self._me["slurm_job_id"]:
@@ -225,6 +229,15 @@ class RunLock:
             if now != seen:
                 return now is not None
         return False
+
+    @staticmethod
+    def _is_copy(path: Path, owner: dict) -> bool:
+        """Was a lock copied with its run folder? (Or its file system gives numbers that change.) Its owner, who trains
+        in the other folder, does not touch it."""
+        try:
+            return owner.get("inode", (there := path.stat().st_ino)) != there
+        except FileNotFoundError:
+            return False
 
     @staticmethod
     def _touched(path: Path) -> float | None:

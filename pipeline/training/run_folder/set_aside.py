@@ -1,20 +1,29 @@
 """What a run did after the checkpoint that `--resume PATH` goes back to: kept beside the run, not in its way."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pipeline.files import atomic_write
 from pipeline.run_paths import RunPaths, checkpoint_name, list_checkpoints
 from pipeline.tracking.ledger import read_rows
+from pipeline.training.guard import Rollback, rollbacks_of_ledger
 
 
-def set_aside(folder: RunPaths, step: int, say: Callable[[str], None]) -> None:
+def set_aside(folder: RunPaths, step: int, rollbacks: Sequence[Rollback], say: Callable[[str], None]) -> None:
     """Move checkpoints of steps after `step` into a folder `set-aside-after-step-...` of the run folder, and copy the
-    ledger's rows of those steps there. Rank 0 only. Nothing happens where there are none.
+    ledger's rows of those steps there. Rank 0 only. Nothing happens where there are none. rollbacks: of the run up to
+    `step`; the ledger's rows of others are moved there, too.
 
     The rows come first: after a kill in between the run resumes from `step`, as no later checkpoint is left.
     """
-    rows = [row for row in read_rows(folder.ledger) if row.get("kind") != "event" and row.get("step", 0) > step]
+
+    def is_of_another_way(row: dict) -> bool:
+        return any(rollback not in rollbacks for rollback in rollbacks_of_ledger([row]))
+
+    before = list(read_rows(folder.ledger))
+    rows = [
+        row for row in before if is_of_another_way(row) or (row.get("kind") != "event" and row.get("step", 0) > step)
+    ]
     later = [path for found, path in list_checkpoints(folder.checkpoints) if found > step]
     if not rows and not later:
         return
@@ -29,4 +38,7 @@ def set_aside(folder: RunPaths, step: int, say: Callable[[str], None]) -> None:
     for path in later:
         (aside / folder.checkpoints.name).mkdir(exist_ok=True)
         path.rename(aside / folder.checkpoints.name / path.name)
+    if any(map(is_of_another_way, before)):
+        kept = [row for row in before if not is_of_another_way(row)]
+        atomic_write(folder.ledger, "".join(json.dumps(row) + "\n" for row in kept))
     say(f"going back to step {step}: {len(later)} later checkpoints and {len(rows)} rows of the ledger are in {aside}")
