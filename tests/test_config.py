@@ -226,9 +226,9 @@ def test_a_current_folder_that_was_removed_is_one_line(tmp_path):
 def test_a_checkpoint_with_old_names_is_of_the_same_recipe():
     settings = semantic_config(parse_config(["--augment.num_ops", "3"]))
     old = {("augment.ops" if name == "augment.num_ops" else name): value for name, value in settings.items()}
-    compare_semantic_config(old, settings, "it")
-    with pytest.raises(UserError, match=r"augment\.num_ops is 4 there and 3 here"):
-        compare_semantic_config(old | {"augment.ops": 4}, settings, "it")
+    compare_semantic_config(old, settings, "checkpoint", Path("it"))
+    with pytest.raises(UserError, match=r"augment\.num_ops is 4 in the checkpoint, and 3 is"):
+        compare_semantic_config(old | {"augment.ops": 4}, settings, "checkpoint", Path("it"))
 
 
 def test_the_version_is_the_distributions(capsys):

@@ -289,9 +289,9 @@ def test_a_state_of_other_batches_is_refused(root, tmp_path):
     loader = TrainLoader(root, **SMALL)
     state = loader.state_dict()
     for options, said in (
-        ({"seed": 4}, "seed 3 there and 4 here"),
-        ({"batch_size": 24}, "batch_size 20 there and 24 here"),
-        ({"augment": "autoaugment"}, "augment 'none' there and 'autoaugment' here"),
+        ({"seed": 4}, "seed is 3 in the state and 4 in this loader"),
+        ({"batch_size": 24}, "batch_size is 20 in the state and 24 in this loader"),
+        ({"augment": "autoaugment"}, "augment is 'none' in the state and 'autoaugment' in this loader"),
     ):
         with pytest.raises(UserError, match=said):
             TrainLoader(root, **(SMALL | options)).load_state_dict(state)
@@ -299,7 +299,7 @@ def test_a_state_of_other_batches_is_refused(root, tmp_path):
     unknown = ("data.decode", "data.alternate_flips", "data.pad_crop")
     older = {**state, "settings": {name: value for name, value in state["settings"].items() if name not in unknown}}
     TrainLoader(root, **SMALL).load_state_dict(older)  # of a version that did not know these options yet
-    with pytest.raises(UserError, match="pad_crop None there and 2 here"):
+    with pytest.raises(UserError, match="pad_crop is None in the state and 2 in this loader"):
         TrainLoader(root, **SMALL, data=DataConfig(pad_crop=2)).load_state_dict(older)
     with pytest.raises(UserError, match="not a state of a TrainLoader"):
         loader.load_state_dict({"epoch": 3})

@@ -208,9 +208,12 @@ class Reader:
 
 
 def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """ "name: value there, value here" of each setting that is not the same in two flat mappings."""
+    """ "batch_size is 20 in the state and 24 in this loader", for each setting that differs in two flat mappings."""
     names = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
-    return [f"{as_argument(name)} {saved.get(name)!r} there and {own.get(name)!r} here" for name in names]
+    return [
+        f"{as_argument(name)} is {saved.get(name)!r} in the state and {own.get(name)!r} in this loader"
+        for name in names
+    ]
 
 
 def with_root(data: DataConfig | None, root: str | Path, **given: Any) -> DataConfig:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import xxhash
 
+from pipeline.counts import count
 from pipeline.dataset.index.index import Split
 from pipeline.dataset.shards.restart import TABLE, Cut, TableError, plan_cut
 from pipeline.errors import TransientError
@@ -173,7 +174,7 @@ class Source:
     def _checked(self, row: Row) -> np.ndarray:
         data = self._attempt(row.sample_id, lambda: self._read(row))
         if len(data) != row.size:
-            raise UnreadableSample(row.sample_id, f"has {len(data)} bytes, {row.size} when it was indexed")
+            raise UnreadableSample(row.sample_id, f"has {count(len(data), 'byte')}, {row.size:,} when it was indexed")
         if xxhash.xxh3_64_intdigest(data) != row.digest:
             raise UnreadableSample(row.sample_id, "its bytes have changed since it was indexed")
         return np.frombuffer(data, np.uint8)

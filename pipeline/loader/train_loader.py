@@ -10,6 +10,7 @@ import torch
 
 from pipeline.config import AugmentConfig, Config, DataConfig, RawConfig, semantic_config
 from pipeline.config.names import rename_flat
+from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.loader.build import check_shares, make_train_plan, make_train_stream
 from pipeline.loader.loader_base import LoaderBase
@@ -126,7 +127,7 @@ class TrainLoader(LoaderBase):
         given, there = self.config.model.num_classes, self.index.num_classes
         if given is not None and given < there:
             raise UserError(
-                f"num_classes is {given}, and {self.config.data.root} has {there} classes; give at least that"
+                f"num_classes is {given}, and {self.config.data.root} has {count(there, 'class')}; give at least that"
             )
         return there if given is None else given
 

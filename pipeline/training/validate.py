@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config import Config, ModelConfig
 from pipeline.config.networks import is_torchvision
+from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.loader.build import check_decode, check_shares
 from pipeline.model.build import build_model
@@ -67,7 +68,8 @@ def check_classes(model: ModelConfig, data_classes: int) -> None:
     """Raises UserError if the network has fewer outputs than the data set has classes."""
     if model.num_classes is not None and model.num_classes < data_classes:
         raise UserError(
-            f"--model.num_classes {model.num_classes}: the data set has {data_classes} classes; give at least that"
+            f"--model.num_classes {model.num_classes}: the data set has {count(data_classes, 'class')}; "
+            "give at least that"
         )
 
 
@@ -76,6 +78,17 @@ def warn_of_few_images(images: int, global_batch_size: int) -> str | None:
     if images >= global_batch_size:
         return None
     return (
-        f"the data set has {images:,} training images, fewer than --train.global_batch_size {global_batch_size:,}: "
-        "each step sees every image, some of them again, and an epoch is less than a step; give a smaller batch"
+        f"the data set has {count(images, 'training image')}, fewer than --train.global_batch_size "
+        f"{global_batch_size:,}: each step sees every image, some of them again, and an epoch is less than a step; "
+        "give a smaller batch"
+    )
+
+
+def warn_of_one_class(data_classes: int) -> str | None:
+    """A line for a data set in which all images have the same label; None for any other."""
+    if data_classes > 1:
+        return None
+    return (
+        "the data set has one class: all images have the same label, so nothing is learned and top-1 is 100 %; give "
+        "a --data.root with a folder for each class"
     )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 
+from pipeline.counts import count
 from pipeline.files import atomic_write
 from pipeline.run_paths import RunPaths, checkpoint_name, list_checkpoints
 from pipeline.tracking.ledger import read_rows
@@ -29,4 +30,7 @@ def set_aside(folder: RunPaths, step: int, say: Callable[[str], None]) -> None:
     for path in later:
         (aside / folder.checkpoints.name).mkdir(exist_ok=True)
         path.rename(aside / folder.checkpoints.name / path.name)
-    say(f"going back to step {step}: {len(later)} later checkpoints and {len(rows)} rows of the ledger are in {aside}")
+    say(
+        f"going back to step {step}: {count(len(later), 'later checkpoint')} and {count(len(rows), 'row')} of the "
+        f"ledger are in {aside}"
+    )
