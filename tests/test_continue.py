@@ -193,7 +193,7 @@ def test_a_run_that_stopped_at_a_limit_goes_on_to_its_own_length_and_beyond(root
             ["pipeline continue"],
         ),
         (["--schedule.epochs=9", "--schedule.warmup_epochs=1"], ["--schedule.warmup_epochs"], ["milestones"]),
-        (["--model.name", "resnet34"], ["--model.name is resnet18 there"], ["data."]),
+        (["--model.name", "resnet34"], ["--model.name is resnet18 in the run folder"], ["data."]),
         (["--data.val_crop_ratio", "0.5", "--data.val_resize", "null"], ["--data.val_resize"], []),
         (
             ["--optim.lr", "0.3", "--train.seed", "1"],

@@ -160,6 +160,20 @@ def test_one_class_alone_is_said(synthetic_root, tmp_path, capsys):
     assert line.startswith("WARN") and ", 1 class, " in line and warned in line
 
 
+def test_classes_without_validation_images_are_said(synthetic_root, tmp_path, capsys):
+    for folder in (synthetic_root / "ILSVRC/Data/CLS-LOC/train").iterdir():
+        shutil.copytree(folder, tmp_path / "data/train" / folder.name)
+    lacking, *scored = sorted((tmp_path / "data/train").iterdir())
+    for folder in scored:
+        shutil.copytree(folder, tmp_path / "data/val" / folder.name)
+    warned = f"1 of {len(scored) + 1} classes without a validation image ({lacking.name}): the scores say nothing"
+    assert f"warning: {warned}" in runs.call(tmp_path / "data", tmp_path / "run", *ONE_STEP)
+    options = ["--data.root", str(tmp_path / "data"), "--run_dir", str(tmp_path / "new")]
+    main(["preflight", "--config", str(runs.TINY), *options])
+    line = next(line for line in capsys.readouterr().out.splitlines() if " data " in line)
+    assert line.startswith("WARN") and warned in line
+
+
 def test_numbers_of_things():
     assert [count(1, "step"), count(2000, "step"), count(0, "image")] == ["1 step", "2,000 steps", "0 images"]
     assert [count(1, "class"), count(3, "class"), count(2, "batch")] == ["1 class", "3 classes", "2 batches"]

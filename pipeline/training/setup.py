@@ -19,6 +19,7 @@ from pipeline.training.data import check_labels, open_data
 from pipeline.training.milestones import Milestones
 from pipeline.training.optim.ema import average_start
 from pipeline.training.optim.lr_schedule import Schedule, peak_lr
+from pipeline.training.optim.own import check_loss
 from pipeline.training.ranks.consistency import refuse_differences
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
@@ -29,7 +30,7 @@ from pipeline.training.run_folder.local import LocalSnapshots, local_snapshots, 
 from pipeline.training.run_folder.shared_state import read_on_rank_zero
 from pipeline.training.start import Start, check_begin, find_start
 from pipeline.training.step import TrainStep
-from pipeline.training.validate import check_classes, validate, warn_of_few_images, warn_of_one_class
+from pipeline.training.validate import check_classes, data_warnings, validate
 
 
 def _nothing_to_confirm() -> None:
@@ -113,13 +114,12 @@ def prepare_run(
     classes = config.model.num_classes or index.num_classes
     check_classes(config.model, index.num_classes)
     check_labels(index, classes)
+    world.on_rank_zero(lambda: check_loss(config, classes))
     plan = make_train_plan(index, config.data, config.train, config.augment)
-    for warning in (
-        warn_of_few_images(plan.samples, config.train.global_batch_size),
-        warn_of_one_class(index.num_classes),
+    for warning in data_warnings(
+        plan.samples, config.train.global_batch_size, index.num_classes, index.unscored_classes()
     ):
-        if warning:
-            console.warn(warning)
+        console.warn(warning)
     steps_per_epoch = plan.samples / config.train.global_batch_size
     schedule = Schedule(config.schedule, peak_lr(config.optim, config.train.global_batch_size), steps_per_epoch)
     last_step = min(schedule.total_steps, config.train.max_steps or schedule.total_steps)

@@ -113,19 +113,16 @@ def check_data(facts: dict, config: Config) -> CheckResult:
             "data",
             f"no index, so the run would first scan all images; build it first: pipeline index {config.data.root}",
         )
-    from pipeline.training.validate import warn_of_few_images, warn_of_one_class
+    from pipeline.training.validate import data_warnings
 
     counts = " + ".join(f"{number:,} {name}" for name, number in facts["images"].items())
     shards = count(facts["shards"], "shard") if facts["shards"] else "no shards"
     text = f"{counts} images, {count(facts['classes'], 'class')}, {shards}, {facts['fingerprint'][:12]}"
     if facts.get("left_out"):
         return CheckResult(WARN, "data", f"{text}; left out of {facts['left_out']}")
-    for warning in (
-        warn_of_few_images(facts["images"].get("train", 0), config.train.global_batch_size),
-        warn_of_one_class(facts["classes"]),
-    ):
-        if warning:
-            return CheckResult(WARN, "data", f"{text}: {warning}")
+    images, batch = facts["images"].get("train", 0), config.train.global_batch_size
+    for warning in data_warnings(images, batch, facts["classes"], facts["unscored"]):
+        return CheckResult(WARN, "data", f"{text}: {warning}")
     return CheckResult(PASS, "data", text)
 
 
