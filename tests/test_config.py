@@ -40,6 +40,8 @@ from pipeline.training.run_folder.same_recipe import compare_semantic_config
         (["--data.crop_area", "[0.5, 0.1]"], ["--data.crop_area", "smallest"]),
         (["--data.val_resize", "100"], ["--data.val_resize", "100"]),
         (["--data.start_size", "64"], ["--data.start_size", "64", "data.ramp_epochs"]),
+        (["--data.image_size", "0"], ["--data.image_size is 0", "give a number above 0"]),
+        (["--data.val_size", "0"], ["--data.val_size is 0", "give a number above 0"]),
         (["--data.start_size", "400", "--data.ramp_epochs", "[0,2]"], ["--data.start_size", "400", "image_size 224"]),
         (["--data.start_size", "64", "--data.ramp_epochs", "[5,2]"], ["--data.ramp_epochs", "first <= last"]),
         (["--data.val_crop_ratio", "1.5"], ["--data.val_crop_ratio", "1.5", "at most 1"]),

@@ -23,6 +23,7 @@ from pipeline.loader.setup import (
     make_config,
     with_root,
 )
+from pipeline.logs import logger
 from pipeline.rank_info import RankInfo
 
 _FORMAT = 1
@@ -88,6 +89,10 @@ class TrainLoader(LoaderBase):
     ):
         if isinstance(augment, str):
             augment = AugmentConfig(policy=_policy(augment))
+        if not isinstance(augment, AugmentConfig):
+            raise UserError(
+                f"augment is {augment!r:.80}: give the name of a policy, such as 'none', or an AugmentConfig"
+            )
         augment = dataclasses.replace(
             augment,
             mixup=augment.mixup if mixup is None else mixup,
@@ -119,7 +124,14 @@ class TrainLoader(LoaderBase):
     @cached_property
     def plan(self) -> TrainPlan:
         """Which samples each step sees, and how they are cut."""
-        return make_train_plan(self.index, self.config.data, self.config.train, self.config.augment)
+        plan = make_train_plan(self.index, self.config.data, self.config.train, self.config.augment)
+        if plan.samples < plan.global_batch_size:
+            logger.warning(
+                "batch_size is %s, and the data set has %s: each batch holds some of them more than once",
+                f"{plan.global_batch_size:,}",
+                count(plan.samples, "training image"),
+            )
+        return plan
 
     @property
     def num_classes(self) -> int:
@@ -211,7 +223,7 @@ class TrainLoader(LoaderBase):
 
         Raises UserError if the loader that saved it has other settings or another data set: its steps are others.
         """
-        if state.get("format") != _FORMAT or not isinstance(state.get("step"), int):
+        if not isinstance(state, Mapping) or state.get("format") != _FORMAT or not isinstance(state.get("step"), int):
             raise UserError("this is not a state of a TrainLoader; give what its state_dict() returned")
         own = self._settings()
         defaults = semantic_config(RawConfig().resolve())
