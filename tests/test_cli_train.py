@@ -66,7 +66,8 @@ def test_a_typo_is_said_once_however_many_ranks(root, tmp_path):
 
 def test_a_run_folder_of_another_recipe(root, run):
     line = complaint(runs.call(root, run, "--optim.lr", "0.3", "--model.name", "resnet34", expect=2))
-    assert "optim.lr is 0.05 there and 0.3 here" in line and "model.name is resnet18 there and resnet34 here" in line
+    assert "optim.lr is 0.05 in the run folder, and 0.3 is asked for" in line
+    assert "model.name is resnet18 in the run folder, and resnet34 is asked for" in line
 
 
 def test_a_piece_of_one_image_and_one_pixel(root, tmp_path):

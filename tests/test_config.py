@@ -40,6 +40,8 @@ from pipeline.training.run_folder.same_recipe import compare_semantic_config
         (["--data.crop_area", "[0.5, 0.1]"], ["--data.crop_area", "smallest"]),
         (["--data.val_resize", "100"], ["--data.val_resize", "100"]),
         (["--data.start_size", "64"], ["--data.start_size", "64", "data.ramp_epochs"]),
+        (["--data.image_size", "0"], ["--data.image_size is 0", "give a number above 0"]),
+        (["--data.val_size", "0"], ["--data.val_size is 0", "give a number above 0"]),
         (["--data.start_size", "400", "--data.ramp_epochs", "[0,2]"], ["--data.start_size", "400", "image_size 224"]),
         (["--data.start_size", "64", "--data.ramp_epochs", "[5,2]"], ["--data.ramp_epochs", "first <= last"]),
         (["--data.val_crop_ratio", "1.5"], ["--data.val_crop_ratio", "1.5", "at most 1"]),
@@ -226,9 +228,9 @@ def test_a_current_folder_that_was_removed_is_one_line(tmp_path):
 def test_a_checkpoint_with_old_names_is_of_the_same_recipe():
     settings = semantic_config(parse_config(["--augment.num_ops", "3"]))
     old = {("augment.ops" if name == "augment.num_ops" else name): value for name, value in settings.items()}
-    compare_semantic_config(old, settings, "it")
-    with pytest.raises(UserError, match=r"augment\.num_ops is 4 there and 3 here"):
-        compare_semantic_config(old | {"augment.ops": 4}, settings, "it")
+    compare_semantic_config(old, settings, "checkpoint", Path("it"))
+    with pytest.raises(UserError, match=r"augment\.num_ops is 4 in the checkpoint, and 3 is"):
+        compare_semantic_config(old | {"augment.ops": 4}, settings, "checkpoint", Path("it"))
 
 
 def test_the_version_is_the_distributions(capsys):

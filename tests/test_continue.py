@@ -185,12 +185,24 @@ def test_a_run_that_stopped_at_a_limit_goes_on_to_its_own_length_and_beyond(root
 @pytest.mark.parametrize(
     ("given", "named", "silent"),
     [
-        (["--schedule.epochs", "9"], ["--schedule.epochs is 4.0 there", "pipeline continue"], ["reference_epochs"]),
-        (["--schedule.epochs", "3"], ["--schedule.epochs is 4.0 there", "--model.weights"], ["pipeline continue"]),
+        (
+            ["--schedule.epochs", "9"],
+            ["--schedule.epochs is 4.0 in the run folder", "pipeline continue"],
+            ["reference_epochs"],
+        ),
+        (
+            ["--schedule.epochs", "3"],
+            ["--schedule.epochs is 4.0 in the run folder", "--model.weights"],
+            ["pipeline continue"],
+        ),
         (["--schedule.epochs=9", "--schedule.warmup_epochs=1"], ["--schedule.warmup_epochs"], ["milestones"]),
-        (["--model.name", "resnet34"], ["--model.name is resnet18 there"], ["data."]),
+        (["--model.name", "resnet34"], ["--model.name is resnet18 in the run folder"], ["data."]),
         (["--data.val_crop_ratio", "0.5", "--data.val_resize", "null"], ["--data.val_resize"], []),
-        (["--optim.lr", "0.3", "--train.seed", "1"], ["--optim.lr is 0.05 there and 0.3 here", "--train.seed"], []),
+        (
+            ["--optim.lr", "0.3", "--train.seed", "1"],
+            ["--optim.lr is 0.05 in the run folder, and 0.3 is asked for", "--train.seed"],
+            [],
+        ),
     ],
 )
 def test_a_refused_resume_names_what_was_typed(root, finished_whole, tmp_path, given, named, silent):

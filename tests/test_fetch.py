@@ -248,7 +248,7 @@ def test_undecodable_image_is_named(synthetic_root, kaggle_members, tmp_path):
             archive.writestr(name, data[: len(data) // 2] if name == bad else data)
     done = fetch(tmp_path / "data", {}, "--from", str(path))
     assert done.code == 2
-    assert "1 images do not decode" in done.last_line and bad in done.last_line
+    assert "1 image can't be decoded" in done.last_line and bad in done.last_line
 
 
 def test_only_one_fetch_works_in_a_folder_and_sigterm_stops_it(kaggle_zip, kaggle_members, tmp_path):

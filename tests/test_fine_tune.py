@@ -197,7 +197,7 @@ def test_an_export_has_the_names_of_the_run_whatever_data_is_here(root, run, bre
 
 def test_a_longer_schedule_names_the_way_and_no_option_that_was_not_typed(root, run):
     printed = runs.call(root, run, *SMALL, "--schedule.epochs", "9", expect=2)
-    assert "schedule.epochs is 4.0 there and 9.0 here" in printed and "--model.weights" in printed
+    assert "schedule.epochs is 4.0 in the run folder, and 9.0 is asked for" in printed and "--model.weights" in printed
     assert "reference_epochs" not in printed and "may change" in printed
 
 

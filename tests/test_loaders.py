@@ -294,6 +294,20 @@ def test_a_folder_that_a_network_file_system_shows_late_is_waited_for(own_root, 
     stream.close()
 
 
+def test_a_folder_that_was_removed_is_waited_for_once(own_root, monkeypatch):
+    """Not by each of its files: seconds each, for all images of a class."""
+    index = build_index(own_root)
+    stream, _ = streams(index, "reference")
+    shutil.rmtree(stream.source.split.path(0).parent)
+    waits = []
+    monkeypatch.setattr("pipeline.loader.source.time.sleep", waits.append)
+    for sample in (0, 1, 2):
+        with pytest.raises(UnreadableSample, match="No such file"):
+            stream.source.read(sample)
+    assert waits == [0.1, 1.0, 5.0]
+    stream.close()
+
+
 def test_a_shard_replaced_by_another_stops_the_run(synthetic_root, tmp_path):
     """One with images of the same kind, sound in itself."""
     pack_tree(synthetic_root, tmp_path / "shards", Options())

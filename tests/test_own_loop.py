@@ -1,5 +1,7 @@
 """`TrainLoader` and `EvalLoader`, the loader for a loop of one's own."""
 
+import copy
+import pickle
 import shutil
 import subprocess
 import sys
@@ -289,9 +291,9 @@ def test_a_state_of_other_batches_is_refused(root, tmp_path):
     loader = TrainLoader(root, **SMALL)
     state = loader.state_dict()
     for options, said in (
-        ({"seed": 4}, "seed 3 there and 4 here"),
-        ({"batch_size": 24}, "batch_size 20 there and 24 here"),
-        ({"augment": "autoaugment"}, "augment 'none' there and 'autoaugment' here"),
+        ({"seed": 4}, "seed is 3 in the state and 4 in this loader"),
+        ({"batch_size": 24}, "batch_size is 20 in the state and 24 in this loader"),
+        ({"augment": "autoaugment"}, "augment is 'none' in the state and 'autoaugment' in this loader"),
     ):
         with pytest.raises(UserError, match=said):
             TrainLoader(root, **(SMALL | options)).load_state_dict(state)
@@ -299,14 +301,65 @@ def test_a_state_of_other_batches_is_refused(root, tmp_path):
     unknown = ("data.decode", "data.alternate_flips", "data.pad_crop")
     older = {**state, "settings": {name: value for name, value in state["settings"].items() if name not in unknown}}
     TrainLoader(root, **SMALL).load_state_dict(older)  # of a version that did not know these options yet
-    with pytest.raises(UserError, match="pad_crop None there and 2 here"):
+    with pytest.raises(UserError, match="pad_crop is None in the state and 2 in this loader"):
         TrainLoader(root, **SMALL, data=DataConfig(pad_crop=2)).load_state_dict(older)
     with pytest.raises(UserError, match="not a state of a TrainLoader"):
         loader.load_state_dict({"epoch": 3})
+    with pytest.raises(UserError, match="not a state of a TrainLoader"):
+        loader.load_state_dict(None)
     own = shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("index"))
     next((own / "ILSVRC/Data/CLS-LOC/train").glob("*/*")).unlink()
     with pytest.raises(UserError, match="the images are others"):
         TrainLoader(own, **SMALL).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"image_size": 0}, "image_size is 0: give a number above 0"),
+        ({"image_size": (32, 32)}, r"image_size is \(32, 32\): give a whole number or None"),
+        ({"image_size": "32"}, "image_size is '32': give a whole number"),
+        ({"mixup": "much"}, "mixup is 'much': give a number"),
+        ({"augment": None}, "augment is None: give the name of a policy, such as 'none', or an AugmentConfig"),
+        ({"data": {"threads": 1}}, r"data is \{'threads': 1\}: give a pipeline.config.DataConfig"),
+        ({"data": DataConfig(mean=0.5)}, "mean is 0.5: give 3 numbers or None"),
+        ({"data": DataConfig(loader="pil")}, "loader is 'pil': give one of auto, dali, reference"),
+        ({"data": DataConfig(threads=True)}, "threads is True: give a whole number or None"),
+    ],
+)
+def test_arguments_of_other_types_are_named(root, options, said):
+    with pytest.raises(UserError, match=said):
+        TrainLoader(root, **(SMALL | options))
+
+
+def test_the_sizes_of_an_eval_loader_are_named_as_its_arguments(root):
+    with pytest.raises(UserError, match=r"^image_size is 0: give a number above 0"):
+        EvalLoader(root, image_size=0)
+    with pytest.raises(UserError, match=r"^resize is 16: give at least image_size"):
+        EvalLoader(root, image_size=32, resize=16)
+
+
+def test_a_loader_is_not_carried_into_another_process(root):
+    """There it would read this rank's share of the images."""
+    for loader in (TrainLoader(root, **SMALL), EvalLoader(root, image_size=32, device="cpu")):
+        for take in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(UserError, match="make one in each process"):
+                take(loader)
+
+
+def test_more_images_in_a_batch_than_there_are_is_said(root, caplog):
+    assert len(TrainLoader(root, **(SMALL | {"batch_size": 96}))) == 1 and not caplog.messages
+    assert len(TrainLoader(root, **(SMALL | {"batch_size": 200}))) == 1
+    assert caplog.messages == [
+        "batch_size is 200, and the data set has 96 training images: each batch holds some of them more than once"
+    ]
+
+
+def test_an_eval_loader_is_read_by_one_loop_at_a_time(root):
+    loader = EvalLoader(root, batch_size=20, image_size=32, device="cpu")
+    with pytest.raises(UserError, match="another one of the same loader was begun"):
+        for _ in loader:
+            assert len(list(loader)) == 2
 
 
 def test_validation_images_come_once_over_all_ranks(root):

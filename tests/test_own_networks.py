@@ -82,6 +82,13 @@ def test_what_a_network_says_of_its_images_is_the_default():
         (["--model.name", "nets_of_others:number"], "must return a torch.nn.Module"),
         (["--model.name", "nets_of_others:no_classes"], "must take num_classes"),
         (["--model.name", "nets_of_others:Pairs"], "gives dict for two images"),
+        (["--model.name", "nets_of_others:divides"], "can't be made with num_classes=1000: division by zero"),
+        (
+            ["--model.name", "nets_of_others:Indexes"],
+            "can't take float images [2, 3, 224, 224]: list index out of range",
+        ),
+        (["--model.name", "./nets_of_others.py:tiny"], "./nets_of_others.py is a file; name its module"),
+        (["--model.name", "nets_of_others.py:tiny"], "start in the folder that holds it: nets_of_others:tiny"),
         (["--model.name", "nets_of_others:tiny", "--model.kwargs", '{"depth": 3}'], "depth=3"),
         (["--model.name", "nets_of_others:tiny", "--model.zero_init_residual", "true"], "is for ResNets"),
         (["--model.name", "nets_of_others:tiny", "--model.blurpool", "all"], ""),

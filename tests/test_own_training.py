@@ -116,15 +116,25 @@ def test_what_does_not_fit_is_one_line(capsys, option, name, words):
         assert words in complaint(capsys, *argv)
         return
     with pytest.raises(UserError, match=words) as found:
-        validate(parse_config(argv), 1, "cpu")
+        validate(parse_config(argv), 1, "cpu", 1000)
     assert "\n" not in str(found.value) and name in str(found.value)
 
 
 def test_soft_targets_are_tried_where_the_recipe_mixes():
     argv = ["--config", str(runs.TINY), "--optim.loss", "training_of_others:labels_alone"]
-    validate(parse_config(argv), 1, "cpu")
+    validate(parse_config(argv), 1, "cpu", 1000)
     with pytest.raises(UserError, match=r"and soft targets float \[4, 1000\], and fails"):
-        validate(parse_config([*argv, "--augment.mixup", "0.2"]), 1, "cpu")
+        validate(parse_config([*argv, "--augment.mixup", "0.2"]), 1, "cpu", 1000)
+
+
+def test_a_loss_may_be_made_for_the_classes_of_the_data_set(root, tmp_path):
+    """A weight for each of its four classes. It is tried with as many outputs as the network will have."""
+    options = ["--train.max_steps", "1", "--optim.loss", "training_of_others:weighted"]
+    runs.call(root, tmp_path / "run", *options)
+    line = runs.call(root, tmp_path / "other", *options, "--model.num_classes", "7", expect=2).splitlines()[-1]
+    assert "training_of_others:weighted is called with logits float [4, 7]" in line and "and fails" in line
+    line = runs.call(root, tmp_path / "third", "--optim.loss", "training_of_others:summed", expect=2).splitlines()[-1]
+    assert "logits float [4, 4]" in line and "returns a sum" in line
 
 
 @pytest.mark.parametrize(

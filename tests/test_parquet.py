@@ -380,7 +380,7 @@ def test_what_will_not_do_is_one_line(tmp_path, parquet, capsys, monkeypatch):  
     assert main(["index", str(parquet)]) == 2
     assert "pipeline pack" in capsys.readouterr().err
     write_table(parquet / "data/train-more.parquet", [("x_n01440764.JPEG", CUT, 0)])
-    assert "1 images of" in says() and not (tmp_path / "out/pack.json").exists()
+    assert "1 image of" in says() and not (tmp_path / "out/pack.json").exists()
     assert pack(parquet, tmp_path / "out", "--unreadable", "skip") == 0
     assert open_index(tmp_path / "out/index").left_out["train"]["unreadable"]["count"] == 1
     pq.write_table(pa.table({"text": ["a"]}), parquet / "data/train-more.parquet")

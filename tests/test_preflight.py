@@ -138,7 +138,7 @@ def test_another_recipe_in_the_run_folder(preflight, data, tmp_path):
     start_run(tmp_path / "run", data)
     code, rows = preflight("--optim.lr", "0.7")
     assert code == 2
-    assert "optim.lr is 0.05 there and 0.7 here" in rows["run folder"][1]
+    assert "optim.lr is 0.05 in the run folder, and 0.7 is asked for" in rows["run folder"][1]
 
 
 def test_run_folder_that_cannot_be_written(preflight, tmp_path):

@@ -15,6 +15,7 @@ from launching import free_port
 
 from pipeline import rank_env
 from pipeline.__main__ import main
+from pipeline.counts import count
 from pipeline.training.data import open_data
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
@@ -143,6 +144,50 @@ def test_fewer_images_than_a_batch_are_said(root, tmp_path, capsys):
     main(["preflight", "--config", str(runs.TINY), "--data.root", str(root), "--run_dir", str(tmp_path / "new"), *few])
     line = next(line for line in capsys.readouterr().out.splitlines() if " data " in line)
     assert line.startswith("WARN") and "96" in line and "200" in line
+
+
+def test_one_class_alone_is_said(synthetic_root, tmp_path, capsys):
+    folder = min((synthetic_root / "ILSVRC/Data/CLS-LOC/train").iterdir())
+    for split in ("train", "val"):
+        shutil.copytree(folder, tmp_path / "data" / split / "thing")
+    warned = "the data set has one class: all images have the same label"
+    printed = runs.call(tmp_path / "data", tmp_path / "run", *ONE_STEP)
+    assert f"warning: {warned}" in printed
+    assert "images of 1 class by" in printed and "finished: 1 step, top-1" in printed
+    options = ["--data.root", str(tmp_path / "data"), "--run_dir", str(tmp_path / "new")]
+    main(["preflight", "--config", str(runs.TINY), *options])
+    line = next(line for line in capsys.readouterr().out.splitlines() if " data " in line)
+    assert line.startswith("WARN") and ", 1 class, " in line and warned in line
+
+
+def test_classes_without_validation_images_are_said(synthetic_root, tmp_path, capsys):
+    for folder in (synthetic_root / "ILSVRC/Data/CLS-LOC/train").iterdir():
+        shutil.copytree(folder, tmp_path / "data/train" / folder.name)
+    lacking, *scored = sorted((tmp_path / "data/train").iterdir())
+    for folder in scored:
+        shutil.copytree(folder, tmp_path / "data/val" / folder.name)
+    warned = f"1 of {len(scored) + 1} classes without a validation image ({lacking.name}): the scores say nothing"
+    assert f"warning: {warned}" in runs.call(tmp_path / "data", tmp_path / "run", *ONE_STEP)
+    options = ["--data.root", str(tmp_path / "data"), "--run_dir", str(tmp_path / "new")]
+    main(["preflight", "--config", str(runs.TINY), *options])
+    line = next(line for line in capsys.readouterr().out.splitlines() if " data " in line)
+    assert line.startswith("WARN") and warned in line
+
+
+def test_numbers_of_things():
+    assert [count(1, "step"), count(2000, "step"), count(0, "image")] == ["1 step", "2,000 steps", "0 images"]
+    assert [count(1, "class"), count(3, "class"), count(2, "batch")] == ["1 class", "3 classes", "2 batches"]
+
+
+def test_without_a_recipe_one_line_says_what_is_trained(capsys):
+    """It comes before all that may fail, as the building of an index may take hours."""
+    assert main(["train", "--optim.lr", "0.3"]) == 2
+    said, error = capsys.readouterr().err.splitlines()
+    assert "no --config" in said and "optim.lr 0.3" in said and "schedule.epochs 90" in said and "resnet152" in said
+    assert "--config NAME" in said and "pipeline recipes" in said
+    assert "--run_dir is missing" in error
+    assert main(["train", "--config=smoke"]) == 2
+    assert "no --config" not in capsys.readouterr().err
 
 
 def test_a_stop_request_ends_the_building_of_an_index_at_once(synthetic_root, tmp_path, monkeypatch):

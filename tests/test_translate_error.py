@@ -165,7 +165,7 @@ def test_the_batch_that_fits_is_asked_of_estimate(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     line = largest_fitting_batch(config, 6000)
     batch = int(line.rsplit(" or less", 1)[0].rsplit(" ", 1)[1])
-    assert batch > 1 and f"{batch} images at once fit: give --train.micro_batch_size {batch} or less" in line
+    assert batch > 1 and f"at most {batch:,} images at once: give --train.micro_batch_size {batch} or less" in line
 
 
 @contextlib.contextmanager

@@ -31,6 +31,10 @@ def summed(logits, targets):
     return functional.cross_entropy(logits, targets, reduction="sum")
 
 
+def weighted(logits, targets):
+    return functional.cross_entropy(logits, targets, weight=torch.tensor([1.0, 2.0, 1.0, 3.0]))
+
+
 def each(logits, targets):
     return functional.cross_entropy(logits, targets, reduction="none")
 

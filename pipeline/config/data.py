@@ -79,9 +79,11 @@ class DataConfig:
         Raises UserError for a val_crop_ratio that is impossible, or given beside val_resize.
         """
         made_for = preprocessing_of(model)
-        image_size = self.image_size or made_for.get("image_size") or INPUT_SIZES.get(model, 224)
-        val_size = self.val_size or image_size
-        val_resize = self.val_resize or round(val_size * 256 / 224)
+        image_size, val_size, val_resize = self.image_size, self.val_size, self.val_resize  # 0 is refused by the checks
+        if image_size is None:
+            image_size = made_for.get("image_size") or INPUT_SIZES.get(model, 224)
+        val_size = image_size if val_size is None else val_size
+        val_resize = round(val_size * 256 / 224) if val_resize is None else val_resize
         ratio = self.val_crop_ratio
         if ratio is not None:
             if not 0 < ratio <= 1:

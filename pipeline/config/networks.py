@@ -4,6 +4,7 @@ Nothing heavy is imported here unless such a name is given.
 """
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -33,6 +34,11 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
     """The function that `MODULE:FUNCTION` names; the module is installed, or in the current folder. Raises UserError,
     of this option, where it can't be imported."""
     module, _, function = name.partition(":")
+    if module.endswith(".py") or os.sep in module:
+        raise UserError(
+            f"{option} {name}: {module} is a file; name its module, and start in the folder that holds it: "
+            f"{Path(module).stem}:{function}"
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.command import run_command
+from pipeline.counts import count
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.listing import IMAGE_SUFFIXES
 from pipeline.dataset.layouts.find import find_val_folder
@@ -142,7 +143,7 @@ def valprep(root: str) -> int:
     done = sort_val(Path(root), quiet=False)
     total = done.moved + done.already
     print(
-        f"{find_val_folder(Path(root))}: {total:,} images in {done.folders:,} class folders "
+        f"{find_val_folder(Path(root))}: {count(total, 'image')} in {count(done.folders, 'class folder')} "
         f"({done.moved:,} moved now, labels from {done.source.name})"
     )
     return 0

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, ModelConfig
+from pipeline.counts import count
 from pipeline.dataset.index.index import has_index, locate_index, open_index
 from pipeline.errors import UserError
 from pipeline.evaluation.import_weights import as_blurpool
@@ -50,7 +51,7 @@ def check_export(target: Path, card: dict[str, Any], model: nn.Module, config: C
             f"{target}: read back, its logits differ from the run's network by {apart:.2g} of the largest one; it is "
             "removed. Please report this, with the run's config.yaml"
         )
-    return f"checked: read back, the file gives the same logits for {len(images)} {kind} images"
+    return f"checked: read back, the file gives the same logits for {count(len(images), f'{kind} image')}"
 
 
 def _images(config: Config, data_root: str | None) -> tuple[torch.Tensor, str]:

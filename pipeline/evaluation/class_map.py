@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.counts import count
 from pipeline.dataset.imagenet import read_synset_words
 from pipeline.dataset.index.index import Index
 from pipeline.dataset.synsets import SYNSETS
@@ -28,8 +29,8 @@ def class_positions(folders: Sequence[str], known: Sequence[str] | None, outputs
         return np.arange(outputs)
     if known is None:
         raise UserError(
-            f"{root} has {len(folders):,} classes and the network {outputs:,} outputs, and nothing says which is "
-            "which; put LOC_synset_mapping.txt into it, or give a data set with all classes"
+            f"{root} has {count(len(folders), 'class')} and the network {count(outputs, 'output')}, and "
+            "nothing says which is which; put LOC_synset_mapping.txt into it, or give a data set with all classes"
         )
     unknown = next(name for name in folders if name not in set(known))
     raise UserError(

@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.command import run_command
 from pipeline.config import Config, load_config
+from pipeline.counts import count
 from pipeline.dataset.index.index import has_index, locate_index, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.check_export import ExportError, check_export
@@ -60,7 +61,7 @@ def export(
     outputs = count_outputs(config.model, state)
     if classes and len(classes) > outputs:
         raise UserError(
-            f"--data_root {data_root or config.data.root} has {len(classes)} classes, the network {outputs}; "
+            f"--data_root {data_root or config.data.root} has {count(len(classes), 'class')}, the network {outputs}; "
             "give the data set that it was trained on"
         )
     model = build_model(config.model, outputs)

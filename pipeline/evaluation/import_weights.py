@@ -10,6 +10,7 @@ import torch
 from pipeline.command import run_command
 from pipeline.config import Config, DataConfig, ModelConfig, load_config, resolve_recipe, semantic_config, to_yaml
 from pipeline.config.networks import is_torchvision, preprocessing_of
+from pipeline.counts import count
 from pipeline.dataset.index.index import Index, index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.class_map import imagenet_classes
@@ -74,7 +75,8 @@ def import_weights(
         if not is_torchvision(name)
         else "torchvision's layout"
     )
-    print(f"{folder.path}: {name}, {count_parameters(model):,} parameters, {len(state[head])} classes; {what}")
+    sizes = f"{count(count_parameters(model), 'parameter')}, {count(len(state[head]), 'class')}"
+    print(f"{folder.path}: {name}, {sizes}; {what}")
     weights = folder.checkpoint(0)
     print(f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {weights}")
     return EXIT_OK
@@ -121,8 +123,9 @@ def classes_for(index: Index, outputs: int) -> list[str]:
     classes = list(index.synsets) if index.num_classes == outputs else imagenet_classes(index, outputs)
     if classes is None:
         raise UserError(
-            f"--data_root {index.root} has {index.num_classes:,} classes and the network {outputs:,} outputs, and "
-            "nothing says which is which; put LOC_synset_mapping.txt into it, or leave --data_root out"
+            f"--data_root {index.root} has {count(index.num_classes, 'class')} and the network "
+            f"{count(outputs, 'output')}, and nothing says which is which; put LOC_synset_mapping.txt into it, or "
+            "leave --data_root out"
         )
     return classes
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.command import run_command
 from pipeline.config import load_config
+from pipeline.counts import count
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.insight.runs import expand
@@ -137,9 +138,9 @@ def _newest_meta(paths: RunPaths) -> dict:
 
 def in_words(found: Audit) -> Iterable[str]:
     """What was found of a run, in lines."""
-    yield f"{found.run}: steps {found.first:,} to {found.last:,}, {found.images:,} images"
+    yield f"{found.run}: steps {found.first:,} to {found.last:,}, {count(found.images, 'image')}"
     if not found.problems:
-        part = "every batch" if found.checked == found.last - found.first + 1 else f"{found.checked:,} batches"
+        part = "every batch" if found.checked == found.last - found.first + 1 else count(found.checked, "batch")
         yield f"  {part}: as recipe, seed and index say (digests computed again)"
     if found.replaced:
         yield f"  {found.replaced:,} of them with substitutes for unreadable images"

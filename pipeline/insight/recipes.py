@@ -7,6 +7,7 @@ import textwrap
 import yaml
 
 from pipeline.command import run_command
+from pipeline.counts import count
 
 NOT_IMAGENET = ("cifar10-", "smoke")  # prefixes of names
 
@@ -56,7 +57,7 @@ def _length(epochs: float | str) -> str:
     """A recipe's length as a person reads it."""
     text = str(epochs)
     if text.endswith("ba"):
-        return f"{int(text.removesuffix('ba')):,} steps"
+        return count(int(text.removesuffix("ba")), "step")
     number = float(text.removesuffix("ep"))
     return f"{number:g} epoch{'' if number == 1 else 's'}"
 

@@ -8,6 +8,7 @@ number of the round is the generation that distinguishes later worlds from earli
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pipeline.counts import count
 from pipeline.errors import (
     EXIT_GPU_FAULT,
     EXIT_INTERRUPTED,
@@ -78,7 +79,7 @@ class Membership:
         if not node.training:
             self.say(f"{node.name}, a spare, was lost ({how})")
             return
-        self.say(f"{node.name} was lost in round {self.round} ({how}); {_count(left, 'node')} left")
+        self.say(f"{node.name} was lost in round {self.round} ({how}); {count(left, 'node')} left")
         if self.phase == "training":
             self._stop("loss")
         elif self.phase == "stopping" and self.why == "regroup":
@@ -170,17 +171,17 @@ class Membership:
             self._begin(world)
         elif now - self._since >= limits.rejoin_timeout_s:
             self.say(
-                f"{_count(len(self.nodes), 'node')} left, {limits.min_nodes} required (--nnodes); start the job again "
+                f"{count(len(self.nodes), 'node')} left, {limits.min_nodes} required (--nnodes); start the job again "
                 "to resume"
             )
             self.end(EXIT_NODE_LOST)
 
     def _refuse_batch(self) -> None:
-        ranks, nodes = _ranks(list(self.nodes.values())), _count(len(self.nodes), "node")
+        ranks = _ranks(list(self.nodes.values()))
         some = f", or by those of at least {self.limits.min_nodes}" if self.limits.min_nodes < len(self.nodes) else ""
         self.say(
-            f"--train.global_batch_size {self.limits.batch_size} is not divisible by the {ranks} ranks of "
-            f"{nodes}{some}; give a multiple, or other --nproc-per-node or --nnodes MIN:MAX"
+            f"--train.global_batch_size {self.limits.batch_size} is not divisible by the {count(ranks, 'rank')} of "
+            f"{count(len(self.nodes), 'node')}{some}; give a multiple, or other --nproc-per-node or --nnodes MIN:MAX"
         )
         self.end(EXIT_USER)
 
@@ -192,7 +193,7 @@ class Membership:
             node.training, node.exit_code, node.failure = node in world, None, ""
         if self.round > 1 or len(self.nodes) > len(world) or len(world) > 1:
             names = ", ".join(node.name for node in world[:8]) + (", ..." if len(world) > 8 else "")
-            self.say(f"round {self.round}: {_count(len(world), 'node')}, {_count(total, 'rank')}: {names}")
+            self.say(f"round {self.round}: {count(len(world), 'node')}, {count(total, 'rank')}: {names}")
         reason = "; ".join(self.changes)
         self.changes = []
         for place, node in enumerate(world):
@@ -208,7 +209,7 @@ class Membership:
     def _tell_spare(self, node: Node, used: int) -> None:
         full = used >= self.limits.max_nodes
         why = (
-            f"{_count(used, 'node')} in training, the most that --nnodes allows"
+            f"{count(used, 'node')} in training, the most that --nnodes allows"
             if full
             else f"a global batch of {self.limits.batch_size} is not divisible by more ranks"
         )
@@ -224,7 +225,7 @@ class Membership:
         world = self.choose()
         now = _ranks(self._training())
         if sum(node.ranks for node in world) > now:
-            self.say(f"the {_count(now, 'rank')} save at their next step, to start again as {_ranks(world)}")
+            self.say(f"the {count(now, 'rank')} save at their next step, to start again as {_ranks(world)}")
             self._stop("regroup")
             return
         for node in self.nodes.values():
@@ -258,7 +259,7 @@ class Membership:
         failed.sort(key=lambda node: (node.exit_code or 0) > 0)  # ended by a signal: the others only noticed
         what = failed[0].failure if failed else "a worker failed"
         if self.restarts >= self.limits.max_restarts:
-            used = f" after {_count(self.restarts, 'restart')}" if self.restarts else ""
+            used = f" after {count(self.restarts, 'restart')}" if self.restarts else ""
             self.say(f"{what}{used}; see above for its reason")
             self.end(EXIT_RETRY)
             return False
@@ -289,7 +290,3 @@ class Membership:
 
 def _ranks(nodes: list[Node]) -> int:
     return sum(node.ranks for node in nodes)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,12 +1,13 @@
 """What the public loaders have in common: where they deliver, which classes there are, and their end."""
 
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from pipeline.config import Config
 from pipeline.dataset.index.index import Index
+from pipeline.errors import UserError
 from pipeline.loader.setup import Finisher, Reader, find_rank, open_root
 from pipeline.rank_info import RankInfo
 
@@ -62,6 +63,13 @@ class LoaderBase:
     @cached_property
     def _finish(self) -> Finisher:
         return Finisher(self.config.data, self.config.augment, self.num_classes, self.device)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises UserError: a copy in another process would read this one's share of the images."""
+        raise UserError(
+            f"a {type(self).__name__} can't be pickled or copied, as its rank and threads are those of this process; "
+            "make one in each process (the position of a TrainLoader: state_dict(), load_state_dict())"
+        )
 
     def close(self) -> None:
         """End the threads that read and decode. The loader can be used again."""

@@ -3,12 +3,14 @@ and what turns a decoded batch into what a network takes."""
 
 import dataclasses
 import itertools
+import numbers
 import os
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any
 
 import torch
@@ -44,9 +46,9 @@ def make_config(
     of the loaders are."""
     for group, settings in (("data", data), ("augment", augment)):
         for name, kind in typing.get_type_hints(type(settings)).items():
-            value, choices = getattr(settings, name), typing.get_args(kind)
-            if typing.get_origin(kind) is typing.Literal and value not in choices:
-                raise UserError(as_argument(f"--{group}.{name} is {value!r}: give one of {', '.join(choices)}"))
+            value = getattr(settings, name)
+            if not _fits(value, kind):
+                raise UserError(as_argument(f"--{group}.{name} is {value!r}: give {_told(kind)}"))
     for name, value in (("batch_size", batch_size), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise UserError(f"{name} is {value!r}: give a whole number")
@@ -55,6 +57,38 @@ def make_config(
         return RawConfig(data=data, augment=augment, train=train, model=ModelConfig(num_classes=num_classes)).resolve()
     except UserError as error:
         raise UserError(as_argument(str(error))) from None
+
+
+#: type of a setting -> (types of what may be given, in words)
+_KINDS: dict[Any, tuple[type, str]] = {
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "True or False"),
+    str: (str, "a text"),
+    NoneType: (NoneType, "None"),
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """May a setting of this type have this value?"""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value in parts
+    if origin in (typing.Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        return isinstance(value, tuple | list) and len(value) == len(parts) and all(map(_fits, value, parts))
+    return kind not in _KINDS or (isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool)))
+
+
+def _told(kind: Any) -> str:
+    """What a setting of this type may be, in words."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return f"one of {', '.join(parts)}"
+    if origin in (typing.Union, UnionType):
+        return " or ".join(map(_told, parts))
+    return f"{len(parts)} numbers" if origin is tuple else _KINDS[kind][1]
 
 
 def as_argument(message: str) -> str:
@@ -193,30 +227,32 @@ class Reader:
                     )
         finally:
             if self._newest is this and not self._reads_on:
-                self._end()
-
-    def _end(self) -> None:
-        self._newest = None
-        self._batches.close()
+                self._batches.close()
 
     def close(self) -> None:
         """End the threads that read and decode; the next read starts new ones."""
-        self._end()
+        self._newest = None
+        self._batches.close()
         if self.stream is not None:
             self.stream.close()
             self.stream = None
 
 
 def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """ "name: value there, value here" of each setting that is not the same in two flat mappings."""
+    """ "batch_size is 20 in the state and 24 in this loader", for each setting that differs in two flat mappings."""
     names = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
-    return [f"{as_argument(name)} {saved.get(name)!r} there and {own.get(name)!r} here" for name in names]
+    return [
+        f"{as_argument(name)} is {saved.get(name)!r} in the state and {own.get(name)!r} in this loader"
+        for name in names
+    ]
 
 
 def with_root(data: DataConfig | None, root: str | Path, **given: Any) -> DataConfig:
     """`data`, or the defaults, with a root, and with those of the other fields that are not None."""
+    if data is not None and not isinstance(data, DataConfig):
+        raise UserError(f"data is {data!r:.80}: give a pipeline.config.DataConfig")
     chosen = {name: value for name, value in given.items() if value is not None}
     if isinstance(data, ResolvedDataConfig):
         fields = {item.name: getattr(data, item.name) for item in dataclasses.fields(DataConfig)}
         data = DataConfig(**fields)
-    return dataclasses.replace(data or DataConfig(), root=str(root), **chosen)
+    return dataclasses.replace(data or DataConfig(), root="" if root is None else str(root), **chosen)

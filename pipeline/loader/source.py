@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import xxhash
 
+from pipeline.counts import count
 from pipeline.dataset.index.index import Split
 from pipeline.dataset.shards.restart import TABLE, Cut, TableError, plan_cut
 from pipeline.errors import TransientError
@@ -105,6 +106,7 @@ class Source:
         self._most_open = max(_FEWEST_SHARDS, open_files_limit(_SHARE * files + SPARE_FILES) // _SHARE)
         self._lock = threading.Lock()
         self._without_table: set[int] = set()  # shards whose restart table does not fit
+        self._gone: set[Path] = set()  # folders that did not come into sight within the waits of a read
         self._busy: dict[int, tuple[float, int]] = {}  # thread -> (start time, sample id) of its read
 
     def _shard(self, row: Row, suffix: str = "") -> _OpenShard:
@@ -163,6 +165,8 @@ class Source:
                 if not self.split.root.is_dir():
                     raise TransientError(f"data root {self.split.root} is gone: {error}") from error
                 late = isinstance(error, FileNotFoundError) and not self._sees_folder(sample_id)
+                if wait is None and late:
+                    self._gone.add(self.split.path(sample_id).parent)
                 if wait is None or not (late or getattr(error, "errno", None) in _TRANSIENT):
                     raise UnreadableSample(sample_id, str(error)) from error
                 time.sleep(wait)
@@ -173,15 +177,18 @@ class Source:
     def _checked(self, row: Row) -> np.ndarray:
         data = self._attempt(row.sample_id, lambda: self._read(row))
         if len(data) != row.size:
-            raise UnreadableSample(row.sample_id, f"has {len(data)} bytes, {row.size} when it was indexed")
+            raise UnreadableSample(row.sample_id, f"has {count(len(data), 'byte')}, {row.size:,} when it was indexed")
         if xxhash.xxh3_64_intdigest(data) != row.digest:
             raise UnreadableSample(row.sample_id, "its bytes have changed since it was indexed")
         return np.frombuffer(data, np.uint8)
 
     def _sees_folder(self, sample_id: int) -> bool:
-        """Does this node see the folder of a sample's file? A network file system may show a new one late: listing the
-        folder above asks its server again."""
+        """Does this node see the folder of a sample's file, or need not wait for it? A network file system may show a
+        new one late: listing the folder above asks its server again. One that was waited for in vain is not waited for
+        again by each of its files."""
         folder = self.split.path(sample_id).parent
+        if folder in self._gone:
+            return True
         with contextlib.suppress(OSError):
             os.listdir(folder.parent)
         return folder.is_dir()

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.config import AugmentConfig, Config, DataConfig, RawConfig, semantic_config
 from pipeline.config.names import rename_flat
+from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.loader.build import check_shares, make_train_plan, make_train_stream
 from pipeline.loader.loader_base import LoaderBase
@@ -22,6 +23,7 @@ from pipeline.loader.setup import (
     make_config,
     with_root,
 )
+from pipeline.logs import logger
 from pipeline.rank_info import RankInfo
 
 _FORMAT = 1
@@ -87,6 +89,10 @@ class TrainLoader(LoaderBase):
     ):
         if isinstance(augment, str):
             augment = AugmentConfig(policy=_policy(augment))
+        if not isinstance(augment, AugmentConfig):
+            raise UserError(
+                f"augment is {augment!r:.80}: give the name of a policy, such as 'none', or an AugmentConfig"
+            )
         augment = dataclasses.replace(
             augment,
             mixup=augment.mixup if mixup is None else mixup,
@@ -118,7 +124,14 @@ class TrainLoader(LoaderBase):
     @cached_property
     def plan(self) -> TrainPlan:
         """Which samples each step sees, and how they are cut."""
-        return make_train_plan(self.index, self.config.data, self.config.train, self.config.augment)
+        plan = make_train_plan(self.index, self.config.data, self.config.train, self.config.augment)
+        if plan.samples < plan.global_batch_size:
+            logger.warning(
+                "batch_size is %s, and the data set has %s: each batch holds some of them more than once",
+                f"{plan.global_batch_size:,}",
+                count(plan.samples, "training image"),
+            )
+        return plan
 
     @property
     def num_classes(self) -> int:
@@ -126,7 +139,7 @@ class TrainLoader(LoaderBase):
         given, there = self.config.model.num_classes, self.index.num_classes
         if given is not None and given < there:
             raise UserError(
-                f"num_classes is {given}, and {self.config.data.root} has {there} classes; give at least that"
+                f"num_classes is {given}, and {self.config.data.root} has {count(there, 'class')}; give at least that"
             )
         return there if given is None else given
 
@@ -210,7 +223,7 @@ class TrainLoader(LoaderBase):
 
         Raises UserError if the loader that saved it has other settings or another data set: its steps are others.
         """
-        if state.get("format") != _FORMAT or not isinstance(state.get("step"), int):
+        if not isinstance(state, Mapping) or state.get("format") != _FORMAT or not isinstance(state.get("step"), int):
             raise UserError("this is not a state of a TrainLoader; give what its state_dict() returned")
         own = self._settings()
         defaults = semantic_config(RawConfig().resolve())

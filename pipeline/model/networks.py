@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.config import ModelConfig
 from pipeline.config.networks import TIMM, import_timm, is_own, is_timm, is_torchvision, load_function
-from pipeline.errors import UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.model.meta_init import meta_init
 
 
@@ -53,13 +53,15 @@ def make_network(config: ModelConfig, num_classes: int, **extra: object) -> nn.M
         else:
             arguments: dict[str, object] = extra | kwargs
             network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **arguments)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        if isinstance(error, UserError) or not (kwargs or is_own(name)):
+    except (UserError, TransientError):
+        raise
+    except Exception as error:  # whatever a function of others raises
+        if not (kwargs or is_own(name)):
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         given = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": num_classes, **kwargs}.items())
         raise UserError(
-            f"--model.name {name} can't be made with {given}: {str(error).splitlines()[0] if str(error) else error!r} "
+            f"--model.name {name} can't be made with {given}: {(str(error).splitlines() or [repr(error)])[0]} "
             f"({last.filename}:{last.lineno}); it must take num_classes, and what --model.kwargs has"
         ) from error
     if not isinstance(network, nn.Module):
@@ -103,7 +105,7 @@ def check_output(config: ModelConfig, size: int, num_classes: int) -> None:
     try:
         with torch.no_grad():
             output = network(blank_images(network, 2, size))
-    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
+    except Exception as error:  # whatever a network of others raises
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
             f"--model.name {config.name} can't take float images [2, 3, {size}, {size}]: "

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.config import ModelConfig
 from pipeline.config.networks import is_torchvision
+from pipeline.counts import count
 from pipeline.errors import TransientError, UserError
 from pipeline.model.heads import find_heads, is_auxiliary
 from pipeline.model.weight_entries import find_state, plain_names, safe_globals
@@ -61,7 +62,7 @@ def start_from(
     other = classes is not None and known is not None and list(known) != list(classes)
     fresh = load_body(model, state, config, config.weights, fresh_heads=other and not config.keep_head)
     source = f"{config.weights}" + (f" ({place.name})" if place else "") + (f", entry '{entry}'" if entry else "")
-    say(f"weights from {source}: {len(state)} tensors; {_tell_head(fresh, classes, known, other)}")
+    say(f"weights from {source}: {count(len(state), 'tensor')}; {_tell_head(fresh, classes, known, other)}")
 
 
 def _tell_head(fresh: list[str], classes: Sequence[str] | None, known: Sequence[str] | None, other: bool) -> str:
@@ -78,7 +79,7 @@ def _tell_head(fresh: list[str], classes: Sequence[str] | None, known: Sequence[
 
 
 def _few(names: Sequence[str]) -> str:
-    return f"{len(names)} classes ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+    return f"{count(len(names), 'class')} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
 
 
 def _published_classes(config: ModelConfig, classes: Sequence[str] | None) -> Sequence[str] | None:
@@ -261,7 +262,7 @@ def load_body(
             if key.rpartition(".")[0] in heads:
                 fresh.append(key.rpartition(".")[0])
             else:
-                wrong.append(f"{key} is {list(value.shape)} there and {list(own[key].shape)} in {name}")
+                wrong.append(f"{key} is {list(value.shape)} in the weights and {list(own[key].shape)} in {name}")
         elif fresh_heads and key.rpartition(".")[0] in heads:
             fresh.append(key.rpartition(".")[0])
         else:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.counts import count
 from pipeline.files import atomic_write
 
 TRAINING_UNREADABLE = "training_unreadable"  #: the event of a training image that is replaced from now on
@@ -115,7 +116,7 @@ def scored_images(row: dict) -> str:
     images, left_out = row.get("images"), row.get("left_out") or 0
     if images is None:
         return "all images"
-    return f"{images:,} images" + (f", {left_out:,} of {images + left_out:,} left out" if left_out else "")
+    return count(images, "image") + (f", {left_out:,} of {images + left_out:,} left out" if left_out else "")
 
 
 def left_out_note(row: dict) -> str:
@@ -143,7 +144,7 @@ def early_stop(evaluations: Sequence[dict], patience: int | None) -> str | None:
         return None
     best = best_step(evaluations)
     score = next(top1_of(row) for row in evaluations if row["step"] == best)
-    return f"stopped early: {patience} evaluations without a top-1 above the {score:.2f} % of step {best:,}"
+    return f"stopped early: {count(patience, 'evaluation')} without a top-1 above the {score:.2f} % of step {best:,}"
 
 
 def _line(row: dict) -> bytes:

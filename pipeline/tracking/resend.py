@@ -12,6 +12,7 @@ from typing import Literal
 from pipeline.command import run_command
 from pipeline.config import load_config
 from pipeline.config.run import semantic_config
+from pipeline.counts import count
 from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths
@@ -75,7 +76,7 @@ def resend(
             sent.log({key: value for key, value in row.items() if key not in ("kind", "step")}, step=row["step"])
             progress.advance()
     sent.finish()
-    print(f"{len(rows)} rows: {sent.url or sent.dir}")
+    print(f"{count(len(rows), 'row')}: {sent.url or sent.dir}")
     return EXIT_OK
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.command import importing
-from pipeline.errors import TransientError, UserError
+from pipeline.errors import TransientError, UserError, complain
 from pipeline.logs import logger
 from pipeline.rank_env import own_rank
 from pipeline.redact import redact
@@ -96,7 +96,20 @@ def _continue(argv: list[str], stop: StopRequest) -> int:
 def _train(argv: list[str], stop: StopRequest) -> int:
     from pipeline.config import parse_config
 
-    return train_config(parse_config(argv), stop)
+    config = parse_config(argv)
+    if not any(item.partition("=")[0] == "--config" for item in argv):
+        complain("pipeline train", _defaults_line(config))
+    return train_config(config, stop)
+
+
+def _defaults_line(config: "Config") -> str:
+    """What is trained where no recipe is given."""
+    schedule, optim = config.schedule, config.optim
+    return (
+        f"no --config, so all options that are not given have their defaults: {config.model.name}, "
+        f"schedule.epochs {schedule.epochs}, train.global_batch_size {config.train.global_batch_size}, {optim.name} "
+        f"with optim.lr {optim.lr}; --config NAME takes a recipe (pipeline recipes lists them)"
+    )
 
 
 def train_config(config: "Config", stop: StopRequest, begin: Callable[[], None] = lambda: None) -> int:

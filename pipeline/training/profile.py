@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from pipeline.counts import count
 from pipeline.training.ranks.world import World
 
 _PASSED_OVER = 3  # steps at a start: they allocate, choose algorithms and compile
@@ -40,7 +41,7 @@ class Profiler:
         self.folder.mkdir(exist_ok=True)
         trace = self.folder / f"trace-{step:09d}.json.gz"
         self.profile.export_chrome_trace(str(trace))
-        self.say(f"profile of {self.steps} steps: {trace}")
+        self.say(f"profile of {count(self.steps, 'step')}: {trace}")
         self._dump_memory(step)
         return False
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import semantic_config
+from pipeline.counts import count
 from pipeline.dataset.index.left_out import describe
 from pipeline.errors import TransientError
 from pipeline.run_paths import RunPaths
@@ -172,7 +173,7 @@ class RunRecorder:
         for name, reason in list(new.items())[:NAMED]:
             self.console.warn(f"validation image {name} can't be read ({reason}); left out of the scores")
         if len(new) > NAMED:
-            self.console.warn(f"and {len(new) - NAMED:,} more validation images: see {self.folder.ledger}")
+            self.console.warn(f"and {count(len(new) - NAMED, 'more validation image')}: see {self.folder.ledger}")
         self.event(VALIDATION_UNREADABLE, step, files=new)
 
     def alarm(self, text: str) -> None:

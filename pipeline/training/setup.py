@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pipeline.config import Config, semantic_config
+from pipeline.counts import count
 from pipeline.dataset.index.index import Index
 from pipeline.loader.build import choose_loader, make_train_plan
 from pipeline.loader.plan import TrainPlan
@@ -18,6 +19,7 @@ from pipeline.training.data import check_labels, open_data
 from pipeline.training.milestones import Milestones
 from pipeline.training.optim.ema import average_start
 from pipeline.training.optim.lr_schedule import Schedule, peak_lr
+from pipeline.training.optim.own import check_loss
 from pipeline.training.ranks.consistency import refuse_differences
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
@@ -28,7 +30,7 @@ from pipeline.training.run_folder.local import LocalSnapshots, local_snapshots, 
 from pipeline.training.run_folder.shared_state import read_on_rank_zero
 from pipeline.training.start import Start, check_begin, find_start
 from pipeline.training.step import TrainStep
-from pipeline.training.validate import check_classes, validate, warn_of_few_images
+from pipeline.training.validate import check_classes, data_warnings, validate
 
 
 def _nothing_to_confirm() -> None:
@@ -112,10 +114,12 @@ def prepare_run(
     classes = config.model.num_classes or index.num_classes
     check_classes(config.model, index.num_classes)
     check_labels(index, classes)
+    world.on_rank_zero(lambda: check_loss(config, classes))
     plan = make_train_plan(index, config.data, config.train, config.augment)
-    few = warn_of_few_images(plan.samples, config.train.global_batch_size)
-    if few:
-        console.warn(few)
+    for warning in data_warnings(
+        plan.samples, config.train.global_batch_size, index.num_classes, index.unscored_classes()
+    ):
+        console.warn(warning)
     steps_per_epoch = plan.samples / config.train.global_batch_size
     schedule = Schedule(config.schedule, peak_lr(config.optim, config.train.global_batch_size), steps_per_epoch)
     last_step = min(schedule.total_steps, config.train.max_steps or schedule.total_steps)
@@ -156,8 +160,8 @@ def print_summary(setup: RunSetup, train_step: TrainStep) -> None:
         setup.console.warn(fallen_back_from)
     say(f"run folder {setup.folder.path}")
     say(
-        f"{config.model.name}: {count_parameters(train_step.model):,} parameters, {config.train.precision}; "
+        f"{config.model.name}: {count(count_parameters(train_step.model), 'parameter')}, {config.train.precision}; "
         f"{world.size} x {world.device.type}, global batch {config.train.global_batch_size}; "
-        f"{setup.plan.samples:,} training images of {setup.index.num_classes} classes by {loader}"
+        f"{count(setup.plan.samples, 'training image')} of {count(setup.index.num_classes, 'class')} by {loader}"
     )
     say("starting at step 0" if setup.start.path is None else f"resuming from {setup.start.path}")

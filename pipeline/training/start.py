@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, semantic_config
+from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.run_paths import META, RunPaths, list_checkpoints
 from pipeline.tracking.ledger import early_stop, read_rows
@@ -89,7 +90,7 @@ def named_checkpoint(option: str) -> Path:
     there = list_checkpoints(path) or list_checkpoints(RunPaths(path).checkpoints)
     if there:
         raise UserError(
-            f"--resume {option} is a folder of {len(there)} checkpoint{'s' * (len(there) > 1)}; give one of them, such "
+            f"--resume {option} is a folder of {count(len(there), 'checkpoint')}; give one of them, such "
             f"as the newest: --resume {there[0][1]}"
         )
     raise UserError(
@@ -129,7 +130,7 @@ def _newest(folder: RunFolder, rows: list[dict], warn: Callable[[str], None]) ->
     if found is None and max(saved, default=0) > 0 and not list_checkpoints(folder.checkpoints):
         done = max(row.get("step", 0) for row in rows)
         raise UserError(
-            f"run folder {folder.path} has no checkpoint, though its metrics.jsonl records {done:,} steps; "
+            f"run folder {folder.path} has no checkpoint, though its metrics.jsonl records {count(done, 'step')}; "
             "put its checkpoints back, or give another --run_dir"
         )
     return found

@@ -4,10 +4,13 @@ What a single option may be is checked by `pipeline.config`. The rules here also
 device, the network or the data set.
 """
 
+from collections.abc import Iterator, Sequence
+
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config import Config, ModelConfig
 from pipeline.config.networks import is_torchvision
+from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.loader.build import check_decode, check_shares
 from pipeline.model.build import build_model
@@ -26,14 +29,15 @@ def validate(config: Config, world_size: int, device_type: str, data_classes: in
         config: the run.
         world_size: number of ranks.
         device_type: "cuda" or "cpu": what the ranks compute with.
-        data_classes: number of classes of the data set; None: not known yet (see `check_classes`).
+        data_classes: number of classes of the data set; None: not known yet (`check_classes` and
+            `check_loss` follow).
     """
     check_shares(config, world_size)
     if config.tracking.tensorboard:
         check_installed()
     check_decode(config.data, device_type)
     check_network(config, world_size, device_type)
-    check_loss(config, config.model.num_classes or data_classes or 1000)
+    check_loss(config, config.model.num_classes or data_classes)
     check_optimizer(config.optim)
     if data_classes is not None:
         check_classes(config.model, data_classes)
@@ -67,15 +71,34 @@ def check_classes(model: ModelConfig, data_classes: int) -> None:
     """Raises UserError if the network has fewer outputs than the data set has classes."""
     if model.num_classes is not None and model.num_classes < data_classes:
         raise UserError(
-            f"--model.num_classes {model.num_classes}: the data set has {data_classes} classes; give at least that"
+            f"--model.num_classes {model.num_classes}: the data set has {count(data_classes, 'class')}; "
+            "give at least that"
         )
 
 
-def warn_of_few_images(images: int, global_batch_size: int) -> str | None:
-    """A line for a data set that is smaller than a batch; None for a larger one."""
-    if images >= global_batch_size:
-        return None
-    return (
-        f"the data set has {images:,} training images, fewer than --train.global_batch_size {global_batch_size:,}: "
-        "each step sees every image, some of them again, and an epoch is less than a step; give a smaller batch"
-    )
+def data_warnings(images: int, global_batch_size: int, data_classes: int, unscored: Sequence[str]) -> Iterator[str]:
+    """A line for each thing in which a data set that can be trained on is probably not what is meant.
+
+    Args:
+        images: for training.
+        global_batch_size: of the run.
+        data_classes: number of classes of the data set.
+        unscored: names of those without a validation image.
+    """
+    if images < global_batch_size:
+        yield (
+            f"the data set has {count(images, 'training image')}, fewer than --train.global_batch_size "
+            f"{global_batch_size:,}: each step sees every image, some of them again, and an epoch is less than a step; "
+            "give a smaller batch"
+        )
+    if data_classes == 1:
+        yield (
+            "the data set has one class: all images have the same label, so nothing is learned and top-1 is 100 %; "
+            "give a --data.root with a folder for each class"
+        )
+    if unscored:
+        more = f" and {len(unscored) - 3:,} more" if len(unscored) > 3 else ""
+        yield (
+            f"{len(unscored):,} of {count(data_classes, 'class')} without a validation image "
+            f"({', '.join(unscored[:3])}{more}): the scores say nothing about them; put some into the validation folder"
+        )

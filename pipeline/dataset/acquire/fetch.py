@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.command import run_command
+from pipeline.counts import count
 from pipeline.dataset.acquire import kaggle
 from pipeline.dataset.acquire.access.backoff import Patience
 from pipeline.dataset.acquire.access.remote import ArchiveChangedError, LocalFile, RemoteFile
@@ -215,8 +216,8 @@ def _finish(root: Path, index: bool) -> None:
         bad = [entry["file"] for entries in read_unreadable(made.folder).values() for entry in entries]
         if bad:
             raise UserError(
-                f"{root} is complete, but {len(bad)} images do not decode; they are as in the archive "
-                f"({', '.join(bad[:3])}): the index leaves them out; run pipeline verify {root}"
+                f"{root} is complete, but {count(len(bad), 'image')} can't be decoded, as in the archive "
+                f"({', '.join(bad[:3])}); left out of the index; run pipeline verify {root}"
             )
     else:
         made = None
@@ -245,7 +246,7 @@ def _describe(root: Path, verified: bool) -> str:
     manifest = _read_own_manifest(root)
     counts = " and ".join(f"{manifest.images[split]:,} {split}" for split in SPLITS if split in manifest.images)
     classes = {len(chosen) for chosen in manifest.whole.values() if chosen != ALL}
-    part = f" of {max(classes)} classes" if classes else ""
+    part = f" of {count(max(classes), 'class')}" if classes else ""
     return f"{root}: complete{' and verified' if verified else ''}: {counts} images{part}"
 
 

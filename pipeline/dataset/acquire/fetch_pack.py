@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from pipeline.counts import count
 from pipeline.dataset import imagenet
 from pipeline.dataset.acquire.catalog import Catalog, iter_names
 from pipeline.dataset.acquire.finish_shard import FinishTask, finish_shard
@@ -224,13 +225,13 @@ class Packing:
         )
         (self.dest / SHARD_STATE).mkdir(exist_ok=True)
         with Progress("Checking shards", sum(len(shard.numbers) for shard in todo), "images") as progress:
-            for count, damaged in map_in_order(finish_shard, tasks):
+            for checked, damaged in map_in_order(finish_shard, tasks):
                 bad += damaged
-                progress.advance(count)
+                progress.advance(checked)
         if bad:
             raise UserError(
-                f"{self.dest} is complete, but {len(bad)} images do not decode, though they are as the archive has "
-                f"them ({', '.join(bad[:3])}); fetch without --pack, then: pipeline pack --unreadable skip"
+                f"{self.dest} is complete, but {count(len(bad), 'image')} can't be decoded, as in the archive "
+                f"({', '.join(bad[:3])}); fetch without --pack, then: pipeline pack --unreadable skip"
             )
         for path in self.dest.glob(".*.tmp"):  # of a kill before a fetched shard was removed
             path.unlink()

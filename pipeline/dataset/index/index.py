@@ -120,6 +120,13 @@ class Index:
     def num_classes(self) -> int:
         return len(self.synsets)
 
+    def unscored_classes(self) -> list[str]:
+        """Classes without a validation image, in label order; none where there is no validation split."""
+        if "val" not in self.splits:
+            return []
+        scored = set(np.unique(self.splits["val"].records["label"]).tolist())
+        return [name for label, name in enumerate(self.synsets) if label not in scored]
+
 
 def safe_join(root: Path, name: str) -> Path:
     """`root / name`, or ValueError if `name` is absolute or climbs out of `root`."""

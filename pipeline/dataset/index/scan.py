@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.command import run_command
+from pipeline.counts import count
 from pipeline.dataset.disk import explain
 from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_current, open_index
 from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, describe, kind_of
@@ -226,7 +227,7 @@ def index(root: str, out: str | None = None, processes: int | None = None) -> in
     """
     made = build_index(Path(root), Path(out) if out else None, processes, recheck=True)
     counts = ", ".join(f"{len(split):,} {name}" for name, split in made.splits.items())
-    print(f"{made.folder}: {counts} images of {made.num_classes} classes, fingerprint {made.fingerprint}")
+    print(f"{made.folder}: {counts} images of {count(made.num_classes, 'class')}, fingerprint {made.fingerprint}")
     for line in left_out_lines(made):
         print(line)
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.command import run_command
+from pipeline.counts import count
 from pipeline.dataset import imagenet
 from pipeline.dataset.disk import explain, explain_read
 from pipeline.dataset.index.index import MAIN_FILE, PACKED, Index, index_folder, open_index
@@ -152,8 +153,8 @@ def pack_index(
     bad = [entry["file"] for entries in unreadable.values() for entry in entries]
     if bad and options.unreadable == "refuse":
         raise UserError(
-            f"{len(bad)} images of {root} can't be read, such as {bad[0]} (see {index.folder / UNREADABLE}); fetch "
-            "them again, or give --unreadable skip (leave them out) or reencode (save what can be seen)"
+            f"{count(len(bad), 'image')} of {root} can't be read, such as {bad[0]} (see {index.folder / UNREADABLE}); "
+            "fetch them again, or give --unreadable skip (leave them out) or reencode (save what can be seen)"
         )
     plan = make_plan(index, options, unreadable, read)
     complete = prepare(dest, index, options, plan)
@@ -228,9 +229,7 @@ def pack(
         last = len(of_split.shards) - 1
         size = sum((made.root / shard).stat().st_size for shard in of_split.shards)
         span = f"{split}-{{000000..{last:06d}}}.tar" if last else shard_name(split, 0)
-        print(
-            f"{dest}/{span}: {len(of_split):,} images in {last + 1:,} shard{'s' if last else ''}, {size / 1e6:,.1f} MB"
-        )
+        print(f"{dest}/{span}: {count(len(of_split), 'image')} in {count(last + 1, 'shard')}, {size / 1e6:,.1f} MB")
     print(f"{made.folder}: fingerprint {made.fingerprint}")
     notes = [note for of_split in read_unreadable(made.root).values() for note in of_split]
     for note in notes[:20]:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from pipeline.counts import count
 from pipeline.dataset.index.index import Index, Split
 from pipeline.dataset.shards.jpeg import find_intervals, read_frame
 
@@ -112,7 +113,7 @@ class Cut(NamedTuple):
     def assemble(self, data: bytes | memoryview) -> bytearray:
         """The part as a JPEG of its own, from the bytes read. Raises TableError where they have changed."""
         if len(data) != self.size:
-            raise TableError(f"has {len(data):,} bytes of {self.size:,} in its shard")
+            raise TableError(f"has {count(len(data), 'byte')} of {self.size:,} in its shard")
         ends, (first, last), view = self.ends, (self.columns.start, self.columns.stop), memoryview(data)
         row_stops = ends[:, -1].tolist()
         row_starts = [0, *row_stops[:-1]]

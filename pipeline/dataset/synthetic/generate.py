@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.command import run_command
+from pipeline.counts import count
 from pipeline.dataset import imagenet
 from pipeline.dataset.synthetic.images import TYPICAL_WIDTH, Box, class_style
 from pipeline.dataset.synthetic.plan import (
@@ -194,14 +195,16 @@ def synth(
     root = Path(dest)
     settings = Settings(classes, train_per_class, val_per_class, seed, size, mean_bytes, oddities, damaged)
     made = generate_tree(root, settings, processes, quiet=False)
-    counts = f"{classes * train_per_class:,} train and {classes * val_per_class:,} val images of {classes} classes"
+    counts = (
+        f"{classes * train_per_class:,} train and {classes * val_per_class:,} val images of {count(classes, 'class')}"
+    )
     print(f"{root}: {counts}{'' if made else ', generated earlier'}")
     if kaggle_zip:
         from pipeline.dataset.synthetic.archive import write_kaggle_zip
 
         path = Path(kaggle_zip)
         members = write_kaggle_zip(root, path, test_images=test_images, nested=nested, quiet=False)
-        print(f"{path}: {members:,} members, {path.stat().st_size / 1e6:,.1f} MB")
+        print(f"{path}: {count(members, 'member')}, {path.stat().st_size / 1e6:,.1f} MB")
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import xxhash
 
+from pipeline.counts import count
 from pipeline.dataset.index.decode import decode_fully
 from pipeline.dataset.index.index import Split
 from pipeline.dataset.shards.restart import make_entry, table_name
@@ -85,7 +86,7 @@ def read_item(item: Item) -> bytes | Finding:
 def check_item(item: Item, data: bytes, decode: bool) -> Finding:
     """Judge a sample's bytes; decode them if `decode` or if the sample was never indexed."""
     if item.digest is not None and len(data) != item.size:
-        return Finding(f"has {len(data):,} bytes instead of {item.size:,}" if data else "is empty")
+        return Finding(f"has {count(len(data), 'byte')} instead of {item.size:,}" if data else "is empty")
     if item.digest is not None and xxhash.xxh3_64_intdigest(data) != item.digest:
         return Finding("bytes differ from those indexed")
     if item.table and not _is_entry_sound(item, data):

@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 
 from pipeline.command import run_command
+from pipeline.counts import count
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_sound, open_index
 from pipeline.dataset.index.scan import build_index
@@ -202,7 +203,7 @@ def verify(
     show(report)
     if repair and (report.broken() or report.mislabeled):
         number = len(report.broken()) + len(report.mislabeled)
-        print(f"repairing {number:,} images")
+        print(f"repairing {count(number, 'image')}")
         report = repair_root(report, decode, processes, quiet=False)
         show(report)
     if json is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.command import parse_numbers, split_options
 from pipeline.config import Config, parse_config
+from pipeline.counts import count
 from pipeline.dataset.imagenet import CLASSES, TRAIN_IMAGES
 from pipeline.dataset.index.index import locate_index, open_index
 from pipeline.errors import EXIT_OK, UserError
@@ -186,7 +187,7 @@ def scale(config: Config, options: Options, facts: dict, roofline_s: float | Non
         raise UserError("--node_gpus, --inside_gb_s and --outside_gb_s must be above 0, --latency_us 0 or more")
     if "images_per_s" in facts:
         alone_s = config.train.global_batch_size / facts["images_per_s"]
-        origin = f"{facts['images_per_s_from']}, {facts['world_size']} processes"
+        origin = f"{facts['images_per_s_from']}, {count(facts['world_size'], 'process')}"
     elif roofline_s is not None:
         alone_s, origin = roofline_s, f"the roofline of {options.card}, which no kernel reaches"
     else:
@@ -219,7 +220,8 @@ def render(facts: dict) -> str:
     layout = ", channels_last" if facts["channels_last"] else ""
     frozen = facts["parameters"] - facts["trained_parameters"]
     lines = [
-        f"{facts['model']} for {facts['classes']:,} classes, {facts['image_size']} px, {facts['precision']}{layout}",
+        f"{facts['model']} for {count(facts['classes'], 'class')}, {facts['image_size']} px, "
+        f"{facts['precision']}{layout}",
         "",
         f"  parameters    {facts['parameters']:,}" + (f", {frozen:,} of them frozen" if frozen else ""),
         f"  FLOPs         {_flops(facts['forward_flops'])} an image forward, {_flops(facts['training_flops'])} in "
@@ -248,11 +250,11 @@ def render(facts: dict) -> str:
         name = facts["card"] or "the card"
         lines += [
             "",
-            f"  at most {facts['largest_batch']:,} images at once on {name} ({facts['card_mib']:,.0f} MiB), with all "
-            f"of the above and {RESERVE:.0%} left free; {facts['largest_batch_of_step']:,} fit the step alone",
+            f"  at most {count(facts['largest_batch'], 'image')} at once on {name} ({facts['card_mib']:,.0f} MiB), "
+            f"with all of the above and {RESERVE:.0%} left free; {facts['largest_batch_of_step']:,} fit the step alone",
         ]
     lines += [""] if "epoch_s" in facts or "roofline_epoch_s" in facts else []
-    many = f"{facts['training_images']:,} images"
+    many = count(facts["training_images"], "image")
     if "epoch_s" in facts:
         speed = f"{facts['images_per_s']:,.0f} images/s ({facts['images_per_s_from']})"
         lines.append(f"An epoch of {many} takes {duration(facts['epoch_s'])} at {speed}")
@@ -260,7 +262,7 @@ def render(facts: dict) -> str:
         cards = f"{facts['world_size']} x {facts['card']}"
         lines.append(
             f"An epoch of {many} takes at least {duration(facts['roofline_epoch_s'])} on {cards}, "
-            f"{facts['images_at_once']} images at once (roofline: a bound, not a forecast)"
+            f"{count(facts['images_at_once'], 'image')} at once (roofline: a bound, not a forecast)"
         )
     if "scaling" in facts:
         from pipeline.insight.estimate.scaling import scaling_lines

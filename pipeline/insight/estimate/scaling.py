@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.command import parse_numbers
+from pipeline.counts import count
 from pipeline.errors import UserError
 
 BACKWARD = 2 / 3  # of a step's time: twice the forward's arithmetic
@@ -165,9 +166,9 @@ def scaling_lines(facts: dict) -> list[str]:
     links = facts["links"]
     first = facts["rows"][0]
     lines = [
-        f"Predicted, not measured: scaling with {first['global_batch_size'] // first['gpus']} images a GPU, "
+        f"Predicted, not measured: scaling with {count(first['global_batch_size'] // first['gpus'], 'image')} a GPU, "
         f"from a step of {1e3 * facts['alone_s']:.1f} ms on one ({facts['alone_from']})",
-        f"  {facts['gradient_bytes'] / 1e6:,.1f} MB of gradient; {links['gpus_per_node']} GPUs a node, "
+        f"  {facts['gradient_bytes'] / 1e6:,.1f} MB of gradient; {count(links['gpus_per_node'], 'GPU')} a node, "
         f"{links['inside_gb_s']:g} GB/s inside, {links['outside_gb_s']:g} GB/s from node to node, "
         f"{links['latency_us']:g} us a hop",
         f"  {'GPUs':>5} {'global batch':>13} {'images/s':>12} {'efficiency':>11} {'exchange':>10} {'exposed':>9} "

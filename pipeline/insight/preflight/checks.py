@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.config import Config, semantic_config
 from pipeline.config.time import steps_of
+from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.insight.preflight.check_result import FAIL, PASS, WARN, CheckResult
 from pipeline.insight.preflight.node_facts import nearest_existing
@@ -87,7 +88,9 @@ def check_nodes(nodes: list[dict], expected: int) -> CheckResult:
             there = ", ".join(f"{name} {node['versions'][name]}" for name in differing)
             problems.append(f"{node['node']} has {there}, unlike {first['node']}")
         if len(node["gpus"]) != len(first["gpus"]):
-            problems.append(f"{node['node']} has {len(node['gpus'])} GPUs, {first['node']} has {len(first['gpus'])}")
+            problems.append(
+                f"{node['node']} has {count(len(node['gpus']), 'GPU')}, {first['node']} has {len(first['gpus'])}"
+            )
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         return CheckResult(FAIL, "nodes", "; ".join(problems[:3]) + more)
@@ -110,15 +113,16 @@ def check_data(facts: dict, config: Config) -> CheckResult:
             "data",
             f"no index, so the run would first scan all images; build it first: pipeline index {config.data.root}",
         )
-    from pipeline.training.validate import warn_of_few_images
+    from pipeline.training.validate import data_warnings
 
-    counts = " + ".join(f"{count:,} {name}" for name, count in facts["images"].items())
-    text = f"{counts} images, {facts['classes']} classes, {facts['shards'] or 'no'} shards, {facts['fingerprint'][:12]}"
+    counts = " + ".join(f"{number:,} {name}" for name, number in facts["images"].items())
+    shards = count(facts["shards"], "shard") if facts["shards"] else "no shards"
+    text = f"{counts} images, {count(facts['classes'], 'class')}, {shards}, {facts['fingerprint'][:12]}"
     if facts.get("left_out"):
         return CheckResult(WARN, "data", f"{text}; left out of {facts['left_out']}")
-    few = warn_of_few_images(facts["images"].get("train", 0), config.train.global_batch_size)
-    if few:
-        return CheckResult(WARN, "data", f"{text}: {few}")
+    images, batch = facts["images"].get("train", 0), config.train.global_batch_size
+    for warning in data_warnings(images, batch, facts["classes"], facts["unscored"]):
+        return CheckResult(WARN, "data", f"{text}: {warning}")
     return CheckResult(PASS, "data", text)
 
 
@@ -172,9 +176,9 @@ def _check_space(run_dir: Path, config: Config, data: dict, checkpoint: tuple[in
             size = estimate_checkpoint(config, data.get("classes") or 1000)
         except UserError as error:
             return CheckResult(FAIL, "disk space", f"unknown: {error}")
-    count = config.checkpoint.keep + 2  # the best one, and one that is being written
-    needed, free = count * size, shutil.disk_usage(nearest_existing(run_dir)).free
-    text = f"{count} checkpoints of {size / 1e6:,.0f} MB need {needed / 1e9:.1f} GB, {free / 1e9:,.1f} GB are free"
+    copies = config.checkpoint.keep + 2  # the best one, and one that is being written
+    needed, free = copies * size, shutil.disk_usage(nearest_existing(run_dir)).free
+    text = f"{copies} checkpoints of {size / 1e6:,.0f} MB need {needed / 1e9:.1f} GB, {free / 1e9:,.1f} GB are free"
     if free < needed:
         return CheckResult(FAIL, "disk space", f"{text}; free some, lower --checkpoint.keep, or give another --run_dir")
     return CheckResult(PASS, "disk space", text)
@@ -223,7 +227,9 @@ def check_memory(config: Config, world_size: int, classes: int | None, card_mib:
         return CheckResult(FAIL, "memory", str(error))
     run = run_memory(step, config, world_size)
     total = run.card_mib(images)
-    text = f"about {step.total_mib / 1024:.1f} GiB a GPU for a step of {images} images at once (estimated), and "
+    text = (
+        f"about {step.total_mib / 1024:.1f} GiB a GPU for a step of {count(images, 'image')} at once (estimated), and "
+    )
     text += f"{(total - step.total_mib) / 1024:.1f} beside it (most of it assumed, not measured)"
     if card_mib is None:
         return CheckResult(PASS, "memory", f"{text}; give --gpu_memory to compare")
@@ -278,9 +284,9 @@ def check_time(
         step_s, source = config.train.global_batch_size / images_per_s, " (from --bench)"
     else:
         unknown = "the time of a step is known once some are done, or from --bench"
-        return CheckResult(PASS, "time", f"{left:,} steps; {unknown}; {limit}")
+        return CheckResult(PASS, "time", f"{count(left, 'step')}; {unknown}; {limit}")
     step_s *= measured_on / world_size  # a larger world shares the same batch
-    text = f"{left:,} steps of {step_s:.3g} s{source}: {duration(left * step_s)}"
+    text = f"{count(left, 'step')} of {step_s:.3g} s{source}: {duration(left * step_s)}"
     if measured_on != world_size:
         text += f" (at the speed of {measured_on} process{'es' if measured_on > 1 else ''})"
     if limit_s is None or left * step_s < limit_s:

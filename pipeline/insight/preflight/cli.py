@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.command import importing, parse_numbers, split_options
 from pipeline.config import Config, parse_config
+from pipeline.counts import count
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.insight.preflight import between_nodes, checks, hardware
 from pipeline.insight.preflight.check_result import FAIL, PASS, CheckResult
@@ -97,7 +98,7 @@ def read_bench(path: Path) -> tuple[float, int]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--bench {path}: not a JSON object with images_per_s and world_size") from error
     if not (math.isfinite(rate) and rate > 0 and world > 0):
-        raise UserError(f"--bench {path}: {rate} images/s by {world} processes; both must be above 0")
+        raise UserError(f"--bench {path}: {rate} images/s by {count(world, 'process')}; both must be above 0")
     return rate, world
 
 

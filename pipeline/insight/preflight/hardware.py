@@ -1,6 +1,7 @@
 """The checks of `preflight` of what the nodes are made of: GPUs and their driver, limits."""
 
 from pipeline.config import Config
+from pipeline.counts import count
 from pipeline.insight.preflight.check_result import FAIL, PASS, WARN, CheckResult
 from pipeline.limits import files_needed
 
@@ -9,34 +10,34 @@ def check_gpus(nodes: list[dict], config: Config) -> CheckResult:
     """Are there as many GPUs as Slurm granted, with a driver that fits? Or is the run meant for a CPU? nodes: at least
     one."""
     node = nodes[0]
-    count = len(node["gpus"])
+    gpus = len(node["gpus"])
     names = ", ".join(sorted({gpu["name"] for gpu in node["gpus"]}))
-    seen = f"{count} x {names}" if count else "none seen by nvidia-smi"
+    seen = f"{gpus} x {names}" if gpus else "none seen by nvidia-smi"
     if config.train.device == "cpu":
-        return CheckResult(PASS, "GPUs", f"{seen}; not used: --train.device cpu, {node['cpus']} cores")
+        return CheckResult(PASS, "GPUs", f"{seen}; not used: --train.device cpu, {count(node['cpus'], 'core')}")
     for other in nodes:
         problem = gpu_problem(other)
         if problem:
             return CheckResult(FAIL, "GPUs", f"{other['node']}: {problem}")
-    if not count and config.train.device == "cuda":
+    if not gpus and config.train.device == "cuda":
         return CheckResult(WARN, "GPUs", f"{seen} here; the nodes of the job must have some")
-    if not count:
-        return CheckResult(WARN, "GPUs", f"{seen}: would train on {node['cpus']} cores of the CPU")
+    if not gpus:
+        return CheckResult(WARN, "GPUs", f"{seen}: would train on {count(node['cpus'], 'core')} of the CPU")
     if any(gpu["mig"] for gpu in node["gpus"]):
         text = "split by MIG: a process uses one instance, and NCCL joins none; start one process"
-        return CheckResult(WARN if count == 1 else FAIL, "GPUs", f"{seen}, {text}")
+        return CheckResult(WARN if gpus == 1 else FAIL, "GPUs", f"{seen}, {text}")
     return CheckResult(PASS, "GPUs", seen)
 
 
 def gpu_problem(node: dict) -> str | None:
     """Why the GPUs of a node can't be used, and the remedy; None: they can be, or there are none."""
-    count, granted = len(node["gpus"]), node["granted_gpus"]
-    if node["driver_problem"] and (count or granted):
+    gpus, granted = len(node["gpus"]), node["granted_gpus"]
+    if node["driver_problem"] and (gpus or granted):
         return f"{node['driver_problem']}; have the driver updated, or install a torch that is built for an older CUDA"
-    though = f"Slurm granted {granted}" if count < granted else node.get("sign_of_gpus")
+    though = f"Slurm granted {granted}" if gpus < granted else node.get("sign_of_gpus")
     if though:
         fails = f", which fails ({node['smi_problem']})" if node.get("smi_problem") else ""
-        seen = f"{count or 'no'} GPU{'' if count == 1 else 's'} seen by nvidia-smi{fails}, though {though}"
+        seen = f"{count(gpus, 'GPU') if gpus else 'no GPUs'} seen by nvidia-smi{fails}, though {though}"
         return f"{seen}; ask your cluster's support, or give --train.device cpu"
     return None
 

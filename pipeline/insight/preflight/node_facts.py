@@ -144,6 +144,7 @@ def _probe_data(data: DataConfig) -> dict:
         index = open_index(folder)
         facts |= {"fingerprint": index.fingerprint, "classes": index.num_classes}
         facts["left_out"] = describe(index.left_out)
+        facts["unscored"] = index.unscored_classes()
         facts["images"] = {name: len(split) for name, split in index.splits.items()}
         start = time.perf_counter()
         for split in index.splits.values():

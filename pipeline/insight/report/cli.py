@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from pipeline.command import run_command
+from pipeline.counts import count
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.recipes import as_text
 from pipeline.insight.report import page
@@ -134,7 +135,7 @@ def history(record: "Record") -> str:
         where = f"{event.get('world_size', '')} {event.get('hardware', '')}".strip()
         rows.append([stamp, event.get("event", ""), event.get("step", ""), event.get("host", ""), where, rest])
     starts = sum(is_start(event) for event in record.events)
-    text = f"Started {starts} time{'s' if starts != 1 else ''}." if starts else "Not started yet."
+    text = f"Started {count(starts, 'time')}." if starts else "Not started yet."
     if sizes := world_sizes_in_words(world_sizes(filter(is_start, record.events))):
         text += f" Processes: {sizes}."
     return f"<p>{text}</p>" + page.table(["UTC", "what", "step", "host", "processes", "more"], rows, {2})

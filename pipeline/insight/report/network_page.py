@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.insight.report import page
 from pipeline.insight.report.colormap import inferno
@@ -29,7 +30,8 @@ def parameters(model: "nn.Module") -> str:
     rows = [[name, " x ".join(map(str, p.shape)), f"{p.numel():,}"] for name, p in model.named_parameters()]
     total = sum(p.numel() for p in model.parameters())
     return page.fold(
-        f"{total:,} parameters in {len(rows)} tensors", page.table(["layer", "shape", "parameters"], rows, {2})
+        f"{count(total, 'parameter')} in {count(len(rows), 'tensor')}",
+        page.table(["layer", "shape", "parameters"], rows, {2}),
     )
 
 

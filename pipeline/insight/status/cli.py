@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.command import run_command
+from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.insight.runs import expand
 from pipeline.insight.status.run_state import RunState, read_state
@@ -68,7 +69,7 @@ def render(state: RunState, slurm: dict[str, str] | None) -> str:
     where = (
         f"{number(state.world_size, 'd')} process{'es' if state.world_size != 1 else ''}, first on {state.host or '?'}"
     )
-    rows.append(("place", f"{where}; started {state.restarts + 1} times" if state.restarts else where))
+    rows.append(("place", f"{where}; started {count(state.restarts + 1, 'time')}" if state.restarts else where))
     if sizes := world_sizes_in_words(state.world_sizes):
         rows.append(("processes", sizes))
     if state.slurm_job_id is not None:

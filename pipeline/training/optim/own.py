@@ -41,12 +41,18 @@ def load_loss(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     return found
 
 
-def check_loss(config: Config, classes: int) -> None:
-    """Raises UserError unless an own loss gives the mean over the batch, as a number that has a gradient."""
+def check_loss(config: Config, classes: int | None) -> None:
+    """Raises UserError unless an own loss gives the mean over the batch, as a number that has a gradient.
+
+    classes: outputs of the network, which a loss may be made for (a weight for each class); None: not known yet, so
+    that the loss is only found and made.
+    """
     name = config.optim.loss
     if not is_own(name):
         return
     loss = load_loss(name)
+    if classes is None:
+        return
     with torch.random.fork_rng(devices=[]):
         logits = torch.randn(_IMAGES, classes, generator=torch.Generator().manual_seed(0)).requires_grad_()
         targets = torch.arange(_IMAGES) % classes

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Config
+from pipeline.counts import count
 from pipeline.errors import GpuFault, TransientError, UserError
 from pipeline.files import FREE, why_full
 from pipeline.gpu_facts import query_gpus, visible_gpus
@@ -274,7 +275,8 @@ def largest_fitting_batch(config: Config, room_mib: float) -> str:
         return f"{remedy} (see: pipeline {' '.join(ask[:-2])})"
     if largest < 1:
         return "; by `pipeline estimate` not even one image fits: take a smaller model or image"
-    return f"; by `pipeline estimate` {largest} images at once fit: give --train.micro_batch_size {largest} or less"
+    most = f"at most {count(largest, 'image')} at once"
+    return f"; by `pipeline estimate` {most}: give --train.micro_batch_size {largest} or less"
 
 
 def _shm_free() -> int:

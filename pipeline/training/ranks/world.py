@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import TrainConfig
+from pipeline.counts import count
 from pipeline.errors import TransientError, UserError, permission_problem
 from pipeline.gpu_facts import granted_gpus, sign_of_gpus, why_no_cuda
 from pipeline.limits import MOST_FILES, available_cores, open_files_limit, share_of_cores
@@ -46,7 +47,7 @@ class World(RankInfo):
         """What this rank computes with, in words."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"CPU, {available_cores()} cores"
+        return f"CPU, {count(available_cores(), 'core')}"
 
     def any(self, flag: bool) -> bool:
         """Is the flag up on any rank? Collective, on the host."""

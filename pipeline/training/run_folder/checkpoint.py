@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
+from pipeline.counts import count
 from pipeline.errors import TransientError
 from pipeline.run_paths import META, checkpoint_name, list_checkpoints
 from pipeline.training.run_folder.snapshot import Snapshot
@@ -150,7 +151,9 @@ def verify_checkpoint(path: Path) -> dict:
         try:
             size = (path / name).stat().st_size
             if size != expected["size"]:
-                raise DamagedCheckpoint(f"checkpoint {path}: {name} has {size} bytes instead of {expected['size']}")
+                raise DamagedCheckpoint(
+                    f"checkpoint {path}: {name} has {count(size, 'byte')} instead of {expected['size']}"
+                )
             if _digest_file(path / name) != expected["xxh3_128"]:
                 raise DamagedCheckpoint(f"checkpoint {path}: {name} has other bytes than were written")
         except OSError as error:

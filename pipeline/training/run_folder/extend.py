@@ -16,6 +16,7 @@ from typing import Literal
 
 from pipeline.config import Config, ScheduleConfig, load_config, semantic_config
 from pipeline.config.time import Time, epochs_of, is_time, plain_time, steps_of
+from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.run_paths import RunPaths, list_checkpoints, not_a_run_message
 from pipeline.tracking.ledger import Ledger, read_rows, read_rows_backwards
@@ -87,8 +88,8 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
     source, step, per_epoch, last_rate = _end_of(paths, old)
     if round(steps_of(epochs, per_epoch)) <= step:
         raise UserError(
-            f"--epochs {epochs}: {paths.path} has trained {step:,} steps already ({step / per_epoch:.4g} epochs); "
-            "it is the length of both runs together, so give more"
+            f"--epochs {epochs}: {paths.path} has trained {count(step, 'step')} already ({step / per_epoch:.4g} "
+            "epochs); it is the length of both runs together, so give more"
         )
     changed = _changed(old, new)
     kept = [name for name in changed if not name.startswith(_FREE)]
@@ -168,8 +169,8 @@ def _end_of(paths: RunPaths, config: Config) -> tuple[Path, int, float, float]:
     if last is None or finished != done or not saved or saved[0][0] != done:
         newest = saved[0][1].name if saved else "none"
         raise UserError(
-            f"{paths.path} is not finished, or its last checkpoint is gone ({done:,} steps done, newest checkpoint "
-            f"{newest}): run its own command to the end first, or start from its weights alone: "
+            f"{paths.path} is not finished, or its last checkpoint is gone ({count(done, 'step')} done, "
+            f"newest checkpoint {newest}): run its own command to the end first, or start from its weights alone: "
             f"pipeline train --model.weights {paths.path}"
         )
     step, path = saved[0]

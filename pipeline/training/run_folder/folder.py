@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, ResolvedDataConfig, load_config, semantic_config, to_yaml
+from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.files import atomic_write, read_note
 from pipeline.redact import redact
@@ -40,7 +41,7 @@ class RunFolder(RunPaths):
         begun = self.ledger.exists() or list_checkpoints(self.checkpoints)
         if begun and self.config.exists():
             there = semantic_config(load_config(self.config))
-            compare_semantic_config(there, semantic_config(config), f"run folder {self.path}", config.given)
+            compare_semantic_config(there, semantic_config(config), "run folder", self.path, config.given)
 
     def save_config(self, config: Config) -> None:
         """Write `config.yaml` atomically. What a recipe says of itself may name its source: without credentials.
@@ -168,4 +169,4 @@ def mark_finished(
     average = f", with averaged weights {scores['val_ema_top1']:.2f} %" if "val_ema_top1" in scores else ""
     score = f"top-1 {scores['val_top1']:.2f} %{average}{left_out_note(scores)}"
     early = f"{reason}; " if reason else ""
-    say(f"{verb}: {early}{scores['step']} steps, {score}; {folder.path}")
+    say(f"{verb}: {early}{count(scores['step'], 'step')}, {score}; {folder.path}")

@@ -24,37 +24,38 @@ def check_fingerprints(
     path: Path, meta: dict, identity: dict, index_fingerprint: str, given: Collection[str] = ()
 ) -> None:
     """Raises UserError that names each value in which a checkpoint's recipe or data set differs from the wanted one."""
-    compare_semantic_config(meta.get("semantic_config", {}), identity, f"checkpoint {path}", given)
+    compare_semantic_config(meta.get("semantic_config", {}), identity, "checkpoint", path, given)
     if meta.get("index_fingerprint") != index_fingerprint:
         raise UserError(
-            f"checkpoint {path} was trained on another data set: index fingerprint {meta.get('index_fingerprint')}, "
-            f"here {index_fingerprint}; give the same --data.root, or another --run_dir"
+            f"checkpoint {path} was trained on another data set: its index had the fingerprint "
+            f"{meta.get('index_fingerprint')}, and that of --data.root has {index_fingerprint}; give the same "
+            "--data.root, or another --run_dir"
         )
 
 
-def compare_semantic_config(there: dict, here: dict, whose: str, given: Collection[str] = ()) -> None:
-    """Raises UserError that lists the settings of `whose` that differ from the ones asked for. A setting that was not
-    known when `whose` was written counts as its default.
+def compare_semantic_config(saved: dict, asked: dict, what: str, path: Path, given: Collection[str] = ()) -> None:
+    """Raises UserError that lists the saved settings that differ from the ones asked for. A setting that was not known
+    when they were saved counts as its default.
 
     Args:
-        there, here: settings by dotted name, as `semantic_config` gives them.
-        whose: what `there` belongs to, in words.
+        saved, asked: settings by dotted name, as `semantic_config` gives them.
+        what: "checkpoint" or "run folder": what holds `saved`. path: where it is.
         given: options that the command line gave.
     """
-    defaults = {name: value for name, value in semantic_config(RawConfig().resolve()).items() if name in here}
-    there = defaults | rename_flat(there)
-    differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    defaults = {name: value for name, value in semantic_config(RawConfig().resolve()).items() if name in asked}
+    saved = defaults | rename_flat(saved)
+    differing = [name for name in sorted(saved.keys() | asked.keys()) if saved.get(name) != asked.get(name)]
     if not differing:
         return
     says = [
-        f"{'--' * (name in given)}{name} is {there.get(name)} there and {here.get(name)} here"
+        f"{'--' * (name in given)}{name} is {saved.get(name)} in the {what}, and {asked.get(name)} is asked for"
         for name in _told(differing, given)
     ]
     remedy = "give the same, or another --run_dir (options that docs/resume.md lists may change)"
     if "schedule.epochs" in differing:
-        longer = _is_longer(there.get("schedule.epochs"), here.get("schedule.epochs"))
+        longer = _is_longer(saved.get("schedule.epochs"), asked.get("schedule.epochs"))
         on = (
-            f"to train on for longer: pipeline continue RUN_FOLDER --epochs {here.get('schedule.epochs')}; "
+            f"to train on for longer: pipeline continue RUN_FOLDER --epochs {asked.get('schedule.epochs')}; "
             if longer
             else ""
         )
@@ -62,7 +63,7 @@ def compare_semantic_config(there: dict, here: dict, whose: str, given: Collecti
             f". The learning rates follow from the run's length, so it can't be changed in place; {on}to start from "
             "its weights alone: --model.weights RUN_FOLDER with another --run_dir"
         )
-    raise UserError(f"{whose} was made with other settings: {'; '.join(says)}; {remedy}")
+    raise UserError(f"{what} {path} was made with other settings: {'; '.join(says)}; {remedy}")
 
 
 def _told(differing: list[str], given: Collection[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 
+from pipeline.counts import count
 from pipeline.files import atomic_write
 from pipeline.run_paths import RunPaths, checkpoint_name, list_checkpoints
 from pipeline.tracking.ledger import read_rows
@@ -41,4 +42,7 @@ def set_aside(folder: RunPaths, step: int, rollbacks: Sequence[Rollback], say: C
     if any(map(is_of_another_way, before)):
         kept = [row for row in before if not is_of_another_way(row)]
         atomic_write(folder.ledger, "".join(json.dumps(row) + "\n" for row in kept))
-    say(f"going back to step {step}: {len(later)} later checkpoints and {len(rows)} rows of the ledger are in {aside}")
+    say(
+        f"going back to step {step}: {count(len(later), 'later checkpoint')} and {count(len(rows), 'row')} of the "
+        f"ledger are in {aside}"
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.command import run_command
+from pipeline.counts import count
 from pipeline.dataset.index.index import Index, has_index, index_folder, is_current, open_index
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import EXIT_OK, TransientError, UserError
@@ -56,7 +57,7 @@ def fetch_cifar10(dest: str, from_file: str | None = None) -> int:
 
 def describe(index: Index) -> str:
     counts = " and ".join(f"{len(split):,} {name}" for name, split in index.splits.items())
-    return f"{counts} images of {index.num_classes} classes"
+    return f"{counts} images of {count(index.num_classes, 'class')}"
 
 
 def check_archive(file: Path) -> Path:

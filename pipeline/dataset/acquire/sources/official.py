@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.counts import count
 from pipeline.dataset.acquire.selection import BASE, Selection
 from pipeline.dataset.acquire.tarball import read_member
 from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter
@@ -122,7 +123,7 @@ def pack_official(files: OfficialFiles, root: Path, selection: Selection, option
     bad = [entry["file"] for entries in read_unreadable(folder).values() for entry in entries]
     if bad:
         raise UserError(
-            f"{len(bad)} images of {source} do not decode ({', '.join(bad[:3])}); run: "
+            f"{count(len(bad), 'image')} of {source} can't be decoded ({', '.join(bad[:3])}); run: "
             f"pipeline pack {source} DEST --unreadable skip"
         )
     pack_tree(source, root, options, quiet=False, source_index=folder)
