@@ -30,7 +30,7 @@ from pipeline.training.run_folder.local import LocalSnapshots, local_snapshots, 
 from pipeline.training.run_folder.shared_state import read_on_rank_zero
 from pipeline.training.start import Start, check_begin, find_start
 from pipeline.training.step import TrainStep
-from pipeline.training.validate import check_classes, data_warnings, validate
+from pipeline.training.validate import check_classes, data_warnings, precision_warning, validate
 
 
 def _nothing_to_confirm() -> None:
@@ -120,6 +120,8 @@ def prepare_run(
         plan.samples, config.train.global_batch_size, index.num_classes, index.unscored_classes()
     ):
         console.warn(warning)
+    if slow := precision_warning(config.train.precision, world.device.type):
+        console.warn(slow)
     steps_per_epoch = plan.samples / config.train.global_batch_size
     schedule = Schedule(config.schedule, peak_lr(config.optim, config.train.global_batch_size), steps_per_epoch)
     last_step = min(schedule.total_steps, config.train.max_steps or schedule.total_steps)

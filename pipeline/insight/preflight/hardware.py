@@ -7,14 +7,18 @@ from pipeline.limits import files_needed
 
 
 def check_gpus(nodes: list[dict], config: Config) -> CheckResult:
-    """Are there as many GPUs as Slurm granted, with a driver that fits? Or is the run meant for a CPU? nodes: at least
-    one."""
+    """Are there as many GPUs as Slurm granted, with a driver that fits? Or is the run meant for a CPU, and does it compute
+    fast in the run's precision? nodes: at least one."""
+    from pipeline.training.validate import precision_warning
+
     node = nodes[0]
     gpus = len(node["gpus"])
     names = ", ".join(sorted({gpu["name"] for gpu in node["gpus"]}))
     seen = f"{gpus} x {names}" if gpus else "none seen by nvidia-smi"
+    slow = precision_warning(config.train.precision, "cpu")
     if config.train.device == "cpu":
-        return CheckResult(PASS, "GPUs", f"{seen}; not used: --train.device cpu, {count(node['cpus'], 'core')}")
+        text = f"{seen}; not used: --train.device cpu, {count(node['cpus'], 'core')}"
+        return CheckResult(WARN, "GPUs", f"{text}; {slow}") if slow else CheckResult(PASS, "GPUs", text)
     for other in nodes:
         problem = gpu_problem(other)
         if problem:
@@ -22,7 +26,8 @@ def check_gpus(nodes: list[dict], config: Config) -> CheckResult:
     if not gpus and config.train.device == "cuda":
         return CheckResult(WARN, "GPUs", f"{seen} here; the nodes of the job must have some")
     if not gpus:
-        return CheckResult(WARN, "GPUs", f"{seen}: would train on {count(node['cpus'], 'core')} of the CPU")
+        text = f"{seen}: would train on {count(node['cpus'], 'core')} of the CPU"
+        return CheckResult(WARN, "GPUs", f"{text}; {slow}" if slow else text)
     if any(gpu["mig"] for gpu in node["gpus"]):
         text = "split by MIG: a process uses one instance, and NCCL joins none; start one process"
         return CheckResult(WARN if gpus == 1 else FAIL, "GPUs", f"{seen}, {text}")
