@@ -209,6 +209,12 @@ def test_wandb_online_without_a_key(preflight, monkeypatch, tmp_path):
     assert rows["W&B"][1].startswith("online")
 
 
+def test_a_cpu_that_is_slow_in_bf16(preflight, monkeypatch):
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+    code, rows = preflight("--train.device", "cpu", "--train.precision", "bf16")
+    assert code == 0 and rows["GPUs"][0] == "WARN" and "--train.precision fp32" in rows["GPUs"][1]
+
+
 def test_fewer_gpus_than_granted(preflight, monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "99")
     code, rows = preflight()

@@ -106,8 +106,10 @@ def data_warnings(images: int, global_batch_size: int, data_classes: int, unscor
 
 
 def precision_warning(precision: str, device_type: str) -> str | None:
-    """A line where a precision is much slower than fp32 on this machine: a CPU without instructions for it. ResNet-18 and
-    ResNet-152 took 5 and 20 times as long in bf16 on a CPU that has AVX2 alone."""
+    """A line where a precision is much slower than fp32 on this machine: a CPU without instructions for it.
+
+    Measured in bf16 on a CPU that has AVX2, without AVX-512: ResNet-18 takes 5 times as long, ResNet-152 20 times.
+    """
     if device_type != "cpu" or precision == "fp32":
         return None
     supported = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported}

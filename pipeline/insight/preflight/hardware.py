@@ -7,8 +7,8 @@ from pipeline.limits import files_needed
 
 
 def check_gpus(nodes: list[dict], config: Config) -> CheckResult:
-    """Are there as many GPUs as Slurm granted, with a driver that fits? Or is the run meant for a CPU, and does it compute
-    fast in the run's precision? nodes: at least one."""
+    """Are there as many GPUs as Slurm granted, with a driver that fits? Or is the run meant for a CPU, which is fast in
+    its precision? nodes: at least one."""
     from pipeline.training.validate import precision_warning
 
     node = nodes[0]

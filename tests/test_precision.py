@@ -1,0 +1,25 @@
+"""A precision that a CPU computes slowly is named before hours are lost."""
+
+import pytest
+import torch
+
+from pipeline.training.validate import precision_warning
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "fast", "warned"),
+    [
+        ("bf16", "cpu", False, True),
+        ("fp16", "cpu", False, True),
+        ("bf16", "cpu", True, False),
+        ("fp32", "cpu", False, False),
+        ("bf16", "cuda", False, False),
+    ],
+)
+def test_what_is_slow_on_a_cpu(precision, device, fast, warned, monkeypatch):
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        assert isinstance(getattr(torch.ops.mkldnn, name)(), bool)  # torch has it
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: fast)
+    line = precision_warning(precision, device)
+    assert (line is not None) == warned
+    assert not warned or (precision in line and "--train.precision fp32" in line)
