@@ -1,6 +1,7 @@
 """A precision that a CPU computes slowly is named before hours are lost."""
 
 import pytest
+import runs
 import torch
 
 from pipeline.training.validate import precision_warning
@@ -23,3 +24,10 @@ def test_what_is_slow_on_a_cpu(precision, device, fast, warned, monkeypatch):
     line = precision_warning(precision, device)
     assert (line is not None) == warned
     assert not warned or (precision in line and "--train.precision fp32" in line)
+
+
+def test_a_run_says_so_and_goes_on(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    printed = runs.call(root, tmp_path / "run", "--train.max_steps", "1", "--train.precision", "bf16")
+    assert printed.count("this CPU has no fast instructions for bf16") == 1
+    assert len(runs.rows(tmp_path / "run", "train")) == 1
