@@ -1,5 +1,7 @@
 """A precision that a CPU computes slowly is named before hours are lost."""
 
+import json
+
 import pytest
 import runs
 import torch
@@ -31,3 +33,12 @@ def test_a_run_says_so_and_goes_on(root, tmp_path, monkeypatch):
     printed = runs.call(root, tmp_path / "run", "--train.max_steps", "1", "--train.precision", "bf16")
     assert printed.count("this CPU has no fast instructions for bf16") == 1
     assert len(runs.rows(tmp_path / "run", "train")) == 1
+    scores = {}
+    for precision in ("bf16", "fp32"):
+        file = tmp_path / f"{precision}.json"
+        printed = runs.capture(
+            ["evaluate", str(tmp_path / "run"), "--device", "cpu", "--precision", precision, "--json", str(file)]
+        )
+        assert ("give --precision fp32" in printed) == (precision == "bf16")
+        scores[precision] = json.loads(file.read_text())["val_loss"]
+    assert scores["fp32"] == pytest.approx(scores["bf16"], rel=0.05) and scores["fp32"] != scores["bf16"]

@@ -37,6 +37,7 @@ def _evaluate(argv: list[str], stop: StopRequest) -> int:
         recalibrate: int | None = None,
         per_class: str | None = None,
         batch_size: int | None = None,
+        precision: Literal["bf16", "fp16", "fp32"] | None = None,
         device: Literal["auto", "cuda", "cpu"] = "auto",
         json: str | None = None,
     ) -> int:
@@ -58,6 +59,7 @@ def _evaluate(argv: list[str], stop: StopRequest) -> int:
             recalibrate: training batches to compute BatchNorm's statistics over; default: as in the run.
             per_class: write top-1 and top-5 of each class into this CSV file.
             batch_size: images a rank at once; default: as in the run.
+            precision: of the network's arithmetic; default: as in the run.
             device: where to compute.
             json: also write the scores into this file.
         """

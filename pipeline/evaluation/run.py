@@ -30,6 +30,7 @@ from pipeline.training.ranks.stop_request import StopRequest, interrupted_exit_c
 from pipeline.training.ranks.world import World, start_world
 from pipeline.training.recalibrate import keeping_buffers, recalibrate
 from pipeline.training.run_folder.folder import RunFolder
+from pipeline.training.validate import precision_warning
 
 Device = Literal["auto", "cuda", "cpu"]
 
@@ -50,6 +51,7 @@ class Request:
     recalibrate: int | None = None
     per_class: str | None = None
     batch_size: int | None = None
+    precision: Literal["bf16", "fp16", "fp32"] | None = None
     device: Device = "auto"
     json: str | None = None
 
@@ -82,6 +84,8 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
         raise UserError(not_a_run_message(ask.run, checkpoints=True))
     config = published_config(ask, published) if published else load_config(folder.config, verb="evaluate")
     config = relocated(config, ask.data_root, ask.batch_size, ask.device, ask.index)
+    if ask.precision:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=ask.precision))
     root = Path(config.data.root).expanduser()
     if folder is not None and not root.is_dir():
         if ask.data_root:
@@ -98,6 +102,9 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
             logger.info(
                 "the run's images were decoded on a GPU; scored here on those of the CPU, which differ a little"
             )
+    slow = precision_warning(config.train.precision, world.device.type, "--precision fp32")
+    if slow and world.is_rank_zero:
+        logger.warning("%s", slow)
     try:
         index = open_data(config.data, world, logger.info, to_score=True)
         if published:

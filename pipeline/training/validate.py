@@ -105,7 +105,9 @@ def data_warnings(images: int, global_batch_size: int, data_classes: int, unscor
         )
 
 
-def precision_warning(precision: str, device_type: str) -> str | None:
+def precision_warning(
+    precision: str, device_type: str, remedy: str = "--train.precision fp32 for a new run"
+) -> str | None:
     """A line where a precision is much slower than fp32 on this machine: a CPU without instructions for it.
 
     Measured in bf16 on a CPU that has AVX2, without AVX-512: ResNet-18 takes 5 times as long, ResNet-152 20 times.
@@ -115,7 +117,4 @@ def precision_warning(precision: str, device_type: str) -> str | None:
     supported = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
     if supported[precision]():
         return None
-    return (
-        f"this CPU has no fast instructions for {precision}: a step takes 5 to 20 times as long as in fp32; give "
-        "--train.precision fp32 for a new run"
-    )
+    return f"this CPU has no fast instructions for {precision}: a step takes 5 to 20 times as long as in fp32; give {remedy}"
