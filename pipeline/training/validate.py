@@ -117,4 +117,5 @@ def precision_warning(
     supported = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
     if supported[precision]():
         return None
-    return f"this CPU has no fast instructions for {precision}: a step takes 5 to 20 times as long as in fp32; give {remedy}"
+    slower = "a step takes 5 to 20 times as long as in fp32"
+    return f"this CPU has no fast instructions for {precision}: {slower}; give {remedy}"
