@@ -195,7 +195,7 @@ def test_evaluate_scores_the_best_checkpoint(finished, tmp_path):
 def test_a_hang_timeout_of_centuries_is_none(root, tmp_path):
     """It overflowed: a traceback, or ranks that never met."""
     output = runs.call(root, tmp_path / "run", "--train.max_steps", "1", "--train.hang_timeout_s", "1e300")
-    assert "finished: 1 steps" in output
+    assert "finished: 1 step," in output
 
 
 def test_a_failure_that_nobody_foresaw_is_marked_as_well(root, tmp_path, monkeypatch):
