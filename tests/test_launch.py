@@ -22,7 +22,6 @@ from torch.numa import binding
 from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
-from pipeline.launch import options as options_module
 from pipeline.launch import workers
 from pipeline.launch.launcher import Launcher
 from pipeline.launch.options import parse
@@ -443,15 +442,16 @@ def test_options_where_torchrun_is_that_of_the_oldest_supported_torch(monkeypatc
     from torch.distributed import run
 
     newer = ("shutdown_timeout", "log_line_prefix_template")
+    present = run.get_args_parser
 
     def older():
-        parser = run.get_args_parser()
+        parser = present()
         for action in [action for action in parser._actions if action.dest in newer]:
             parser._handle_conflict_resolve(None, [(option, action) for option in action.option_strings])
         parser.set_defaults(master_port=29500)
         return parser
 
-    monkeypatch.setattr(options_module, "_torchrun_parser", older)
+    monkeypatch.setattr(run, "get_args_parser", older)
     options = parse(words("--shutdown-timeout=90 --nproc_per_node 2 train --config smoke"))
     assert (options.shutdown_timeout_s, options.torch.log_line_prefix_template, options.port) == (90, None, 0)
     monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", "7")

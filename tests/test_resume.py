@@ -10,7 +10,6 @@ import yaml
 from pipeline.config import parse_config
 from pipeline.dataset.index.scan import build_index
 from pipeline.loader.build import make_train_plan
-from pipeline.training.validate import precision_warning
 
 STEPS = 19  # 4 epochs of 96 images in batches of 20; epochs are full after 5, 10, 15 and 20 steps
 
@@ -40,8 +39,6 @@ def undisturbed(root, tmp_path_factory):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_killed_twice_and_resumed_is_bit_identical(root, undisturbed, tmp_path, precision, processes):
-    if (precision, processes) == ("bf16", 1) and precision_warning("bf16", "cpu"):
-        pytest.skip("takes minutes on a CPU without instructions for bf16; two processes are tested")
     whole, cut = undisturbed(precision, processes), tmp_path / "cut"
     options = how(precision, processes)
     runs.kill_once_saved(3, root, cut, *options, "--checkpoint.every_steps", "3", processes=processes)

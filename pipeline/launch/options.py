@@ -52,14 +52,10 @@ class Options:
     command: list[str] = field(default_factory=list)
 
 
-def _torchrun_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     from torch.distributed.run import get_args_parser
 
-    return get_args_parser()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _torchrun_parser()
+    parser = get_args_parser()
     parser.prog = "pipeline launch"
     parser.usage = "pipeline launch [options] train|evaluate ...   or   [options] -m MODULE ...   or   FILE ..."
     parser.description = (

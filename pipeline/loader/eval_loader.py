@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 
 from pipeline.config import AugmentConfig, Config, DataConfig
-from pipeline.errors import UserError
 from pipeline.loader.build import make_eval_stream
 from pipeline.loader.loader_base import LoaderBase
 from pipeline.loader.setup import Reader, find_rank, make_config, with_root
 from pipeline.loader.stream import Stream
 from pipeline.rank_info import RankInfo
+
+#: options of the command line that are arguments of this loader under another name
+_ARGUMENTS = {"data.val_size": "image_size", "data.val_resize": "resize"}
 
 
 class EvalLoader(LoaderBase):
@@ -52,12 +54,8 @@ class EvalLoader(LoaderBase):
         world_size: int | None = None,
         data: DataConfig | None = None,
     ):
-        try:
-            settings = with_root(data, root, val_size=image_size, val_resize=resize)
-            config = make_config(settings, AugmentConfig(), batch_size)
-        except UserError as error:
-            said = str(error).replace("val_size", "image_size").replace("val_resize", "resize")
-            raise UserError(said) from None
+        settings = with_root(data, root, val_size=image_size, val_resize=resize)
+        config = make_config(settings, AugmentConfig(), batch_size, names=_ARGUMENTS)
         self._setup(config, raw, find_rank(rank, world_size, device), batch_size)
 
     def _setup(self, config: Config, raw: bool, place: RankInfo, batch_size: int | None = None) -> None:

@@ -10,7 +10,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any
 
 import torch
@@ -40,15 +40,20 @@ _ARGUMENTS = {"train.global_batch_size": "batch_size", "train.seed": "seed", "au
 
 
 def make_config(
-    data: DataConfig, augment: AugmentConfig, batch_size: int, seed: int = 0, num_classes: int | None = None
+    data: DataConfig,
+    augment: AugmentConfig,
+    batch_size: int,
+    seed: int = 0,
+    num_classes: int | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> Config:
     """The checked configuration of a loader. Raises UserError for the first impossible value, named as the arguments
-    of the loaders are."""
+    of the loaders are. names: option -> argument, of this loader alone."""
     for group, settings in (("data", data), ("augment", augment)):
         for name, kind in typing.get_type_hints(type(settings)).items():
             value = getattr(settings, name)
             if not _fits(value, kind):
-                raise UserError(as_argument(f"--{group}.{name} is {value!r}: give {_told(kind)}"))
+                raise UserError(as_argument(f"--{group}.{name} is {value!r}: give {_told(kind)}", names))
     for name, value in (("batch_size", batch_size), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise UserError(f"{name} is {value!r}: give a whole number")
@@ -56,7 +61,7 @@ def make_config(
         train = TrainConfig(global_batch_size=batch_size, seed=seed)
         return RawConfig(data=data, augment=augment, train=train, model=ModelConfig(num_classes=num_classes)).resolve()
     except UserError as error:
-        raise UserError(as_argument(str(error))) from None
+        raise UserError(as_argument(str(error), names)) from None
 
 
 #: type of a setting -> (types of what may be given, in words)
@@ -91,11 +96,12 @@ def _told(kind: Any) -> str:
     return f"{len(parts)} numbers" if origin is tuple else _KINDS[kind][1]
 
 
-def as_argument(message: str) -> str:
-    """A message about an option of the command line, about the argument of that meaning: `--augment.mixup` is mixup."""
+def as_argument(message: str, names: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A message about an option of the command line, about the argument of that meaning: `--augment.mixup` is mixup.
+    names: option -> argument, before those that all loaders have."""
 
     def rename(match: re.Match[str]) -> str:
-        return _ARGUMENTS.get(match[1], match[1].partition(".")[2])
+        return names.get(match[1]) or _ARGUMENTS.get(match[1], match[1].partition(".")[2])
 
     return re.sub(r"(?:--)?\b((?:data|augment|train|model)\.[a-z_]+)", rename, message)
 

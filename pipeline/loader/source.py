@@ -164,7 +164,7 @@ class Source:
                     raise
                 if not self.split.root.is_dir():
                     raise TransientError(f"data root {self.split.root} is gone: {error}") from error
-                late = isinstance(error, FileNotFoundError) and not self._sees_folder(sample_id)
+                late = isinstance(error, FileNotFoundError) and self._may_come_late(sample_id)
                 if wait is None and late:
                     self._gone.add(self.split.path(sample_id).parent)
                 if wait is None or not (late or getattr(error, "errno", None) in _TRANSIENT):
@@ -182,16 +182,15 @@ class Source:
             raise UnreadableSample(row.sample_id, "its bytes have changed since it was indexed")
         return np.frombuffer(data, np.uint8)
 
-    def _sees_folder(self, sample_id: int) -> bool:
-        """Does this node see the folder of a sample's file, or need not wait for it? A network file system may show a
-        new one late: listing the folder above asks its server again. One that was waited for in vain is not waited for
-        again by each of its files."""
+    def _may_come_late(self, sample_id: int) -> bool:
+        """Is the folder of a sample's file still to be waited for? A network file system may show a new one late:
+        listing the folder above asks its server again. None is waited for in vain twice."""
         folder = self.split.path(sample_id).parent
         if folder in self._gone:
-            return True
+            return False
         with contextlib.suppress(OSError):
             os.listdir(folder.parent)
-        return folder.is_dir()
+        return not folder.is_dir()
 
     def _prepared(self, row: Row, prepare: Prepare) -> np.ndarray:
         data = self._checked(row)

@@ -26,7 +26,7 @@ from pipeline.tracking.view import View
 from pipeline.tracking.wandb_view import WandbView
 from pipeline.training.evaluate import Evaluation
 from pipeline.training.final_report import write_report
-from pipeline.training.guard import INHERITED, Rollback, Spikes
+from pipeline.training.guard import Rollback, Spikes
 from pipeline.training.ranks.launcher import current_launch
 from pipeline.training.ranks.step_stats import StepStats
 from pipeline.training.ranks.stop_request import StopRequest
@@ -38,7 +38,7 @@ from pipeline.training.run_folder.outage import Outage
 from pipeline.training.run_folder.set_aside import set_aside
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
 from pipeline.training.setup import RunSetup, print_summary
-from pipeline.training.start import needed_for_rollback, resume_option
+from pipeline.training.start import needed_for_rollback, start_facts
 from pipeline.training.step import TrainStep
 
 SPIKE_WARNING_STEPS = 100
@@ -100,10 +100,7 @@ class RunRecorder:
             facts |= {"round": launch.round, "reason": launch.reason}
         if describe(setup.index.left_out):
             facts["left_out"] = describe(setup.index.left_out)
-        if setup.config.resume not in ("auto", "never"):
-            facts["resume_option"] = resume_option(setup.config)
-        if setup.start.inherited:
-            facts[INHERITED] = [list(dataclasses.astuple(item)) for item in setup.start.inherited]
+        facts |= start_facts(setup.start, setup.config)
         self.event("started" if setup.start.path is None else "resumed", setup.start.step, **facts)
 
     def epoch(self, step: int) -> float:

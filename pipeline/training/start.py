@@ -1,7 +1,7 @@
 """Where a run starts, or rolls back to: the newest good checkpoint that is part of this run's history."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.run_paths import META, RunPaths, list_checkpoints
 from pipeline.tracking.ledger import early_stop, read_rows
 from pipeline.training.guard import (
+    INHERITED,
     Guard,
     Rollback,
     inherited_rollbacks,
@@ -76,6 +77,16 @@ class Start:
 def resume_option(config: Config) -> str:
     """The checkpoint that `--resume PATH` names, as the ledger's row of a start records it."""
     return str(Path(config.resume).expanduser().resolve())
+
+
+def start_facts(start: Start, config: Config) -> dict[str, Any]:
+    """What the ledger's row of a start says of the checkpoint, beside its step."""
+    facts: dict[str, Any] = {}
+    if config.resume not in ("auto", "never"):
+        facts["resume_option"] = resume_option(config)
+    if start.inherited:
+        facts[INHERITED] = [list(astuple(item)) for item in start.inherited]
+    return facts
 
 
 def named_checkpoint(option: str) -> Path:
