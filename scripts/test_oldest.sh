@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 . scripts/env.sh
 venv=$PWD/.venv-oldest
 
-oldest() { # the dependencies, each pinned to its lower bound
+oldest() { # the dependencies, each pinned to its lower bound, with the patches that came for it
     "$venv/bin/python" - <<'EOF'
 import tomllib
 
@@ -16,7 +16,7 @@ with open("pyproject.toml", "rb") as file:
     for dependency in tomllib.load(file)["project"]["dependencies"]:
         requirement, _, marker = dependency.partition(";")
         name, _, bound = requirement.strip().partition(">=")
-        print(f"{name}=={bound}" + (f" ;{marker}" if marker else ""))
+        print(f"{name}=={bound}.*" + (f" ;{marker}" if marker else ""))
 EOF
 }
 
