@@ -83,7 +83,7 @@ def test_elastic_two_one_two_ranks_see_the_same_batches(root, undisturbed, tmp_p
     worlds = [row["world_size"] for row in runs.rows(run, "event") if "world_size" in row]
     assert worlds == [2, 1, 2]
     digests = [row["batch_digest"] for row in runs.rows(run, "train")]
-    assert digests == [row["batch_digest"] for row in runs.rows(undisturbed("bf16", 2), "train")]
+    assert digests == [row["batch_digest"] for row in runs.rows(undisturbed("fp32", 2), "train")]
 
     config = parse_config(["--config", str(runs.TINY)])
     plan = make_train_plan(build_index(root), config.data, config.train)
@@ -95,23 +95,23 @@ def test_elastic_two_one_two_ranks_see_the_same_batches(root, undisturbed, tmp_p
 
 
 def test_a_finished_run_says_so(root, undisturbed):
-    run = undisturbed("bf16", 2)
+    run = undisturbed("fp32", 2)
     before = (run / "metrics.jsonl").read_bytes()
-    output = runs.train(root, run)
+    output = runs.train(root, run, *how("fp32", 2))
     assert "already finished" in output
     assert (run / "metrics.jsonl").read_bytes() == before
     assert json.loads((run / "finished").read_text())["step"] == STEPS
 
 
 def test_the_loop_learns(undisturbed):
-    run = undisturbed("bf16", 2)
+    run = undisturbed("fp32", 2)
     losses = [row["loss"] for row in runs.rows(run, "train")]
     assert sum(losses[-4:]) / 4 < 0.75 * sum(losses[:4]) / 4
     assert runs.rows(run, "eval")[-1]["val_top1"] > 60  # chance: 25 %
 
 
 def test_the_run_folder_holds_what_the_design_says(undisturbed):
-    run = undisturbed("bf16", 2)
+    run = undisturbed("fp32", 2)
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["name"] == "resnet18"
     row = runs.rows(run, "train")[-1]
     expected = [
