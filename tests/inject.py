@@ -57,6 +57,18 @@ def hold_evaluation() -> None:
     evaluation.evaluate = evaluate
 
 
+def wait_from(rank: int, first: int) -> None:
+    """Step number `first` (from 0, of the whole run) and later ones of a rank never begin: time to kill it before."""
+    real = TrainStep.__call__
+
+    def call(self, batch, lr, step=0):
+        while step >= first and int(os.environ.get("RANK", 0)) == rank:
+            time.sleep(0.1)
+        return real(self, batch, lr, step)
+
+    TrainStep.__call__ = call
+
+
 def break_gpu(_: TrainStep) -> None:
     """What torch says of a GPU whose memory fails, if this node is $BAD_NODE, or on any."""
     if os.environ.get("BAD_NODE") in (None, os.environ.get("SLURMD_NODENAME")):
@@ -82,6 +94,8 @@ if __name__ == "__main__":
     fault, rank = sys.argv[1], int(sys.argv[2])
     if fault == "hold":
         hold_evaluation()
+    elif fault == "wait":
+        wait_from(rank, int(sys.argv[3]))
     elif fault != "differ":
         inject(fault, rank, int(sys.argv[3]))
     other = ["--optim.lr", "0.3"] if fault == "differ" and int(os.environ["RANK"]) == rank else []

@@ -115,12 +115,14 @@ def stop_when(ready, how: signal.Signals, *arguments, **options) -> tuple[int, s
 
 
 def kill_once_saved(step: int, root: Path, run_dir: Path, *options: str, **more) -> None:
-    """SIGKILL a training command as soon as it has a checkpoint of `step` or later."""
+    """SIGKILL a training command as soon as it has a checkpoint of `step` or later, which must be one of the next three
+    steps: it waits then, so that a slow machine kills it before its end too."""
 
     def saved() -> bool:
         return any(found >= step for found, _ in list_checkpoints(run_dir / "checkpoints"))
 
-    stop_when(saved, signal.SIGKILL, root, run_dir, *options, **more)
+    program = ["-m", "tests.inject", "wait", "0", str(step + 4)]
+    stop_when(saved, signal.SIGKILL, root, run_dir, *options, **{"program": program} | more)
 
 
 def repeatable(run_dir: Path) -> list[dict]:

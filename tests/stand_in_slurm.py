@@ -11,6 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+#: A shell can't catch a signal that was ignored when it started, as below nohup.
+HEARD = ("env", "--default-signal=HUP,INT")
+
 RECORD = (
     "JobId=7 JobName=train UserId=root(0) Restarts={restarts} JobState={state} Reason=None TimeLimit={limit} "
     "EndTime={end} NodeList=n1 MinMemoryNode={memory} TRES=cpu=8,gres/gpu=1 Comment=x "
@@ -105,7 +108,7 @@ class BatchShell:
     def start(self, script: str, name: str = "resnet152.sh", **env: str) -> subprocess.Popen:
         """Bash that has sourced job.sh, and then runs `script`. name: the batch script that it claims to be."""
         return subprocess.Popen(
-            ["bash", "-c", f'. "$PIPELINE_HOME/slurm/job.sh"\n{script}', str(ROOT / "slurm" / name)],
+            [*HEARD, "bash", "-c", f'. "$PIPELINE_HOME/slurm/job.sh"\n{script}', str(ROOT / "slurm" / name)],
             env=self.env | env,
             cwd=self.folder,
             stdout=subprocess.PIPE,

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from stand_in_slurm import ROOT, BatchShell
+from stand_in_slurm import HEARD, ROOT, BatchShell
 
 SAVED = "phase=training stop_reason='USR1 from Slurm'; leave 75"
 
@@ -359,7 +359,7 @@ def node(job):
 
     def start(script=ROOT / "slurm/node.sh", **more):
         process = subprocess.Popen(
-            ["bash", str(script), "train"],
+            [*HEARD, "bash", str(script), "train"],
             env=job.env | env | more,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

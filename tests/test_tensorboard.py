@@ -40,7 +40,8 @@ def test_a_killed_and_resumed_run_has_every_step_once(root, tmp_path):
         saved = any(step >= 3 for step, _ in list_checkpoints(run / "checkpoints"))
         return saved and len(runs.rows(run, "train")) > 4
 
-    runs.stop_when(past_a_checkpoint, signal.SIGKILL, root, run, *options)
+    program = ["-m", "tests.inject", "wait", "0", "6"]
+    runs.stop_when(past_a_checkpoint, signal.SIGKILL, root, run, *options, program=program)
     runs.call(root, run, *options)
     scalars, images = read(run / "tensorboard")
     for kind, group, keys in (

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from pipeline.errors import TransientError
 from pipeline.insight.chaos.faults import descendants, send
 from pipeline.progress import Progress
@@ -19,8 +21,10 @@ POLL_S = 0.004
 
 
 def recipe(steps: int, model: str, device: str, wandb: str) -> dict:
-    """A tiny run that saves, prunes and evaluates all the time. Epochs end inside batches."""
+    """A tiny run that saves, prunes and evaluates all the time. Epochs end inside batches. On a CPU in fp32: many have no
+    fast bf16."""
     epoch = CLASSES * PER_CLASS / BATCH
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
     return {
         "data": {"image_size": 32, "val_size": 32, "val_resize": 36, "crop_area": [0.35, 1.0]},
         "model": {"name": model},
@@ -31,6 +35,7 @@ def recipe(steps: int, model: str, device: str, wandb: str) -> dict:
             "eval_every_epochs": 9 / epoch,
             "max_steps": steps,
             "device": device,
+            "precision": "fp32" if on_cpu else "bf16",
             "deterministic": True,
         },
         "checkpoint": {"every_steps": 3, "every_minutes": None},

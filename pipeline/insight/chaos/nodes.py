@@ -33,11 +33,11 @@ POLL_S = 0.02
 
 
 def prepare(work: Path) -> None:
-    """Data set and recipe of a small training in fp32, without an end."""
+    """Data set and recipe of a small training on a CPU, without an end."""
     generate_tree(work / "data", Settings(classes=4, train_per_class=24, val_per_class=6, seed=1, size=64, oddities=0))
     build_index(work / "data")
     settings = recipe(100_000, "shufflenet_v2_x0_5", "cpu", "disabled")
-    settings["train"] |= {"global_batch_size": GLOBAL_BATCH_SIZE, "eval_every_epochs": 1e6, "precision": "fp32"}
+    settings["train"] |= {"global_batch_size": GLOBAL_BATCH_SIZE, "eval_every_epochs": 1e6}
     settings["schedule"] = {"epochs": 25_000}
     settings["checkpoint"] = {"every_steps": 20, "every_minutes": None, "every_epoch": False}
     (work / "recipe.yaml").write_text(yaml.safe_dump(settings))
