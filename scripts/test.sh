@@ -40,4 +40,5 @@ ruff format --check .
 ruff check .
 lint-imports
 mypy
-exec python -m pytest -m "$marks" "$@"
+# One worker has the tests that need several processes, the others have the rest (-n 0: all in one process).
+exec python -m pytest -m "$marks" -n 2 --dist loadgroup "$@"

@@ -21,8 +21,8 @@ POLL_S = 0.004
 
 
 def recipe(steps: int, model: str, device: str, wandb: str) -> dict:
-    """A tiny run that saves, prunes and evaluates all the time. Epochs end inside batches. On a CPU in fp32: many have no
-    fast bf16."""
+    """A tiny run that saves, prunes and evaluates all the time. Epochs end inside batches. On a CPU
+    it is in fp32, because many have no fast bf16."""
     epoch = CLASSES * PER_CLASS / BATCH
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     return {
