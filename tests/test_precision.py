@@ -1,11 +1,13 @@
 """A precision that a CPU computes slowly is named before hours are lost."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import runs
 import torch
 
+from pipeline.insight.report import predictions
 from pipeline.training.validate import precision_warning
 
 
@@ -42,3 +44,20 @@ def test_a_run_says_so_and_goes_on(root, tmp_path, monkeypatch):
         assert ("give --precision fp32" in printed) == (precision == "bf16")
         scores[precision] = json.loads(file.read_text())["val_loss"]
     assert scores["fp32"] == pytest.approx(scores["bf16"], rel=0.05) and scores["fp32"] != scores["bf16"]
+
+
+def test_a_report_says_so_and_can_be_computed_in_fp32(root, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    runs.call(root, run, "--train.max_steps", "1", "--train.precision", "bf16", "--tracking.report", "false")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    used = []
+    monkeypatch.setattr(predictions, "autocast", lambda device, precision: used.append(precision) or nullcontext())
+    page = run / "report" / "index.html"
+    slow = "this CPU has no fast instructions for bf16"
+    printed = runs.capture(["report", str(run), "--device", "cpu"])
+    assert printed.count(slow) == 1 and "give --precision fp32" in printed
+    assert set(used) == {"bf16"} and "Computed in" not in page.read_text()
+    used.clear()
+    printed = runs.capture(["report", str(run), "--device", "cpu", "--precision", "fp32"])
+    assert slow not in printed and set(used) == {"fp32"}
+    assert "Computed in fp32; the run's precision is bf16." in page.read_text()

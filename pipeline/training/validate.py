@@ -117,5 +117,5 @@ def precision_warning(
     supported = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
     if supported[precision]():
         return None
-    slower = "a step takes 5 to 20 times as long as in fp32"
+    slower = "it takes 5 to 20 times as long as fp32"
     return f"this CPU has no fast instructions for {precision}: {slower}; give {remedy}"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.insight.report.run_record import Record
 
 COLORS = 6  # of the page
+Precision = Literal["bf16", "fp16", "fp32"]
 
 
 def charts(records: list["Record"]) -> str:
@@ -180,7 +181,13 @@ def distinct_names(folders: list[Path]) -> list[str]:
 
 
 def write_report(
-    runs: list[str], out: Path | None, data_root: str | None, device: str, most: int | None, index: str | None = None
+    runs: list[str],
+    out: Path | None,
+    data_root: str | None,
+    device: str,
+    most: int | None,
+    index: str | None = None,
+    precision: Precision | None = None,
 ) -> Path:
     """Write the page and return its place. Raises UserError for a folder that is not a run, or can't be written."""
     from pipeline.insight.report.run_record import read_record
@@ -203,7 +210,7 @@ def write_report(
             title = f"{record.name}: {record.config.model.name}"
             body = [f"<h1>{escape(title)}</h1>", headline(record), f'<p class="soft">{escape(describe(record))}</p>']
             body += ["<h2>Training</h2>", charts(records), rows_section(record, target.parent)]
-            body += network_sections(record, data_root, device, most, save, index)
+            body += network_sections(record, data_root, device, most, save, index, precision)
             body += ["<h2>Settings</h2>", settings(record), "<h2>Hardware and starts</h2>", history(record)]
         else:
             title = " against ".join(record.name for record in records[:3])
@@ -236,6 +243,7 @@ def report(
     index: str | None = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
     images: int | None = None,
+    precision: Precision | None = None,
 ) -> int:
     """One self-contained page of a run, or of several side by side.
 
@@ -246,6 +254,7 @@ def report(
         index: folder of its index; default: the run's, or DATA_ROOT/index.
         device: device for the predictions.
         images: validation images to classify; default: all with CUDA, otherwise 1,000.
+        precision: of the network's arithmetic for the predictions; default: as in the run.
     """
     if device == "cuda":
         import torch
@@ -257,7 +266,7 @@ def report(
     if data_root is not None and not Path(data_root).expanduser().is_dir():
         raise UserError(f"--data_root {data_root} is not a folder; give the one that holds train/ and val/")
     to = Path(out).expanduser() if out else None
-    print(write_report([str(run) for run in expand(runs)], to, data_root, device, images, index))
+    print(write_report([str(run) for run in expand(runs)], to, data_root, device, images, index, precision))
     return EXIT_OK
 
 

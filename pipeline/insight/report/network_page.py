@@ -10,6 +10,7 @@ from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.insight.report import page
 from pipeline.insight.report.colormap import inferno
+from pipeline.logs import logger
 
 if TYPE_CHECKING:
     import torch
@@ -148,8 +149,10 @@ def network_sections(
     most: int | None,
     save: SavePicture,
     index_folder: str | None = None,
+    precision: str | None = None,
 ) -> Iterator[str]:
-    """The sections that require the weights; where something is missing, a sentence says what."""
+    """The sections that require the weights; where something is missing, a sentence says what. precision: of the
+    predictions; None: as in the run."""
     import torch
 
     from pipeline.dataset.index.left_out import describe
@@ -157,6 +160,7 @@ def network_sections(
     from pipeline.insight.report.predictions import predict
     from pipeline.insight.report.run_record import load_networks, open_index_of
     from pipeline.model.build import Normalized
+    from pipeline.training.validate import precision_warning
 
     index = None
     try:
@@ -187,7 +191,10 @@ def network_sections(
     most = most if most is not None else (None if cuda else ON_CPU)
     data, train = record.config.data, record.config.train
     network = Normalized(networks.after, data.mean, data.std, train.channels_last).to(device).eval()
-    found = predict(network, index, record.config, device, most, outputs)
+    slow = precision_warning(precision or train.precision, device.type, "--precision fp32")
+    if slow:
+        logger.warning("%s", slow)
+    found = predict(network, index, record.config, device, most, outputs, precision)
     if not len(found.ids):
         yield '<p class="none">Not shown: no validation image can be read</p>'
         return
@@ -195,6 +202,8 @@ def network_sections(
     names = [*known, *(f"output {number}" for number in range(len(known), networks.outputs))]
     for output, name in zip(outputs.tolist(), class_names(index), strict=True):
         names[output] = name
+    if precision not in (None, train.precision):
+        yield f"<p>Computed in {precision}; the run's precision is {train.precision}.</p>"
     yield from accuracy(found, names, index, record.config)
     yield "<h2>Grad-CAM</h2>"
     yield from grad_cams(network, found, names, index, record.config, device, save)

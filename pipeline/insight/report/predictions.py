@@ -80,11 +80,18 @@ def load_image(index: Index, config: Config, sample: int) -> np.ndarray | None:
 
 
 def predict(
-    network: nn.Module, index: Index, config: Config, device: torch.device, most: int | None, outputs: np.ndarray
+    network: nn.Module,
+    index: Index,
+    config: Config,
+    device: torch.device,
+    most: int | None,
+    outputs: np.ndarray,
+    precision: str | None = None,
 ) -> Predictions:
     """Classify validation images, evenly spread over the classes, with `network` (uint8 images in, logits out).
 
     outputs: the network's output for each class of the index, int64 [n]; labels and predicted classes are outputs.
+    precision: of the network's arithmetic; None: as in the run.
     """
     split = index.splits["val"]
     chosen = spread(len(split), most)
@@ -101,7 +108,7 @@ def predict(
             if not good:
                 continue
             batch = torch.from_numpy(np.stack([image for _, image in good])).to(device)
-            with autocast(device, config.train.precision):
+            with autocast(device, precision or config.train.precision):
                 logits = network(batch)
             best = logits.float().softmax(1).max(1)
             ids += [sample for sample, _ in good]
