@@ -95,7 +95,11 @@ def test_interrupted_it_resumes_without_the_old_folder(root, run, capfd):
     extend(capfd, run, "--epochs", "400", "--run_dir", new, "--train.max_steps", "13")
     shutil.rmtree(run)
     assert "--epochs 400" in extend(capfd, run, "--epochs", "300", "--run_dir", new, expect=2)
-    assert "are gone" in extend(capfd, run, "--epochs", "400", "--run_dir", new, "--train.max_steps", "14")
+    begun = [run, "--epochs", "400", "--run_dir", new]
+    assert "always goes on" in extend(capfd, *begun, "--resume", "never", expect=2)
+    assert "are gone" in extend(capfd, *begun, "--train.max_steps", "14")
+    extend(capfd, *begun, "--train.max_steps", "14", "--resume", runs.checkpoint_at(new, 13))  # back in its own history
+    assert list(new.glob("set-aside-*"))
     assert column(new, "step") == [11, 12, 13, 14]
     assert main(["train", "--config", str(new / "config.yaml"), "--train.max_steps", "15"]) == 0
     assert column(new, "step") == [11, 12, 13, 14, 15]
@@ -146,12 +150,14 @@ def test_a_continued_run_does_not_roll_back_before_its_beginning(run, tmp_path, 
         (["--epochs", "6", "--rate", "follow"], ["--rate follow: cosine depends on", "restart or last"]),
         (["--epochs", "6", "--run_dir", "SAME"], ["is the run itself"]),
         (["--epochs", "6", "--run_dir", "OTHER"], ["holds another run", "--run_dir"]),
+        (["--epochs", "6", "--resume", "never"], ["--resume never: pipeline continue always", "leave --resume out"]),
+        (["--epochs", "6", "--resume", "LAST"], ["step-000000010: pipeline continue always", "leave --resume out"]),
     ],
 )
 def test_what_cannot_be_continued_is_one_line(finished, run, tmp_path, capfd, options, words):
     shutil.copytree(run, tmp_path / "other")
     (tmp_path / "other/config.yaml").unlink()
-    there = {"SAME": str(run), "OTHER": str(tmp_path / "other")}
+    there = {"SAME": str(run), "OTHER": str(tmp_path / "other"), "LAST": str(runs.checkpoint_at(run, 10))}
     before = sorted(path.name for path in tmp_path.iterdir())
     printed = extend(capfd, run, *(there.get(item, item) for item in options), expect=2)
     assert len(printed.strip().splitlines()) == 1 and all(word in printed for word in words), printed

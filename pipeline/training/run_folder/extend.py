@@ -80,11 +80,13 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
         raise UserError(f"--run_dir {run_dir} is the run itself, which stays as it is; give a new folder")
     begun = None if list_checkpoints(paths.checkpoints) else _begun_extension(target, epochs, overrides)
     if begun is not None:
+        _check_resume(begun.config, run, target)
         return begun
     if not paths.config.exists():
         raise UserError(not_a_run_message(run))
     old = load_config(paths.config, verb="continue")
     new = load_config(paths.config, [*overrides, f"--run_dir={target}"], verb="continue")
+    _check_resume(new, run, target)
     source, step, per_epoch, last_rate = _end_of(paths, old)
     if round(steps_of(epochs, per_epoch)) <= step:
         raise UserError(
@@ -132,6 +134,20 @@ def plan_extension(run: str, epochs: Time, rate: Rate | None, run_dir: str | Non
     others = [name for name in changed if not name.startswith("schedule.")]
     also = f"; changed from here on: {', '.join(others)}" if others else ""
     return Extension(new, source, step, head + kept_state + text + also)
+
+
+def _check_resume(config: Config, run: str, target: Path) -> None:
+    """Raises UserError for a `--resume` that names no checkpoint of the new run's own. run: the one that is trained on;
+    target: the new run's folder."""
+    if config.resume == "auto":
+        return
+    path = Path(config.resume).expanduser().resolve()
+    if not (path.is_dir() and path.parent == RunPaths(target.resolve()).checkpoints.resolve()):
+        raise UserError(
+            f"--resume {config.resume}: pipeline continue always goes on, from the last checkpoint of {run} and later "
+            "from the new run's own; leave --resume out, or start from the weights alone: "
+            f"pipeline train --model.weights {run}"
+        )
 
 
 def _begun_extension(target: Path, epochs: Time, overrides: list[str]) -> Extension | None:
