@@ -97,9 +97,44 @@ def test_gaps_runs_that_follow_each_other_and_missing_data(finished, tmp_path):
     later = shutil.copytree(finished, tmp_path / "later")
     for kept, path in ((lambda step: step < 4, run), (lambda step: step >= 4, later)):  # as a run and its continuation
         rows = [row for row in map(json.loads, lines) if row["kind"] != "train" or kept(row["step"])]
+        rows = rows if path == run else [{"kind": "event", "event": "continued", "step": 3}, *rows]
         (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "no step in common" in runs.capture(["audit", str(run), str(later)])
     assert "--data_root" in runs.capture(["audit", str(run), "--data_root", str(tmp_path / "none")], expect=2)
     (run / "metrics.jsonl").unlink()
     assert "no training step" in runs.capture(["audit", str(run)], expect=2)
     assert "is not a run folder" in runs.capture(["audit", str(tmp_path / "none")], expect=2)
+
+
+@pytest.mark.parametrize("how", ["emptied", "removed"])
+def test_a_ledger_without_its_beginning_is_named_by_the_resumed_run_and_by_audit(finished, root, tmp_path, how):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    if how == "emptied":
+        (run / "metrics.jsonl").touch()
+    options = [root, run, "--augment.mixup", "0.2", "--augment.random_erase", "0.5"]
+    said = "metrics.jsonl has no rows before step 9"
+    assert runs.call(*options, "--train.max_steps", "9").count(said) == 1
+    assert [row["step"] for row in runs.rows(run, "train")] == [9]
+    assert runs.call(*options, "--train.max_steps", "10").count(said) == 1
+    output = runs.capture(["audit", str(run), "--json", str(tmp_path / "found.json")], expect=2)
+    assert "2 batches: as recipe, seed and index say" in output and "every batch" not in output
+    assert "WRONG: the ledger has no rows before step 9" in output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert not found["good"] and found["runs"][0]["lost"] == 8
+
+
+def test_a_run_that_begins_with_another_runs_checkpoint_has_lost_nothing(finished, root, tmp_path):
+    """By `--resume PATH` and by `continue`: also when it is resumed."""
+    drawn = ["--augment.mixup", "0.2", "--augment.random_erase", "0.5"]
+    resumed, continued = tmp_path / "resumed", tmp_path / "continued"
+    begin = ["--resume", str(runs.checkpoint_at(finished, 8))]
+    printed = runs.call(root, resumed, *drawn, *begin, "--train.max_steps", "9")
+    printed += runs.call(root, resumed, *drawn, "--train.max_steps", "10")
+    for steps in ("9", "10"):
+        printed += runs.capture(
+            ["continue", str(finished), "--epochs", "6", "--run_dir", str(continued), "--train.max_steps", steps]
+        )
+    assert "no rows before" not in printed
+    output = runs.capture(["audit", str(resumed), str(continued)])
+    assert output.count("steps 9 to 10, ") == 2 and output.count("every batch") == 2

@@ -23,7 +23,7 @@ from pipeline.loader.build import make_train_plan
 from pipeline.loader.plan import MOST_SUBSTITUTES, TrainPlan
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths, list_checkpoints, not_a_run_message
-from pipeline.tracking.ledger import TRAINING_UNREADABLE, read_rows
+from pipeline.tracking.ledger import TRAINING_UNREADABLE, lost_before, read_rows
 from pipeline.training.guard import rollbacks_of_ledger
 from pipeline.training.run_folder.checkpoint import DamagedCheckpoint, read_meta
 
@@ -33,7 +33,8 @@ class Audit:
     """What was found of one run.
 
     first, last: steps of the ledger. images: of all its batches. checked: batches computed again; replaced: those of
-    them in which a substitute stands for an unreadable image. problems: in words, none where all is as it should be.
+    them in which a substitute stands for an unreadable image. lost: steps before `first` whose rows the ledger should
+    have. problems: in words, none where all other rows are as they should be.
     """
 
     run: str
@@ -42,7 +43,12 @@ class Audit:
     images: int
     checked: int = 0
     replaced: int = 0
+    lost: int = 0
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not self.problems and not self.lost
 
 
 def with_substitutes(plan: TrainPlan, planned: np.ndarray, unreadable: Collection[int]) -> np.ndarray:
@@ -78,6 +84,8 @@ def audit_run(folder: Path, index: Index, plan: TrainPlan, rows: list[dict], met
     found = Audit(str(folder), steps[0], steps[-1], len(steps) * plan.global_batch_size)
     if steps != list(range(steps[0], steps[0] + len(steps))):
         found.problems.append("the ledger's steps have gaps or repeats")
+    if lost_before(rows, steps[-1]) is not None:
+        found.lost = steps[0] - 1
     fingerprint = meta.get("index_fingerprint", index.fingerprint)
     if fingerprint != index.fingerprint:
         found.problems.append(f"the index {index.fingerprint} is not the run's ({fingerprint}); give its --data_root")
@@ -140,10 +148,16 @@ def in_words(found: Audit) -> Iterable[str]:
     """What was found of a run, in lines."""
     yield f"{found.run}: steps {found.first:,} to {found.last:,}, {count(found.images, 'image')}"
     if not found.problems:
-        part = "every batch" if found.checked == found.last - found.first + 1 else count(found.checked, "batch")
+        every = not found.lost and found.checked == found.last - found.first + 1
+        part = "every batch" if every else count(found.checked, "batch")
         yield f"  {part}: as recipe, seed and index say (digests computed again)"
     if found.replaced:
         yield f"  {found.replaced:,} of them with substitutes for unreadable images"
+    if found.lost:
+        yield (
+            f"  WRONG: the ledger has no rows before step {found.first:,}, so nothing says what the run saw before; "
+            "put them back from a copy of metrics.jsonl"
+        )
     for problem in found.problems:
         yield f"  WRONG: {problem}"
 
@@ -198,7 +212,7 @@ def audit(
     pairs = [compare(folders[0], other, rows) for other in folders[1:]]
     for line, _ in pairs:
         print(line)
-    good = not any(item.problems for item in found) and all(same for _, same in pairs)
+    good = all(item.good for item in found) and all(same for _, same in pairs)
     if json:
         result = {"good": good, "runs": [asdict(item) for item in found], "compared": [line for line, _ in pairs]}
         Path(json).expanduser().write_text(dumps(result, indent=1) + "\n")

@@ -94,6 +94,19 @@ def world_sizes_in_words(sizes: list[tuple[int, int]], most: int = 6) -> str:
     return ("..., " if len(sizes) > most else "") + ", ".join(words)
 
 
+def lost_before(rows: Iterable[dict], done: int) -> int | None:
+    """The step before which a run's rows of training steps are not in its ledger; None: they begin where the run does,
+    at step 1 or after another run's checkpoint. done: steps that the run has done, also where no row is left."""
+    begins, first = {0}, done + 1
+    for row in rows:
+        if row.get("kind") == "train":
+            first = min(first, row["step"])
+            break
+        if row.get("event") == "continued" or "resume_option" in row:
+            begins.add(row["step"])
+    return None if first - 1 in begins else first
+
+
 def last_steps(path: Path) -> dict[str, int]:
     """Kind of row ("train", "eval") -> its last step in a ledger."""
     return {row["kind"]: row["step"] for row in read_rows(path) if row.get("kind") in ("train", "eval")}

@@ -9,7 +9,7 @@ from pipeline.config import Config, semantic_config
 from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.run_paths import META, RunPaths, list_checkpoints
-from pipeline.tracking.ledger import early_stop, read_rows
+from pipeline.tracking.ledger import early_stop, lost_before, read_rows
 from pipeline.training.guard import (
     INHERITED,
     Guard,
@@ -199,6 +199,13 @@ def find_start(
         raise UserError(
             f"{start.path} is at step {start.step}, past the end at {last_step}; "
             "raise --train.max_steps, or give another --run_dir"
+        )
+    lost = lost_before(rows, start.step) if own else None
+    if lost is not None:
+        warn(
+            f"{folder.ledger} has no rows before step {lost:,}, and the run has trained {count(start.step, 'step')}: "
+            "it goes on, and curves, best score and audit begin there; if you have a copy of the file, stop the run "
+            "and put the rows back"
         )
     return start
 
