@@ -14,6 +14,8 @@ from pipeline import limits
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
+from pipeline.dataset.workers import map_in_order
+from pipeline.errors import UserError
 from pipeline.loader.source import Source
 
 MIB = 1 << 20
@@ -268,3 +270,10 @@ def test_threads_that_a_run_alone_computes_with(monkeypatch, given, threads):
     finally:
         torch.distributed.destroy_process_group()
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("processes", [-1, 100_000])
+def test_an_impossible_number_of_processes_is_one_line_and_none_is_started(processes):
+    started = map_in_order(abs, range(-8, 0), processes)
+    with pytest.raises(UserError, match=f"--processes is {processes}; give a number from 1 to 1,024"):
+        next(started)

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.fields import Check, at_least_zero, positive, runtime_field, share
+from pipeline.config.fields import Check, at_least_zero, at_most, positive, runtime_field, share
 from pipeline.config.model import INPUT_SIZES
 from pipeline.config.networks import preprocessing_of
 from pipeline.errors import UserError
 
+MOST_THREADS = 1024  #: as many as the largest nodes have cores; 100,000 take minutes to start, and fail
+MOST_PREFETCH = 1000  #: batches; hundreds fill the memory of most nodes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  #: of ImageNet, as most published weights expect them
 
 
@@ -181,6 +183,8 @@ def check_data(c: ResolvedDataConfig) -> Iterator[Check]:
     yield "data.alternate_flips", True, half, f"it flips half of the images, data.flip is {c.flip}; leave that out"
     yield "data.mean", list(c.mean), all(map(math.isfinite, c.mean)), "give three numbers"
     yield "data.std", list(c.std), min(c.std) > 0 and all(map(math.isfinite, c.std)), "give three numbers above 0"
-    yield positive("data.threads", c.threads, optional=True)
-    yield positive("data.prefetch", c.prefetch)
+    yield at_most(
+        "data.threads", c.threads, MOST_THREADS, "threads beyond the rank's cores decode no faster", optional=True
+    )
+    yield at_most("data.prefetch", c.prefetch, MOST_PREFETCH, "each is a batch in memory")
     yield at_least_zero("data.max_unreadable", c.max_unreadable)

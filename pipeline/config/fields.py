@@ -18,6 +18,12 @@ def positive(name: str, value: float | None, optional: bool = False) -> Check:
     return name, value, good, "give a number above 0"
 
 
+def at_most(name: str, value: int | None, most: int, reason: str, optional: bool = False) -> Check:
+    """A count from 1 to `most`. reason: why more is of no use."""
+    good = (value is None and optional) or (value is not None and 0 < value <= most)
+    return name, value, good, f"give a number above 0, at most {most:,} ({reason})"
+
+
 def at_least_zero(name: str, value: float) -> Check:
     return name, value, 0 <= value < math.inf, "give a number of 0 or more"
 

@@ -17,6 +17,7 @@ from typing import ClassVar, TypeVar
 from pipeline.errors import TransientError, UserError
 from pipeline.limits import available_cores
 
+MOST_PROCESSES = 1024  #: as many as the largest nodes have cores
 READERS = 8  #: files that a process reads at once
 
 Task = TypeVar("Task")
@@ -77,11 +78,12 @@ def map_in_order(
 ) -> Iterator[Result]:
     """`function` (importable by name) of each task, in the tasks' order; at most 4 tasks a process are held at a time.
 
-    With one process the tasks run in this process. Raises TransientError if a process is killed.
+    With one process the tasks run in this process. Raises TransientError if a process is killed, UserError for a number
+    that is impossible.
     """
     processes = processes or available_cores()
-    if processes < 1:
-        raise UserError(f"--processes is {processes}; give a number from 1 on")
+    if not 1 <= processes <= MOST_PROCESSES:
+        raise UserError(f"--processes is {processes}; give a number from 1 to {MOST_PROCESSES:,}")
     if processes == 1:
         yield from map(function, tasks)
         return
