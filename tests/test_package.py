@@ -1,5 +1,6 @@
 """The package as it is published: what the wheel holds, and what the repository says of itself."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -35,6 +36,13 @@ def test_wheel_holds_code_recipes_types_and_license(tmp_path: Path) -> None:
 
 def test_one_version() -> None:
     assert project()["version"] == pipeline.__version__
+
+
+def test_classifiers_name_the_versions_of_python_that_the_scripts_look_for() -> None:
+    (candidates,) = re.findall(r"for candidate in (.*); do", (ROOT / "scripts/env.sh").read_text())
+    named = re.findall(r"Python :: (3\.\d+)", " ".join(project()["classifiers"]))
+    assert named == sorted(re.findall(r"python(3\.\d+)", candidates))
+    assert project()["requires-python"] == f">={named[0]}"
 
 
 def test_each_constraint_once() -> None:
