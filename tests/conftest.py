@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import sys
 import zipfile
@@ -62,6 +63,14 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureR
         return (yield)
     finally:
         made.update(set(base.iterdir()) - before)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Each test draws the same numbers in every run, alone or after others."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 SYNTHETIC = Settings(classes=4, train_per_class=24, val_per_class=6, size=96, oddities=10)

@@ -111,7 +111,7 @@ def test_a_blurred_pool_keeps_the_pools_size(kernel, padding, ceil):
         x = torch.rand(2, 3, height, width)
         seen = BlurMaxPool(pool)(x)
         assert seen.shape == pool(x).shape, (height, width)
-        assert seen.amin() >= x.amin() and seen.amax() <= x.amax()
+        assert seen.amin() >= x.amin() - 1e-6 and seen.amax() <= x.amax() + 1e-6  # a mean, but for its rounding
 
 
 def test_efficientnets_depth_is_its_papers():
