@@ -65,3 +65,58 @@ def divides(num_classes: int) -> nn.Module:
 class Indexes(Pairs):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return [self.network(images)][1]
+
+
+class Branches(Pairs):
+    """What it computes depends on values: it can't be tried without them, and has no graph."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.network(images)
+        return 2 * logits if logits.mean() > 0 else logits
+
+
+def frozen(num_classes: int) -> nn.Module:
+    return tiny(num_classes).requires_grad_(False)
+
+
+def compiled(num_classes: int) -> nn.Module:
+    return torch.compile(tiny(num_classes))
+
+
+def tied(num_classes: int) -> nn.Module:
+    """Two layers share their weights."""
+    layer = nn.Conv2d(8, 8, 1)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), layer, nn.ReLU(), layer, *tiny(num_classes)[4:])
+
+
+class Prototypes(nn.Module):
+    """Its head is no layer, and its attributes are called as wrappers are."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.model = nn.ModuleDict({"module": tiny(8)[:-1], "beside": nn.Linear(8, 8)})
+        self.model.classes = nn.Parameter(torch.randn(num_classes, 8))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model["beside"](self.model["module"](images)) @ self.model.classes.T
+
+
+class Bare(nn.Module):
+    """Its head is a parameter of the network itself."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.body, self.classes = tiny(8), nn.Parameter(torch.randn(8, num_classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images) @ self.classes
+
+
+class Remembers(Bare):
+    """Its state is not of tensors alone."""
+
+    def get_extra_state(self) -> dict:
+        return {"version": 2}
+
+    def set_extra_state(self, state: dict) -> None:
+        assert state == {"version": 2}

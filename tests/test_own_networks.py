@@ -18,6 +18,7 @@ from pipeline.loader.build import dali_problem
 from pipeline.model.build import build_model
 from pipeline.model.drops import Drop
 from pipeline.model.heads import find_heads
+from pipeline.model.weights import start_from
 from pipeline.training.validate import validate
 
 TINY = ["--model.zero_init_residual", "false", "--train.max_steps", "4", "--train.precision", "fp32"]
@@ -58,6 +59,28 @@ def test_from_training_to_export(root, tmp_path, capsys, kind):
     assert "parameters" in said(capsys, *estimate)
 
 
+def test_weights_of_unusual_networks_go_in_and_out_again(tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    for name in ("tied", "Branches", "Prototypes", "Bare"):
+        torch.save(build_model(ModelConfig(name=f"nets_of_others:{name}"), 4).state_dict(), tmp_path / "weights.pth")
+        said(capsys, "import", tmp_path / "weights.pth", tmp_path / name, "--name", f"nets_of_others:{name}")
+        assert "checked: read back" in said(capsys, "export", tmp_path / name, tmp_path / f"{name}.safetensors")
+        config = ModelConfig(name=f"nets_of_others:{name}", weights=str(tmp_path / f"{name}.safetensors"))
+        model = build_model(config, 4)
+        start_from(model, config)
+        given = torch.load(tmp_path / "weights.pth")
+        assert all(torch.equal(value, given[key]) for key, value in model.state_dict().items())
+    found = said(capsys, "export", tmp_path / "Branches", tmp_path / "Branches.onnx", expect=2)
+    assert "can't be written as ONNX" in found and "give a name that ends in .safetensors" in found
+    assert not (tmp_path / "Branches.onnx").exists()
+
+
+def test_a_network_that_keeps_more_than_tensors_is_not_exported_as_weights(root, tmp_path, capsys):
+    runs.call(root, tmp_path / "run", *TINY, "--model.name", "nets_of_others:Remembers", "--train.max_steps", "1")
+    found = said(capsys, "export", tmp_path / "run", tmp_path / "w.pth", "--checkpoint", "last", expect=2)
+    assert "_extra_state, which is no tensor" in found and not (tmp_path / "w.pth").exists()
+
+
 def test_what_a_network_says_of_its_images_is_the_default():
     data = parse_config(["--model.name", "nets_of_others:tiny"]).data
     assert (data.image_size, data.val_size, data.val_resize) == (40, 40, 50)
@@ -87,11 +110,15 @@ def test_what_a_network_says_of_its_images_is_the_default():
             ["--model.name", "nets_of_others:Indexes"],
             "can't take float images [2, 3, 224, 224]: list index out of range",
         ),
+        (["--model.name", "nets_of_others:frozen"], "no parameter that requires a gradient"),
+        (["--model.name", "nets_of_others:compiled"], "returned a compiled network; return it as it is"),
+        (["--model.name", "nets_of_others:Branches", "--data.image_size", "32"], ""),
+        (["--model.name", "nets_of_others:Bare", "--model.dropout", "0.1"], "let the network drop values by itself"),
         (["--model.name", "./nets_of_others.py:tiny"], "./nets_of_others.py is a file; name its module"),
         (["--model.name", "nets_of_others.py:tiny"], "start in the folder that holds it: nets_of_others:tiny"),
         (["--model.name", "nets_of_others:tiny", "--model.kwargs", '{"depth": 3}'], "depth=3"),
         (["--model.name", "nets_of_others:tiny", "--model.zero_init_residual", "true"], "is for ResNets"),
-        (["--model.name", "nets_of_others:tiny", "--model.blurpool", "all"], ""),
+        (["--model.name", "nets_of_others:tiny", "--model.blurpool", "all"], "has no strided layer to blur"),
         (["--model.name", "nets_of_others:tiny", "--evaluation.recalibrate_batches", "2"], "has no BatchNorm"),
     ],
 )
@@ -100,7 +127,7 @@ def test_what_does_not_fit_is_named(options, expected):
         config = parse_config([*options, "--data.root", "data"])
         validate(config, 1, "cpu")
     except UserError as error:
-        assert expected in str(error) and "\n" not in str(error)
+        assert expected and expected in str(error) and "\n" not in str(error)
     else:
         assert not expected, "no complaint"
 
@@ -133,8 +160,6 @@ def test_timms_weights_from_a_file(tmp_path):
     torch.manual_seed(3)
     published = timm.create_model("test_resnet", num_classes=11)
     torch.save(published.state_dict(), tmp_path / "published.pth")
-    from pipeline.model.weights import start_from
-
     config = ModelConfig(name="timm:test_resnet", weights=str(tmp_path / "published.pth"))
     model = build_model(config, 4)
     start_from(model, config)

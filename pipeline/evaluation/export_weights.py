@@ -66,6 +66,12 @@ def export(
         )
     model = build_model(config.model, outputs)
     load_whole(model, state)
+    other = next((key for key, value in model.state_dict().items() if not isinstance(value, torch.Tensor)), None)
+    if other is not None and target.suffix != ".onnx":
+        raise UserError(
+            f"{out}: {config.model.name} keeps {other}, which is no tensor; give a name that ends in .onnx, or load "
+            f"{path / f'{FILES[chosen]}.pt'} with torch.load"
+        )
     card_file = target.with_name(target.name + ".json")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -209,34 +215,43 @@ def write_state(model: nn.Module, config: Config, path: Path) -> None:
 
 
 def write_safetensors(model: nn.Module, config: Config, path: Path) -> None:
+    """As `write_state`. A tensor with two names (layers that share their weights) is written under both."""
     from safetensors.torch import save_file
 
-    """As `write_state`."""
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
     mark_blurpool(state, config.model.blurpool)
     save_file(state, path, metadata={"format": "pt", "model": config.model.name})
 
 
 def write_onnx(model: nn.Module, config: Config, path: Path) -> None:
-    """ONNX of normalized images float32 [B, 3, H, W] -> logits, for any B. Raises UserError where a part is missing."""
+    """ONNX of normalized images float32 [B, 3, H, W] -> logits, for any B. Raises UserError where a package is missing,
+    and for a network of which torch can't make a graph."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"{path}: ONNX needs {error.name}; pip install onnx onnxscript") from error
     size = config.data.val_size
-    torch.onnx.export(
-        model,
-        (torch.zeros(2, 3, size, size),),
-        path,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        opset_version=OPSET,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    try:
+        torch.onnx.export(
+            model,
+            (torch.zeros(2, 3, size, size),),
+            path,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except (torch.onnx.OnnxExporterError, ValueError) as error:
+        cause = error.__cause__ or error
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise UserError(
+            f"{path}: {config.model.name} can't be written as ONNX ({reason:.200}); "
+            "give a name that ends in .safetensors"
+        ) from error
 
 
 def main(argv: list[str]) -> int:

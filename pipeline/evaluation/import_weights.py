@@ -15,9 +15,10 @@ from pipeline.dataset.index.index import Index, index_folder, open_index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.class_map import imagenet_classes
 from pipeline.model.build import AUXILIARY_WEIGHTS, build_model, count_parameters
-from pipeline.model.heads import find_heads
+from pipeline.model.heads import count_outputs
 from pipeline.model.legacy_checkpoint import convert_to_torchvision, guess_model_name, is_legacy
-from pipeline.model.networks import check_name
+from pipeline.model.networks import check_name, make_without_data
+from pipeline.model.weight_entries import named_as
 from pipeline.model.weights import load_whole, pop_blurpool, read_state
 from pipeline.training.optim.optimizer import heads_for, make_optimizer
 from pipeline.training.run_folder.checkpoint import write_checkpoint
@@ -53,20 +54,17 @@ def import_weights(
     network = ModelConfig(name=name, kwargs=kwargs or {})
     legacy = is_torchvision(name) and is_legacy(state)
     state = convert_to_torchvision(state) if legacy else state
+    state = named_as(state, make_without_data(network, 3).state_dict())
     settings = load_config(Path(resolve_recipe(config)), ["--model.name", name], verb="import")
-    head = next(
-        (key for key in state if key.rpartition(".")[0] in find_heads(network) and key.endswith("weight")), None
-    )
-    if head is None:
-        raise UserError(f"{file} has no head of {name} ({', '.join(find_heads(network))}); give --name")
-    model_config = dataclasses.replace(network, num_classes=len(state[head]), blurpool=as_blurpool(blurpool, file))
+    outputs = count_outputs(network, state, file)
+    model_config = dataclasses.replace(network, num_classes=outputs, blurpool=as_blurpool(blurpool, file))
     data = dataclasses.replace(settings.data, root=data_root or "", **preprocessing_with(Path(file).expanduser(), name))
     train = dataclasses.replace(settings.train, precision="fp32")  # scored as published weights are
     settings = dataclasses.replace(settings, model=model_config, data=data, train=train, run_dir=str(folder.path))
-    model = build_model(model_config, len(state[head]))
+    model = build_model(model_config, outputs)
     load_strictly(model, state, file, name)
     index = open_index(index_folder(Path(data_root).expanduser())) if data_root else None
-    facts = {"index_fingerprint": index.fingerprint, "classes": classes_for(index, len(state[head]))} if index else {}
+    facts = {"index_fingerprint": index.fingerprint, "classes": classes_for(index, outputs)} if index else {}
     write_run(folder, settings, model, facts)
     what = (
         "the original script's layout, biases folded into BatchNorm"
@@ -75,7 +73,7 @@ def import_weights(
         if not is_torchvision(name)
         else "torchvision's layout"
     )
-    sizes = f"{count(count_parameters(model), 'parameter')}, {count(len(state[head]), 'class')}"
+    sizes = f"{count(count_parameters(model), 'parameter')}, {count(outputs, 'class')}"
     print(f"{folder.path}: {name}, {sizes}; {what}")
     weights = folder.checkpoint(0)
     print(f"score it: pipeline evaluate {run} --checkpoint last; train on from it: --model.weights {weights}")

@@ -9,7 +9,7 @@ from pipeline.config import INPUT_SIZES, ModelConfig
 from pipeline.config.networks import preprocessing_of
 from pipeline.errors import UserError
 from pipeline.model.drops import tie_drops
-from pipeline.model.heads import drop_before_head, find_heads, freeze
+from pipeline.model.heads import drop_before_head, freeze, head_parameters
 from pipeline.model.networks import check_name, convert_sync_batchnorm, make_network
 from pipeline.model.regularize import add_blurpool, add_stochastic_depth
 from pipeline.model.weights import is_published
@@ -94,11 +94,9 @@ def zero_init_residual(model: nn.Module) -> None:
 
 def init_heads(model: nn.Module, config: ModelConfig, std: float) -> None:
     """Draw the weights of all heads, auxiliary ones too, from a Gaussian; biases become 0."""
-    for head in find_heads(config):
-        nn.init.normal_(model.get_parameter(f"{head}.weight"), std=std)
-        bias = model.get_submodule(head).bias
-        if isinstance(bias, torch.Tensor):
-            nn.init.zeros_(bias)
+    for name in head_parameters(config):
+        parameter = model.get_parameter(name)
+        nn.init.normal_(parameter, std=std) if parameter.ndim > 1 else nn.init.zeros_(parameter)
 
 
 def count_parameters(model: nn.Module) -> int:

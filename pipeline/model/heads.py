@@ -14,6 +14,8 @@ from pipeline.errors import UserError
 from pipeline.model.drops import DropInput
 from pipeline.model.networks import make_without_data
 
+_CLASSES = (3, 5)  # what a network is made for, to see what follows
+
 BODY = "body"  #: as a pattern of --model.freeze: everything but the heads
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 
@@ -25,19 +27,29 @@ def find_heads(model: ModelConfig | str) -> tuple[str, ...]:
     return _find_heads(ModelConfig(name=config.name, kwargs=config.kwargs))
 
 
-@functools.cache
 def _find_heads(config: ModelConfig) -> tuple[str, ...]:
-    shapes = []
-    for classes in (3, 5):
-        model = make_without_data(config, classes)
-        shapes.append({key: value.shape for key, value in model.named_parameters()})
-    differing = [key for key, shape in shapes[0].items() if shape != shapes[1].get(key)]
-    if not differing:
+    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in _follow_classes(config)))
+
+
+@functools.cache
+def _follow_classes(config: ModelConfig) -> dict[str, int | None]:
+    """The parameters whose shape follows the number of classes -> which of their dimensions is that number, None where
+    none is."""
+    few, more = (
+        {key: value.shape for key, value in make_without_data(config, classes).named_parameters()}
+        for classes in _CLASSES
+    )
+    found = {}
+    for key, shape in few.items():
+        if shape != more.get(key):
+            pairs = enumerate(zip(shape, more.get(key, ()), strict=False))
+            found[key] = next((number for number, pair in pairs if pair == _CLASSES), None)
+    if not found:
         raise UserError(
             f"--model.name {config.name}: no parameter's shape follows num_classes, so it has no head for the classes; "
             "let its last layer have num_classes outputs"
         )
-    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in differing))
+    return found
 
 
 def is_auxiliary(head: str) -> bool:
@@ -45,9 +57,19 @@ def is_auxiliary(head: str) -> bool:
     return head.lower().startswith("aux")
 
 
-def count_outputs(model: ModelConfig | str, state: dict[str, torch.Tensor]) -> int:
-    """The number of classes of a state_dict of this network, from the main head's shape."""
-    return len(next(state[f"{head}.weight"] for head in find_heads(model) if not is_auxiliary(head)))
+def head_parameters(model: ModelConfig) -> dict[str, int | None]:
+    """The parameters of all heads -> which of their dimensions is the number of classes; None: none is."""
+    return _follow_classes(ModelConfig(name=model.name, kwargs=model.kwargs))
+
+
+def count_outputs(model: ModelConfig, state: dict[str, torch.Tensor], source: str = "the checkpoint") -> int:
+    """The number of classes of a state_dict of this network, from the main head's shape. Raises UserError, which begins
+    with `source`, where it has no such head."""
+    for key, number in head_parameters(model).items():
+        if key in state and not is_auxiliary(key) and number is not None and number < state[key].ndim:
+            return state[key].shape[number]
+    heads = ", ".join(head or "a parameter of the network itself" for head in find_heads(model))
+    raise UserError(f"{source} has no head of {model.name} ({heads}): it is of another network; name that one")
 
 
 def in_heads(parameter: str, heads: tuple[str, ...]) -> bool:
@@ -90,5 +112,10 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
 def drop_before_head(model: nn.Module, config: ModelConfig, share: float) -> None:
     """Drop this share of the values that go into the main head, in training only."""
     for head in find_heads(config):
+        if not head:
+            raise UserError(
+                f"--model.dropout {share}: the head of {config.name} is a parameter of the network itself, no layer; "
+                "let the network drop values by itself"
+            )
         if not is_auxiliary(head):
             model.get_submodule(head).register_forward_pre_hook(DropInput(share, rows=False))

@@ -66,6 +66,10 @@ def make_network(config: ModelConfig, num_classes: int, **extra: object) -> nn.M
         ) from error
     if not isinstance(network, nn.Module):
         raise UserError(f"--model.name {name} returned {type(network).__name__}; it must return a torch.nn.Module")
+    if hasattr(network, "_orig_mod"):  # its weights would have other names, which no file of weights has
+        raise UserError(
+            f"--model.name {name} returned a compiled network; return it as it is, with --train.compile true"
+        )
     return network
 
 
@@ -92,6 +96,19 @@ def make_without_data(config: ModelConfig, num_classes: int, **extra: object) ->
         return make_network(config, num_classes, **extra)
 
 
+def make_to_try(config: ModelConfig, num_classes: int, size: int, **extra: object) -> nn.Module:
+    """`make_without_data`, to try images on. With its data where it can't compute two images of size x size pixels
+    without: its forward pass may read values, to branch on them."""
+    network = make_without_data(config, num_classes, **extra)
+    if not is_torchvision(config.name) and next(network.parameters(), torch.empty(0)).is_meta:
+        try:
+            with torch.no_grad():
+                network.eval()(blank_images(network, 2, size))
+        except Exception:  # whatever a network of others raises
+            return make_network(config, num_classes, **extra)
+    return network
+
+
 def blank_images(network: nn.Module, count: int, size: int) -> torch.Tensor:
     """float [count, 3, size, size] on the network's device, as its input to try."""
     return torch.zeros(count, 3, size, size, device=next(network.parameters()).device)
@@ -99,7 +116,7 @@ def blank_images(network: nn.Module, count: int, size: int) -> torch.Tensor:
 
 def check_output(config: ModelConfig, size: int, num_classes: int) -> None:
     """Raises UserError, unless the network of another project gives logits [B, num_classes] for float [B, 3, H, W]."""
-    network = make_without_data(config, num_classes).eval()
+    network = make_to_try(config, num_classes, size).eval()
     if next(network.parameters(), None) is None:
         raise UserError(f"--model.name {config.name} has no parameters; there is nothing to train")
     try:

@@ -10,7 +10,7 @@ from pipeline.config import Config, ModelConfig
 from pipeline.config.networks import is_torchvision
 from pipeline.errors import UserError
 from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight, native_image_size
-from pipeline.model.networks import blank_images, check_name, check_output, make_without_data
+from pipeline.model.networks import blank_images, check_name, check_output, make_to_try
 
 
 def check_image_sizes(config: Config) -> None:
@@ -73,7 +73,7 @@ class SizeProbe:
         )
         if self.name.startswith("vit_"):
             extra["image_size"] = self.native_size
-        return make_without_data(self.config, 1000, **extra)
+        return make_to_try(self.config, 1000, self.native_size, **extra)
 
     def _accepts(self, size: int, training: bool) -> bool:
         """Can it compute size x size pixels? training: with its auxiliary heads, if it has any."""

@@ -5,6 +5,7 @@ import datetime
 import pathlib
 import re
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -115,9 +116,20 @@ def _without(state: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def plain_names(names: list[str]) -> list[str]:
-    """Names of parameters without the wrappers around the network or parts of it."""
+    """Names of parameters without the wrappers around the network or parts of it; as they are where two would become
+    one."""
     plain = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
     for prefix in _ATTRIBUTES:
         if all(name.startswith(prefix) for name in plain):
             plain = [name.removeprefix(prefix) for name in plain]
-    return plain
+    return plain if len(set(plain)) == len(names) else names
+
+
+def named_as(state: dict[str, torch.Tensor], own: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A state_dict with plain names under the names of a network, whose own attributes may be called as wrappers are:
+    `self.model`, `self.module`."""
+    names = list(own)
+    of_plain = dict(zip(plain_names(names), names, strict=True)) | {name: name for name in names}
+    if all(of_plain.get(key, key) == key for key in state):
+        return state
+    return OrderedDict((of_plain.get(key, key), value) for key, value in state.items())

@@ -18,7 +18,7 @@ from pipeline.config.networks import is_torchvision
 from pipeline.counts import count
 from pipeline.errors import TransientError, UserError
 from pipeline.model.heads import find_heads, is_auxiliary
-from pipeline.model.weight_entries import find_state, plain_names, safe_globals
+from pipeline.model.weight_entries import find_state, named_as, plain_names, safe_globals
 from pipeline.run_paths import list_checkpoints
 
 _BLURPOOL = "pipeline.blurpool."  # beginning of the key that marks a state_dict
@@ -235,6 +235,7 @@ def load_whole(model: nn.Module, state: dict[str, torch.Tensor], strict: bool = 
     """`model.load_state_dict(state)`. A state without the versions of its modules, as checkpoints and safetensors files
     are, counts as written by this version of theirs: some (MNASNet's) refuse one that does not say."""
     own = model.state_dict()
+    state = named_as(state, own)
     versioned = OrderedDict(state)
     set_versions(versioned, get_versions(state) or get_versions(own))
     for key in own:  # files from before torch 0.4.1 have none
@@ -251,6 +252,7 @@ def load_body(
     that names what does not fit."""
     fresh: list[str] = []
     own, name = model.state_dict(), config.name
+    state = named_as(state, own)
     heads = find_heads(config)
     usable: OrderedDict[str, torch.Tensor] = OrderedDict()
     wrong: list[str] = []

@@ -61,6 +61,11 @@ def check_network(config: Config, world_size: int, device_type: str) -> None:
         if is_torchvision(config.model.name):
             raise
         model = build_model(config.model, config.model.num_classes or 1000)  # one that reads its own values
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"--model.name {config.model.name} has no parameter that requires a gradient, so nothing is trained; leave "
+            "some, or freeze parts with --model.freeze"
+        )
     if config.evaluation.recalibrate_batches and not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise UserError(
             f"--evaluation.recalibrate_batches {config.evaluation.recalibrate_batches}: {config.model.name} has no "
