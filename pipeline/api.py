@@ -4,6 +4,7 @@ Run a script with these under `python` or `torchrun`, as `pipeline train` itself
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.command import split_options
 from pipeline.config import Config, parse_config
 from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.output import unfailing_output
@@ -29,18 +31,9 @@ def load_config(recipe: str | Path, options: Mapping[str, Any] | None = None) ->
 
     Raises UserError in one line for what is unknown or impossible.
     """
-    arguments = ["--config", str(recipe)]
-    for name, value in (options or {}).items():
-        text = str(value) if isinstance(value, str | Path) else json.dumps(value)
-        arguments.append(f"--{name}={text}")
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            config = parse_config(arguments)
-    except SystemExit:
-        line = said.getvalue().strip().splitlines()[-1]
-        raise UserError(line.removeprefix("pipeline train: ").removesuffix(" (see pipeline train --help)")) from None
-    return config
+    arguments = [f"--{name}={_as_typed(name, value)}" for name, value in (options or {}).items()]
+    with _raising("train"):
+        return parse_config(["--config", str(recipe), *arguments])
 
 
 def train(config: Config) -> bool:
@@ -71,9 +64,14 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
     unknown = options.keys() - Request.__dataclass_fields__.keys()
     if unknown or "json" in options:
         raise UserError(f"unknown option {min(unknown or {'json'})}; see: pipeline evaluate --help")
+    if isinstance(options.get("sizes"), list | tuple):
+        options["sizes"] = ",".join(map(str, options["sizes"]))
+    given = {"run": str(run)} | {name: value for name, value in options.items() if value is not None}
+    with _raising("evaluate"):
+        asked, _ = split_options(Request, "evaluate", [f"--{name}={_as_typed(name, v)}" for name, v in given.items()])
     with tempfile.TemporaryDirectory(prefix="evaluate-") as folder, _stop_request() as stop:
         file = Path(folder) / "scores.json"
-        code = evaluate_run(Request(run=str(run), json=str(file), **options), stop)
+        code = evaluate_run(dataclasses.replace(asked, json=str(file)), stop)
         if stop or code != EXIT_OK:
             raise TransientError("the evaluation was asked to stop")
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -88,6 +86,35 @@ def read_ledger(run: str | Path, kind: str | None = None) -> list[dict[str, Any]
     if not paths.ledger.exists():
         raise UserError(f"{run} has no metrics.jsonl; give a run folder")
     return [row for row in read_rows(paths.ledger) if kind is None or row.get("kind") == kind]
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """An option's value as it is typed on the command line. NumPy's and torch's numbers and arrays are those of Python.
+    Raises UserError for what can't be typed."""
+    value = _plain(value)
+    try:
+        return value if isinstance(value, str) else json.dumps(value, default=_plain)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is {value!r:.80}: give a text, a number, a list or a dict") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path) or type(value).__name__ == "device":
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+@contextlib.contextmanager
+def _raising(verb: str) -> Iterator[None]:
+    """Where a parser would print its complaint and exit, raise it as UserError."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit:
+        line = said.getvalue().strip().splitlines()[-1]
+        line = line.removeprefix(f"pipeline {verb}: ").removesuffix(f" (see pipeline {verb} --help)")
+        raise UserError(line) from None
 
 
 @contextlib.contextmanager

@@ -10,8 +10,10 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
+import torch
 
 import pipeline
 from pipeline.dataset import workers
@@ -134,6 +136,34 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match=r"config is 'tiny\.yaml': give what pipeline.load_config"):
         pipeline.train("tiny.yaml")
     assert capsys.readouterr().err == ""
+
+
+def test_values_of_other_kinds_are_taken_or_named(root, tmp_path):
+    """A list of sizes, NumPy's numbers, torch's devices: as they come in a notebook."""
+    options = {
+        "data.root": root,
+        "run_dir": tmp_path / "run",
+        "train.max_steps": np.int64(1),
+        "optim.lr": np.float32(0.5),
+    }
+    options |= {"train.device": torch.device("cpu"), "data.mean": np.array([0.5, 0.25, 0.5])}
+    config = pipeline.load_config(runs.TINY, options)
+    assert (config.train.max_steps, config.optim.lr, config.data.mean) == (1, 0.5, (0.5, 0.25, 0.5))
+    pipeline.train(config)
+    for checkpoint in (1, "1", Path(tmp_path / "run/checkpoints/step-000000001")):
+        found = pipeline.evaluate(tmp_path / "run", checkpoint=checkpoint, sizes=[32, 48], device=torch.device("cpu"))
+        assert [row["size"] for row in found["results"]] == [32, 48]
+    for name, value, said in (
+        ("batch_size", "many", "--batch_size many: give a whole number"),
+        ("flip", 3, "flip"),
+        ("device", "gpu", "device"),
+        ("sizes", object(), "sizes is <object object"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            pipeline.evaluate(tmp_path / "run", **{name: value})
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"optim\.lr is <object object"):
+        pipeline.load_config(runs.TINY, {"optim.lr": object()})
 
 
 def test_two_threads_may_start_worker_processes(monkeypatch):
