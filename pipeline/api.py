@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.command import split_options
 from pipeline.config import Config, parse_config
+from pipeline.config.names import check_null
 from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.output import unfailing_output
 from pipeline.run_paths import RunPaths
@@ -31,6 +32,9 @@ def load_config(recipe: str | Path, options: Mapping[str, Any] | None = None) ->
 
     Raises UserError in one line for what is unknown or impossible.
     """
+    for name, value in (options or {}).items():
+        group, _, key = name.rpartition(".")
+        check_null({group: {key: value}} if group else {name: value})
     arguments = [f"--{name}={_as_typed(name, value)}" for name, value in (options or {}).items()]
     with _raising("train"):
         return parse_config(["--config", str(recipe), *arguments])

@@ -36,7 +36,15 @@ def make_parser(prog: str, description: str | None = None, usage: str | None = N
 
 
 #: what a value of each type is called in a message
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list"}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple": "a list",
+    "dict": "a mapping, such as {name: value}",
+    "NoneType": "null",
+}
 
 
 def one_line(message: str) -> str:

@@ -123,6 +123,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ("smoke", {"optim.lrr": 0.1}, "did you mean --optim.lr"),
         ("smoke", {"train.max_steps": "many"}, "--train.max_steps many: give a whole number"),
         ("smoke", {"augment.mixup": -1}, "augment.mixup is -1"),
+        ("smoke", {"run_dir": None}, "--run_dir is null: give a value"),
+        ("smoke", {"model": {"name": None}}, "--model.name is null"),
     ):
         with pytest.raises(UserError, match=said) as found:
             pipeline.load_config(recipe, options)

@@ -69,6 +69,10 @@ from pipeline.training.run_folder.same_recipe import compare_semantic_config
         (["--train.sed", "1"], ["--train.sed", "did you mean --train.seed?"]),
         (["--momentun", "0.9"], ["--momentun", "did you mean --optim.momentum?"]),
         (["--data.mean", "[.nan,0,0]"], ["--data.mean", "three numbers"]),
+        (["--data.mean", "[123.7,116.3,103.5]"], ["--data.mean", "divide those of 0 to 255 by 255"]),
+        (["--data.std", "[58.4,57.1,57.4]"], ["--data.std", "divide those of 0 to 255 by 255"]),
+        (["--train.max_steps", "None"], ["--train.max_steps None: give a whole number or null"]),
+        (["--model.kwargs", "[1]"], ["--model.kwargs [1]: give a mapping, such as {name: value}"]),
         (["--augment", "randaugment"], ["--augment randaugment", "did you mean --augment.policy randaugment?"]),
         (["--train", "8"], ["--train 8", "give one of them, --train.NAME"]),
     ],
@@ -104,6 +108,16 @@ def test_mistakes_in_a_recipe_file_are_named(capsys, tmp_path, text, words):
     recipe.write_text(text + "\n")
     line = complaint(capsys, "--config", str(recipe))
     assert f"--config {recipe}" in line and words in line
+
+
+@pytest.mark.parametrize("option", ["run_dir", "model.name", "model.kwargs", "schedule.milestones", "train.precision"])
+def test_a_null_in_a_recipe_file_is_named(capsys, tmp_path, option):
+    """What ends in a colon is null in YAML. Some of these ended with a traceback, others counted as a value."""
+    *group, name = option.split(".")
+    text = f"{name}:\n" if not group else f"{group[0]}:\n  {name}:\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    line = complaint(capsys, "--config", str(tmp_path / "mine.yaml"))
+    assert f"mine.yaml: {option} is null: give a value, or leave it out" in line
 
 
 def test_a_group_without_options_and_a_path_in_the_home_folder(tmp_path, monkeypatch):

@@ -181,8 +181,15 @@ def check_data(c: ResolvedDataConfig) -> Iterator[Check]:
     yield share("data.flip", c.flip)
     half = c.flip == 0.5 or not c.alternate_flips
     yield "data.alternate_flips", True, half, f"it flips half of the images, data.flip is {c.flip}; leave that out"
-    yield "data.mean", list(c.mean), all(map(math.isfinite, c.mean)), "give three numbers"
-    yield "data.std", list(c.std), min(c.std) > 0 and all(map(math.isfinite, c.std)), "give three numbers above 0"
+    as_shares = "pixel values are scaled to 0 to 1: divide those of 0 to 255 by 255"
+    yield (
+        "data.mean",
+        list(c.mean),
+        all(abs(mean) <= 1 for mean in c.mean),
+        f"give three numbers of at most 1 ({as_shares})",
+    )
+    good = all(0 < std <= 1 for std in c.std)
+    yield "data.std", list(c.std), good, f"give three numbers above 0 and at most 1 ({as_shares})"
     yield at_most(
         "data.threads", c.threads, MOST_THREADS, "threads beyond the rank's cores decode no faster", optional=True
     )

@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,22 @@ def check_settings(settings: dict[str, Any], path: str) -> bool:
                 meant = nearest(name, known)
                 hint = f"did you mean {' or '.join(meant)}?" if meant else "see pipeline train --help"
                 raise UserError(f"--config {path}: unknown option {name}; {hint}")
+    check_null(settings, f"--config {path}: ")
     return bool(empty)
+
+
+def check_null(settings: Mapping[str, Any], where: str = "--") -> None:
+    """Raises UserError, which begins with `where`, for an option that is null, as one without a value is in YAML, and
+    has no such value."""
+    hints = typing.get_type_hints(RawConfig)
+    flat = {name: (value, hints[name]) for name, value in settings.items() if name in hints}
+    for group in set(group_names()) & flat.keys():
+        options, kind = flat.pop(group)
+        kinds, given = typing.get_type_hints(kind), options if isinstance(options, dict) else {}
+        flat |= {f"{group}.{name}": (value, kinds[name]) for name, value in given.items() if name in kinds}
+    for name, (value, kind) in flat.items():
+        if value is None and type(None) not in typing.get_args(kind):
+            raise UserError(f"{where}{name} is null: give a value, or leave it out")
 
 
 def group_names() -> Iterator[str]:

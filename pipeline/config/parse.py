@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipeline.command import make_parser, normalize, summary
-from pipeline.config.names import check_names, check_settings, flag_names, rename_arguments, rename_settings
+from pipeline.config.names import check_names, check_null, check_settings, flag_names, rename_arguments, rename_settings
 from pipeline.config.run import Config, RawConfig
 from pipeline.config.time import Time, is_time, parse_time
 from pipeline.errors import UserError, complain
@@ -189,6 +189,7 @@ def load_config(path: Path, overrides: list[str] | None = None, verb: str = "tra
 def from_dict(values: dict[str, Any], given: frozenset[str] = frozenset()) -> Config:
     """A `Config` from nested plain values as jsonargparse gives them. given: the options that the command line gave."""
     values = {key: value for key, value in values.items() if key != "config"}
+    check_null(values)
     for item in dataclasses.fields(RawConfig):
         kind = item.type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(values.get(item.name), dict):
