@@ -110,6 +110,21 @@ def test_mistakes_in_a_recipe_file_are_named(capsys, tmp_path, text, words):
     assert f"--config {recipe}" in line and words in line
 
 
+def test_variables_of_the_environment_in_a_recipe_files_paths(capsys, tmp_path, monkeypatch):
+    """A shell would have replaced them on a command line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    path = tmp_path / "mine.yaml"
+    path.write_text("run_dir: $SCRATCH/run\ndata: {root: '${SCRATCH}/birds'}\n")
+    config = parse_config(["--config", str(path)])
+    assert (config.run_dir, config.data.root) == (f"{tmp_path}/run", f"{tmp_path}/birds")
+    monkeypatch.delenv("SCRATCH")
+    line = complaint(capsys, "--config", str(path))
+    assert "--run_dir $SCRATCH/run: the environment has no variable SCRATCH" in line
+    (tmp_path / "a$b").mkdir()
+    assert parse_config(["--config", "smoke", "--data.root", "a$b"]).data.root == "a$b"
+
+
 @pytest.mark.parametrize("option", ["run_dir", "model.name", "model.kwargs", "schedule.milestones", "train.precision"])
 def test_a_null_in_a_recipe_file_is_named(capsys, tmp_path, option):
     """What ends in a colon is null in YAML. Some of these ended with a traceback, others counted as a value."""

@@ -43,6 +43,14 @@ def test_step_goes_down_every_so_often_and_multistep_at_its_milestones():
     assert_rates(rates(name="multistep", epochs=9, milestones=(2, "50ba"), gamma=0.5), {19: 1, 20: 0.5, 50: 0.25})
 
 
+def test_milestones_of_a_longer_run_are_named():
+    line = rates(name="multistep", epochs=3, milestones=(30, "600ba")).never_falls
+    assert line.startswith("--schedule.milestones 30, 600ba: none is before the end of the run")
+    assert rates(name="multistep", epochs=3, milestones=(2, 30)).never_falls is None
+    assert rates(name="multistep", epochs=3, milestones=(30,), reference_epochs=90).never_falls is None
+    assert rates(name="cosine", epochs=3, milestones=(30,)).never_falls is None
+
+
 def test_an_exponential_warm_up_multiplies_by_the_same_factor():
     schedule = rates(name="constant", epochs=10, warmup_epochs=1, warmup="exponential", warmup_start=1e-2)
     assert_rates(schedule, {0: 1e-2, 5: 1e-1, 10: 1.0, 99: 1.0})

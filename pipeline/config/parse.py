@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.resources
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from pipeline.errors import UserError, complain
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+_PATHS = ("run_dir", "resume", "data.root", "data.index", "model.weights")  #: options whose $VARIABLES are replaced
 #: the schedule's times that follow its length; the warm-up shrinks with a shorter run, and does not grow with a longer
 _TIMES, _SHRINKS = ("warmup_epochs", "milestones", "step_every"), ("warmup_epochs",)
 
@@ -134,6 +136,18 @@ def parse_config(argv: list[str], verb: str = "train", options: type | None = No
     return from_dict(values, frozenset(given - {"config"}))
 
 
+def _expand(name: str, value: str) -> str:
+    """A path with the values of the environment's variables, as a shell would give it from a command line. Raises
+    UserError for a variable that is not set."""
+    if "$" not in value or Path(value).exists():
+        return value
+    expanded = os.path.expandvars(value)
+    unknown = re.search(r"\$(\w+|{\w+})", expanded)
+    if unknown is not None:
+        raise UserError(f"--{name} {value}: the environment has no variable {unknown[1].strip('{}')}; set it")
+    return expanded
+
+
 def _scale_times(values: dict[str, Any], own: Time, given: set[str]) -> None:
     """Let a recipe's times follow a command line's other length; `own` is the recipe's. What is given beside it stands
     as it is. Raises UserError where that leaves times that can't be worked out."""
@@ -190,6 +204,11 @@ def from_dict(values: dict[str, Any], given: frozenset[str] = frozenset()) -> Co
     """A `Config` from nested plain values as jsonargparse gives them. given: the options that the command line gave."""
     values = {key: value for key, value in values.items() if key != "config"}
     check_null(values)
+    for name in _PATHS:
+        part, _, key = name.rpartition(".")
+        holder = values.get(part) if part else values
+        if isinstance(holder, dict) and isinstance(holder.get(key), str):
+            holder[key] = _expand(name, holder[key])
     for item in dataclasses.fields(RawConfig):
         kind = item.type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(values.get(item.name), dict):

@@ -168,6 +168,10 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str, list[str] | 
                 f'torch.save(torch.jit.load("{path}").state_dict(), FILE)'
             ) from error
         lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+        if path.suffix.lower() == ".onnx":
+            raise UserError(
+                f"{path} is an ONNX file, which is not read; give the weights as .pt or .safetensors"
+            ) from error
         held = re.search(r"GLOBAL (\S+)", str(error))
         if held:
             reason = f"it holds a {held[1]}"

@@ -67,6 +67,17 @@ class Schedule:
         per_epoch = [round(step / steps_per_epoch, 6) for step in milestones]
         self.epochs = _Times(warmup / steps_per_epoch, length / steps_per_epoch, per_epoch)
 
+    @property
+    def never_falls(self) -> str | None:
+        """A line where the rate should fall at milestones, and none is before the end: they are of a longer run."""
+        if self.config.name != "multistep" or any(step < self.steps.end for step in self.milestones):
+            return None
+        listed = ", ".join(time if isinstance(time, str) else f"{time:g}" for time in self.config.milestones)
+        return (
+            f"--schedule.milestones {listed}: none is before the end of the run, so the learning rate never falls; "
+            "give earlier ones, or in --schedule.reference_epochs the length that they are for"
+        )
+
     def lr(self, step: int) -> float:
         """Learning rate of step begin <= step < total_steps."""
         if self.config.per_epoch:
