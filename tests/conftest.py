@@ -22,6 +22,7 @@ MEDIUM, LONG = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The markers `medium` and `long` for the tests listed in medium.txt and long.txt. Where pytest-xdist spreads the
     tests over worker processes, one of them has all tests that need several processes, a cluster or a browser."""
