@@ -40,5 +40,5 @@ ruff format --check .
 ruff check .
 lint-imports
 mypy
-# One worker has the tests that need several processes, the others have the rest (-n 0: all in one process).
-exec python -m pytest -m "$marks" -n 2 --dist loadgroup "$@"
+# Two processes begin with half of the tests each (-n 0: all in one process).
+exec python -m pytest -m "$marks" -n 2 --dist worksteal "$@"

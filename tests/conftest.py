@@ -22,18 +22,14 @@ MEDIUM, LONG = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The markers `medium` and `long` for the tests listed in medium.txt and long.txt. Where pytest-xdist spreads the
-    tests over worker processes, one of them has all tests that need several processes, a cluster or a browser."""
+    """The markers `medium` and `long` for the tests listed in medium.txt and long.txt."""
     for item in items:
         name = f"tests/{item.path.name}::{item.nodeid.partition('::')[2]}"
         if name.partition("[")[0] in MEDIUM:
             item.add_marker(pytest.mark.medium)
         if name in LONG:
             item.add_marker(pytest.mark.long)
-        if any(item.get_closest_marker(mark) for mark in ("slow", "slurm", "browser", "long")):
-            item.add_marker(pytest.mark.xdist_group("several processes"))
 
 
 def pytest_sessionfinish() -> None:
