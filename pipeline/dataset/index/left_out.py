@@ -70,6 +70,13 @@ def only_images(left_out: LeftOut) -> LeftOut:
     return {split: {reason: n for reason, n in found.items() if reason in _IMAGES} for split, found in left_out.items()}
 
 
+def without_images(left_out: LeftOut) -> LeftOut:
+    """The part of it that `count_images` does not count."""
+    return {
+        split: {reason: n for reason, n in found.items() if reason not in _IMAGES} for split, found in left_out.items()
+    }
+
+
 def describe(left_out: LeftOut, splits: Iterable[str] | None = None) -> str:
     """ "train: 3 unreadable (train/cat/a.png, ...), 1 foreign leftovers (...); val: ..."; empty where all is in."""
     parts = []

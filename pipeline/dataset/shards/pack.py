@@ -17,7 +17,7 @@ from pipeline.counts import count
 from pipeline.dataset import imagenet
 from pipeline.dataset.disk import explain, explain_read
 from pipeline.dataset.index.index import MAIN_FILE, PACKED, Index, index_folder, open_index
-from pipeline.dataset.index.left_out import only_images
+from pipeline.dataset.index.left_out import describe, only_images, without_images
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
 from pipeline.dataset.layouts.parquet_files import find_parquet
 from pipeline.dataset.selected import read_selected
@@ -156,6 +156,9 @@ def pack_index(
             f"{count(len(bad), 'image')} of {root} can't be read, such as {bad[0]} (see {index.folder / UNREADABLE}); "
             "fetch them again, or give --unreadable skip (leave them out) or reencode (save what can be seen)"
         )
+    left_out = describe(without_images(index.left_out))  # `pack` lists what can't be read
+    if left_out and not quiet:
+        print(f"left out of the shards: {left_out}", file=sys.stderr)
     plan = make_plan(index, options, unreadable, read)
     complete = prepare(dest, index, options, plan)
     mine = [shard for i, shard in enumerate(plan.shards()) if i % parts == turn - 1]
