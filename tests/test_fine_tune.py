@@ -107,14 +107,14 @@ def test_weights_of_other_scripts_are_read_and_the_entry_is_known(tmp_path, layo
     assert state.keys() == OWN.keys() and all(torch.equal(state[key], OWN[key]) for key in OWN)
 
 
-@pytest.mark.parametrize("what", ["diverged", "TorchScript", "no weights", "text"])
+@pytest.mark.parametrize("what", ["diverged", "TorchScript", "no weights", "text", "onnx"])
 def test_a_file_without_usable_weights_is_one_line_that_says_what_it_holds(tmp_path, capsys, what):
-    file = tmp_path / "file.pth"
+    file = tmp_path / ("file.onnx" if what == "onnx" else "file.pth")
     if what == "diverged":
         torch.save({"model": OWN | {"fc.bias": torch.tensor([0.0, float("nan"), 0.0])}}, file)
     elif what == "TorchScript":
         torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(file))
-    elif what == "text":
+    elif what in ("text", "onnx"):
         file.write_text("about: weights")
     else:
         torch.save({"optimizer": {}, "epoch": 3}, file)
@@ -122,6 +122,7 @@ def test_a_file_without_usable_weights_is_one_line_that_says_what_it_holds(tmp_p
     (line,) = capsys.readouterr().err.strip().splitlines()
     words = {
         "text": "torch.save did not write it",
+        "onnx": "is an ONNX file, which is not read",
         "diverged": "fc.bias hold NaN",
         "TorchScript": "torch.jit.load",
         "no weights": "optimizer, epoch",
