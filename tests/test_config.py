@@ -42,6 +42,7 @@ from pipeline.training.run_folder.same_recipe import compare_semantic_config
         (["--data.start_size", "64"], ["--data.start_size", "64", "data.ramp_epochs"]),
         (["--data.image_size", "0"], ["--data.image_size is 0", "give a number above 0"]),
         (["--data.threads", "100000"], ["--data.threads is 100000", "at most 1,024", "cores"]),
+        (["--train.global_batch_size", "1000000000000"], ["--train.global_batch_size is", "at most 1,048,576"]),
         (["--data.threads", "0"], ["--data.threads is 0", "above 0"]),
         (["--data.prefetch", "100000"], ["--data.prefetch is 100000", "at most 1,000", "memory"]),
         (["--data.val_size", "0"], ["--data.val_size is 0", "give a number above 0"]),

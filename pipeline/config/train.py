@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.fields import Check, positive, runtime_field
+from pipeline.config.fields import Check, at_most, positive, runtime_field
+
+MOST_IMAGES = 1 << 20  #: of a batch; ImageNet has 1.28 million for training
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class TrainConfig:
 
 def check_train(c: TrainConfig) -> Iterator[Check]:
     """Impossible values of the group `train`."""
-    yield positive("train.global_batch_size", c.global_batch_size)
+    yield at_most("train.global_batch_size", c.global_batch_size, MOST_IMAGES, "ImageNet has 1.28 million images")
     yield positive("train.micro_batch_size", c.micro_batch_size, optional=True)
-    yield positive("train.eval_batch_size", c.eval_batch_size, optional=True)
+    yield at_most("train.eval_batch_size", c.eval_batch_size, MOST_IMAGES, "of a rank, all in memory", optional=True)
     yield positive("train.eval_every_epochs", c.eval_every_epochs)
     yield positive("train.max_steps", c.max_steps, optional=True)
     yield positive("train.stop_after_evals_without_gain", c.stop_after_evals_without_gain, optional=True)
