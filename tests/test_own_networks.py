@@ -60,7 +60,6 @@ def test_from_training_to_export(root, tmp_path, capsys, kind):
 
 
 def test_weights_of_unusual_networks_go_in_and_out_again(tmp_path, capsys):
-    pytest.importorskip("onnxscript")
     for name in ("tied", "Branches", "Prototypes", "Bare"):
         torch.save(build_model(ModelConfig(name=f"nets_of_others:{name}"), 4).state_dict(), tmp_path / "weights.pth")
         said(capsys, "import", tmp_path / "weights.pth", tmp_path / name, "--name", f"nets_of_others:{name}")
@@ -70,6 +69,12 @@ def test_weights_of_unusual_networks_go_in_and_out_again(tmp_path, capsys):
         start_from(model, config)
         given = torch.load(tmp_path / "weights.pth")
         assert all(torch.equal(value, given[key]) for key, value in model.state_dict().items())
+
+
+def test_a_network_without_a_graph_is_not_exported_as_onnx(tmp_path, capsys):
+    pytest.importorskip("onnxscript", reason="export to ONNX needs the packages of the extra onnx")
+    torch.save(build_model(ModelConfig(name="nets_of_others:Branches"), 4).state_dict(), tmp_path / "weights.pth")
+    said(capsys, "import", tmp_path / "weights.pth", tmp_path / "Branches", "--name", "nets_of_others:Branches")
     found = said(capsys, "export", tmp_path / "Branches", tmp_path / "Branches.onnx", expect=2)
     assert "can't be written as ONNX" in found and "give a name that ends in .safetensors" in found
     assert not (tmp_path / "Branches.onnx").exists()

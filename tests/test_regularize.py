@@ -108,10 +108,10 @@ def test_a_blurred_pool_keeps_the_pools_size(kernel, padding, ceil):
     """With ceil_mode too, which GoogLeNet's and SqueezeNet's pools have."""
     pool = nn.MaxPool2d(kernel, 2, padding, ceil_mode=ceil)
     for height, width in [(5, 8), (6, 7), (13, 4), (112, 111), (3, 9)]:
-        x = torch.rand(2, 3, height, width)
+        x = torch.randint(256, (2, 3, height, width)).float()  # whole numbers: their weighted sums are exact
         seen = BlurMaxPool(pool)(x)
         assert seen.shape == pool(x).shape, (height, width)
-        assert seen.amin() >= x.amin() - 1e-6 and seen.amax() <= x.amax() + 1e-6  # a mean, but for its rounding
+        assert seen.amin() >= x.amin() and seen.amax() <= x.amax()
 
 
 def test_efficientnets_depth_is_its_papers():
