@@ -14,6 +14,7 @@ _MOUNTS = Path("/proc/self/mountinfo")
 _USUAL = Path("/sys/fs/cgroup")  # where the groups are mounted, nearly everywhere
 _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" by a number near 2**63
 SPARE_FILES = 1024  #: open files that libraries, workers and connections may need
+MOST_CORES = 1024  #: of the largest nodes: more threads or processes of one program are a mistake
 MOST_FILES = 1 << 20  #: some programs look at every file that may be open
 _RANK_FILES = 256  # of a rank alone: libraries, images, shards, checkpoints, W&B
 

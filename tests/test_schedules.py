@@ -44,11 +44,11 @@ def test_step_goes_down_every_so_often_and_multistep_at_its_milestones():
 
 
 def test_milestones_of_a_longer_run_are_named():
-    line = rates(name="multistep", epochs=3, milestones=(30, "600ba")).never_falls
+    line = rates(name="multistep", epochs=3, milestones=(30, "600ba")).milestone_warning
     assert line.startswith("--schedule.milestones 30, 600ba: none is before the end of the run")
-    assert rates(name="multistep", epochs=3, milestones=(2, 30)).never_falls is None
-    assert rates(name="multistep", epochs=3, milestones=(30,), reference_epochs=90).never_falls is None
-    assert rates(name="cosine", epochs=3, milestones=(30,)).never_falls is None
+    assert rates(name="multistep", epochs=3, milestones=(2, 30)).milestone_warning is None
+    assert rates(name="multistep", epochs=3, milestones=(30,), reference_epochs=90).milestone_warning is None
+    assert rates(name="cosine", epochs=3, milestones=(30,)).milestone_warning is None
 
 
 def test_an_exponential_warm_up_multiplies_by_the_same_factor():

@@ -10,8 +10,8 @@ from pipeline.config.fields import Check, at_least_zero, at_most, positive, runt
 from pipeline.config.model import INPUT_SIZES
 from pipeline.config.networks import preprocessing_of
 from pipeline.errors import UserError
+from pipeline.limits import MOST_CORES
 
-MOST_THREADS = 1024  #: as many as the largest nodes have cores; 100,000 take minutes to start, and fail
 MOST_PREFETCH = 1000  #: batches; hundreds fill the memory of most nodes
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  #: of ImageNet, as most published weights expect them
 
@@ -191,7 +191,7 @@ def check_data(c: ResolvedDataConfig) -> Iterator[Check]:
     good = all(0 < std <= 1 for std in c.std)
     yield "data.std", list(c.std), good, f"give three numbers above 0 and at most 1 ({as_shares})"
     yield at_most(
-        "data.threads", c.threads, MOST_THREADS, "threads beyond the rank's cores decode no faster", optional=True
+        "data.threads", c.threads, MOST_CORES, "threads beyond the rank's cores decode no faster", optional=True
     )
     yield at_most("data.prefetch", c.prefetch, MOST_PREFETCH, "each is a batch in memory")
     yield at_least_zero("data.max_unreadable", c.max_unreadable)

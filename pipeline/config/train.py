@@ -7,6 +7,7 @@ from typing import Literal
 from pipeline.config.fields import Check, at_most, positive, runtime_field
 
 MOST_IMAGES = 1 << 20  #: of a batch; ImageNet has 1.28 million for training
+Precision = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class TrainConfig:
     """Validation images per rank at once; default: the micro batch."""
     eval_every_epochs: float = runtime_field(1.0)
     """Evaluate whenever this many epochs are done, and at the end."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     """Data type of the network's arithmetic: bf16 and fp16 by autocast; weights stay fp32."""
     channels_last: bool = runtime_field(True)
     """Memory format NHWC for images and weights."""

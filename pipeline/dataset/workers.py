@@ -15,9 +15,8 @@ from types import ModuleType
 from typing import ClassVar, TypeVar
 
 from pipeline.errors import TransientError, UserError
-from pipeline.limits import available_cores
+from pipeline.limits import MOST_CORES, available_cores
 
-MOST_PROCESSES = 1024  #: as many as the largest nodes have cores
 READERS = 8  #: files that a process reads at once
 
 Task = TypeVar("Task")
@@ -82,8 +81,8 @@ def map_in_order(
     that is impossible.
     """
     processes = processes or available_cores()
-    if not 1 <= processes <= MOST_PROCESSES:
-        raise UserError(f"--processes is {processes}; give a number from 1 to {MOST_PROCESSES:,}")
+    if not 1 <= processes <= MOST_CORES:
+        raise UserError(f"--processes is {processes}; give a number from 1 to {MOST_CORES:,}")
     if processes == 1:
         yield from map(function, tasks)
         return

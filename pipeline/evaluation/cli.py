@@ -3,6 +3,7 @@
 from typing import Literal
 
 from pipeline.command import importing
+from pipeline.config.train import Precision
 from pipeline.errors import UserError
 from pipeline.training.ranks.stop_request import StopRequest, die_with_torchrun, join_srun_tasks
 
@@ -37,7 +38,7 @@ def _evaluate(argv: list[str], stop: StopRequest) -> int:
         recalibrate: int | None = None,
         per_class: str | None = None,
         batch_size: int | None = None,
-        precision: Literal["bf16", "fp16", "fp32"] | None = None,
+        precision: Precision | None = None,
         device: Literal["auto", "cuda", "cpu"] = "auto",
         json: str | None = None,
     ) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.command import split_list
 from pipeline.config import Config, DataConfig, ModelConfig, RawConfig, ResolvedDataConfig, TrainConfig, load_config
 from pipeline.config.augment import UNAUGMENTED
+from pipeline.config.train import Precision
 from pipeline.dataset.index.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.checkpoints import ScoredNetwork, load_published, load_run
@@ -51,7 +52,7 @@ class Request:
     recalibrate: int | None = None
     per_class: str | None = None
     batch_size: int | None = None
-    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    precision: Precision | None = None
     device: Device = "auto"
     json: str | None = None
 

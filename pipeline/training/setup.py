@@ -124,8 +124,8 @@ def prepare_run(
         console.warn(slow)
     steps_per_epoch = plan.samples / config.train.global_batch_size
     schedule = Schedule(config.schedule, peak_lr(config.optim, config.train.global_batch_size), steps_per_epoch)
-    if schedule.never_falls:
-        console.warn(schedule.never_falls)
+    if schedule.milestone_warning:
+        console.warn(schedule.milestone_warning)
     last_step = min(schedule.total_steps, config.train.max_steps or schedule.total_steps)
     milestones = Milestones(config, plan, last_step)
     local = local_snapshots(world, console.warn)

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from pipeline.command import run_command
+from pipeline.config.train import Precision
 from pipeline.counts import count
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.recipes import as_text
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pipeline.insight.report.run_record import Record
 
 COLORS = 6  # of the page
-Precision = Literal["bf16", "fp16", "fp32"]
 
 
 def charts(records: list["Record"]) -> str:

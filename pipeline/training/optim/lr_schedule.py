@@ -68,7 +68,7 @@ class Schedule:
         self.epochs = _Times(warmup / steps_per_epoch, length / steps_per_epoch, per_epoch)
 
     @property
-    def never_falls(self) -> str | None:
+    def milestone_warning(self) -> str | None:
         """A line where the rate should fall at milestones, and none is before the end: they are of a longer run."""
         if self.config.name != "multistep" or any(step < self.steps.end for step in self.milestones):
             return None
