@@ -106,8 +106,9 @@ class Cut(NamedTuple):
     size: int
     header: bytes
     sof: int
-    ends: np.ndarray  # int64 [rows, intervals a row] of the rows read: where each interval ends in the bytes read
+    lengths: np.ndarray  # uint16 [rows, intervals a row] of the rows read: bytes of each interval
     columns: slice  # the intervals of each row that are taken
+    ends: np.ndarray  # int64 [rows, intervals a row]: where each interval ends in the bytes read
     checksums: np.ndarray  # uint32 [rows]
 
     def assemble(self, data: bytes | memoryview) -> bytearray:
@@ -115,20 +116,19 @@ class Cut(NamedTuple):
         if len(data) != self.size:
             raise TableError(f"has {count(len(data), 'byte')} of {self.size:,} in its shard")
         ends, (first, last), view = self.ends, (self.columns.start, self.columns.stop), memoryview(data)
-        row_stops = ends[:, -1].tolist()
-        row_starts = [0, *row_stops[:-1]]
-        rows = [view[a:b] for a, b in zip(row_starts, row_stops)]  # noqa: B905 - of one length, here and below: quicker
+        stops = ends[:, -1].tolist()
+        starts = [0, *stops[:-1]]
+        rows = [view[a:b] for a, b in zip(starts, stops)]  # noqa: B905 - of one length, here and below: quicker
         if [digest & _MASK for digest in map(xxhash.xxh3_64_intdigest, rows)] != self.checksums.tolist():
             raise TableError("its bytes have changed since it was packed")
-        starts = ends[:, first - 1] if first else np.array(row_starts)
-        stops = ends[:, last - 1]
         if last - first != ends.shape[1]:
-            rows = [view[a:b] for a, b in zip(starts.tolist(), stops.tolist())]  # noqa: B905
+            starts = ends[:, first - 1].tolist() if first else starts
+            rows = [view[a:b] for a, b in zip(starts, ends[:, last - 1].tolist())]  # noqa: B905
         made = bytearray().join((self.header, *rows))
         struct.pack_into(">HH", made, self.sof, self.height, self.width)
-        shifts = (stops - starts).cumsum() - stops + (len(self.header) - 1)
-        places = (ends[:, self.columns] + shifts[:, None]).ravel()
-        np.frombuffer(made, np.uint8)[places] = _markers(len(places))
+        taken = self.lengths[:, self.columns].ravel().astype(np.int64)
+        taken[0] += len(self.header) - 1  # an interval's marker ends it, so that its second byte is the interval's last
+        np.frombuffer(made, np.uint8)[np.add.accumulate(taken)] = _markers(len(taken))
         made[-1] = _EOI
         return made
 
@@ -161,10 +161,13 @@ def plan_cut(entry: bytes, digest: int, window: tuple[int, int, int, int]) -> Cu
         return None
     at = _HEAD.size + data
     checksums = np.frombuffer(entry, "<u4", down - up, at + 4 * up)
-    ends = np.frombuffer(entry, "<u2", down * columns, at + 4 * rows).cumsum(dtype=np.int64)
+    lengths = np.frombuffer(entry, "<u2", down * columns, at + 4 * rows)
+    ends = np.add.accumulate(lengths.astype(np.int64))  # less time than `cumsum` with a conversion
     start = int(ends[up * columns - 1]) if up else 0
-    ends = ends[up * columns :].reshape(-1, columns) - start
+    lengths, ends = lengths[up * columns :].reshape(-1, columns), ends[up * columns :].reshape(-1, columns)
+    if start:
+        ends -= start
     x, y = first * wide, up * mcu_height
     right, bottom = min(last * wide, width), min(down * mcu_height, height)
-    size, header = int(ends[-1, -1]), entry[_HEAD.size : at]
-    return Cut(x, y, right - x, bottom - y, data + start, size, header, sof, ends, slice(first, last), checksums)
+    size, header, taken = int(ends[-1, -1]), entry[_HEAD.size : at], slice(first, last)
+    return Cut(x, y, right - x, bottom - y, data + start, size, header, sof, lengths, taken, ends, checksums)
