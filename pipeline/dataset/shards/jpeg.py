@@ -12,6 +12,7 @@ _SOF_BASELINE, _SOF_EXTENDED, _SOF_PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _DHT, _DAC, _SOI, _EOI, _SOS, _DRI = 0xC4, 0xCC, 0xD8, 0xD9, 0xDA, 0xDD
 _SOF = {*range(0xC0, 0xD0)} - {_DHT, 0xC8, _DAC}
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+_MARKERS = np.arange(1 << 16, dtype=np.uint8) % 8 + 0xD0
 
 
 class Frame(NamedTuple):
@@ -110,12 +111,14 @@ def find_intervals(data: bytes, frame: Frame) -> np.ndarray | None:
     if rest or data[-2:] != b"\xff\xd9":
         return None
     body = np.frombuffer(data, np.uint8, offset=frame.data)
-    at = np.flatnonzero(body[:-1] == 0xFF)
-    codes = body[at + 1]
-    at, codes = at[codes != 0], codes[codes != 0]  # a zero after 0xFF: stuffed data
+    at = np.flatnonzero(body[:-1] == 0xFF) + 1
+    at = at[body[at] != 0]  # a zero after 0xFF: stuffed data
     count = columns * frame.mcu_rows
-    numbers = np.arange(count, dtype=np.uint8) % 8 + 0xD0
-    numbers[-1] = _EOI
-    if len(at) != count or not np.array_equal(codes, numbers):
+    if len(at) != count or not np.array_equal(body[at[:-1]], number_markers(count - 1)):
         return None
-    return np.diff(at + 2, prepend=0).reshape(frame.mcu_rows, columns)
+    return np.diff(at + 1, prepend=0).reshape(frame.mcu_rows, columns)
+
+
+def number_markers(count: int) -> np.ndarray:
+    """The second bytes of the first restart markers of a JPEG: RST0 to RST7 in turns, uint8 [count]."""
+    return _MARKERS[:count] if count <= len(_MARKERS) else np.resize(_MARKERS, count)

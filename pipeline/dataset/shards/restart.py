@@ -23,7 +23,7 @@ import xxhash
 
 from pipeline.counts import count
 from pipeline.dataset.index.index import Index, Split
-from pipeline.dataset.shards.jpeg import find_intervals, read_frame
+from pipeline.dataset.shards.jpeg import find_intervals, number_markers, read_frame
 
 TABLE = ".restart"  #: suffix of a table; it lies beside its shard
 MAGIC = b"RESTART1"  #: the first bytes of a table
@@ -31,7 +31,6 @@ _HEAD = struct.Struct("<I9H")
 _MASK = 0xFFFFFFFF
 _MARGIN = 2  # pixels: the decoder interpolates chroma that is stored at half size from its neighbors
 _NARROWEST = 5  # pixels: libjpeg does not interpolate chroma of two columns or less
-_MARKERS = np.arange(1 << 16, dtype=np.uint8) % 8 + 0xD0  # the second bytes of RST0 to RST7, in turns
 _EOI = 0xD9
 
 
@@ -128,13 +127,9 @@ class Cut(NamedTuple):
         struct.pack_into(">HH", made, self.sof, self.height, self.width)
         taken = self.lengths[:, self.columns].ravel().astype(np.int64)
         taken[0] += len(self.header) - 1  # an interval's marker ends it, so that its second byte is the interval's last
-        np.frombuffer(made, np.uint8)[np.add.accumulate(taken)] = _markers(len(taken))
+        np.frombuffer(made, np.uint8)[np.add.accumulate(taken)] = number_markers(len(taken))
         made[-1] = _EOI
         return made
-
-
-def _markers(count: int) -> np.ndarray:
-    return _MARKERS[:count] if count <= len(_MARKERS) else np.resize(_MARKERS, count)
 
 
 def plan_cut(entry: bytes, digest: int, window: tuple[int, int, int, int]) -> Cut | None:

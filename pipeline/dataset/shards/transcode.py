@@ -13,7 +13,7 @@ import shutil
 import warnings
 from io import BytesIO
 
-from pipeline.dataset.shards.jpeg import choose_interval, find_intervals, is_transcodable, read_frame
+from pipeline.dataset.shards.jpeg import choose_interval, is_transcodable, read_frame
 from pipeline.errors import UserError
 
 PROGRAM = "jpegtran"
@@ -45,7 +45,7 @@ def transcode(data: bytes, interval: int) -> bytes | None:
     if made is None:
         return None
     new = read_frame(made)
-    if new is None or (new.width, new.height) != (frame.width, frame.height) or find_intervals(made, new) is None:
+    if new is None or (new.width, new.height) != (frame.width, frame.height) or not new.interval:
         return None
     return made if _equal_pixels(data, made) else None
 
