@@ -122,6 +122,19 @@ def test_a_checkpoint_of_the_run_is_not_written_again_where_checkpoints_is_a_lin
     assert saved(run) == [2] and steps(run, "eval") == [2] and path.stat().st_ino == before
 
 
+def test_good_checkpoints_are_not_pruned_in_favor_of_later_damaged_ones(root, run):
+    """They are as many as `checkpoint.keep`, and newer than what the resumed run saves."""
+    for step in (4, 6):
+        (runs.checkpoint_at(run, step) / "model.pt").write_bytes(b"damaged")
+    options = ["--checkpoint.every_steps", "2", "--checkpoint.keep", "2", "--train.eval_every_epochs", "100"]
+    runs.call(root, run, *options, "--train.max_steps", "3")
+    assert saved(run) == [2, 3]
+    aside = run / "set-aside-after-step-000000002"
+    assert saved(aside) == [4, 6] and steps(aside) == [3, 4, 5, 6]
+    assert "set-aside" not in runs.call(root, run, *options, "--train.max_steps", "4")
+    assert saved(run) == [3, 4] and steps(run) == [1, 2, 3, 4]
+
+
 def test_resume_from_a_path_counts_once(root, run, tmp_path):
     """A batch script repeats its command after each interruption."""
     other = tmp_path / "other"

@@ -12,7 +12,7 @@ from pipeline.config import semantic_config
 from pipeline.counts import count
 from pipeline.dataset.index.left_out import describe
 from pipeline.errors import TransientError
-from pipeline.run_paths import RunPaths
+from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.ledger import (
     TRAINING_UNREADABLE,
     VALIDATION_UNREADABLE,
@@ -57,7 +57,8 @@ class RunRecorder:
         config, folder = setup.config, setup.folder
         settings = semantic_config(config) | {"world_size": setup.world.size}
         wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), self.console.say)
-        if setup.start.went_back:
+        given_up = any(step > setup.start.step for step, _ in list_checkpoints(folder.checkpoints))  # damaged ones, say
+        if setup.start.went_back or given_up:
             set_aside(folder, setup.start.step, setup.start.rollbacks, self.console.warn)
         self.ledger = Ledger(folder.ledger, setup.start.step)
         self.views: list[View] = [wandb, self.console]

@@ -1,4 +1,6 @@
-"""What a run did after the checkpoint that `--resume PATH` goes back to: kept beside the run, not in its way."""
+"""What a run did after the checkpoint that it goes back to, because `--resume PATH` says so or because later ones are
+damaged: kept beside the run, not in its way. (Left there, they would count among the newest, which are kept: others
+would be pruned in their favor.)"""
 
 import json
 from collections.abc import Callable, Sequence
