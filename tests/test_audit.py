@@ -6,6 +6,8 @@ import shutil
 import pytest
 import runs
 
+from pipeline.tracking.ledger import lost_in_words, lost_steps
+
 
 @pytest.fixture(scope="module")
 def finished(root, tmp_path_factory):
@@ -45,14 +47,22 @@ def test_a_row_that_was_changed_is_found(finished, tmp_path, every, expect):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("seed: 0", "seed: 1"), ("mixup: 0.2", "mixup: 0.3"), ("random_erase: 0.5", "random_erase: 0.4")],
+    [
+        ("seed: 0", "seed: 1"),
+        ("mixup: 0.2", "mixup: 0.3"),
+        ("random_erase: 0.5", "random_erase: 0.4"),
+        ("label_smoothing: 0.0", "label_smoothing: 0.1"),
+    ],
 )
 def test_a_recipe_that_was_changed_is_found(finished, tmp_path, setting, value):
+    """The last one changes no batch: the checkpoints tell."""
     run = shutil.copytree(finished, tmp_path / "run")
     text = (run / "config.yaml").read_text()
     assert setting in text
     (run / "config.yaml").write_text(text.replace(setting, value))
-    assert "WRONG" in runs.capture(["audit", str(run)], expect=2)
+    output = runs.capture(["audit", str(run)], expect=2)
+    (name, before), after = setting.split(": "), value.split(": ")[1]
+    assert f"{name} is {after} in config.yaml, and {before} in the checkpoints" in output
 
 
 def test_runs_are_compared_with_the_first_one(finished, root, tmp_path):
@@ -86,13 +96,19 @@ def test_another_data_set_is_named(finished, tmp_path):
     runs.capture(["index", str(data)])
     output = runs.capture(["audit", str(finished), "--data_root", str(data)], expect=2)
     assert "is not the run's" in output and "--data_root" in output
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    assert "is not the run's" in runs.capture(["audit", str(run), "--data_root", str(data)], expect=2)
 
 
 def test_gaps_runs_that_follow_each_other_and_missing_data(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(line for line in lines if '"step": 4,' not in line))
-    assert "gaps or repeats" in runs.capture(["audit", str(run)], expect=2)
+    assert "has no rows of step 4, so" in runs.capture(["audit", str(run)], expect=2)
+    (run / "metrics.jsonl").write_text("".join(lines + lines[3:]))
+    assert "steps have repeats" in runs.capture(["audit", str(run)], expect=2)
+    shutil.rmtree(run / "checkpoints")
     shutil.move(run / "metrics.jsonl", tmp_path / "rows")
     later = shutil.copytree(finished, tmp_path / "later")
     for kept, path in ((lambda step: step < 4, run), (lambda step: step >= 4, later)):  # as a run and its continuation
@@ -113,15 +129,44 @@ def test_a_ledger_without_its_beginning_is_named_by_the_resumed_run_and_by_audit
     if how == "emptied":
         (run / "metrics.jsonl").touch()
     options = [root, run, "--augment.mixup", "0.2", "--augment.random_erase", "0.5"]
-    said = "metrics.jsonl has no rows before step 9"
+    said = "metrics.jsonl has no rows of steps 1 to 8, and"
     assert runs.call(*options, "--train.max_steps", "9").count(said) == 1
     assert [row["step"] for row in runs.rows(run, "train")] == [9]
     assert runs.call(*options, "--train.max_steps", "10").count(said) == 1
     output = runs.capture(["audit", str(run), "--json", str(tmp_path / "found.json")], expect=2)
     assert "2 batches: as recipe, seed and index say" in output and "every batch" not in output
-    assert "WRONG: the ledger has no rows before step 9" in output
+    assert "WRONG: the ledger has no rows of steps 1 to 8, so" in output
     found = json.loads((tmp_path / "found.json").read_text())
-    assert not found["good"] and found["runs"][0]["lost"] == 8
+    assert not found["good"] and found["runs"][0]["lost"] == [[1, 8]]
+    back = ["--resume", str(runs.checkpoint_at(run, 9)), "--train.max_steps", "10"]
+    assert "going back to step 9" in runs.call(*options, *back)  # that does not make step 9 the run's beginning
+    assert "no rows of steps 1 to 8, so" in runs.capture(["audit", str(run)], expect=2)
+
+
+def test_a_ledger_without_its_end_is_named_by_audit_and_by_the_resumed_run(finished, root, tmp_path):
+    """As an older copy of it, put back in its place."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 5))
+    lost = "has no rows of steps 6 to 8, "
+    assert f"WRONG: the ledger {lost}so" in runs.capture(["audit", str(run)], expect=2)
+    drawn = ["--augment.mixup", "0.2", "--augment.random_erase", "0.5"]
+    assert f"metrics.jsonl {lost}and" in runs.call(root, run, *drawn, "--train.max_steps", "9")
+    assert f"WRONG: the ledger {lost}so" in runs.capture(["audit", str(run)], expect=2)
+
+
+def test_stretches_of_lost_steps():
+    def rows(*steps):
+        return [{"kind": "train", "step": step} for step in steps]
+
+    continued = {"kind": "event", "event": "continued", "step": 6}
+    assert lost_steps(rows(1, 2, 3), 3) == lost_steps([continued, *rows(7, 8)], 8) == lost_steps([], 0) == []
+    assert lost_steps(rows(2, 3, 6, 9), 10) == [(1, 1), (4, 5), (7, 8), (10, 10)]
+    assert lost_steps(rows(1, 2, 5), 4) == [(3, 4)]
+    assert lost_steps([continued], 8) == lost_steps([continued, *rows(9)], 8) == [(7, 8)]
+    assert lost_steps([*rows(9), continued], 9) == [(7, 8)]
+    words = "step 1, of steps 4 to 5, of steps 7 to 8 and 1 more stretch"
+    assert lost_in_words(lost_steps(rows(2, 3, 6, 9), 10)) == words
 
 
 def test_a_run_that_begins_with_another_runs_checkpoint_has_lost_nothing(finished, root, tmp_path):
@@ -135,6 +180,6 @@ def test_a_run_that_begins_with_another_runs_checkpoint_has_lost_nothing(finishe
         printed += runs.capture(
             ["continue", str(finished), "--epochs", "6", "--run_dir", str(continued), "--train.max_steps", steps]
         )
-    assert "no rows before" not in printed
+    assert "no rows of" not in printed
     output = runs.capture(["audit", str(resumed), str(continued)])
     assert output.count("steps 9 to 10, ") == 2 and output.count("every batch") == 2

@@ -106,6 +106,18 @@ def test_interrupted_it_resumes_without_the_old_folder(root, run, capfd):
     assert sum(row["event"] == "continued" for row in runs.rows(new, "event")) == 1
 
 
+def test_it_resumes_without_its_ledger(root, run, capfd):
+    """It was emptied by a power cut."""
+    command = [run, "--epochs", "6", "--run_dir", run.with_name("new")]
+    extend(capfd, *command, "--train.max_steps", "12")
+    first = column(run.with_name("new"), "step")
+    (run.with_name("new") / "metrics.jsonl").write_text("")
+    for last in ("13", "14"):
+        lost = f"no rows of steps {first[0]} to 12, and"
+        assert lost in extend(capfd, *command, "--train.max_steps", last)
+    assert column(run.with_name("new"), "step") == [13, 14]
+
+
 def test_a_run_does_not_start_before_its_schedule(root, run, tmp_path, capfd):
     """Its learning rates would be negative. Not by the option itself, by the configuration of a run that was continued
     in another folder, or where that run was killed before the checkpoint was copied."""

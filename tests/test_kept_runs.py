@@ -147,6 +147,20 @@ def test_resume_from_a_path_counts_once(root, run, tmp_path):
     assert yaml.safe_load((other / "config.yaml").read_text())["resume"] == "auto"
 
 
+def test_resume_from_a_path_counts_once_without_the_ledger_too(root, run, tmp_path):
+    """It was emptied by a power cut: later checkpoints are not set aside for PATH again."""
+    other = tmp_path / "other"
+    start = ["--resume", str(run / "checkpoints/step-000000002")]
+    runs.call(root, other, *SAVING[:-1], "4", *start)
+    (other / "metrics.jsonl").write_text("")
+    printed = runs.call(root, other, *SAVING, *start)
+    assert "resuming from step-000000004" in printed and "no rows of steps 1 to 4" in printed
+    assert steps(other) == [5, 6] and not list(other.glob("set-aside-*"))
+    for _, path in runs.list_checkpoints(other / "checkpoints"):
+        (path / "model.pt").write_bytes(b"damaged")
+    assert "has no undamaged checkpoint" in runs.call(root, other, *SAVING, *start, expect=2)
+
+
 def test_a_moved_run_is_resumed_where_it_lies(root, run, tmp_path):
     old = yaml.safe_load((run / "config.yaml").read_text())["run_dir"]
     shutil.move(old, f"{old}-kept")  # the fixture's folder, of which `run` is a copy

@@ -5,7 +5,6 @@ a function of recipe, seed and index alone, so its digest can be computed again:
 machine, without a GPU and without reading an image. Several runs are compared with each other as well.
 """
 
-import contextlib
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from json import dumps
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.command import run_command
-from pipeline.config import load_config
+from pipeline.config import load_config, semantic_config
 from pipeline.counts import count
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
@@ -22,10 +21,11 @@ from pipeline.insight.runs import expand
 from pipeline.loader.build import make_train_plan
 from pipeline.loader.plan import MOST_SUBSTITUTES, TrainPlan
 from pipeline.progress import Progress
-from pipeline.run_paths import RunPaths, list_checkpoints, not_a_run_message
-from pipeline.tracking.ledger import TRAINING_UNREADABLE, lost_before, read_rows
+from pipeline.run_paths import RunPaths, not_a_run_message
+from pipeline.tracking.ledger import TRAINING_UNREADABLE, is_start, lost_in_words, lost_steps, read_rows
 from pipeline.training.guard import rollbacks_of_ledger
-from pipeline.training.run_folder.checkpoint import DamagedCheckpoint, read_meta
+from pipeline.training.run_folder.checkpoint import newest_meta
+from pipeline.training.run_folder.same_recipe import differing_settings
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Audit:
     """What was found of one run.
 
     first, last: steps of the ledger. images: of all its batches. checked: batches computed again; replaced: those of
-    them in which a substitute stands for an unreadable image. lost: steps before `first` whose rows the ledger should
-    have. problems: in words, none where all other rows are as they should be.
+    them in which a substitute stands for an unreadable image. lost: (first, last) of each stretch of steps whose rows
+    the ledger should have. problems: in words, none where all other rows are as they should be.
     """
 
     run: str
@@ -43,7 +43,7 @@ class Audit:
     images: int
     checked: int = 0
     replaced: int = 0
-    lost: int = 0
+    lost: list[tuple[int, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -76,36 +76,44 @@ def check_step(plan: TrainPlan, step: int, digest: str, unreadable: dict[int, in
     return False
 
 
-def audit_run(folder: Path, index: Index, plan: TrainPlan, rows: list[dict], meta: dict, every: int) -> Audit:
-    """Compute every `every`-th batch of a run again. rows: of its ledger; meta: of its newest checkpoint, or empty."""
+def audit_run(
+    folder: Path, index: Index, plan: TrainPlan, rows: list[dict], meta: dict, identity: dict, every: int
+) -> Audit:
+    """Compute every `every`-th batch of a run again. rows: of its ledger; meta: of its newest checkpoint, or empty;
+    identity: its settings in config.yaml, as `semantic_config` gives them."""
     train = [row for row in rows if row.get("kind") == "train"]
     events = [row for row in rows if row.get("kind") == "event"]
     steps = [row["step"] for row in train]
     found = Audit(str(folder), steps[0], steps[-1], len(steps) * plan.global_batch_size)
-    if steps != list(range(steps[0], steps[0] + len(steps))):
-        found.problems.append("the ledger's steps have gaps or repeats")
-    if lost_before(rows, steps[-1]) is not None:
-        found.lost = steps[0] - 1
-    fingerprint = meta.get("index_fingerprint", index.fingerprint)
-    if fingerprint != index.fingerprint:
+    if steps != sorted(set(steps)):
+        found.problems.append("the ledger's steps have repeats, or are not in order")
+    found.lost = lost_steps(rows, max(steps[-1], meta.get("step", 0)))
+    fingerprints = {row["index"] for row in events if is_start(row) and "index" in row}
+    fingerprints |= {meta["index_fingerprint"]} if "index_fingerprint" in meta else set()
+    for fingerprint in fingerprints - {index.fingerprint}:
         found.problems.append(f"the index {index.fingerprint} is not the run's ({fingerprint}); give its --data_root")
     if found.problems:
         return found
+    saved, differing = differing_settings(meta.get("semantic_config", identity), identity)
+    for name in differing:
+        found.problems.append(
+            f"{name} is {identity.get(name)} in config.yaml, and {saved.get(name)} in the checkpoints"
+        )
     plan.reshuffle([rollback.to for rollback in rollbacks_of_ledger(events) if rollback.reshuffle])
     unreadable = dict(meta.get("blacklist", []))
     unreadable |= {row["sample"]: row["step"] for row in events if row.get("event") == TRAINING_UNREADABLE}
-    differing = []
+    others = []
     with Progress(folder.name, len(train[::every]), "batches") as progress:
         for row in train[::every]:
             same = check_step(plan, row["step"], row["batch_digest"], unreadable)
             found.checked += 1
             found.replaced += same is None
-            differing += [row["step"]] if same is False else []
+            others += [row["step"]] if same is False else []
             progress.advance()
-    if differing:
+    if others:
         found.problems.append(
-            f"{len(differing):,} of {found.checked:,} batches are others than recipe, seed and index say, "
-            f"the first at step {differing[0]:,}"
+            f"{len(others):,} of {found.checked:,} batches are others than recipe, seed and index say, "
+            f"the first at step {others[0]:,}"
         )
     return found
 
@@ -136,14 +144,6 @@ def _read(folder: Path) -> list[dict]:
     return rows
 
 
-def _newest_meta(paths: RunPaths) -> dict:
-    """The manifest of the newest checkpoint that has a sound one; empty without."""
-    for _, folder in list_checkpoints(paths.checkpoints):
-        with contextlib.suppress(DamagedCheckpoint):
-            return read_meta(folder)
-    return {}
-
-
 def in_words(found: Audit) -> Iterable[str]:
     """What was found of a run, in lines."""
     yield f"{found.run}: steps {found.first:,} to {found.last:,}, {count(found.images, 'image')}"
@@ -155,7 +155,7 @@ def in_words(found: Audit) -> Iterable[str]:
         yield f"  {found.replaced:,} of them with substitutes for unreadable images"
     if found.lost:
         yield (
-            f"  WRONG: the ledger has no rows before step {found.first:,}, so nothing says what the run saw before; "
+            f"  WRONG: the ledger has no rows of {lost_in_words(found.lost)}, so nothing says what the run saw there; "
             "put them back from a copy of metrics.jsonl"
         )
     for problem in found.problems:
@@ -184,9 +184,10 @@ def audit(
     if every < 1:
         raise UserError(f"--every {every}: give 1 or more")
     named = {Path(run).expanduser().resolve() for run in runs}
-    rows, configs = {}, {}
+    rows, configs, metas = {}, {}, {}
     for folder in expand(runs):
         try:
+            metas[folder] = newest_meta(RunPaths(folder).checkpoints)  # before the rows, which a live run writes first
             rows[folder], configs[folder] = _read(folder), load_config(RunPaths(folder).config)
         except UserError as error:
             if folder in named:
@@ -197,7 +198,6 @@ def audit(
     folders = list(rows)
     found = []
     for folder in folders:
-        paths = RunPaths(folder)
         config = configs[folder]
         where = locate_index(config.data, data_root, index)
         if not has_index(where):
@@ -207,7 +207,7 @@ def audit(
             )
         data_index = open_index(where)
         plan = make_train_plan(data_index, config.data, config.train, config.augment)
-        found.append(audit_run(folder, data_index, plan, rows[folder], _newest_meta(paths), every))
+        found.append(audit_run(folder, data_index, plan, rows[folder], metas[folder], semantic_config(config), every))
         print("\n".join(in_words(found[-1])), flush=True)
     pairs = [compare(folders[0], other, rows) for other in folders[1:]]
     for line, _ in pairs:

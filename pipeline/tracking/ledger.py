@@ -94,17 +94,31 @@ def world_sizes_in_words(sizes: list[tuple[int, int]], most: int = 6) -> str:
     return ("..., " if len(sizes) > most else "") + ", ".join(words)
 
 
-def lost_before(rows: Iterable[dict], done: int) -> int | None:
-    """The step before which a run's rows of training steps are not in its ledger; None: they begin where the run does,
-    at step 1 or after another run's checkpoint. done: steps that the run has done, also where no row is left."""
-    begins, first = {0}, done + 1
-    for row in rows:
-        if row.get("kind") == "train":
-            first = min(first, row["step"])
-            break
-        if row.get("event") == "continued" or "resume_option" in row:
-            begins.add(row["step"])
-    return None if first - 1 in begins else first
+def lost_steps(rows: Iterable[dict], done: int) -> list[tuple[int, int]]:
+    """(first, last) of each stretch of training steps up to `done` that have no row in a run's ledger. Its rows begin
+    at step 1, or after another run's checkpoint. done: steps that the run has done, also where no row is left."""
+    rows = list(rows)
+    begins = {0} | {row["step"] for row in rows if _is_beginning(row)}
+    steps = [row["step"] for row in rows if row.get("kind") == "train" and row["step"] <= done]
+    before = max(step for step in begins if step < (steps[0] if steps else done + 1))
+    lost = []
+    for step in [*steps, done + 1]:
+        if before + 1 < step:
+            lost.append((before + 1, step - 1))
+        before = max(before, step)
+    return lost
+
+
+def _is_beginning(row: dict) -> bool:
+    """Does this row say that a run began with another run's checkpoint?"""
+    return row.get("event") == "continued" or ("resume_option" in row and row.get("of_another_run", True))
+
+
+def lost_in_words(lost: Sequence[tuple[int, int]]) -> str:
+    """Of `lost_steps`: "steps 1 to 8, of step 12"."""
+    words = [f"step {first:,}" if first == last else f"steps {first:,} to {last:,}" for first, last in lost[:3]]
+    more = f" and {count(len(lost) - 3, 'more stretch')}" if len(lost) > 3 else ""
+    return ", of ".join(words) + more
 
 
 def last_steps(path: Path) -> dict[str, int]:

@@ -96,6 +96,7 @@ class RunRecorder:
             "last_step": setup.milestones.last_step,
             "hardware": setup.world.hardware,
             "torch": torch.__version__,
+            "index": setup.index.fingerprint,
         }
         if launch is not None and launch.round > 1:
             facts |= {"round": launch.round, "reason": launch.reason}

@@ -78,6 +78,7 @@ class RunSetup:
             "index_fingerprint": self.index.fingerprint,
             "classes": list(self.index.synsets),
             "world_size": self.world.size,
+            "begun_from": self.start.begun_from,
             "torch": torch.__version__,
         }
 

@@ -9,7 +9,7 @@ from pipeline.config import Config, semantic_config
 from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.run_paths import META, RunPaths, list_checkpoints
-from pipeline.tracking.ledger import early_stop, lost_before, read_rows
+from pipeline.tracking.ledger import early_stop, lost_in_words, lost_steps, read_rows
 from pipeline.training.guard import (
     INHERITED,
     Guard,
@@ -22,6 +22,7 @@ from pipeline.training.guard import (
 from pipeline.training.optim.lr_schedule import Schedule
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
+    begun_from,
     find_newest_good,
     read_meta,
     verify_checkpoint,
@@ -44,6 +45,8 @@ class Start:
         went_back: `--resume PATH` was followed; what this run did after it is to be set aside.
         is_saved: is `path` a checkpoint of this run? `--resume PATH` may name another run's, which may go away.
         inherited: those of the rollbacks that the ledger does not have yet: of the run that saved the checkpoint.
+        begun_from: the checkpoints that the run was told to start from, by `--resume PATH` or `pipeline continue`. Its
+            own checkpoints list them, as the ledger may be lost.
     """
 
     path: Path | None = None
@@ -52,6 +55,7 @@ class Start:
     went_back: bool = False
     is_saved: bool = True
     inherited: list[Rollback] = field(default_factory=list)
+    begun_from: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -83,7 +87,7 @@ def start_facts(start: Start, config: Config) -> dict[str, Any]:
     """What the ledger's row of a start says of the checkpoint, beside its step."""
     facts: dict[str, Any] = {}
     if config.resume not in ("auto", "never"):
-        facts["resume_option"] = resume_option(config)
+        facts |= {"resume_option": resume_option(config), "of_another_run": start.went_back and not start.is_saved}
     if start.inherited:
         facts[INHERITED] = [list(astuple(item)) for item in start.inherited]
     return facts
@@ -152,9 +156,11 @@ def _is_in(path: Path, folder: Path) -> bool:
     return folder.resolve() in (path.resolve().parent, path.parent.resolve())
 
 
-def _was_followed(config: Config, rows: list[dict]) -> bool:
-    """Has an earlier start of this run followed `--resume PATH` already? A batch script that is requeued repeats it."""
-    return any(row.get("resume_option") == resume_option(config) for row in rows)
+def _was_followed(config: Config, folder: RunFolder, rows: list[dict]) -> bool:
+    """Has an earlier start of this run followed `--resume PATH` already? A batch script that is requeued repeats it.
+    The ledger says so, and the checkpoints since then."""
+    option = resume_option(config)
+    return any(row.get("resume_option") == option for row in rows) or option in begun_from(folder.checkpoints)
 
 
 def find_start(
@@ -176,8 +182,8 @@ def find_start(
     found: tuple[Path, dict] | None = None
     if not explicit:
         found = _newest(folder, rows, warn)
-    elif _was_followed(config, rows):
-        found = find_newest_good(folder.checkpoints, warn, lambda meta: is_in_history(meta, rollbacks))
+    elif _was_followed(config, folder, rows):
+        found = _find_good(folder, warn, lambda meta: is_in_history(meta, rollbacks))
         if found is not None:
             warn(f"--resume {config.resume} was followed by an earlier start; resuming from {found[0].name}")
     went_back = explicit and found is None
@@ -194,18 +200,21 @@ def find_start(
     if went_back:  # those of the way that is given up are set aside with it
         rollbacks = [rollback for rollback in rollbacks if rollback in rollbacks_of(found[1])]
     inherited = inherited_rollbacks(found[1], rollbacks)
-    start = Start(*found, [*inherited, *rollbacks], went_back, own, inherited)
+    followed = begun_from(folder.checkpoints) if own else []
+    if went_back and resume_option(config) not in followed:
+        followed.append(resume_option(config))
+    start = Start(*found, [*inherited, *rollbacks], went_back, own, inherited, followed)
     if start.step > last_step:
         raise UserError(
             f"{start.path} is at step {start.step}, past the end at {last_step}; "
             "raise --train.max_steps, or give another --run_dir"
         )
-    lost = lost_before(rows, start.step) if own else None
-    if lost is not None:
+    lost = lost_steps(rows, start.step) if own else []
+    if lost:
         warn(
-            f"{folder.ledger} has no rows before step {lost:,}, and the run has trained {count(start.step, 'step')}: "
-            "it goes on, and curves, best score and audit begin there; if you have a copy of the file, stop the run "
-            "and put the rows back"
+            f"{folder.ledger} has no rows of {lost_in_words(lost)}, and the run has trained "
+            f"{count(start.step, 'step')}: it goes on, and curves, best score and audit lack them; if you have a copy "
+            "of the file, stop the run and put the rows back"
         )
     return start
 

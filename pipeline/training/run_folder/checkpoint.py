@@ -5,6 +5,7 @@ the blacklist, the fingerprints of recipe and index, and each file's size and xx
 never unpickles (`weights_only=True`).
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -125,7 +126,7 @@ def _is_complete(meta: dict) -> bool:
         and all(name == Path(name).name and isinstance(entry, dict) for name, entry in files.items())
         and all(isinstance(entry.get("size"), int) and "xxh3_128" in entry for entry in files.values())
         and isinstance(meta.get("semantic_config", {}), dict)
-        and all(isinstance(meta.get(name, []), list) for name in ("blacklist", "rollbacks"))
+        and all(isinstance(meta.get(name, []), list) for name in ("blacklist", "rollbacks", "begun_from"))
     )
 
 
@@ -185,6 +186,19 @@ def find_newest_good(
         except DamagedCheckpoint as error:
             warn(f"{error}; using the one before it")
     return None
+
+
+def newest_meta(folder: Path) -> dict:
+    """The manifest of the newest checkpoint in `folder` that has a sound one; empty without."""
+    for _, path in list_checkpoints(folder):
+        with contextlib.suppress(DamagedCheckpoint):
+            return read_meta(path)
+    return {}
+
+
+def begun_from(folder: Path) -> list[str]:
+    """The checkpoints that the run with the checkpoints in `folder` was told to start from; see `Start.begun_from`."""
+    return list(newest_meta(folder).get("begun_from", []))
 
 
 class CheckpointWriter:

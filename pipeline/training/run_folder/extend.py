@@ -19,9 +19,10 @@ from pipeline.config.time import Time, epochs_of, is_time, plain_time, steps_of
 from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.run_paths import RunPaths, list_checkpoints, not_a_run_message
-from pipeline.tracking.ledger import Ledger, read_rows, read_rows_backwards
+from pipeline.tracking.ledger import Ledger, last_steps, read_rows, read_rows_backwards
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,
+    begun_from,
     load_state,
     read_meta,
     verify_checkpoint,
@@ -272,22 +273,23 @@ def begin_extension(plan: Extension) -> None:
     folder: RunFolder = make_run_folder(plan.config)
     folder.check_recipe(plan.config)
     rows = list(read_rows(folder.ledger))
-    begun = any(row.get("event") == "continued" for row in rows)
+    noted = any(row.get("event") == "continued" for row in rows)
+    begun = noted or str(plan.source) in begun_from(folder.checkpoints)  # the ledger may be lost
     if not begun and (rows or list_checkpoints(folder.checkpoints)):
         raise UserError(f"run folder {folder.path} holds another run; give another --run_dir")
     copied = bool(list_checkpoints(folder.checkpoints)) or any(row.get("kind") == "train" for row in rows)
     if not copied:
         with _refusing_damage(plan.run):
             meta = verify_checkpoint(plan.source)
-    if not begun:
+    if not noted:
         row = {"kind": "event", "event": "continued", "step": plan.step, "time": time.time()}
         row |= {"host": socket.gethostname(), "run": str(plan.run), "checkpoint": plan.source.name, "about": plan.about}
-        ledger = Ledger(folder.ledger, plan.step)
+        ledger = Ledger(folder.ledger, max([plan.step, *last_steps(folder.ledger).values()]))
         ledger.append(row)
         ledger.close()
     if copied:
         return
     parts = [name.removesuffix(".pt") for name in meta["files"]]
     own = {key: value for key, value in meta.items() if key not in ("files", "digest", "format", "step")}
-    own |= {"semantic_config": semantic_config(plan.config)}
+    own |= {"semantic_config": semantic_config(plan.config), "begun_from": [str(plan.source)]}
     write_checkpoint(folder.checkpoints, plan.step, load_state(plan.source, parts), own)

@@ -33,18 +33,23 @@ def check_fingerprints(
         )
 
 
+def differing_settings(saved: dict, asked: dict) -> tuple[dict, list[str]]:
+    """(the saved settings under today's names, the names of those that differ from `asked`). A setting that was not
+    known when they were saved counts as its default."""
+    defaults = {name: value for name, value in semantic_config(RawConfig().resolve()).items() if name in asked}
+    saved = defaults | rename_flat(saved)
+    return saved, [name for name in sorted(saved.keys() | asked.keys()) if saved.get(name) != asked.get(name)]
+
+
 def compare_semantic_config(saved: dict, asked: dict, what: str, path: Path, given: Collection[str] = ()) -> None:
-    """Raises UserError that lists the saved settings that differ from the ones asked for. A setting that was not known
-    when they were saved counts as its default.
+    """Raises UserError that lists the saved settings that differ from the ones asked for; see `differing_settings`.
 
     Args:
         saved, asked: settings by dotted name, as `semantic_config` gives them.
         what: "checkpoint" or "run folder": what holds `saved`. path: where it is.
         given: options that the command line gave.
     """
-    defaults = {name: value for name, value in semantic_config(RawConfig().resolve()).items() if name in asked}
-    saved = defaults | rename_flat(saved)
-    differing = [name for name in sorted(saved.keys() | asked.keys()) if saved.get(name) != asked.get(name)]
+    saved, differing = differing_settings(saved, asked)
     if not differing:
         return
     says = [
