@@ -124,9 +124,10 @@ def test_two_ranks_are_measured_under_torchrun(synthetic_root, tmp_path):
 def test_a_bad_bench_command_is_one_line(tmp_path, capsys):
     assert main(["bench", "speed"]) == 2
     assert main(["bench", "loader", str(tmp_path)]) == 2
+    assert main(["bench", "loader", str(tmp_path), "--threads", "100000"]) == 2
     assert main(["bench", "io", str(tmp_path), "--threads", "x"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 3 and "has no index" in lines[1]
+    assert len(lines) == 4 and "has no index" in lines[1] and "--threads is 100000" in lines[2]
 
 
 def test_some_steps_are_profiled(synthetic_root, tmp_path):

@@ -102,6 +102,10 @@ def test_unknown_key_in_a_recipe_file(capsys, tmp_path):
         ("lr: 0.1", "unknown option lr; did you mean optim.lr?"),
         ("optim: {lr: 0.5}\noptim: {momentum: 0.5}", "'optim' is there twice in line 2, column 1"),
         ("optim: {lr: 0.5, lr: 0.1}", "'lr' is there twice"),
+        ("train: {global_batch_size: 0100}", "0100 is the number 64 in YAML (octal, or in sixties)"),
+        ("train: {seed: -010}", "-010 is the number -8 in YAML"),
+        ("checkpoint:\n  every_minutes: 1:30", "1:30 is the number 90 in YAML"),
+        ("checkpoint:\n  every_minutes: 1:30.5", "1:30.5 is the number 90.5 in YAML"),
     ],
 )
 def test_mistakes_in_a_recipe_file_are_named(capsys, tmp_path, text, words):

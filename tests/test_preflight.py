@@ -43,7 +43,19 @@ def no_slurm(monkeypatch):
 @pytest.fixture
 def preflight(data, tmp_path, capsys):
     """Run it on the smoke recipe; returns (exit code, {about: (level, text)})."""
-    names = ("recipe", "versions", "GPUs", "nodes", "data", "run folder", "disk space", "W&B", "memory", "time")
+    names = (
+        "recipe",
+        "versions",
+        "GPUs",
+        "nodes",
+        "data",
+        "schedule",
+        "run folder",
+        "disk space",
+        "W&B",
+        "memory",
+        "time",
+    )
 
     def call(*options: str, run_dir: Path = tmp_path / "run", root: Path = data):
         base = ["--config", "smoke", "--model.name", "resnet18", "--tracking.wandb", "disabled"]
@@ -96,6 +108,16 @@ def test_of_several_numbers_of_processes_the_largest_that_fits_counts(preflight)
     assert rows["recipe"][0] == "pass" and "over 2 processes" in rows["recipe"][1]
     code, rows = preflight("--world_size", "7", "--world_sizes", "3,6,7")
     assert code == 2 and "7 ranks" in rows["recipe"][1]
+
+
+def test_a_schedule_that_is_not_meant(preflight):
+    """The line that `train` gives; nothing where all is well."""
+    options = ("--schedule.name", "multistep", "--schedule.milestones")
+    code, results = preflight(*options, "[300]")
+    assert code == 0 and "none is before the end of the run" in results["schedule"][1]
+    assert "schedule" not in preflight(*options, "[1]")[1]
+    code, results = preflight("--schedule.begin", "90000ba")
+    assert code == 2 and "--schedule.epochs" in results["schedule"][1]
 
 
 def test_images_that_the_network_cannot_take(preflight):

@@ -54,7 +54,7 @@ def _read_recipe(name: str, warnings: list[str]) -> str:
     ones, as YAML; then `warnings` gets one line for each."""
     path = resolve_recipe(name)
     try:
-        settings = _EachKeyOnce(Path(path).read_text(encoding="utf-8")).get_single_data()
+        settings = _Unambiguous(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError:  # the parser reports it
         return path
     except yaml.YAMLError as error:
@@ -70,8 +70,9 @@ def _read_recipe(name: str, warnings: list[str]) -> str:
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if renamed or moved or empty else path
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML in which a mapping has no key twice: the last one would count in silence."""
+class _Unambiguous(yaml.SafeLoader):
+    """YAML in which a mapping has no key twice (the last one would count in silence), and no number is another one than
+    it seems: 0100 is 64 in YAML 1.1 (octal), and 1:30 is 90."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -81,6 +82,22 @@ class _EachKeyOnce(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Of a plain scalar that YAML takes for a number."""
+        plain = super().construct_yaml_int if node.tag.endswith(":int") else super().construct_yaml_float
+        value = plain(node)
+        if re.fullmatch(r"[-+]?(0[0-7_]+|.*:.*)", node.value) and value:
+            says = (
+                f"{node.value} is the number {value} in YAML (octal, or in sixties); "
+                "write what is meant in decimal digits"
+            )
+            raise yaml.constructor.ConstructorError(None, None, says, node.start_mark)
+        return value
+
+
+for _kind in ("int", "float"):
+    _Unambiguous.add_constructor(f"tag:yaml.org,2002:{_kind}", _Unambiguous.construct_number)
 
 
 def _follow_run_folder(settings: dict[str, Any], path: Path) -> bool:

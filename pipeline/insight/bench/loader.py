@@ -15,7 +15,7 @@ from pipeline.insight.bench.interleaved import (
     run_interleaved,
     spread_table,
 )
-from pipeline.limits import available_cores
+from pipeline.limits import MOST_CORES, available_cores
 
 WARM_UP = 3  # rounds: buffers grow in the first ones
 BASELINES = ("DALI", "DALI, shards", "DALI, crops only")
@@ -45,9 +45,11 @@ def loader(
         flat: also read so many images in one go, and report the resident memory after each tenth of them.
         index: folder of the index of `data`; default DATA/index.
     """
+    count = threads or available_cores()
+    if not 1 <= count <= MOST_CORES:
+        raise UserError(f"--threads is {threads}; give a number from 1 to {MOST_CORES:,}")
     index = str(Path(index).expanduser()) if index else None
     data, shards = check_roots(data, shards, index)
-    count = threads or available_cores()
     common = {"size": size, "batch": batch_size, "images": images}
     result: dict[str, Any] = {"data": Path(data).name, "threads": count, **common, "rounds": rounds, "splits": {}}
     for split, candidates in own_candidates(data, shards, **common, threads=count, index=index).items():

@@ -126,6 +126,22 @@ def check_data(facts: dict, config: Config) -> CheckResult:
     return CheckResult(PASS, "data", text)
 
 
+def check_schedule(config: Config, data: dict) -> Iterator[CheckResult]:
+    """Nothing, unless the learning rates of this length can't be worked out or are probably not what is meant."""
+    from pipeline.training.optim.lr_schedule import Schedule, peak_lr
+
+    if not data.get("images"):
+        return
+    batch = config.train.global_batch_size
+    try:
+        schedule = Schedule(config.schedule, peak_lr(config.optim, batch), data["images"]["train"] / batch)
+    except UserError as error:
+        yield CheckResult(FAIL, "schedule", str(error))
+        return
+    if schedule.milestone_warning:
+        yield CheckResult(WARN, "schedule", schedule.milestone_warning)
+
+
 def check_run_folder(run_dir: Path | None, problem: str | None, config: Config, data: dict) -> Iterator[CheckResult]:
     """Can the run folder be written, is what it holds from this recipe, and is there room for its checkpoints?"""
     if run_dir is None:

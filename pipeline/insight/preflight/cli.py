@@ -125,6 +125,7 @@ def run_checks(config: Config, nodes: list[dict], options: Options) -> Iterator[
         found = read_qualified(Path(options.qualified).expanduser())
         yield check_qualified(found, [node["node"] for node in nodes])
     yield checks.check_data(data, config)
+    yield from checks.check_schedule(config, data)
     yield from checks.check_run_folder(run_dir, here["run_folder"], config, data)
     yield checks.check_wandb(config)
     smallest = min((gpu["memory_mib"] for gpu in gpus if gpu["memory_mib"] is not None), default=None)
