@@ -17,6 +17,7 @@ from pipeline.loader.plan import TrainPlan
 from pipeline.tracking.ledger import Ledger
 from pipeline.training.data import check_labels
 from pipeline.training.guard import Guard, Rollback, Spikes, is_in_history
+from pipeline.training.ranks.consistency import bit_sum
 from pipeline.training.ranks.step_stats import StepStats, Vote
 from pipeline.training.recorder import SPIKE_WARNING_STEPS, RunRecorder
 from pipeline.training.step import TrainStep
@@ -262,6 +263,15 @@ def test_the_checkpoint_that_a_rollback_requires_is_kept(root, tmp_path):
         with failing_at(5, 6, 7, 8):
             runs.call(root, run, *options, "--train.max_steps", str(stop))
     assert [event["to"] for event in events(run, "rolled_back")] == [3]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 5, 5)])
+def test_a_flipped_bit_changes_the_sum_of_a_parameter_of_any_type(kind, shape):
+    weight = torch.ones(shape, dtype=kind)
+    before = bit_sum(weight)
+    weight.flatten().view(torch.uint8)[1] ^= 4
+    assert bit_sum(weight) != before
 
 
 def test_stopped_at_the_last_bad_step_it_rolls_back_at_the_next_start():

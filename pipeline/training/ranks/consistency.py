@@ -13,16 +13,24 @@ from pipeline.config import Config, semantic_config
 from pipeline.errors import TransientError, UserError
 from pipeline.training.ranks.world import World
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum, int64 [], of a tensor's bits taken as integers, which any single flipped bit changes."""
+    bits = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return bits.flatten().view(_INTEGERS[bits.element_size()]).sum(dtype=torch.int64)
+
 
 def compare_parameters(model: nn.Module, world: World, step: int) -> None:
     """Raises TransientError, on all ranks, that names the first parameter in which a rank differs. Collective.
 
-    Each rank digests its own: the sum of each tensor's bits taken as integers, which any single flipped bit changes.
+    Each rank digests its own, by `bit_sum`.
     """
     if world.size == 1:
         return
     named = list(model.named_parameters())
-    sums = [p.detach().flatten().view(torch.int32).sum(dtype=torch.int64) for _, p in named]
+    sums = [bit_sum(parameter) for _, parameter in named]
     mine = torch.stack(sums).cpu()
     everyone = torch.empty(world.size * len(mine), dtype=torch.int64)
     with world.watch.collective("the comparison of parameters"):
