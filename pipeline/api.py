@@ -5,7 +5,6 @@ Run a script with these under `python` or `torchrun`, as `pipeline train` itself
 
 import contextlib
 import dataclasses
-import io
 import json
 import signal
 import tempfile
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import split_options
+from pipeline.command import raising, split_options
 from pipeline.config import Config, parse_config
 from pipeline.config.names import check_null
 from pipeline.errors import EXIT_OK, TransientError, UserError
@@ -36,7 +35,7 @@ def load_config(recipe: str | Path, options: Mapping[str, Any] | None = None) ->
         group, _, key = name.rpartition(".")
         check_null({group: {key: value}} if group else {name: value})
     arguments = [f"--{name}={_as_typed(name, value)}" for name, value in (options or {}).items()]
-    with _raising("train"):
+    with raising("train"):
         return parse_config(["--config", str(recipe), *arguments])
 
 
@@ -71,7 +70,7 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
     if isinstance(options.get("sizes"), list | tuple):
         options["sizes"] = ",".join(map(str, options["sizes"]))
     given = {"run": str(run)} | {name: value for name, value in options.items() if value is not None}
-    with _raising("evaluate"):
+    with raising("evaluate"):
         asked, _ = split_options(Request, "evaluate", [f"--{name}={_as_typed(name, v)}" for name, v in given.items()])
     with tempfile.TemporaryDirectory(prefix="evaluate-") as folder, _stop_request() as stop:
         file = Path(folder) / "scores.json"
@@ -106,19 +105,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path) or type(value).__name__ == "device":
         return str(value)
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-@contextlib.contextmanager
-def _raising(verb: str) -> Iterator[None]:
-    """Where a parser would print its complaint and exit, raise it as UserError."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            yield
-    except SystemExit:
-        line = said.getvalue().strip().splitlines()[-1]
-        line = line.removeprefix(f"pipeline {verb}: ").removesuffix(f" (see pipeline {verb} --help)")
-        raise UserError(line) from None
 
 
 @contextlib.contextmanager

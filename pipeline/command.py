@@ -4,6 +4,7 @@ errors."""
 import contextlib
 import dataclasses
 import gc
+import io
 import itertools
 import re
 import sys
@@ -33,6 +34,19 @@ def make_parser(prog: str, description: str | None = None, usage: str | None = N
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     line = f"{prog} {usage}" if usage else None
     return OneLineParser(prog=prog, description=description, usage=line, exit_on_error=True)
+
+
+@contextlib.contextmanager
+def raising(verb: str) -> Iterator[None]:
+    """Where a parser would print its complaint and exit, raise it as UserError."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit:
+        line = said.getvalue().strip().splitlines()[-1]
+        line = line.removeprefix(f"pipeline {verb}: ").removesuffix(f" (see pipeline {verb} --help)")
+        raise UserError(line) from None
 
 
 #: what a value of each type is called in a message

@@ -81,8 +81,11 @@ def test_a_folder_of_runs_is_checked_without_those_that_can_not_be(finished, tmp
         shutil.copytree(finished, folder / name)
     (folder / "a/metrics.jsonl").unlink()
     (folder / "b/config.yaml").write_text("optim: [lr")
+    shutil.copytree(finished, folder / "d")
+    (folder / "d/config.yaml").write_text("optim: {lr: fast}")
     output = runs.capture(["audit", str(folder)])
     assert f"left out: {folder / 'a'} has no training step" in output and "left out: --config" in output
+    assert f"left out: {folder / 'd'}: --optim.lr fast: give a number" in output
     assert output.count("as recipe, seed and index say") == 1
     shutil.rmtree(folder / "c")
     assert "none of these runs can be checked" in runs.capture(["audit", str(folder)], expect=2)

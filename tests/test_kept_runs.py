@@ -184,6 +184,16 @@ def test_a_config_written_by_hand_is_kept(root, tmp_path):
     assert not (run / "config.given-2.yaml").exists()
 
 
+@pytest.mark.parametrize("text", ["", "optim: [lr", "optim: {lr: fast}"])
+def test_a_damaged_config_is_named_and_can_be_removed(root, run, text):
+    (run / "config.yaml").write_text(text)
+    line = runs.call(root, run, *SAVING, expect=2).splitlines()[-1]
+    assert f"{run / 'config.yaml'} is damaged" in line and "remove it" in line
+    (run / "config.yaml").unlink()
+    assert "optim.lr" in runs.call(root, run, *SAVING, "--optim.lr", "0.01", expect=2)
+    assert "already finished" in runs.call(root, run, *SAVING)
+
+
 def test_strange_files_stay_and_own_leftovers_go(root, run):
     theirs = [run / ".notes.tmp", run / ".plot.12.tmp", run / "checkpoints/.step-notes.tmp"]
     own = [run / ".config.yaml.123-0a1b2c3d.tmp", run / ".writable.99.tmp"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.command import run_command
+from pipeline.command import raising, run_command
 from pipeline.config import load_config, semantic_config
 from pipeline.counts import count
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
@@ -188,11 +188,13 @@ def audit(
     for folder in expand(runs):
         try:
             metas[folder] = newest_meta(RunPaths(folder).checkpoints)  # before the rows, which a live run writes first
-            rows[folder], configs[folder] = _read(folder), load_config(RunPaths(folder).config)
+            with raising("train"):
+                rows[folder], configs[folder] = _read(folder), load_config(RunPaths(folder).config)
         except UserError as error:
             if folder in named:
                 raise
-            print(f"left out: {error}", flush=True)  # one of a folder of runs
+            whose = "" if str(folder) in str(error) else f"{folder}: "
+            print(f"left out: {whose}{error}", flush=True)  # one of a folder of runs
     if not rows:
         raise UserError("none of these runs can be checked; the lines above say why")
     folders = list(rows)

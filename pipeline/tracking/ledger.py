@@ -67,7 +67,7 @@ def _row(line: bytes) -> Iterator[dict]:
         row = json.loads(line)
     except ValueError:
         return
-    if isinstance(row, dict):
+    if isinstance(row, dict) and (row.get("kind") not in ("train", "eval") or isinstance(row.get("step"), int)):
         yield row
 
 

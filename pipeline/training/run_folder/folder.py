@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.command import raising
 from pipeline.config import Config, ResolvedDataConfig, load_config, semantic_config, to_yaml
 from pipeline.counts import count
 from pipeline.errors import UserError
@@ -40,7 +41,14 @@ class RunFolder(RunPaths):
         over a wrong option say, has not."""
         begun = self.ledger.exists() or list_checkpoints(self.checkpoints)
         if begun and self.config.exists():
-            there = semantic_config(load_config(self.config))
+            try:
+                with raising("train"):
+                    there = semantic_config(load_config(self.config))
+            except UserError as error:
+                raise UserError(
+                    f"{self.config} is damaged ({str(error).partition(';')[0]}); remove it, and the same command "
+                    "writes it again: the checkpoints have the settings, too"
+                ) from error
             compare_semantic_config(there, semantic_config(config), "run folder", self.path, config.given)
 
     def save_config(self, config: Config) -> None:
@@ -129,8 +137,8 @@ def open_run_folder(config: Config) -> RunFolder:
         if _LEFTOVER.fullmatch(leftover.name):
             with contextlib.suppress(OSError):  # a folder; another user's file
                 leftover.unlink(missing_ok=True)
-    if not folder.ledger.exists() or not folder.config.exists():
-        folder.save_config(config)
+    if not (folder.ledger.exists() and folder.config.exists()) and not list_checkpoints(folder.checkpoints):
+        folder.save_config(config)  # else not before the checkpoints agree
     folder.clear_stop()
     return folder
 
