@@ -132,15 +132,22 @@ def test_exit_codes_of_errors():
     assert [exit_code_of(e) for e in (UserError("x"), TransientError("x"), GpuFault("x"))] == [2, 1, EXIT_GPU_FAULT]
 
 
-def test_workers_that_do_not_save_in_time_are_killed(worker, tmp_path):
+@pytest.mark.parametrize(
+    ("signals", "within_s", "said"),
+    [(["SIGTERM"], "1", "did not save within 1 s"), (["SIGINT"] * 3, "60", "not waited for")],
+)
+def test_workers_that_do_not_save_in_time_are_killed(worker, tmp_path, signals, within_s, said):
+    """Or at the third Ctrl-C."""
     stubborn = tmp_path / "stubborn.py"
     stubborn.write_text("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WORKER)
-    with Job(tmp_path, [str(stubborn), str(tmp_path), "600:0"], "1", "--shutdown-timeout=1") as job:
+    with Job(tmp_path, [str(stubborn), str(tmp_path), "600:0"], "1", f"--shutdown-timeout={within_s}") as job:
         process = job.start("a")
         wait_for(lambda: starts(tmp_path) == ["0-0"])
-        process.send_signal(signal.SIGTERM)
+        for name in signals:
+            process.send_signal(signal.Signals[name])
+            time.sleep(0.1)  # one that comes while its handler runs is the same one
         assert job.wait("a", 30) == 1
-        assert len(job.said("did not save within 1 s")) == 1
+        assert len(job.said("the workers")) == len(job.said(said)) == 1
 
 
 def test_a_signal_to_a_spare_stops_all(worker, tmp_path):

@@ -241,8 +241,12 @@ class Launcher:
             if self.workers is not None:
                 self.workers.signal(signal.SIGTERM)
             self.stop_by = time.monotonic() + self.options.shutdown_timeout_s
-        elif self.workers is not None and (time.monotonic() > self.stop_by or self.signals.count(signal.SIGINT) > 2):
-            say(f"{self.name}: the workers did not save within {self.options.shutdown_timeout_s:.0f} s; killed")
+        elif self.workers is not None and self.stop_by < float("inf"):
+            late, impatient = time.monotonic() > self.stop_by, self.signals.count(signal.SIGINT) > 2
+            if not late and not impatient:
+                return
+            why = "were not waited for" if impatient else f"did not save within {self.options.shutdown_timeout_s:.0f} s"
+            say(f"{self.name}: the workers {why}; killed")
             self.workers.signal(signal.SIGKILL)
             self.stop_by = float("inf")
 
