@@ -1,5 +1,6 @@
 """What a run has done is kept: through mistaken starts, moved and copied folders, returns to older checkpoints."""
 
+import errno
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from pipeline.config import TrackingConfig
 from pipeline.errors import UserError
 from pipeline.tracking.wandb_view import WandbView
 from pipeline.training import setup
+from pipeline.training.run_folder import checkpoint
 from pipeline.training.start import named_checkpoint
 
 SAVING = ["--checkpoint.every_steps", "2", "--checkpoint.keep", "9", "--train.max_steps", "6"]
@@ -77,6 +79,30 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(root, run):
     ledger = (run / "metrics.jsonl").read_bytes()
     assert "already finished" in runs.call(root, run, *SAVING)
     assert (run / "metrics.jsonl").read_bytes() == ledger and saved(run) == []
+
+
+def test_a_run_whose_checkpoints_could_not_be_written_is_not_called_finished(root, tmp_path, monkeypatch):
+    """The disk is full: its last step is scored, and no weights are left."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as context:
+        context.setattr(checkpoint, "write_checkpoint", refuse)
+        assert "last checkpoint could not be written" in runs.call(root, run, "--train.max_steps", "2", expect=1)
+    assert steps(run, "eval") == [2] and saved(run) == []
+    assert "has no checkpoint" in runs.call(root, run, "--train.max_steps", "2", expect=2)
+    assert not (run / "finished").exists()
+
+
+def test_a_run_that_was_killed_before_its_end_was_noted_is_noted_as_finished(root, run):
+    """Else `pipeline continue` refused it: not finished."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if '"finished"' not in line))
+    for _ in range(2):
+        assert "already finished" in runs.call(root, run, *SAVING)
+        assert [row["step"] for row in runs.rows(run, "event") if row["event"] == "finished"] == [6]
 
 
 def test_an_interrupted_run_without_checkpoints_is_refused(root, run):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import socket
-import time
 from pathlib import Path
 
 import torch
@@ -32,7 +30,7 @@ from pipeline.training.ranks.step_stats import StepStats
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.stragglers import Slow
 from pipeline.training.run_folder.checkpoint import CheckpointWriter
-from pipeline.training.run_folder.folder import mark_finished, slurm_facts
+from pipeline.training.run_folder.folder import event_row, mark_finished
 from pipeline.training.run_folder.gpu_fault import take_gpu_fault
 from pipeline.training.run_folder.outage import Outage
 from pipeline.training.run_folder.set_aside import set_aside
@@ -198,7 +196,7 @@ class RunRecorder:
 
     def event(self, name: str, step: int, **facts: object) -> None:
         """Enter into the ledger what happened to the run."""
-        self.ledger.append(_event_row(name, step, **facts))
+        self.ledger.append(event_row(name, step, **facts))
 
     def is_evaluated(self, step: int) -> bool:
         """Does the ledger hold an evaluation of this step? (A kill in the middle of it: it is done again.)"""
@@ -222,7 +220,7 @@ class RunRecorder:
         steps = last_steps(self.folder.ledger)
         for view in self.views:
             view.before_rewind(steps)
-        self.ledger.rewind(rollback.to, _event_row("rolled_back", rollback.at, **dataclasses.asdict(rollback)))
+        self.ledger.rewind(rollback.to, event_row("rolled_back", rollback.at, **dataclasses.asdict(rollback)))
         for view in self.views:
             view.after_rewind()
         self.writer.remove_after(rollback.to)
@@ -284,11 +282,6 @@ class RunRecorder:
             self.console.warn(f"the last rows can't be written ({error}); their steps will be done again")
         for view in self.views:
             view.close()
-
-
-def _event_row(name: str, step: int, **facts: object) -> dict:
-    here = {"time": time.time(), "host": socket.gethostname(), **slurm_facts()}
-    return {"kind": "event", "event": name, "step": step, **here, **facts}
 
 
 def open_recorder(setup: RunSetup, train_step: TrainStep) -> RunRecorder:

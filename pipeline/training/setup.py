@@ -14,7 +14,7 @@ from pipeline.loader.plan import TrainPlan
 from pipeline.model.build import build_model, count_parameters
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
-from pipeline.tracking.ledger import early_stop, read_rows
+from pipeline.tracking.ledger import Ledger, early_stop, read_rows
 from pipeline.training.data import check_labels, open_data
 from pipeline.training.milestones import Milestones
 from pipeline.training.optim.ema import average_start
@@ -25,7 +25,7 @@ from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
 from pipeline.training.run_folder.best import place_of_weights
 from pipeline.training.run_folder.checkpoint import load_state
-from pipeline.training.run_folder.folder import RunFolder, accept_start, mark_finished, open_run_folder
+from pipeline.training.run_folder.folder import RunFolder, accept_start, event_row, mark_finished, open_run_folder
 from pipeline.training.run_folder.local import LocalSnapshots, local_snapshots, publish_newest
 from pipeline.training.run_folder.shared_state import read_on_rank_zero
 from pipeline.training.start import Start, check_begin, find_start
@@ -144,12 +144,18 @@ def already_finished(setup: RunSetup) -> bool:
     train. Collective."""
 
     def find_scores() -> bool:
-        evaluations = [row for row in read_rows(setup.folder.ledger) if row.get("kind") == "eval"]
+        rows = list(read_rows(setup.folder.ledger))
+        evaluations = [row for row in rows if row.get("kind") == "eval"]
         if not evaluations or evaluations[-1]["step"] != setup.start.step:
             return False
         whole = setup.start.step == setup.milestones.last_step
         reason = None if whole else early_stop(evaluations, setup.config.train.stop_after_evals_without_gain)
         ended = whole or reason is not None
+        step = setup.start.step
+        if ended and not any(row.get("event") == "finished" and row.get("step") == step for row in rows):
+            ledger = Ledger(setup.folder.ledger, step)  # killed before it was noted; `pipeline continue` asks for it
+            ledger.append(event_row("finished", step, **({"reason": reason} if reason else {})))
+            ledger.close()
         if ended:
             mark_finished(setup.folder, evaluations[-1], "already finished", setup.console.say, reason)
         return ended

@@ -177,7 +177,9 @@ def find_start(
     ended = bool(scores) and (
         scores[-1]["step"] == last_step or early_stop(scores, config.train.stop_after_evals_without_gain) is not None
     )
-    if ended and not explicit and not list_checkpoints(folder.checkpoints):
+    # scored is not enough: a full disk may have kept the last checkpoint away
+    finished = any(row.get("event") == "finished" and row.get("step") == scores[-1]["step"] for row in rows if ended)
+    if finished and not explicit and not list_checkpoints(folder.checkpoints):
         return Start(meta={"step": scores[-1]["step"]}, rollbacks=rollbacks)  # finished: nothing is trained
     found: tuple[Path, dict] | None = None
     if not explicit:

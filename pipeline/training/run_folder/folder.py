@@ -166,6 +166,12 @@ def slurm_facts() -> dict:
     return {key: os.environ[name] for key, name in names.items() if name in os.environ}
 
 
+def event_row(name: str, step: int, **facts: object) -> dict:
+    """The ledger's row of what happened to a run."""
+    here = {"time": time.time(), "host": socket.gethostname(), **slurm_facts()}
+    return {"kind": "event", "event": name, "step": step, **here, **facts}
+
+
 def mark_finished(
     folder: RunFolder, scores: dict, verb: str, say: Callable[[str], None], reason: str | None = None
 ) -> None:
