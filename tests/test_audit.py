@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import runs
+from test_index import change_label
 
 from pipeline.tracking.ledger import lost_in_words, lost_steps
 
@@ -43,6 +44,13 @@ def test_a_row_that_was_changed_is_found(finished, tmp_path, every, expect):
     edit(run, 7, batch_digest=runs.rows(run, "train")[0]["batch_digest"])
     output = runs.capture(["audit", str(run), "--every", every], expect)
     assert ("first at step 7" in output) == (expect == 2)
+
+
+def test_an_index_that_was_changed_proves_nothing(finished, root, tmp_path):
+    data = shutil.copytree(root, tmp_path / "data")
+    change_label(data / "index")
+    output = runs.capture(["audit", str(finished), "--data_root", str(data)], expect=2)
+    assert "its records were changed" in output and "every batch" not in output
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,22 @@ def test_damaged_index_is_one_line_and_built_anew_on_demand(pets, spoil, capsys)
     assert "rebuilding it" in capsys.readouterr().err
 
 
+def change_label(folder):
+    """As a flipped bit on the disk does; the main file and all sizes stay as they were."""
+    records = np.load(next(folder.glob("train-????????????????.npy")), mmap_mode="r+")
+    records["label"][0] += 1
+    records.flush()
+
+
+def test_an_index_with_a_changed_label_is_not_believed(pets, capsys):
+    """Digests protect the pixels of an image, and nothing else protects its label and its size."""
+    before = build_index(pets).splits["train"].records.copy()
+    change_label(pets / "index")
+    after = build_index(pets).splits["train"].records
+    assert "is damaged (its records were changed); rebuilding it" in capsys.readouterr().err
+    assert np.array_equal(after, before)
+
+
 def test_unwritable_index_folder_is_one_line(pets):
     (pets / "index").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"can't write the index into .* choose another folder"):

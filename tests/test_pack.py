@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import xxhash
 from PIL import Image
-from test_index import make_folder
+from test_index import change_label, make_folder
 
+from pipeline import TrainLoader
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.left_out import count_images
@@ -27,6 +28,7 @@ from pipeline.dataset.shards import format as shards
 from pipeline.dataset.shards import pack
 from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
+from pipeline.dataset.shards.stage import stage_shards
 from pipeline.dataset.synthetic.generate import Settings, generate_tree
 from pipeline.errors import UserError
 
@@ -312,6 +314,21 @@ def test_a_damaged_index_of_the_shards_is_made_again(source, packed, tmp_path):
     (tmp_path / "shards/index/index.json").write_text("{")
     pack_tree(source, tmp_path / "shards", OPTIONS)
     assert contents(tmp_path / "shards") == contents(packed)
+
+
+def test_shards_with_a_changed_label_in_their_index_are_refused_and_made_again(source, packed, tmp_path, capsys):
+    shards = shutil.copytree(packed, tmp_path / "shards")
+    change_label(shards / "index")
+    stop = r"is damaged \(its records were changed\); run the same pack or stage command"
+    for use in (
+        build_index,
+        lambda root: stage_shards(root, tmp_path / "copy"),
+        lambda root: TrainLoader(root).classes,
+    ):
+        with pytest.raises(UserError, match=stop):
+            use(shards)
+    pack_tree(source, shards, OPTIONS)
+    assert contents(shards) == contents(packed)
 
 
 def test_what_was_asked_for_goes_along_and_a_damaged_receipt_is_told_first(copy, tmp_path):

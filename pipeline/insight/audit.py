@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.command import raising, run_command
 from pipeline.config import load_config, semantic_config
 from pipeline.counts import count
-from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
+from pipeline.dataset.index.index import Index, has_index, locate_index, open_sound
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.insight.runs import expand
 from pipeline.loader.build import make_train_plan
@@ -207,7 +207,7 @@ def audit(
                 f"the index of {folder.name}'s data set is not at {where}; give --data_root, where the data is now, or "
                 "build it again with: pipeline index ROOT"
             )
-        data_index = open_index(where)
+        data_index = open_sound(where)
         plan = make_train_plan(data_index, config.data, config.train, config.augment)
         found.append(audit_run(folder, data_index, plan, rows[folder], metas[folder], semantic_config(config), every))
         print("\n".join(in_words(found[-1])), flush=True)

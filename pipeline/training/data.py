@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.dataset.index.index import Index, has_index, locate_index, open_index
+from pipeline.dataset.index.index import Index, has_index, locate_index, open_index, open_sound
 from pipeline.dataset.index.scan import build_index, left_out_lines
 from pipeline.errors import TransientError, UserError
 from pipeline.training.ranks.stop_request import StopRequest
@@ -63,7 +63,7 @@ def _open_here(folder: Path, world: World) -> Index:
     deadline = time.monotonic() + _VISIBLE_AFTER_S
     while True:
         try:
-            return open_index(folder)
+            return open_index(folder) if world.is_rank_zero else open_sound(folder)  # rank 0 has checked it
         except UserError as error:
             if world.is_rank_zero or time.monotonic() > deadline:
                 raise TransientError(

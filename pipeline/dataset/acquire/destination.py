@@ -10,7 +10,7 @@ from pipeline.dataset.acquire.selection import Selection
 from pipeline.dataset.acquire.tree import STATE
 from pipeline.dataset.disk import explain
 from pipeline.dataset.imagenet import CLS_LOC
-from pipeline.dataset.index.index import PACKED, has_index, index_folder, is_current, open_index
+from pipeline.dataset.index.index import PACKED, has_index, index_folder, is_current, open_sound
 from pipeline.dataset.lock import locked
 from pipeline.dataset.shards.marker import find_complete, read_marker
 from pipeline.dataset.shards.plan import Options as PackOptions
@@ -40,7 +40,7 @@ def is_done(root: Path, selection: Selection, index: bool, packing: PackOptions 
     manifest = read_manifest(root)
     if manifest is None or not manifest.has(selection) or not index or not has_index(index_folder(root)):
         return False
-    opened = open_index(index_folder(root)) if packing is None else find_complete(root)
+    opened = open_sound(index_folder(root)) if packing is None else find_complete(root)
     return opened is not None and is_current(opened) and has_shard_files(opened)
 
 

@@ -254,7 +254,22 @@ def is_sound(index: Index) -> bool:
     records = {name: split.records for name, split in index.splits.items()}
     restart = {name: split.restart for name, split in index.splits.items() if split.restart is not None}
     return compute_fingerprint(index.synsets, records, restart) == index.fingerprint and all(
-        xxhash.xxh3_64_hexdigest(array.tobytes()) == Path(str(array.filename)).stem.rpartition("-")[2]
+        xxhash.xxh3_64_hexdigest(array.view(np.uint8).data) == Path(str(array.filename)).stem.rpartition("-")[2]
         for array in (*records.values(), *restart.values())
         if isinstance(array, np.memmap)
     )
+
+
+def open_sound(folder: Path) -> Index:
+    """Open an index that labels and windows are taken from: as `open_index`, and its records are checked (0.3 s for
+    ImageNet). Raises UserError where they have changed, too."""
+    index = open_index(folder)
+    check_sound(index)
+    return index
+
+
+def check_sound(index: Index) -> None:
+    """Raises UserError where the records of an index have changed since they were written."""
+    if not is_sound(index):
+        again = "run the same pack or stage command" if index.is_packed else "build it again with: pipeline index ROOT"
+        raise UserError(f"index {index.folder} is damaged (its records were changed); {again}")

@@ -16,7 +16,15 @@ import numpy as np
 from pipeline.command import run_command
 from pipeline.counts import count
 from pipeline.dataset.disk import explain
-from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_current, open_index
+from pipeline.dataset.index.index import (
+    PACKED,
+    Index,
+    check_sound,
+    has_index,
+    index_folder,
+    is_current,
+    open_index,
+)
 from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, describe, kind_of
 from pipeline.dataset.index.listing import Listing, list_places
 from pipeline.dataset.index.scan_journal import PreviousScan, ScanJournal
@@ -37,12 +45,18 @@ LOCK = ".lock"
 
 
 def open_previous(folder: Path, quiet: bool = False) -> Index | None:
-    """The existing index; None where there is none or it is damaged (printed unless `quiet`)."""
+    """The existing index; None where there is none or it is damaged (printed unless `quiet`). Raises UserError for that
+    of packed shards whose records have changed: `index` can't make it again."""
     if not has_index(folder):
         return None
+    opened = None
     try:
-        return open_index(folder)
+        opened = open_index(folder)
+        check_sound(opened)
+        return opened
     except UserError as error:
+        if opened is not None and opened.is_packed:
+            raise
         if not quiet:
             print(f"{str(error).split('; build')[0]}; rebuilding it", file=sys.stderr)
         return None

@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline.dataset.index.index import PACKED, Index, index_folder, open_index
+from pipeline.dataset.index.index import PACKED, Index, index_folder, open_sound
 from pipeline.dataset.selected import MANIFEST
 from pipeline.dataset.shards.plan import Options, Plan
 from pipeline.dataset.shards.records import STATE
@@ -27,7 +27,7 @@ def find_complete(dest: Path) -> Index | None:
     """The index of the shards that were once complete in `dest`, by their marker and their sound index."""
     if read_marker(dest).get("complete"):
         with contextlib.suppress(UserError):
-            return open_index(index_folder(dest))
+            return open_sound(index_folder(dest))
     return None
 
 

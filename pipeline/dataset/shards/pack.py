@@ -16,7 +16,7 @@ from pipeline.command import run_command
 from pipeline.counts import count
 from pipeline.dataset import imagenet
 from pipeline.dataset.disk import explain, explain_read
-from pipeline.dataset.index.index import MAIN_FILE, PACKED, Index, index_folder, open_index
+from pipeline.dataset.index.index import MAIN_FILE, PACKED, Index, index_folder, open_index, open_sound
 from pipeline.dataset.index.left_out import describe, only_images, without_images
 from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
 from pipeline.dataset.layouts.parquet_files import find_parquet
@@ -58,7 +58,7 @@ def _open_source(root: Path, folder: Path, part: str | None, processes: int | No
     if not appears(folder / MAIN_FILE):  # many parts must not scan the same tree at once
         elsewhere = "" if folder == index_folder(root) else f" --out {folder}"
         raise UserError(f"{folder} holds no index yet; run first: pipeline index {root}{elsewhere}")
-    return open_index(folder)
+    return open_sound(folder)
 
 
 def _finish(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.command import run_command
 from pipeline.dataset.disk import check_space, explain
-from pipeline.dataset.index.index import MAIN_FILE, Index, index_folder, list_files, open_index, safe_join
+from pipeline.dataset.index.index import MAIN_FILE, Index, index_folder, list_files, open_index, open_sound, safe_join
 from pipeline.dataset.lock import locked
 from pipeline.dataset.shards.restart import TABLE, list_shard_files
 from pipeline.errors import UserError, permission_problem
@@ -61,7 +61,7 @@ def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: boo
     Raises UserError for a tree of images, a missing shard, or a disk that is too small.
     """
     index = index or index_folder(source)
-    opened = open_index(index)
+    opened = open_sound(index)
     for name, split in opened.splits.items():
         if not split.shards:
             raise UserError(f"{source}: {name} is a tree of single files; pack it into shards first (pipeline pack)")

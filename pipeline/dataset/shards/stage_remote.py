@@ -28,6 +28,7 @@ from pipeline.dataset.index.index import (
     index_folder,
     list_files,
     open_index,
+    open_sound,
     safe_join,
 )
 from pipeline.dataset.shards.restart import MAGIC, TABLE, is_intact, list_shard_files, table_name
@@ -112,7 +113,7 @@ def _fetch_index(store: Store, dest: Path) -> Index:
             raise UserError(f"index {store.url}/{FOLDER}/{MAIN_FILE} names the file {name!r}: refused")
         atomic_write(folder / name, store.read(f"{FOLDER}/{name}"), durable=False)
     atomic_write(folder / MAIN_FILE, json.dumps(meta, indent=1), durable=False)
-    return open_index(folder)
+    return open_sound(folder)
 
 
 def _list_wanted(store: Store, index: Index) -> Iterator[_File]:

@@ -12,7 +12,7 @@ import xxhash
 from pipeline.command import run_command
 from pipeline.counts import count
 from pipeline.dataset import imagenet
-from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, is_sound, open_index
+from pipeline.dataset.index.index import PACKED, Index, has_index, index_folder, open_sound
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.verify.check import MISSING, Finding, NamedSample, check_items
 from pipeline.dataset.verify.expected import hash_ids, read_expected, train_id
@@ -34,9 +34,7 @@ def open_baseline(root: Path, folder: Path | None = None) -> tuple[Path, Index |
         folder = index_folder(root)
         if not has_index(folder):
             return root, None
-    index = open_index(folder)
-    if not is_sound(index):
-        raise UserError(f"index {folder} is damaged (its records were changed); remove it, run pipeline index {root}")
+    index = open_sound(folder)
     if not _is_same(index.root, root) and not _is_same(index.root, find_splits(root).root):
         raise UserError(f"index {folder} is of {index.root}, not of {root}; run: pipeline index {root} --out DIR")
     return index.root, index

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Config, DataConfig
-from pipeline.dataset.index.index import Split, has_index, locate_index, open_index
+from pipeline.dataset.index.index import Split, has_index, locate_index, open_sound
 from pipeline.dataset.index.left_out import describe
 from pipeline.errors import UserError, permission_problem
 from pipeline.gpu_facts import (
@@ -141,7 +141,7 @@ def _probe_data(data: DataConfig) -> dict:
         return facts
     facts["indexed"] = True
     try:
-        index = open_index(folder)
+        index = open_sound(folder)
         facts |= {"fingerprint": index.fingerprint, "classes": index.num_classes}
         facts["left_out"] = describe(index.left_out)
         facts["unscored"] = index.unscored_classes()
