@@ -3,7 +3,9 @@
 A run may move between originals, shards and shards with restart markers; damage never shows as other pixels.
 """
 
+import errno
 import functools
+import os
 import shutil
 import subprocess
 from io import BytesIO
@@ -25,7 +27,7 @@ from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
 from pipeline.dataset.shards.restart import TABLE, TableError, make_entry, plan_cut
 from pipeline.dataset.shards.transcode import transcode
-from pipeline.loader import build
+from pipeline.loader import build, source
 from pipeline.loader.plan import Planned
 from pipeline.loader.source import Source
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
@@ -298,6 +300,26 @@ def test_a_table_that_does_not_fit_costs_time_and_no_pixel(own, how, caplog):
     warnings = caplog.messages
     assert len(warnings) == 1 and "restart table damaged or missing" in warnings[0]
     assert "pipeline verify" in warnings[0]
+
+
+def test_a_table_on_a_failing_disk_is_tried_once(own, monkeypatch):
+    """Each try waits for a network file system; an image of a batch each would stop the run."""
+    waits = []
+    monkeypatch.setattr(source.time, "sleep", waits.append)
+    real = Source._read_at
+
+    def fail(self, row, start, size, suffix=""):
+        if suffix == TABLE:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, row, start, size, suffix)
+
+    monkeypatch.setattr(Source, "_read_at", fail)
+    opened = Source(open_index(own / "index").splits["train"], threads=1)
+    ids = np.flatnonzero(opened.split.restart["table_size"])[:5]
+    pieces = opened.read_windows(ids, np.tile(np.array([0, 0, 9, 9], np.int32), (5, 1)))
+    opened.close()
+    assert [bytes(piece.data) for piece in pieces] == [opened.split.read(i) for i in ids]
+    assert sum(waits) < 10
 
 
 def test_what_no_decoder_takes_is_named_by_its_step_and_position():

@@ -201,7 +201,7 @@ class Source:
 
     def _cut(self, row: Row, window: tuple[int, int, int, int]) -> Cut | None:
         """How to cut the window out of a sample; None where the sample is to be read as a whole."""
-        if not row.table_size:
+        if not row.table_size or row.shard in self._without_table:
             return None
         try:
             entry = self._attempt(row.sample_id, lambda: self._read_at(row, row.table_offset, row.table_size, TABLE))
