@@ -1,5 +1,6 @@
 """Copying shards to a node's own disk: whole, once, and reused."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -66,6 +67,20 @@ def test_mends_what_was_cut_or_changed(packed, tmp_path):
     os.utime(local / "sub/val-0.tar", (1, 1))
     assert stage_shards(packed, local, quiet=True)[1] == 2
     assert content(local) == content(packed)
+
+
+@pytest.mark.parametrize("url", ["{}", "file://{}"])
+def test_shards_that_were_packed_there_are_not_overwritten(packed, tmp_path, capsys, url):
+    """Arguments in the wrong order: the files have the same names."""
+    other = shutil.copytree(packed, tmp_path / "other")
+    (other / "pack.json").write_text("{}")
+    meta = json.loads((other / "index/index.json").read_text())
+    (other / "index/index.json").write_text(json.dumps({**meta, "fingerprint": "0123"}))
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    assert main(["stage", url.format(packed), str(other)]) == 2
+    assert "holds other shards, packed there (fingerprint 0123)" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in other.rglob("*") if path.is_file() and path.name != ".stage.lock"}
+    assert after == before
 
 
 def test_killed_midway_leaves_no_half_shard(packed, tmp_path):

@@ -103,6 +103,18 @@ def test_misplaced_images_are_put_right_and_a_flat_one_is_the_newer(root):
     assert layout(root) == expected
 
 
+def test_a_copy_that_differs_from_what_lies_right_is_kept(root, capsys):
+    """The one that lies right may be the damaged one."""
+    sort_val(root)
+    folders = sorted(val(root).iterdir())
+    whole = next(folders[0].iterdir())
+    stray = Path(shutil.copy(whole, folders[1]))
+    whole.write_bytes(b"cut")
+    assert main(["valprep", str(root)]) == 2
+    assert f"{stray} and {whole} differ" in capsys.readouterr().err
+    assert stray.stat().st_size > 3
+
+
 def test_image_without_a_label_stops_before_anything_moves(root, capsys):
     shutil.copy(next(val(root).iterdir()), val(root) / "holiday.jpeg")
     before = layout(root)

@@ -5,6 +5,7 @@ image is moved by one rename, so a kill at any moment leaves every image complet
 """
 
 import errno
+import filecmp
 import re
 import shutil
 from dataclasses import dataclass
@@ -120,8 +121,12 @@ def sort_val(root: Path, quiet: bool = True) -> SortResult:
             for path, target in sorted(moves):
                 if path.parent == folder or not target.exists():
                     _move(path, target)
-                else:
+                elif filecmp.cmp(path, target, shallow=False):
                     path.unlink()  # a misplaced copy of what lies right
+                else:
+                    raise UserError(
+                        f"{path} and {target} differ; look at both, remove the damaged one, and run it again"
+                    )
                 progress.advance()
         for home in sorted(homes[1:], reverse=True):  # the deepest first
             if not home.is_symlink() and not any(home.iterdir()):

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from pipeline.command import run_command
 from pipeline.dataset.disk import check_space, explain
-from pipeline.dataset.index.index import MAIN_FILE, Index, index_folder, list_files, open_index, open_sound, safe_join
+from pipeline.dataset.index.index import (
+    MAIN_FILE,
+    PACKED,
+    Index,
+    has_index,
+    index_folder,
+    list_files,
+    open_index,
+    open_sound,
+    safe_join,
+)
 from pipeline.dataset.lock import locked
 from pipeline.dataset.shards.restart import TABLE, list_shard_files
 from pipeline.errors import UserError, permission_problem
@@ -24,6 +34,17 @@ THREADS = 4  # files copied at a time
 def locked_folder(folder: Path) -> AbstractContextManager[None]:
     """Hold the folder's lock, so that a second job on the same node waits for the first one's copy."""
     return locked(folder / ".stage.lock", f"{folder}: another process is copying into it; waiting")
+
+
+def refuse_other_shards(dest: Path, fingerprint: str) -> None:
+    """UserError where `dest` is a folder that other shards than those with `fingerprint` were packed into: they may be
+    the only ones, and have the same names."""
+    if (dest / PACKED).exists() and has_index(index_folder(dest)):
+        theirs = open_index(index_folder(dest)).fingerprint
+        if theirs != fingerprint:
+            raise UserError(
+                f"{dest} holds other shards, packed there (fingerprint {theirs}); give another folder, or remove it"
+            )
 
 
 def is_same(there: Path, here: Path) -> bool:
@@ -68,6 +89,7 @@ def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: boo
     wanted = {
         safe_join(opened.root, name): name for split in opened.splits.values() for name in list_shard_files(split)
     }
+    refuse_other_shards(dest, opened.fingerprint)
     try:
         dest.mkdir(parents=True, exist_ok=True)
         with locked_folder(dest):

@@ -32,7 +32,7 @@ from pipeline.dataset.index.index import (
     safe_join,
 )
 from pipeline.dataset.shards.restart import MAGIC, TABLE, is_intact, list_shard_files, table_name
-from pipeline.dataset.shards.stage import CHUNK, THREADS, copy_index, locked_folder
+from pipeline.dataset.shards.stage import CHUNK, THREADS, copy_index, locked_folder, refuse_other_shards
 from pipeline.dataset.shards.store import Store
 from pipeline.errors import TransientError, UserError
 from pipeline.files import atomic_write
@@ -98,7 +98,6 @@ def stage_url(url: str, dest: Path, quiet: bool = False) -> tuple[Index, int]:
 def _fetch_index(store: Store, dest: Path) -> Index:
     """The source's index, in a folder below `dest` that no verb looks at."""
     folder = dest / _PARTIAL
-    folder.mkdir(exist_ok=True)
     raw = store.read(f"{FOLDER}/{MAIN_FILE}")
     try:
         meta = json.loads(raw) | {"root": ".."}
@@ -108,6 +107,8 @@ def _fetch_index(store: Store, dest: Path) -> Index:
         raise UserError(f"index {store.url}/{FOLDER}/{MAIN_FILE} is damaged ({error}); upload it again") from error
     if not bare:
         raise UserError(f"{store.url} is a tree of single files; pack it into shards first (pipeline pack)")
+    refuse_other_shards(dest, str(meta.get("fingerprint")))
+    folder.mkdir(exist_ok=True)
     for name in names:
         if "/" in name or name.startswith("."):
             raise UserError(f"index {store.url}/{FOLDER}/{MAIN_FILE} names the file {name!r}: refused")
