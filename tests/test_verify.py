@@ -301,6 +301,22 @@ def test_packed_shards_are_verified_sample_by_sample(packed, capsys):
     assert len(verify_root(packed).missing) == 96
 
 
+@pytest.mark.parametrize("where", ["header", "label's header", "label"])
+def test_damage_around_an_image_of_a_shard_is_named(packed, where):
+    """Training reads the index's labels; readers of tar files read these."""
+    train = open_index(packed / "index").splits["train"]
+    start, size = (int(train.records[key][9]) for key in ("offset", "size"))
+    behind = start + -(-size // 512) * 512
+    at = {"header": start - 512 + 100, "label's header": behind + 5, "label": behind + 512}[where]
+    data = bytearray(train.path(9).read_bytes())
+    assert where != "label" or data[at : at + 1] == str(train.records["label"][9])[:1].encode()
+    data[at] ^= 1
+    train.path(9).write_bytes(data)
+    assert [(named.name, named.problem) for named in verify_root(packed).damaged] == [
+        (train.name(9), "its headers or its label in the shard are damaged; the image is not")
+    ]
+
+
 def test_repacking_mends_a_removed_shard(packed, whole):
     (packed / "train-000000.tar").unlink()
     pack_tree(whole, packed, Options(shard_mb=1))
@@ -380,6 +396,22 @@ def test_verify_writes_nothing_into_the_root(root):
     verify_root(root)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
     assert (root / MARKER).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("LOC_val_solution.csv", b"", "names no image"),
+        ("LOC_val_solution.csv", b"ImageId,PredictionString\n", "names no image"),
+        ("ILSVRC/ImageSets/CLS-LOC/train_cls.txt", b"n01440764/n0\xb1440764_1 1\n", "not a text file"),
+    ],
+)
+def test_lists_that_a_power_cut_or_a_disk_spoiled_are_one_line(root, capsys, name, data, says):
+    (root / name).write_bytes(data)
+    assert main(["verify", str(root)]) == 2
+    assert re.search(
+        rf"verify: \S+{Path(name).name}:? {says}.*; fetch the file again$", capsys.readouterr().err.strip()
+    )
 
 
 def test_unreadable_lists_stop_with_a_reason(root):

@@ -6,6 +6,7 @@ The archive's own text files are the source: `LOC_synset_mapping.txt` (words), `
 
 import csv
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -93,4 +94,18 @@ def read_val_solution(path: Path) -> dict[str, str]:
                 labels[row[0]] = synset
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path}: not a CSV text file ({error}); fetch the file again") from error
+    if not labels:
+        raise UserError(f"{path} names no image; fetch the file again")
     return labels
+
+
+def read_train_list(path: Path) -> Iterator[str]:
+    """The training images that `train_cls.txt` lists, one by one: "n01440764/n01440764_10026". UserError where it is no
+    text."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                if name := line.partition(" ")[0].strip():
+                    yield name
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({error}); fetch the file again") from error

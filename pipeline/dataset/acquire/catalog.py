@@ -18,7 +18,6 @@ from pipeline.dataset.acquire.selection import (
     VAL_IMAGE,
     Selection,
     final_name,
-    read_train_list,
 )
 from pipeline.dataset.acquire.zip_directory import Directory, decode_name
 from pipeline.dataset.valprep import read_any_val_labels
@@ -103,7 +102,7 @@ def check_listed(archive: str, root: Path, selection: Selection, held: dict[str,
     train_list = root / imagenet.TRAIN_LIST
     listed: dict[str, Iterable[str]] = {}
     if selection.has("train") and train_list.is_file():
-        listed["train"] = read_train_list(train_list.read_text(encoding="utf-8"))
+        listed["train"] = (f"{BASE}/train/{image}.JPEG" for image in imagenet.read_train_list(train_list))
     if selection.has("val"):
         listed["val"] = (f"{BASE}/val/{image}.JPEG" for image in selection.val_labels)
     for split, names in listed.items():

@@ -79,10 +79,3 @@ def final_name(name: str) -> str:
     """Where a member lies in the tree before valprep: validation images flat in val/."""
     match = VAL_IMAGE.fullmatch(name)
     return f"{BASE}/val/{match[1]}" if match else name
-
-
-def read_train_list(text: str) -> Iterable[str]:
-    """Member names of the training images that `train_cls.txt` lists ("n01440764/n01440764_10026 1")."""
-    for line in text.splitlines():
-        if line.strip():
-            yield f"{BASE}/train/{line.split()[0]}.JPEG"

@@ -1,8 +1,8 @@
 """The index: one memory-mapped record per sample, so that training never walks a directory.
 
 A folder of an index holds `index.json` (classes, counts, fingerprint; the commit point, written last) and for each
-split `SPLIT-<fingerprint>.npy` (records, dtype `RECORD`) and `SPLIT-<fingerprint>.names` (UTF-8 names, end to end);
-for shards with restart markers also `SPLIT-restart-<fingerprint>.npy` (dtype `RESTART`).
+split `SPLIT-<digest>.npy` (records, dtype `RECORD`) and `SPLIT-names-<digest>.names` (UTF-8 names, end to end); for
+shards with restart markers also `SPLIT-restart-<digest>.npy` (dtype `RESTART`). A digest is the xxh3_64 of the content.
 Samples are ordered by class (sorted synsets), then by name, as torchvision's ImageFolder orders them.
 """
 
@@ -250,12 +250,14 @@ def is_current(index: Index, places: Iterable[Path] = ()) -> bool:
 
 
 def is_sound(index: Index) -> bool:
-    """Are all records unchanged since they were written, and does the fingerprint match? This reads all of them."""
+    """Are all records and names unchanged since they were written, and does the fingerprint match? This reads all."""
     records = {name: split.records for name, split in index.splits.items()}
     restart = {name: split.restart for name, split in index.splits.items() if split.restart is not None}
+    names = [split.names for split in index.splits.values() if isinstance(split.names, np.memmap)]
+    named = [array for array in names if "-names-" in str(array.filename)]  # of older versions: not by their content
     return compute_fingerprint(index.synsets, records, restart) == index.fingerprint and all(
         xxhash.xxh3_64_hexdigest(array.view(np.uint8).data) == Path(str(array.filename)).stem.rpartition("-")[2]
-        for array in (*records.values(), *restart.values())
+        for array in (*records.values(), *restart.values(), *named)
         if isinstance(array, np.memmap)
     )
 

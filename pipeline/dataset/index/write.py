@@ -57,7 +57,8 @@ def write_index(
         for name, (records, names) in splits.items():
             blob = pack_names(names, records)
             tag = xxhash.xxh3_64_hexdigest(records.tobytes())  # of places too: a new file for every new content
-            files = {"records": f"{name}-{tag}.npy", "names": f"{name}-{tag}.names"}
+            names_file = f"{name}-names-{xxhash.xxh3_64_hexdigest(blob.data)}.names"
+            files = {"records": f"{name}-{tag}.npy", "names": names_file}
             with atomic_open(folder / files["records"]) as file:
                 np.save(file, records)
             with atomic_open(folder / files["names"]) as file:

@@ -55,4 +55,6 @@ def read_tiny_list(path: Path) -> dict[str, str]:
         if not rest or not rest[0].strip() or "/" in image:
             raise UserError(f"{path}, line {number}: expected 'IMAGE CLASS ...', got {line[:80]!r}")
         labels[image.rpartition(".")[0] or image] = rest[0].strip()
+    if not labels:
+        raise UserError(f"{path} names no image; unpack the data set again")
     return labels

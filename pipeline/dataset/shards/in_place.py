@@ -9,10 +9,15 @@ from pipeline.dataset.shards.format import BLOCK, tar_header, temporary_path
 
 def sample_members(key: str, suffix: str, data: bytes, label: int) -> bytes:
     """The two members of a sample as they stand in a shard: KEY.SUFFIX with the image, KEY.cls with the label."""
+    before, after = sample_frame(key, suffix, data, label)
+    return b"".join((before, data, after))
+
+
+def sample_frame(key: str, suffix: str, data: bytes, label: int) -> tuple[bytes, bytes]:
+    """What stands before and behind the image of a sample in its shard: its header; padding, and its label's member."""
     text = str(label).encode()
-    parts = [tar_header(f"{key}.{suffix}", len(data)), data, bytes(-len(data) % BLOCK)]
-    parts += [tar_header(f"{key}.cls", len(text)), text, bytes(-len(text) % BLOCK)]
-    return b"".join(parts)
+    parts = bytes(-len(data) % BLOCK), tar_header(f"{key}.cls", len(text)), text, bytes(-len(text) % BLOCK)
+    return tar_header(f"{key}.{suffix}", len(data)), b"".join(parts)
 
 
 def write_in_place(dest: Path, split: str, number: int, members: bytes, start: int) -> None:

@@ -36,7 +36,7 @@ from pipeline.dataset.shards.transcode import find_program
 from pipeline.dataset.shards.write_shard import Task, write_shard
 from pipeline.dataset.workers import map_in_order
 from pipeline.errors import UserError, permission_problem
-from pipeline.files import appears, atomic_write
+from pipeline.files import appears, atomic_open, atomic_write
 from pipeline.limits import available_cores
 from pipeline.progress import Progress
 
@@ -87,7 +87,7 @@ def _copy_list(source: Path, target: Path) -> None:
         file = source.open("rb")
     except OSError as error:
         raise explain_read(error, source) from error
-    with file, target.open("wb") as out:
+    with file, atomic_open(target) as out:
         shutil.copyfileobj(file, out)
 
 

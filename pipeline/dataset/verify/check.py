@@ -16,6 +16,7 @@ import xxhash
 from pipeline.counts import count
 from pipeline.dataset.index.decode import decode_fully
 from pipeline.dataset.index.index import Split
+from pipeline.dataset.shards.in_place import sample_frame
 from pipeline.dataset.shards.restart import make_entry, table_name
 from pipeline.dataset.workers import map_in_order, read_ahead
 from pipeline.errors import TransientError
@@ -28,7 +29,8 @@ _GONE = (FileNotFoundError, NotADirectoryError)
 
 class Item(NamedTuple):
     """One sample to look at. `offset` is -1 for a file of its own; `digest` is None where nothing was indexed. `table`,
-    `entry`: a shard's restart table, and where the sample's entry lies in it (offset and bytes)."""
+    `entry`: a shard's restart table, and where the sample's entry lies in it (offset and bytes). `member`, `label`: of
+    a sample in a shard that `pack` wrote."""
 
     path: str
     offset: int
@@ -36,6 +38,8 @@ class Item(NamedTuple):
     digest: int | None
     table: str = ""
     entry: tuple[int, int] = (0, 0)
+    member: str = ""
+    label: int = -1
 
 
 class Finding(NamedTuple):
@@ -89,6 +93,8 @@ def check_item(item: Item, data: bytes, decode: bool) -> Finding:
         return Finding(f"has {count(len(data), 'byte')} instead of {item.size:,}" if data else "is empty")
     if item.digest is not None and xxhash.xxh3_64_intdigest(data) != item.digest:
         return Finding("bytes differ from those indexed")
+    if item.member and not _are_headers_sound(item, data):
+        return Finding("its headers or its label in the shard are damaged; the image is not")
     if item.table and not _is_entry_sound(item, data):
         return Finding("its restart table is missing or damaged, or does not fit the shard")
     if decode or item.digest is None:
@@ -97,6 +103,18 @@ def check_item(item: Item, data: bytes, decode: bool) -> Finding:
         except (OSError, ValueError) as error:
             return Finding(f"does not decode: {error}")
     return Finding("", image_kind(data))
+
+
+def _are_headers_sound(item: Item, data: bytes) -> bool:
+    """Do the image's header, and its label behind it, stand in the shard as they were written?"""
+    before, after = sample_frame(*item.member.rpartition(".")[::2], data, item.label)
+    try:
+        with open(item.path, "rb") as file:  # noqa: PTH123 - one call a sample
+            start, stop = item.offset - len(before), item.offset + item.size
+            found = (os.pread(file.fileno(), len(part), at) for part, at in ((before, start), (after, stop)))
+            return tuple(found) == (before, after)
+    except OSError as error:
+        raise TransientError(f"can't read {item.path} ({error.strerror}); run the same command again") from error
 
 
 def _is_entry_sound(item: Item, data: bytes) -> bool:
@@ -141,12 +159,15 @@ def iter_samples(split: Split) -> Iterator[tuple[int, str]]:
         yield i, split.name(i)
 
 
-def make_item(split: Split, sample_id: int, name: str) -> Item:
+def make_item(split: Split, sample_id: int, name: str, is_packed: bool = False) -> Item:
+    """is_packed: this project wrote the shards."""
     record = split.records[sample_id]
     shard = int(record["shard"])
     place = name if shard < 0 else split.shards[shard]
     offset = -1 if shard < 0 else int(record["offset"])
     item = Item(f"{split.root}/{place}", offset, int(record["size"]), int(record["digest"]))
+    if shard >= 0 and is_packed:
+        item = item._replace(member=name, label=int(record["label"]))
     if shard < 0 or split.restart is None:
         return item
     of = split.restart[sample_id]

@@ -67,11 +67,8 @@ class Expected:
         if split == "val":
             yield from (name for name, synset in self.val_labels.items() if self.wants("val", synset))
         elif split == "train":
-            with (self.root / imagenet.TRAIN_LIST).open(encoding="utf-8") as file:
-                for line in file:
-                    name = line.partition(" ")[0].strip()
-                    if name and self.wants("train", name.partition("/")[0]):
-                        yield name
+            names = imagenet.read_train_list(self.root / imagenet.TRAIN_LIST)
+            yield from (name for name in names if self.wants("train", name.partition("/")[0]))
 
 
 def read_expected(root: Path) -> Expected:

@@ -116,7 +116,7 @@ def _indexed(index: Index, split: str) -> Iterator[Named]:
 def _of_index(index: Index, split: str, i: int, name: str) -> Named:
     of_split = index.splits[split]
     synset = index.synsets[of_split.records["label"][i]]
-    return _named(split, name, synset, name), make_item(of_split, i, name)
+    return _named(split, name, synset, name), make_item(of_split, i, name, index.is_packed)
 
 
 def _listed(root: Path, split: str, listing: Listing, index: Index | None, found: dict[int, int]) -> Iterator[Named]:
