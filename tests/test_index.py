@@ -223,6 +223,24 @@ def test_rebuild_reads_only_what_changed(pets, monkeypatch):
     assert files == ["index.json", "train", "train", "unreadable.json", "val", "val"], "of earlier indexes"
 
 
+def test_the_command_reads_images_that_were_rewritten_in_place(pets, capsys):
+    """Their folders keep their times, so that a start of training does not see it; this is what it is told to type."""
+    before = build_index(pets)
+    path = pets / "train/cat/x.jpg"
+    with Image.open(path) as image:
+        smaller = image.resize((5, 4))
+    with path.open("wb") as file:
+        smaller.save(file, "JPEG")
+    assert build_index(pets).fingerprint == before.fingerprint
+    assert main(["verify", str(pets)]) == 2
+    assert f"changed on purpose, run: pipeline index {pets}" in capsys.readouterr().out
+    assert main(["index", str(pets)]) == 0
+    after = open_index(pets / "index")
+    assert after.fingerprint != before.fingerprint
+    assert main(["verify", str(pets)]) == 0
+    assert main(["index", str(pets)]) == 0 and open_index(pets / "index").fingerprint == after.fingerprint
+
+
 def test_a_changed_csv_changes_the_labels(synthetic_root, tmp_path):
     root = tmp_path / "set"
     shutil.copytree(synthetic_root, root)

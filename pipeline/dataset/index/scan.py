@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from pipeline.dataset.layouts.find import Layout, find_layout
 from pipeline.dataset.layouts.words import read_words
 from pipeline.dataset.lock import locked
 from pipeline.dataset.names import distinguish, twin_of
+from pipeline.dataset.workers import READERS
 from pipeline.errors import UserError
 from pipeline.files import atomic_write, reason_of
 from pipeline.limits import available_cores
@@ -42,6 +44,7 @@ from pipeline.limits import available_cores
 UNREADABLE = "unreadable.json"
 JOURNAL = "scan.journal"  #: results of an unfinished scan, one JSON array per line
 LOCK = ".lock"
+_STATS = 1024  # files a task of `_was_rewritten`
 
 
 def open_previous(folder: Path, quiet: bool = False) -> Index | None:
@@ -90,6 +93,26 @@ def _is_still_unreadable(root: Path, entry: dict) -> bool:
     return "size" not in entry or (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["mtime_ns"])
 
 
+def _was_rewritten(index: Index) -> bool:
+    """Has an image in a file of its own another size or time than when it was indexed?"""
+    with ThreadPoolExecutor(READERS) as pool:
+        for split in index.splits.values():
+            names = [] if split.shards else list(split.iter_names())
+            wanted = list(zip(*(split.records[key].tolist() for key in ("size", "mtime_ns")), strict=True))
+
+            def differs(first: int, names: list[str] = names, wanted: list[tuple] = wanted) -> bool:
+                here = slice(first, first + _STATS)
+                stats = (os.stat(f"{index.root}/{name}") for name in names[here])
+                return [(stat.st_size, stat.st_mtime_ns) for stat in stats] != wanted[here]
+
+            try:
+                if any(pool.map(differs, range(0, len(names), _STATS))):
+                    return True
+            except OSError:
+                return True
+    return False
+
+
 def build_index(
     root: Path,
     folder: Path | None = None,
@@ -105,7 +128,7 @@ def build_index(
         processes: default: every core that this process may use.
         to_score: a validation split alone is enough (see there); where the root is that split, the index
             goes beside it, to `ROOT.index`.
-        recheck: also look whether the files that it left out are fixed.
+        recheck: also look at each file: whether one was rewritten, or one that it left out is fixed.
 
     Raises UserError for a tree that is not in class folders, an empty class, or a folder that can't be written.
     """
@@ -122,7 +145,7 @@ def build_index(
         print(layout.note, file=sys.stderr, flush=True)
 
     def is_valid(index: Index) -> bool:
-        if index.root != root or not is_current(index, layout.places()):
+        if index.root != root or not is_current(index, layout.places()) or (recheck and _was_rewritten(index)):
             return False
         entries = [entry for of_split in read_unreadable(folder).values() for entry in of_split] if recheck else []
         return all(_is_still_unreadable(root, entry) for entry in entries)

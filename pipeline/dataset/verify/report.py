@@ -163,4 +163,6 @@ def show(report: Report) -> None:
             print(f"{title}: {one.name}{about}")
         if len(named) > SHOWN:
             print(f"{title}: ... and {len(named) - SHOWN:,} more (all with --json FILE)")
+    if report.damaged and report.index is not None and not report.packed and not report.expected.counts:
+        print(f"if images were changed on purpose, run: pipeline index {report.root}")
     print(describe(report))
