@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import gc
 import io
+import inspect
 import itertools
 import re
 import sys
@@ -133,8 +134,12 @@ def run_command(function: Callable[..., int | None], verb: str, argv: list[str])
         parser.add_argument(name, nargs="+", metavar=name.upper().removesuffix("S"), help=_help_of(function, name))
     parser.add_function_arguments(function, as_group=False, as_positional=True, fail_untyped=True, skip=set(several))
     flags = {f"--{name}" for name, kind in kinds.items() if kind in (bool, bool | None)}
-    arguments = parser.instantiate_classes(parser.parse_args(normalize(argv, flags)))
-    code = function(**arguments.as_dict())
+    given = parser.instantiate_classes(parser.parse_args(normalize(argv, flags))).as_dict()
+    required = [name for name, item in inspect.signature(function).parameters.items() if item.default is item.empty]
+    for name in required:  # "" would be the current folder
+        if "" in (given[name] if name in several else [given[name]]):
+            parser.error(f"{name.upper()} is empty; is a variable not set?")
+    code = function(**given)
     return EXIT_OK if code is None else code
 
 

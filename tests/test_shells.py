@@ -190,6 +190,22 @@ def test_without_a_recipe_one_line_says_what_is_trained(capsys):
     assert "no --config" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["fetch", ""], "DEST"),
+        (["stage", "", "x"], "SOURCE"),
+        (["pack", "x", ""], "DEST"),
+        (["audit", "x", ""], "RUNS"),
+    ],
+)
+def test_a_variable_that_is_not_set_is_not_the_current_folder(tmp_path, monkeypatch, capsys, argv, named):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert f"{named} is empty; is a variable not set?" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stop_request_ends_the_building_of_an_index_at_once(synthetic_root, tmp_path, monkeypatch):
     """The signal comes from inside the scan, so that it surely comes in its midst."""
     from pipeline.config import DataConfig
