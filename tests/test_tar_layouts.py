@@ -171,6 +171,7 @@ def test_what_a_shard_holds_besides_is_counted(tmp_path, capsys):
     said = (main(["index", str(tmp_path)]), capsys.readouterr().out)[1]
     for reason in ("1 samples without a label", "1 samples without an image", "1 further images", "1 unreadable"):
         assert reason in said, said
+    assert "without an image (train-0.tar:c.cls)" in said
     (entry,) = read_unreadable(tmp_path / "index")["train"]
     assert entry["file"] == "train-0.tar:d.jpg"
     assert main(["verify", str(tmp_path)]) == 2

@@ -67,6 +67,7 @@ class Walked:
 
 @dataclass
 class _Sample:
+    first: str  # name of its first member
     images: list[tuple[str, str, int, int]] = field(default_factory=list)  # suffix, name, offset, size
     texts: dict[str, bytes] = field(default_factory=dict)  # suffix -> content
     suffixes: set[str] = field(default_factory=set)
@@ -167,7 +168,7 @@ def _take(info: tarfile.TarInfo, tar: tarfile.TarFile, samples: list[_Sample], n
     key, suffix = f"{folder}{slash}{stem}", suffix.lower()
     sample = newest.get(key)
     if sample is None or suffix in sample.suffixes:
-        sample = newest[key] = _Sample()
+        sample = newest[key] = _Sample(info.name)
         samples.append(sample)
     sample.suffixes.add(suffix)
     kind = suffix.rpartition(".")[2]
@@ -185,7 +186,7 @@ def _finish(part: Part, sample: _Sample, found: Walked) -> None:
     label = part.label or label
     if not sample.images:
         if sample.texts and label is not None:
-            found.left_out.add(NO_IMAGE, Path(part.path).name)
+            found.left_out.add(NO_IMAGE, sample.first)
         return
     images = sorted(sample.images, key=lambda image: (image[0].count("."), IMAGES.index(image[0].rpartition(".")[2])))
     if label is not None and not part.label:
