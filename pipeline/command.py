@@ -4,8 +4,8 @@ errors."""
 import contextlib
 import dataclasses
 import gc
-import io
 import inspect
+import io
 import itertools
 import re
 import sys
