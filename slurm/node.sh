@@ -75,13 +75,13 @@ find_network() { # the network interface on the way to the other nodes, since th
 
 serve_rendezvous() { # VERB ...: the ranks must divide its global batch
     trap '' TERM USR1 USR2 INT HUP
-    exec "$PYTHON" -m pipeline launch --serve-store "${meeting[@]}" --rdzv-conf=is_host=1 "$@"
+    exec "$PYTHON" -m pipeline launch --serve-store "${meeting[@]}" --rdzv-conf=is_host=1 -m pipeline "$@"
 }
 
 launch_ranks() { # VERB ...
     if [[ -n ${STOP_FILE:-} ]]; then trap '' TERM USR1 USR2 INT HUP; else trap - TERM USR1 USR2 INT HUP; fi
     exec "$PYTHON" -m pipeline launch "${meeting[@]}" --rdzv-conf="is_host=$hosts" --nproc-per-node="$NPROC_PER_NODE" \
-        --shutdown-timeout="${GRACE_S:-120}" "${options[@]}" "$@"
+        --shutdown-timeout="${GRACE_S:-120}" "${options[@]}" -m pipeline "$@" # there may be a file named train
 }
 
 await() { # $1: pid; returns its exit code. A signal ends `wait`, not what it waits for.

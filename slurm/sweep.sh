@@ -24,7 +24,7 @@ main() { # NAME=VALUE,VALUE,... [OPTION ...]
     local options=() name='' index=${SLURM_ARRAY_TASK_ID:?submit it with sbatch} values value
     : "${PIPELINE_HOME:=${SLURM_SUBMIT_DIR:-$PWD}}" "${RUN_DIR:=runs/$SLURM_JOB_NAME}"
     while [[ ${1:-} == *=* && ${1:-} != --* ]]; do
-        IFS=, read -ra values <<<"${1#*=}"
+        IFS=, read -ra values < <(printf '%s\n' "${1#*=}") # <<< needs room in /tmp
         value=${values[index % ${#values[@]}]}
         index=$((index / ${#values[@]}))
         options+=("--${1%%=*}" "$value")

@@ -1,6 +1,7 @@
 """What the batch scripts make of Slurm's answers, of the environment, and of what they find in the run folder."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -68,6 +69,35 @@ def test_requeued_is_said_when_slurm_has_agreed(job):
 def test_the_launchers_exit_codes(job, code, phase, requeued):
     ended = job.source(f"phase={phase}; leave {code}")
     assert (ended.code, job.file("requeued")) == ((0, "7\n") if requeued else (code, "")), ended.log
+
+
+@pytest.mark.parametrize("code", [75, 138, 143])
+def test_a_signal_to_the_step_before_the_training_requeues_the_job(job, code):
+    """A preemption with a grace time sends TERM to the steps alone, here to `pack` or to a copy."""
+    ended = job.source(f"leave {code}", name="pack.sh")
+    assert ended.code == 0 and job.file("requeued") == "7\n", ended.log
+    assert "requeued: a signal to the step" in ended.log
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_node_lost_before_the_training_requeues_the_job(job, lost):
+    """With --no-kill the job goes on, and the step was killed on the other nodes."""
+    fewer = "sed -i 's/ NodeList=n1/ NodeList=n2/' $STATE/record" if lost else ":"
+    ended = job.source(f"{fewer}; leave 137")
+    assert (ended.code, job.file("requeued")) == ((0, "7\n") if lost else (137, "")), ended.log
+    assert ("requeued: a node was lost" in ended.log) == lost
+
+
+@pytest.mark.parametrize("when", ["before this start", "since"])
+def test_a_stop_file_made_while_the_data_are_copied(job, when):
+    """It ends the job before the training; one of an earlier start does not."""
+    if when == "since":
+        stop = "count_requeues; /bin/sleep 0.05; touch $RUN_DIR/stop"
+    else:
+        stop = "touch $RUN_DIR/stop; /bin/sleep 0.05; count_requeues"
+    ended = job.source(f"{stop}; ranks_on_every_node() {{ echo trains; }}; train_on_every_node; end_background")
+    assert ("trains" in ended.log) == (when != "since")
+    assert (ended.code, "stopped by" in ended.log) == ((75, True) if when == "since" else (0, False)), ended.log
 
 
 def test_options_of_a_step_are_not_those_of_the_next(job):
@@ -185,6 +215,31 @@ def test_a_second_job_in_the_run_folder_is_told_once_and_touches_nothing(job):
     ended = job.submit(str(ROOT / "slurm/resnet152.sh"))
     assert ended.code == 2 and ended.log.count("job 3 is at work in") == 1 and len(ended.log.splitlines()) == 1
     assert (job.run / "stop").exists() and (job.run / ".job").readlink().name == "3"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "env"),
+    [
+        ("echo 'ERROR: ld.so: object x from LD_PRELOAD cannot be preloaded: ignored.' >&2", {}),
+        ("[[ -z ${SQUEUE_PARTITION:-} ]] || exit 0 # it shows no other one", {"SQUEUE_PARTITION": "cpu"}),
+    ],
+)
+def test_a_running_jobs_folder_is_not_taken_whatever_squeue_adds_or_hides(job, squeue, env):
+    program = job.folder / "bin/squeue"
+    program.write_text(program.read_text().replace("#!/bin/bash", f"#!/bin/bash\n{squeue}"))
+    (job.run / ".job").symlink_to("3")
+    (job.state / "states").write_text("RUNNING\n")
+    ended = job.source("claim_run_dir; echo taken", **env)
+    assert ended.code == 2 and "job 3 is at work in" in ended.log, ended.log
+
+
+def test_the_job_is_asked_for_on_its_own_cluster_and_in_slurms_form(job):
+    """Not on the one that the submitting shell had chosen, nor with times as its user likes them."""
+    program = job.folder / "bin/scontrol"
+    refuse = "[[ -z ${SLURM_CLUSTERS:-}${SLURM_TIME_FORMAT:-} ]] || exit 0"
+    program.write_text(program.read_text().replace("#!/bin/bash", f"#!/bin/bash\n{refuse}"))
+    ended = job.source('echo "ends $job_end_s"', SLURM_CLUSTERS="other", SLURM_TIME_FORMAT="relative")
+    assert ended.code == 0 and re.search(r"ends [1-9]", ended.log), ended.log
 
 
 def test_the_end_of_the_job_before_is_waited_for(job):
@@ -509,6 +564,36 @@ def test_changed_code_is_said_after_a_requeue(job, tmp_path):
 
 
 # --- full disks
+
+MOUNTED = """
+mount -t tmpfs -o size=4k,nr_inodes=1 none "$FULL"
+. "$PIPELINE_HOME/slurm/job.sh"
+claim_run_dir
+echo claimed
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of its own needs root")
+@pytest.mark.parametrize("full", ["run", "tmp"])
+def test_a_folder_without_room_for_a_file(job, full):
+    """The run folder: one line, not a wait without an end. The one for temporary files: bash before 5.1 writes a
+    here-string there, and Slurm's answer must not get lost."""
+    (job.folder / "tmp").mkdir()
+    process = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", MOUNTED, str(ROOT / "slurm/resnet152.sh")],
+        env=job.env | {"FULL": str(job.folder / full), "TMPDIR": str(job.folder / "tmp"), "BASH_COMPAT": "50"},
+        cwd=job.folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if full == "tmp":
+        assert (process.returncode, process.stdout) == (0, "claimed\n"), process.stderr
+    else:
+        assert process.returncode == 2 and process.stderr.count("\n") == 1
+        assert "no link can be made in RUN_DIR" in process.stderr and "(No space left on device)" in process.stderr
+
 
 FULL = """
 mount -t tmpfs -o size=64k,nr_inodes=64 none "$RUN_DIR"

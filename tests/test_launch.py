@@ -96,6 +96,15 @@ def test_what_the_user_must_mend_ends_all_nodes_at_once(worker, tmp_path):
         assert starts(tmp_path) == ["0-0", "0-1"] and not job.said("restart")
 
 
+def test_a_folder_named_as_a_verb_is_no_program(tmp_path, monkeypatch):
+    """As in the folder of a data set, which has train/ in it."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "evaluate").write_text("")  # a program, as for torchrun
+    monkeypatch.chdir(tmp_path)
+    assert parse(["train", "--config", "smoke"]).module == "pipeline"
+    assert parse(["evaluate"]).module is None
+
+
 def test_a_failure_is_restarted_as_often_as_was_said(worker, tmp_path):
     done = launch("--max-restarts=2", "--nproc-per-node=2", worker, tmp_path, "600:0", "0:1")
     assert done.returncode == 1

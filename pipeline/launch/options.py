@@ -229,7 +229,7 @@ def _program(given: argparse.Namespace) -> tuple[str | None, list[str]]:
     script, rest = given.training_script, list(given.training_script_args)
     if given.module:
         return script, rest
-    if script in VERBS and not given.no_python and not Path(script).exists():
+    if script in VERBS and not given.no_python and not Path(script).is_file():
         return "pipeline", [script, *rest]
     return None, [script, *rest]
 

@@ -6,9 +6,9 @@ job_end_s=0 # when the allocation ends, in seconds since 1970; 0: not known
 
 ask_slurm() { # COMMAND ...: its output, once the controller answers; 1: it answers that there is no such job; 2: never
     local answer said=''
-    while :; do
-        if answer=$(LC_ALL=C timeout 90 "$@" 2>&1); then
-            printf '%s\n' "$answer"
+    while :; do # its output is marked: beside it there may be a warning, as of a library that can't be preloaded
+        if answer=$({ LC_ALL=C timeout 90 "$@" 2>&3 | sed 's/^/=/' && ((PIPESTATUS[0] == 0)); } 3>&1); then
+            printf '%s\n' "$answer" | sed -n 's/^=//p'
             return 0
         elif [[ $answer == *"Invalid job id"* ]]; then
             return 1
@@ -26,7 +26,7 @@ read_record() { # sets `record`; returns what ask_slurm does
     local answer code
     answer=$(ask_slurm scontrol show job --details --oneliner "$SLURM_JOB_ID")
     code=$?
-    record=$(grep "^JobId=$SLURM_JOB_ID " <<<"$answer") || record=''
+    record=$(printf '%s\n' "$answer" | grep "^JobId=$SLURM_JOB_ID ") || record='' # <<< needs room in /tmp
     ((code)) || [[ -n $record ]] || return 1
     return "$code"
 }
@@ -51,6 +51,7 @@ describe_job() { # who this job is, by Slurm's word: its environment may hold th
         exit 2
     fi
     ATTEMPT=$SLURM_JOB_ID
+    unset SLURM_CLUSTERS SLURM_TIME_FORMAT "${!SCONTROL_@}" "${!SQUEUE_@}" "${!SCANCEL_@}" # how the user likes answers
     if ! read_record; then
         log "Slurm does not know job $SLURM_JOB_ID: submit the script with sbatch"
         exit 2
@@ -64,6 +65,7 @@ describe_job() { # who this job is, by Slurm's word: its environment may hold th
     RESTARTS=$(field Restarts)
     ATTEMPT=$SLURM_JOB_ID.$RESTARTS
     TIME_LIMIT=$(field TimeLimit)
+    begun_on=$(field NodeList)
     begun_s=$(date +%s)
     forget_other_jobs
 }

@@ -47,6 +47,10 @@ find_stop_reason() { # $1: exit code. This shell had no signal, but the steps ha
         signal_ms=$(stat --format=%.3Y "$STOP_FILE" 2>/dev/null) signal_ms=${signal_ms/./}
     elif [[ $phase == evaluating && $1 == "$INTERRUPTED" ]]; then
         stop_reason="a signal to the steps"
+    elif [[ $phase == preparing && $1 =~ ^(75|129|130|138|140|143)$ ]]; then # a preemption may reach the steps alone
+        stop_reason="a signal to the step"
+    elif [[ $phase == preparing ]] && (($1)) && read_record && [[ $(field NodeList) != "$begun_on" ]]; then
+        stop_reason="a node was lost" # with --no-kill; Slurm has killed the step on the others
     elif [[ $phase != preparing && ($1 == "$STORE_LOST" || $1 == "$NODE_LOST") ]] && ! find_in_log "$OUT_OF_MEMORY" >/dev/null; then
         stop_reason="a node was lost"
     fi

@@ -6,12 +6,14 @@
 owner_of_run_dir() { readlink "$RUN_DIR/.job"; } # a link needs no room on a full disk, and is made by one job alone
 
 claim_run_dir() {
-    local owner state before=''
+    local owner state before='' problem tries=60
     refuse_lost_run_dir
     mkdir -p "$RUN_DIR" || fail "RUN_DIR=$RUN_DIR can't be made: give another folder"
-    while ! ln -s "$JOB" "$RUN_DIR/.job" 2>/dev/null; do
+    while ! problem=$(LC_ALL=C ln -s "$JOB" "$RUN_DIR/.job" 2>&1); do
         owner=$(owner_of_run_dir) || {
             [[ -w $RUN_DIR ]] || fail "RUN_DIR=$RUN_DIR can't be written: give another folder"
+            ((tries-- > 0)) || fail "no link can be made in RUN_DIR=$RUN_DIR (${problem##*: }): make room there, also for the \
+number of files, or give another folder"
             sleep 1 # released meanwhile, or a disk that is away
             continue
         }

@@ -69,8 +69,12 @@ ranks_on_every_node() { # VERB ...: `pipeline VERB ...` as one process for each 
 }
 
 train_on_every_node() { # OPTION ...: from here on a signal means: save, then stop
-    rm -f "$RUN_DIR"/{stop,interrupted,failed,finished} # of an earlier start
     export STOP_FILE=$RUN_DIR/stop
+    if [[ $STOP_FILE -nt $PROGRESS_DIR/.requeues.$JOB ]]; then # made while the nodes were checked or the data copied
+        log "stopped by $STOP_FILE before the training, so it is not requeued: submit the same again to resume"
+        leave_with 75
+    fi
+    rm -f "$RUN_DIR"/{stop,interrupted,failed,finished} # of an earlier start
     phase=training
     remember_steps_soon &
     ranks_on_every_node train "$@"
