@@ -63,7 +63,8 @@ settings() {
 }
 
 find_network() { # the network interface on the way to the other nodes, since this node's own name may not resolve
-    local peer=${RENDEZVOUS%:*} route
+    local peer route
+    peer=$(rendezvous_host)
     if [[ ${SLURM_NODEID:-0} == 0 ]]; then # the way to itself is the loopback interface
         peer=${PEER_ADDRESS:-}
     fi
@@ -71,6 +72,12 @@ find_network() { # the network interface on the way to the other nodes, since th
     if [[ $route =~ \ dev\ ([^ ]+) ]]; then
         export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${BASH_REMATCH[1]}}
     fi
+}
+
+rendezvous_host() { # an IPv6 address without its brackets
+    local host=${RENDEZVOUS%:*}
+    host=${host#[}
+    echo "${host%]}"
 }
 
 serve_rendezvous() { # VERB ...: the ranks must divide its global batch
@@ -90,7 +97,7 @@ await() { # $1: pid; returns its exit code. A signal ends `wait`, not what it wa
 }
 
 rendezvous_answers() { # a dropped packet is waited for without an end
-    timeout 5 bash -c ": >/dev/tcp/${RENDEZVOUS%:*}/${RENDEZVOUS##*:}" 2>/dev/null
+    timeout 5 bash -c ": >/dev/tcp/$(rendezvous_host)/${RENDEZVOUS##*:}" 2>/dev/null
 }
 
 find_first_node() { # 0: this node joins again, which it does REJOINS times at most. The batch shell was lost with the first node, or does the same as here:

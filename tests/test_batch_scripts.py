@@ -141,6 +141,28 @@ def test_a_lost_node_or_memory_that_ran_out(job):
     assert done.returncode == 2 and lines.count(killed) == 1 and "memory ran out" in lines[-1]
 
 
+def test_memory_that_ran_out_with_a_log_for_errors_of_its_own(job):
+    """sbatch's --error: what the nodes print is in the other file."""
+    killed = "pipeline launch: killed 1 since the start because host memory ran out"
+    script = f'. "$PIPELINE_HOME/slurm/job.sh"\nphase=training\necho "{killed}"\nleave 69'
+    logs = [job.folder / name for name in ("out", "err")]
+    with logs[0].open("w") as out, logs[1].open("w") as err:
+        command = ["bash", "-c", script, str(ROOT / "slurm/resnet152.sh")]
+        done = subprocess.run(command, env=job.env, stdout=out, stderr=err, timeout=60, check=False)
+    assert done.returncode == 2 and "memory ran out" in logs[1].read_text() and not job.file("requeued")
+
+
+def test_a_site_that_allows_no_comments_is_not_asked_all_the_time(job):
+    job.trained()
+    scontrol = job.folder / "bin/scontrol"
+    scontrol.write_text(scontrol.read_text().replace('update*) echo "$*"', "update*) echo denied"))
+    scontrol.write_text(scontrol.read_text().replace('>>"$STATE/updates"', '>>"$STATE/updates"; exit 1'))
+    pauses = job.folder / "bin/sleep"
+    pauses.write_text('#!/bin/bash\necho "$1" >>"$STATE/pauses"\nexec /bin/sleep 0.05\n')
+    job.source("remember_steps_soon & until [[ -s $STATE/pauses ]]; do /bin/sleep 0.05; done; kill $!; wait $!")
+    assert job.file("updates") and min(map(int, job.file("pauses").split())) >= 60
+
+
 def test_a_stop_file_of_somebodys_own_ends_the_job(job):
     (job.run / "stop").write_text("enough")
     ended = job.source("export STOP_FILE=$RUN_DIR/stop; phase=training; leave 75")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import nvidia_smi
 import pytest
 import runs
-from launching import Job, descendants, kill, rank_pids, training, wait_for
+from launching import Job, descendants, free_port, kill, rank_pids, training, wait_for
 from torch.numa import binding
 
 from pipeline.__main__ import main
@@ -94,6 +95,24 @@ def test_what_the_user_must_mend_ends_all_nodes_at_once(worker, tmp_path):
         job.start("n2")
         assert job.wait("n1", 60) == job.wait("n2", 60) == 2
         assert starts(tmp_path) == ["0-0", "0-1"] and not job.said("restart")
+
+
+RANKS_THAT_MEET = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+ones = torch.ones(1)
+dist.all_reduce(ones)
+print("met", int(ones), flush=True)
+"""
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_a_rendezvous_at_an_ipv6_address(tmp_path):
+    """As on a cluster whose nodes have no other."""
+    (tmp_path / "ranks.py").write_text(RANKS_THAT_MEET)
+    places = ("--rdzv-backend=c10d", f"--rdzv-endpoint=[::1]:{free_port()}", "--rdzv-conf=join_timeout=20")
+    done = launch(*places, "--nproc-per-node=2", tmp_path / "ranks.py")
+    assert done.returncode == 0 and done.stdout.split("\n").count("met 2") == 2, done.stderr
 
 
 def test_a_folder_named_as_a_verb_is_no_program(tmp_path, monkeypatch):

@@ -39,6 +39,13 @@ class _Connection:
     label: str = ""
 
 
+def listen(port: int, backlog: int) -> socket.socket:
+    """A server at all addresses of this machine, IPv4 and IPv6. Raises OSError where the port is taken."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=backlog, dualstack_ipv6=both)
+
+
 class Coordinator:
     """Serves the launchers of one job.
 
@@ -51,7 +58,7 @@ class Coordinator:
     """
 
     def __init__(self, limits: Limits, port: int, open_store: Callable[[], tuple[Any, int]]):
-        self.server = socket.create_server(("", port), family=socket.AF_INET, backlog=512)
+        self.server = listen(port, backlog=512)
         self.port: int = self.server.getsockname()[1]
         self.job = uuid.uuid4().hex  # rounds are counted within it
         self.membership = Membership(limits, self._send, say, time.monotonic)

@@ -10,12 +10,12 @@ import torch.distributed as dist
 def is_here(host: str) -> bool:
     """Is this an address of this machine?"""
     try:
-        found = socket.getaddrinfo(host, 0, socket.AF_INET, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    for *_, address in found:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.bind((address[0], 0))
+    for family, *_, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
             return True
     return False
 

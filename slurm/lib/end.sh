@@ -64,7 +64,11 @@ leave_with() { # $1: exit code
 }
 
 find_in_log() { # PATTERN: its first line in this attempt's part of the log
-    tail -c "+$((job_log_start + 1))" "$job_log" 2>/dev/null | grep -m 1 -E "$1"
+    local number
+    for number in "${!job_logs[@]}"; do
+        tail -c "+$((job_log_starts[number] + 1))" "${job_logs[number]}" 2>/dev/null | grep -m 1 -E "$1" && return
+    done
+    return 1
 }
 
 # --- a GPU that failed: the job goes on without its node, three times at most

@@ -69,7 +69,8 @@ remember_steps() { # once there are some; 1: not yet
 
 remember_steps_soon() {
     trap - USR1 USR2 TERM INT HUP
-    until remember_steps; do sleep 2; done
+    until has_steps; do sleep 2; done
+    until remember_steps; do sleep 60; done # a site may not allow it
 }
 
 refuse_lost_run_dir() {

@@ -36,7 +36,7 @@ site_file_ended() { # $1: exit code. site.env has ended this shell.
 }
 
 settings() {
-    local name=$SLURM_JOB_NAME${ARRAY_TASK:+-$ARRAY_TASK}
+    local log name=$SLURM_JOB_NAME${ARRAY_TASK:+-$ARRAY_TASK}
     : "${DATA_ROOT:=data/imagenet}" "${PYTHON:=python}" "${GRACE_S:=120}" "${HOME:=$(getent passwd "$(id -u)" | cut -d: -f6)}"
     RUN_DIR=$(realpath -m "${RUN_DIR:-runs/$name}")
     PROGRESS_DIR=$RUN_DIR
@@ -45,8 +45,12 @@ settings() {
     LEAD_S=${SBATCH_SIGNAL:-$(grep -m 1 -o '^#SBATCH --signal=.*' "$0")}
     read_nodes
     [[ $LEAD_S =~ @([0-9]+) ]] && LEAD_S=${BASH_REMATCH[1]} || LEAD_S=0
-    job_log=$(readlink "/proc/$$/fd/2")
-    job_log_start=$(stat --format=%s "$job_log" 2>/dev/null) || job_log_start=0
+    job_logs=() job_log_starts=() # two with sbatch's --error
+    for log in "$(readlink "/proc/$$/fd/1")" "$(readlink "/proc/$$/fd/2")"; do
+        [[ $log != "${job_logs[*]}" ]] || continue
+        job_logs+=("$log")
+        job_log_starts+=("$(stat --format=%s "$log" 2>/dev/null || echo 0)")
+    done
 }
 
 read_nodes() { # sets how many nodes train at most, and how many the job can do with

@@ -62,6 +62,7 @@ find_head() { # HEAD and PORT, where the nodes meet: by the address that Slurm h
 ranks_on_every_node() { # VERB ...: `pipeline VERB ...` as one process for each GPU
     find_head
     # The launchers end together, so srun need not end those of other nodes.
+    [[ $HEAD != *:* ]] || HEAD=[$HEAD] # IPv6
     export RENDEZVOUS=$HEAD:$PORT RENDEZVOUS_ID=$ATTEMPT SLURM_KILL_BAD_EXIT=0 JOB GRACE_S
     ((nodes_required == SLURM_NNODES)) || STEP_OPTIONS=(--no-kill)
     log "$* on $SLURM_JOB_NODELIST"

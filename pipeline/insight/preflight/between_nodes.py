@@ -7,6 +7,8 @@ import socket
 import time
 from pathlib import Path
 
+from pipeline.launch.coordinator import listen
+
 TOKEN = ".token"  # in the run folder, written by the batch script on the first node
 TOKEN_TIMEOUT_S = 30.0  # NFS shows a new file to the other nodes within this time
 CONNECT_TIMEOUT_S = 60.0  # until the step has started on every node
@@ -39,7 +41,7 @@ def probe_rendezvous(host: str, port: int, is_head: bool, others: int) -> str | 
 def _listen(host: str, port: int, others: int) -> str | None:
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     try:
-        with socket.create_server(("", port), backlog=max(1, others)) as server:
+        with listen(port, backlog=max(1, others)) as server:
             while others > 0 and time.monotonic() < deadline:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
