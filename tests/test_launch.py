@@ -97,6 +97,15 @@ def test_what_the_user_must_mend_ends_all_nodes_at_once(worker, tmp_path):
         assert starts(tmp_path) == ["0-0", "0-1"] and not job.said("restart")
 
 
+def test_a_temporary_folder_too_deep_for_a_socket(tmp_path, monkeypatch):
+    """A socket's path has 107 bytes at most; a job's own folder for temporary files may be as long."""
+    folder = tmp_path / ("deep" * 25)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    done = launch("-m", "pipeline", "recipes")
+    assert done.returncode == 0 and "resnet152" in done.stdout and not done.stderr, done.stderr
+
+
 RANKS_THAT_MEET = """
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")

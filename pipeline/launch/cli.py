@@ -45,7 +45,8 @@ def _launch(argv: list[str], signals: list[signal.Signals]) -> int:
     if options.warm and not options.serve_store:
         from pipeline.launch.workers import warm_up
 
-        warm_up()
+        with contextlib.suppress(OSError):  # TMPDIR's path is too long for a socket: ranks start as torchrun's do
+            warm_up()
     from pipeline.launch.launcher import Launcher
 
     code = Launcher(options, signals).run()
