@@ -58,20 +58,31 @@ def query_gpus() -> tuple[list[Gpu], str | None]:
 
 
 def _query(fields: Sequence[str]) -> list[dict[str, str]]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S)
+        done = _ask(f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     except (OSError, subprocess.TimeoutExpired):
         return []
     lines = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
     return [dict(zip(fields, line, strict=True)) for line in lines if len(line) == len(fields) and not done.returncode]
 
 
+def _ask(*options: str) -> subprocess.CompletedProcess:
+    """What nvidia-smi says. Raises OSError and TimeoutExpired; one that hangs in the driver can't be killed, and stays
+    behind."""
+    process = subprocess.Popen(["nvidia-smi", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 def smi_problem() -> str | None:
     """Why nvidia-smi does not answer, in its own words, such as "Failed to initialize NVML: Driver/library version
     mismatch"; None: it answers, or is not installed."""
     try:
-        done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=_LIMIT_S)
+        done = _ask("--list-gpus")
     except subprocess.TimeoutExpired:
         return f"no answer within {_LIMIT_S:.0f} s"
     except OSError:

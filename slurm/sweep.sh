@@ -21,12 +21,12 @@
 #SBATCH --output=%x-%A_%a.log
 
 main() { # NAME=VALUE,VALUE,... [OPTION ...]
-    local options=() name='' index=${SLURM_ARRAY_TASK_ID:?submit it with sbatch} values value
+    local options=() name='' index=${SLURM_ARRAY_TASK_ID:?submit it with sbatch} values value combinations=1
     : "${PIPELINE_HOME:=${SLURM_SUBMIT_DIR:-$PWD}}" "${RUN_DIR:=runs/$SLURM_JOB_NAME}"
     while [[ ${1:-} == *=* && ${1:-} != --* ]]; do
         IFS=, read -ra values < <(printf '%s\n' "${1#*=}") # <<< needs room in /tmp
         value=${values[index % ${#values[@]}]}
-        index=$((index / ${#values[@]}))
+        index=$((index / ${#values[@]})) combinations=$((combinations * ${#values[@]}))
         options+=("--${1%%=*}" "$value")
         name+=${name:+,}${1%%=*}=$value
         shift
@@ -38,6 +38,10 @@ less 1" >&2
     elif [[ ! -r $PIPELINE_HOME/slurm/resnet152.sh ]]; then
         echo "no slurm/resnet152.sh in PIPELINE_HOME=$PIPELINE_HOME: submit from the project's folder, or give PIPELINE_HOME" >&2
         exit 2
+    fi
+    if ((${SLURM_ARRAY_TASK_MAX:-combinations} < combinations - 1)); then
+        echo "the array ends with task $SLURM_ARRAY_TASK_MAX, and there are $combinations combinations: --array=0-$((combinations - 1)) \
+trains all" >&2
     fi
     export PIPELINE_HOME RUN_DIR=$RUN_DIR/$name
     exec bash "$PIPELINE_HOME/slurm/resnet152.sh" "${options[@]}" "$@"

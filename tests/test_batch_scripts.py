@@ -272,6 +272,18 @@ def test_the_end_of_the_job_before_is_waited_for(job):
     assert (job.run / ".job").readlink().name == "7"
 
 
+def test_a_signal_while_the_end_of_another_job_is_waited_for_requeues_this_one(job):
+    """A node may stay COMPLETING for hours; beyond the time limit nobody would requeue the job."""
+    (job.run / ".job").symlink_to("3")
+    (job.state / "states").write_text("COMPLETING\n" * 1000)
+    process = job.start("claim_run_dir", GRACE_S="1")
+    wait_until(lambda: "COMPLETING" in job.file("states") and len(job.file("states").split()) < 999, "it waits")
+    process.send_signal(signal.SIGUSR1)
+    log, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and job.file("requeued") == "7\n", log
+    assert (job.run / ".job").readlink().name == "3"
+
+
 def test_a_run_folder_that_is_gone_is_no_new_run(job):
     job.trained()
     assert job.source("remember_steps").code == 0
@@ -342,6 +354,18 @@ def test_a_wrong_project_folder_is_named(job, script):
     env = {"PIPELINE_HOME": "/nowhere", "SLURM_ARRAY_TASK_ID": "0"}
     ended = job.submit(str(ROOT / f"slurm/{script}.sh"), *arguments, **env)
     assert ended.code == 2 and "PIPELINE_HOME=/nowhere" in ended.log and len(ended.log.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("last", "said"), [("2", "--array=0-5 trains all"), ("5", "")])
+def test_an_array_with_fewer_tasks_than_combinations_says_so(job, last, said):
+    """The script's own --array is 0-2."""
+    env = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MAX": last, "PYTHON": "/bin/false"}
+    ended = job.submit(str(ROOT / "slurm/sweep.sh"), "optim.lr=0.1,0.2,0.4", "train.seed=0,1", **env)
+    assert (
+        ("trains all" in ended.log) == bool(said)
+        and said in ended.log
+        and (job.run / "optim.lr=0.1,train.seed=0").is_dir()
+    )
 
 
 @pytest.mark.parametrize(

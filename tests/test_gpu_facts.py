@@ -4,12 +4,14 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nvidia_smi
 import pytest
 import torch
 
+from pipeline import gpu_facts
 from pipeline.config import parse_config
 from pipeline.errors import UserError, complain
 from pipeline.gpu_facts import (
@@ -19,6 +21,7 @@ from pipeline.gpu_facts import (
     granted_gpus,
     query_gpus,
     sign_of_gpus,
+    smi_problem,
     visible_gpus,
 )
 from pipeline.insight.preflight.hardware import check_gpus, check_open_files
@@ -74,6 +77,19 @@ def test_an_nvidia_smi_that_does_not_know_all_fields(smi):
     smi(4, mig_mode_current=None, serial=None)
     gpus, driver = query_gpus()
     assert len(gpus) == 4 and gpus[0].memory_mib == 81559 and driver == "580.95.05" and not gpus[0].mig
+
+
+def test_an_nvidia_smi_that_hangs_in_the_driver_is_not_waited_for(tmp_path, monkeypatch):
+    """Not even SIGKILL ends it."""
+    hangs = tmp_path / "nvidia-smi"
+    hangs.write_text("#!/bin/sh\nexec sleep 20\n")
+    hangs.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu_facts, "_LIMIT_S", 0.2)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: None)
+    begun = time.monotonic()
+    assert query_gpus() == ([], None) and "no answer within" in (smi_problem() or "")
+    assert time.monotonic() - begun < 15
 
 
 def test_cuda_visible_devices(smi):

@@ -25,6 +25,7 @@ number of files, or give another folder"
                 exit 2
                 ;;
             COMPLETING)
+                [[ -z $stop_reason ]] || leave 1
                 [[ $before == COMPLETING ]] || log "waiting for the end of job $owner in $RUN_DIR"
                 sleep 2
                 ;;
