@@ -23,7 +23,7 @@ from torch.numa import binding
 from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
-from pipeline.launch import workers
+from pipeline.launch import store, workers
 from pipeline.launch.launcher import Launcher
 from pipeline.launch.options import parse
 from pipeline.launch.program import binding_problem
@@ -104,6 +104,36 @@ def test_a_temporary_folder_too_deep_for_a_socket(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(folder))
     done = launch("-m", "pipeline", "recipes")
     assert done.returncode == 0 and "resnet152" in done.stdout and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "own_name", "interfaces", "found"),
+    [
+        ("machine1", "localhost", {"10.0.0.1": "ib0"}, "ib0"),
+        ("machine1", "name-of-nobody.invalid", {"10.0.0.1": "ib0"}, "ib0"),
+        ("machine1", "10.0.0.1", {"10.0.0.1": "ib0"}, None),
+        ("machine1", "localhost", {"10.0.0.1": "ib0", "10.1.0.1": "eth0"}, None),
+        ("machine1", "localhost", {}, None),
+        ("127.0.0.1", "localhost", {"10.0.0.1": "ib0"}, None),
+    ],
+)
+def test_a_machine_whose_own_name_is_its_loopback(host, own_name, interfaces, found, monkeypatch):
+    """Debian's 127.0.1.1: gloo would listen there, where no other machine can connect."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(socket, "gethostname", lambda: own_name)
+    monkeypatch.setattr(store, "_interfaces", lambda: interfaces)
+    place = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={host}:1")
+    launcher = Launcher(parse([*place, "train"]), [])
+    order = dict.fromkeys(("first_rank", "world_size", "group_rank", "group_size", "store_port", "round"), 1)
+    given = launcher.environment({**order, "job": "j", "reason": ""}, 0)
+    assert launcher.interface == given.get("GLOO_SOCKET_IFNAME") == found
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    assert Launcher(parse([*place, "train"]), []).interface is None
+
+
+def test_the_network_interfaces_of_this_machine():
+    known = store._interfaces()
+    assert "lo" not in known.values() and not any(address.startswith("127.") for address in known)
 
 
 RANKS_THAT_MEET = """

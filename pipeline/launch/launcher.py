@@ -24,7 +24,7 @@ from pipeline.launch.link import Link
 from pipeline.launch.local import LocalFolder
 from pipeline.launch.options import Options
 from pipeline.launch.program import logs_of, numa_of, program_of
-from pipeline.launch.store import is_here, open_store
+from pipeline.launch.store import gloo_interface, is_here, open_store
 from pipeline.launch.workers import Workers
 
 GRACE_S = {"loss": 1.0, "failure": 5.0}  # between TERM and KILL; the others take as long as a step and a save
@@ -50,6 +50,8 @@ class Launcher:
         self.local = LocalFolder(options.job)
         self.host, self.port = options.host, options.port
         self.name = f"{socket.gethostname()} (pid {os.getpid()})"
+        several = options.limits.max_nodes > 1 and "GLOO_SOCKET_IFNAME" not in os.environ
+        self.interface = gloo_interface(options.host) if several else None
         self.program, self.logs, self.numa = program_of(options), logs_of(options), numa_of(options)
 
     # --- the job
@@ -195,6 +197,8 @@ class Launcher:
             "PIPELINE_LAUNCH_REASON": order["reason"],
             "PIPELINE_LAUNCH_LOCAL": self.local.path or "",
         }
+        if self.interface is not None:
+            facts["GLOO_SOCKET_IFNAME"] = self.interface
         return {name: str(value) for name, value in facts.items()}
 
     def prefixes(self, order: dict[str, Any]) -> dict[int, str] | None:
