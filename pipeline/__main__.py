@@ -191,6 +191,13 @@ def _run_verb(verb: str, rest: list[str]) -> int:
             raise
         complain(f"pipeline {verb}", f"stdout can't be written ({problem.strerror})")
         return EXIT_RETRY
+    except RuntimeError as error:
+        if str(error) != "Could not determine home directory.":  # Path.expanduser()'s, which does not say of whom
+            raise
+        complain(
+            f"pipeline {verb}", "a path begins with ~NAME, and no account has that name; write ./~NAME for a folder"
+        )
+        return EXIT_USER
     except KeyboardInterrupt:
         print(f"pipeline {verb}: interrupted; run the same command to resume", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -6,6 +6,7 @@ Run a script with these under `python` or `torchrun`, as `pipeline train` itself
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import tempfile
 import threading
@@ -21,6 +22,9 @@ from pipeline.output import unfailing_output
 from pipeline.run_paths import RunPaths
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.ranks.stop_request import StopRequest
+
+_BUSY = threading.Lock()  #: held while a run is trained or evaluated
+_used_by: set[int] = set()  #: process that has trained or evaluated: this one, or one that it was forked from
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
@@ -50,7 +54,7 @@ def train(config: Config) -> bool:
 
     if not isinstance(config, Config):
         raise UserError(f"config is {config!r:.80}: give what pipeline.load_config returns for it")
-    with _stop_request() as stop, unfailing_output():
+    with _alone(), _stop_request() as stop, unfailing_output():
         train_config(config, stop)
     return RunPaths(Path(config.run_dir).expanduser()).finished.exists()
 
@@ -72,7 +76,7 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
     given = {"run": str(run)} | {name: value for name, value in options.items() if value is not None}
     with raising("evaluate"):
         asked, _ = split_options(Request, "evaluate", [f"--{name}={_as_typed(name, v)}" for name, v in given.items()])
-    with tempfile.TemporaryDirectory(prefix="evaluate-") as folder, _stop_request() as stop:
+    with tempfile.TemporaryDirectory(prefix="evaluate-") as folder, _alone(), _stop_request() as stop:
         file = Path(folder) / "scores.json"
         code = evaluate_run(dataclasses.replace(asked, json=str(file)), stop)
         if stop or code != EXIT_OK:
@@ -105,6 +109,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path) or type(value).__name__ == "device":
         return str(value)
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One run at a time: a process has one process group, and torch's threads do not live on in a forked one. Raises
+    UserError where another thread trains or evaluates, and in a process that was forked from one that has."""
+    if _used_by - {os.getpid()}:
+        raise UserError(
+            "this process was forked from one that has trained or evaluated, whose threads it lacks: it would wait for "
+            'them; start processes with multiprocessing.get_context("spawn")'
+        )
+    if not _BUSY.acquire(blocking=False):
+        raise UserError(
+            "another thread of this process trains or evaluates; call one after the other, or give each a process"
+        )
+    _used_by.add(os.getpid())
+    try:
+        yield
+    finally:
+        _BUSY.release()
 
 
 @contextlib.contextmanager

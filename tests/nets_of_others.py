@@ -37,6 +37,14 @@ lite0.default_cfg = {
 }
 
 
+def fine_tuned(num_classes: int) -> nn.Module:
+    """Loads weights of its own for other classes, as a function for fine-tuning does."""
+    network = tiny(10)
+    network.load_state_dict({key: torch.full(value.shape, 2.0) for key, value in network.state_dict().items()})
+    network[-1] = nn.Linear(8, num_classes)
+    return network
+
+
 def headless(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 

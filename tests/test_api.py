@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import signal
 import socket
@@ -166,6 +167,31 @@ def test_values_of_other_kinds_are_taken_or_named(root, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"optim\.lr is <object object"):
         pipeline.load_config(runs.TINY, {"optim.lr": object()})
+
+
+def test_one_run_at_a_time_in_a_process(monkeypatch, tmp_path):
+    """Two threads ended with errors from inside torch; a forked process waited for threads that it did not have."""
+    config = pipeline.load_config(runs.TINY, {"run_dir": tmp_path / "run"})
+    refused = []
+
+    def train_config(*_):  # meanwhile, another thread and a forked process
+        for call in (lambda: pipeline.train(config), lambda: pipeline.evaluate(tmp_path / "run")):
+            with pytest.raises(UserError, match="another thread of this process trains or evaluates"):
+                call()
+            refused.append(True)
+
+    monkeypatch.setattr("pipeline.training.cli.train_config", train_config)
+    assert not pipeline.train(config) and len(refused) == 2
+    monkeypatch.setattr("pipeline.training.cli.train_config", lambda *_: None)
+    assert not pipeline.train(config)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            pipeline.train(config)
+            os._exit(1)
+        except UserError as error:
+            os._exit(0 if "was forked from one that has trained" in str(error) else 2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_two_threads_may_start_worker_processes(monkeypatch):

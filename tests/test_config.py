@@ -147,6 +147,12 @@ def test_a_group_without_options_and_a_path_in_the_home_folder(tmp_path, monkeyp
     assert parse_config(["--config=~/mine.yaml"]).optim.lr == 0.3
 
 
+@pytest.mark.parametrize("argv", [["train", "--config", "smoke", "--run_dir", "~nobody-x"], ["status", "~nobody-x"]])
+def test_a_path_of_an_account_that_is_not_there_is_one_line(capsys, argv):
+    assert main(argv) == 2
+    assert "a path begins with ~NAME, and no account has that name" in capsys.readouterr().err
+
+
 def test_broken_yaml_is_one_line(capsys, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("optim: [lr: 0.1\n")
@@ -197,6 +203,19 @@ def test_saved_configuration_reads_back(tmp_path):
     config = parse_config(["--config", "cifar10-resnet18", "--data.crop_area", "[0.2, 0.9]"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("name", ["1e-3", "1.5e3", "0.1", "2026-11-30"])
+def test_names_that_read_like_numbers_stay_names(tmp_path, name):
+    """A sweep names its runs after the learning rate: `evaluate` refused the config.yaml of such a run."""
+    config = parse_config(["--config", "cifar10-resnet18", "--run_dir", name, "--tracking.name", name])
+    run = tmp_path / "moved"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config))
+    assert load_config(run / "config.yaml") == config
+    (run / "metrics.jsonl").touch()
+    moved = load_config(run / "config.yaml")
+    assert (moved.run_dir, moved.tracking.name, moved.optim.lr) == (str(run), name, config.optim.lr)
 
 
 def test_identity_holds_what_changes_the_result_and_nothing_else():

@@ -30,6 +30,18 @@ def test_a_clean_tree_leaves_nothing_out(pets, capsys):
     assert counts(pets) == {"train": {}, "val": {}}
 
 
+def test_folders_inside_class_folders_are_named(pets, capsys):
+    """ImageFolder reads them as part of the class: with a level more than is meant, classes were merged in silence."""
+    make_folder(pets, {"train/cat/images": ["4.png"]})  # as in Tiny-ImageNet
+    assert main(["index", str(pets)]) == 0
+    assert "folders inside" not in capsys.readouterr().out
+    make_folder(pets, {"train/cat/siamese": ["5.png"], "train/cat/siamese/deep": ["6.png"]})
+    assert main(["index", str(pets)]) == 0
+    assert "1 class folder with folders inside: the images of cat/images and cat/siamese count as class cat;" in (
+        capsys.readouterr().out
+    )
+
+
 LEFTOVERS = [
     *(".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", ".Trash-1000", "#recycle", ".snapshot", ".hidden"),
     *("$RECYCLE.BIN", "#snapshot", "~snapshot", "Network Trash Folder", "@Recently-Snapshot", ".zfs", ".AppleDouble"),
@@ -46,7 +58,7 @@ def test_foreign_folders_are_no_classes_and_hold_no_images(pets, name, place, ca
     assert index.fingerprint == fingerprint and index.synsets == ("cat", "dog")
     assert counts(pets)[place.partition("/")[0]] == {"foreign leftovers": 1}
     assert main(["index", str(pets)]) == 0
-    assert f"1 foreign leftovers ({place}/{name})" in capsys.readouterr().out
+    assert f"1 foreign leftover ({place}/{name})" in capsys.readouterr().out
 
 
 def test_foreign_files_are_no_images(pets):

@@ -203,3 +203,22 @@ def test_a_published_network_scores_what_its_authors_network_scores(tmp_path, ca
         assert found["images"] == 300 and found["own_classes"] == 300
         right = [round(3 * found[name]) for name in ("val_top1", "val_top5", "own_top1")]
         assert right == pytest.approx([264, 290, 280], abs=off), loader  # DALI's pixels are a level off here and there
+
+
+def test_a_function_that_loads_weights_keeps_them_without_torchs_warnings(recwarn):
+    """Where its shapes alone are asked for, torch said of each tensor that loading it "is a no-op"."""
+    config = ModelConfig(name="nets_of_others:fine_tuned", zero_init_residual=False)
+    assert find_heads(config) == ("7",)
+    assert build_model(config, 3)[1].weight.eq(2).all()
+    assert not [warning for warning in recwarn if "no-op" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--model.kwargs", '{"pretrained": true}'], ["--model.weights", "pretrained"]],
+    ids=["kwargs", "weights"],
+)
+def test_how_to_take_timms_weights_is_said(root, tmp_path, capsys, options):
+    pytest.importorskip("timm")
+    said = runs.call(root, tmp_path / "run", "--model.name", "timm:test_resnet", *TINY, *options, expect=2)
+    assert "timm.create_model('test_resnet', pretrained=True)" in said

@@ -277,7 +277,7 @@ def test_labels_as_pandas_writes_them(tmp_path, capsys):
     index = open_index(tmp_path / "out/index")
     assert index.synsets == ("0", "1") and len(index.splits["train"]) == 2
     said = capsys.readouterr().err
-    assert "left out of the shards: train: 1 samples without a label (train.parquet:c.jpg); val: 1 samples" in said
+    assert "left out of the shards: train: 1 sample without a label (train.parquet:c.jpg); val: 1 sample " in said
     write_table(tmp_path / "hf/train.parquet", [*rows, ("d.jpg", CUT, 2.0)])
     assert pack(tmp_path / "hf", tmp_path / "new") == 2
     assert "class '2' has no readable image" in capsys.readouterr().err

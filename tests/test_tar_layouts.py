@@ -169,7 +169,7 @@ def test_what_a_shard_holds_besides_is_counted(tmp_path, capsys):
     for split in ("train", "val"):
         write(tmp_path / f"{split}-0.tar", make_tar(members))
     said = (main(["index", str(tmp_path)]), capsys.readouterr().out)[1]
-    for reason in ("1 samples without a label", "1 samples without an image", "1 further images", "1 unreadable"):
+    for reason in ("1 sample without a label", "1 sample without an image", "1 further image of", "1 unreadable"):
         assert reason in said, said
     assert "without an image (train-0.tar:c.cls)" in said
     (entry,) = read_unreadable(tmp_path / "index")["train"]

@@ -13,6 +13,7 @@ from pipeline.command import make_parser, normalize, summary
 from pipeline.config.names import check_names, check_null, check_settings, flag_names, rename_arguments, rename_settings
 from pipeline.config.run import Config, RawConfig
 from pipeline.config.time import Time, is_time, parse_time
+from pipeline.config.yaml_text import Loader, dump_yaml
 from pipeline.errors import UserError, complain
 
 if TYPE_CHECKING:
@@ -67,10 +68,10 @@ def _read_recipe(name: str, warnings: list[str]) -> str:
     empty = check_settings(settings, path)
     warnings += [f"{path}: {line}" for line in renamed]
     moved = _follow_run_folder(settings, Path(path))
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if renamed or moved or empty else path
+    return dump_yaml(settings) if renamed or moved or empty else path
 
 
-class _Unambiguous(yaml.SafeLoader):
+class _Unambiguous(Loader):
     """YAML in which a mapping has no key twice (the last one would count in silence), and no number is another one than
     it seems: 0100 is 64 in YAML 1.1 (octal), and 1:30 is 90."""
 
@@ -105,7 +106,7 @@ def _follow_run_folder(settings: dict[str, Any], path: Path) -> bool:
     named another."""
     folder = path.resolve().parent
     is_run = path.name == "config.yaml" and (folder / "metrics.jsonl").exists()
-    if not is_run or not settings.get("run_dir") or Path(settings["run_dir"]).expanduser().resolve() == folder:
+    if not is_run or not settings.get("run_dir") or Path(str(settings["run_dir"])).expanduser().resolve() == folder:
         return False
     settings["run_dir"] = str(folder)
     return True

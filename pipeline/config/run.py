@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from pipeline.config.augment import AugmentConfig, check_augment
 from pipeline.config.average import EmaConfig, EvaluationConfig, check_ema, check_evaluation
 from pipeline.config.data import DataConfig, ResolvedDataConfig, check_data
@@ -23,6 +21,7 @@ from pipeline.config.running import (
 )
 from pipeline.config.schedule import ScheduleConfig, check_schedule
 from pipeline.config.train import TrainConfig, check_train
+from pipeline.config.yaml_text import dump_yaml
 from pipeline.errors import UserError
 
 
@@ -116,4 +115,4 @@ def to_yaml(config: Config) -> str:
 
     settings = dataclasses.asdict(config)
     del settings["given"]
-    return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
+    return dump_yaml(plain(settings))

@@ -2,6 +2,7 @@
 
 import difflib
 import traceback
+import warnings
 
 import torch
 import torchvision
@@ -44,6 +45,8 @@ def make_network(config: ModelConfig, num_classes: int, **extra: object) -> nn.M
     Raises UserError where it can't be made with these arguments.
     """
     name, kwargs = config.name, config.kwargs
+    if is_timm(name) and "pretrained" in kwargs:
+        raise UserError(f"--model.kwargs has pretrained; leave it out, and {save_timms_weights(name)}")
     try:
         if is_own(name):
             network = load_function(name, "--model.name")(num_classes=num_classes, **kwargs)
@@ -73,6 +76,15 @@ def make_network(config: ModelConfig, num_classes: int, **extra: object) -> nn.M
     return network
 
 
+def save_timms_weights(name: str) -> str:
+    """What to do for timm's published weights of one of its networks, in words."""
+    return (
+        "save timm's weights once, python -c \"import timm, torch; torch.save(timm.create_model("
+        f"'{name.removeprefix(TIMM)}', pretrained=True).state_dict(), 'weights.pth')\", "
+        "and give --model.weights weights.pth"
+    )
+
+
 def convert_sync_batchnorm(model: nn.Module, name: str) -> nn.Module:
     """Let BatchNorm's statistics be over all ranks. Raises UserError for a network without BatchNorm."""
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
@@ -88,7 +100,8 @@ def make_without_data(config: ModelConfig, num_classes: int, **extra: object) ->
     """`make_network` on the meta device, where nothing is allocated or computed; on the CPU for one that can't be made
     there, because it reads its own values."""
     try:
-        with meta_init():
+        with meta_init(), warnings.catch_warnings():  # of a function that loads weights, which have no place here
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
             return make_network(config, num_classes, **extra)
     except (RuntimeError, UserError):
         if is_torchvision(config.name):

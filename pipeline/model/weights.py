@@ -14,10 +14,11 @@ import torchvision
 from torch import nn
 
 from pipeline.config import ModelConfig
-from pipeline.config.networks import is_torchvision
+from pipeline.config.networks import is_timm, is_torchvision
 from pipeline.counts import count
 from pipeline.errors import TransientError, UserError
 from pipeline.model.heads import find_heads, is_auxiliary
+from pipeline.model.networks import save_timms_weights
 from pipeline.model.weight_entries import find_state, named_as, plain_names, safe_globals
 from pipeline.run_paths import list_checkpoints
 
@@ -114,8 +115,10 @@ def is_published(config: ModelConfig) -> bool:
 def published_state(config: ModelConfig) -> dict[str, torch.Tensor]:
     """torchvision's weights by name ("DEFAULT", "IMAGENET1K_V1", ...), downloaded once and checked by their hash."""
     if not is_torchvision(config.name):
+        remedy = f"; {save_timms_weights(config.name)}" if is_timm(config.name) else ""
         raise UserError(
             f"--model.weights {config.weights} is not a file, which {config.name} needs; names are torchvision's"
+            + remedy
         )
     known = torchvision.models.get_model_weights(config.name)
     if config.weights not in known.__members__:

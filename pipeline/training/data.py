@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_index, open_sound
-from pipeline.dataset.index.scan import build_index, left_out_lines
+from pipeline.dataset.index.scan import build_index, left_out_lines, nested_lines
 from pipeline.errors import TransientError, UserError
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
@@ -38,7 +38,7 @@ def open_data(
             say(f"no index at {locate_index(data)}: building it (once)")
         with stop.raising() if stop is not None and missing else contextlib.nullcontext():
             made = build_index(root, folder, to_score=to_score)
-        for line in left_out_lines(made):
+        for line in (*left_out_lines(made), *nested_lines(made)):
             say(line)
         return made.folder
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -78,14 +79,20 @@ def without_images(left_out: LeftOut) -> LeftOut:
 
 
 def describe(left_out: LeftOut, splits: Iterable[str] | None = None) -> str:
-    """ "train: 3 unreadable (train/cat/a.png, ...), 1 foreign leftovers (...); val: ..."; empty where all is in."""
+    """ "train: 3 unreadable (train/cat/a.png, ...), 1 foreign leftover (...); val: ..."; empty where all is in."""
     parts = []
     for split in left_out if splits is None else splits:
         reasons = [
-            f"{found['count']:,} {reason} ({found['first']}{', ...' if found['count'] > 1 else ''})"
+            f"{_count(found['count'], reason)} ({found['first']}{', ...' if found['count'] > 1 else ''})"
             for reason, found in left_out.get(split, {}).items()
             if found["count"]
         ]
         if reasons:
             parts.append(f"{split}: {', '.join(reasons)}")
     return "; ".join(parts)
+
+
+def _count(number: int, reason: str) -> str:
+    """ "2 samples without a label", "1 sample without a label"."""
+    one = re.sub(r"\b(sample|image|leftover|link|member)s\b", r"\1", reason)
+    return f"{number:,} {one if number == 1 else reason}"

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -265,7 +265,7 @@ def index(root: str, out: str | None = None, processes: int | None = None) -> in
     made = build_index(Path(root), Path(out) if out else None, processes, recheck=True)
     counts = ", ".join(f"{len(split):,} {name}" for name, split in made.splits.items())
     print(f"{made.folder}: {counts} images of {count(made.num_classes, 'class')}, fingerprint {made.fingerprint}")
-    for line in left_out_lines(made):
+    for line in (*left_out_lines(made), *nested_lines(made)):
         print(line)
     return 0
 
@@ -276,6 +276,24 @@ def left_out_lines(index: Index) -> list[str]:
     see = f"; unreadable files are named in {index.folder / UNREADABLE}" if named else ""
     lines = [describe(index.left_out, [split]) for split in index.left_out]
     return [f"left out of {line}{see}" for line in lines if line]
+
+
+def nested_lines(index: Index) -> list[str]:
+    """A line where class folders hold several folders each: these may be meant as classes, and are none."""
+    classes = set(index.synsets)
+    inside: dict[str, set[str]] = {}
+    for folder in index.folders:
+        *_, above, upper, name = ("", "", *PurePath(folder).parts)
+        if upper in classes and above not in classes:
+            inside.setdefault(upper, set()).add(name)
+    several = sorted(name for name, folders in inside.items() if len(folders) > 1)
+    if not several:
+        return []
+    first = several[0]
+    return [
+        f"{count(len(several), 'class folder')} with folders inside: the images of {first}/{min(inside[first])} and "
+        f"{first}/{max(inside[first])} count as class {first}; if these are classes, move them up, beside {first}"
+    ]
 
 
 def main(argv: list[str]) -> int:

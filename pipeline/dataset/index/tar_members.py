@@ -22,7 +22,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")  #: 
 NO_IMAGE = "samples without an image"
 NO_LABEL = "samples without a label"
 MORE_IMAGES = "further images of a sample"
-LINKS = "links and other special members"
+LINKS = "links or other special members"
 _LABELS = ("cls", "label", "class", "target", "json", "txt")  # suffixes, the preferred one first
 _LABEL_KEYS = (
     *("label", "cls", "class_id", "class_index", "class_idx", "label_id", "category_id", "target", "class", "wnid"),
