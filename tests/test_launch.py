@@ -164,7 +164,7 @@ def test_a_folder_named_as_a_verb_is_no_program(tmp_path, monkeypatch):
 
 
 def test_a_failure_is_restarted_as_often_as_was_said(worker, tmp_path):
-    done = launch("--max-restarts=2", "--nproc-per-node=2", worker, tmp_path, "600:0", "0:1")
+    done = launch("--max-restarts=2", "--nproc-per-node=2", worker, tmp_path, "600:0", "1:1")
     assert done.returncode == 1
     assert starts(tmp_path) == ["0-0", "0-1", "1-0", "1-1", "2-0", "2-1"]
     lines = [line for line in own(done) if "rank 1" in line]
