@@ -198,7 +198,7 @@ def test_another_recipe_or_data_set_is_an_error_that_names_the_values(tmp_path):
         check_fingerprints(tmp_path, meta, {**META["semantic_config"], "optim.layer_decay": 0.5}, "abc")
     with pytest.raises(UserError, match=r"optim.lr is 0.1 in the checkpoint, and 0.2 is asked for"):
         check_fingerprints(tmp_path, meta, {**META["semantic_config"], "optim.lr": 0.2}, "abc")
-    with pytest.raises(UserError, match=r"another data set.*abc.*xyz"):
+    with pytest.raises(UserError, match=r"another data set.*abc.*xyz.*--model\.weights RUN_FOLDER"):
         check_fingerprints(tmp_path, meta, META["semantic_config"], "xyz")
 
 

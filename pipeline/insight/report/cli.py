@@ -97,7 +97,7 @@ def rows_section(record: "Record", page_folder: Path) -> str:
     columns = ("step", "epoch", "val_loss", "val_top1", "val_top5", "val_ema_top1", "images")
     names = [name for name in columns if any(name in row for row in record.evals)]
     rows = [[_rounded(row.get(name, "")) for name in names] for row in reversed(record.evals)]
-    many = f"All {len(rows):,} evaluations, the last first"
+    many = f"All {len(rows):,} evaluations, the last first" if len(rows) > 1 else "The evaluation"
     return text + (page.fold(many, page.table(names, rows, set(range(len(names))))) if rows else "")
 
 
