@@ -13,6 +13,10 @@ from pathlib import Path
 
 import runs
 
+#: Shells and `pipeline launch` catch no signal that was ignored when they started, as below nohup, or behind & in a
+#: script.
+HEARD = ("env", "--default-signal=HUP,INT")
+
 SMALL = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false", "--train.device", "cpu"]
 
 
@@ -44,7 +48,7 @@ class Job:
         command = [sys.executable, "-m", "pipeline", "launch", *self.options, f"--rdzv-endpoint={self.endpoint}"]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [*command, *options, *(self.program if program is None else program)],
+                [*HEARD, *command, *options, *(self.program if program is None else program)],
                 env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -9,10 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from launching import HEARD
 
-#: A shell can't catch a signal that was ignored when it started, as below nohup.
-HEARD = ("env", "--default-signal=HUP,INT")
+ROOT = Path(__file__).resolve().parent.parent
 
 RECORD = (
     "JobId=7 JobName=train UserId=root(0) Restarts={restarts} JobState={state} Reason=None TimeLimit={limit} "

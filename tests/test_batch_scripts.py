@@ -8,7 +8,8 @@ import subprocess
 import time
 
 import pytest
-from stand_in_slurm import HEARD, ROOT, BatchShell
+from launching import HEARD
+from stand_in_slurm import ROOT, BatchShell
 
 SAVED = "phase=training stop_reason='USR1 from Slurm'; leave 75"
 

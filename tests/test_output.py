@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import runs
-from launching import wait_for
+from launching import HEARD, wait_for
 
 from pipeline.dataset.index.scan import build_index
 from pipeline.output import unfailing_output
@@ -39,7 +39,7 @@ def test_ctrl_c_saves_although_it_has_ended_tee(root, tmp_path, launcher, reason
     """A shell's Ctrl-C reaches both ends of the pipe; the reader is gone first."""
     run = tmp_path / "run"
     command = runs.command(root, run, *ENDLESS)
-    command[3:3] = launcher
+    command = [*HEARD, *command[:3], *launcher, *command[3:]]
     process = subprocess.Popen(command, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(lambda: steps_of(run))
     process.stdout.close()
