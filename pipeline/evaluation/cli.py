@@ -72,5 +72,5 @@ def _evaluate(argv: list[str], stop: StopRequest) -> int:
     if any(item.removeprefix("--weights=").startswith("torchvision:") for item in argv):
         if argv and not argv[0].startswith("-"):
             raise UserError(f"published weights are of no run: leave out {argv[0]}, and give --model NAME")
-        argv = ["", *argv]
+        argv = [".", *argv]  # RUN, which nobody looks at
     return run_command(evaluate, "evaluate", argv)

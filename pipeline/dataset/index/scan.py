@@ -283,7 +283,7 @@ def nested_lines(index: Index) -> list[str]:
     classes = set(index.synsets)
     inside: dict[str, set[str]] = {}
     for folder in index.folders:
-        *_, above, upper, name = ("", "", *PurePath(folder).parts)
+        *_, above, upper, name = ("", "", "", *PurePath(folder).parts)
         if upper in classes and above not in classes:
             inside.setdefault(upper, set()).add(name)
     several = sorted(name for name, folders in inside.items() if len(folders) > 1)
