@@ -173,7 +173,9 @@ def the_users_fault_and_a_crash_are_not_requeued(site: Site, _: Reference) -> No
 FAULTY = """#!/bin/bash
 [[ $* == *"pipeline launch"*train* ]] || exec {python} "$@"
 args=("$@")
-for i in "${{!args[@]}}"; do [[ ${{args[i]}} != train ]] || args[i]="-m tests.inject gpu 0 12 train"; done
+for i in "${{!args[@]}}"; do
+    [[ ${{args[i]}} != train ]] || args[i - 1]="tests.inject gpu 0 12" # for -m pipeline train
+done
 exec {python} ${{args[@]}}
 """
 
