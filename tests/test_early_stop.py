@@ -7,7 +7,7 @@ import pytest
 import runs
 
 from pipeline.__main__ import main
-from pipeline.tracking.ledger import early_stop, evals_without_gain
+from pipeline.tracking.eval_rows import early_stop, evals_without_gain
 
 #: a network that learns nothing, BatchNorm's statistics included: each evaluation after the first is without a gain
 STILL = [

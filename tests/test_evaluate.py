@@ -26,7 +26,8 @@ from pipeline.evaluation.class_map import class_positions
 from pipeline.loader.decode.reference import ReferenceDecoder
 from pipeline.loader.eval_plan import EvalPlan, FiveCropPlan
 from pipeline.loader.stream import EncodedBatch
-from pipeline.tracking.ledger import best_step, read_rows
+from pipeline.tracking.eval_rows import best_step
+from pipeline.tracking.ledger import read_rows
 from pipeline.training.evaluate import Tally
 
 

@@ -219,6 +219,6 @@ def test_a_function_that_loads_weights_keeps_them_without_torchs_warnings(recwar
     ids=["kwargs", "weights"],
 )
 def test_how_to_take_timms_weights_is_said(root, tmp_path, capsys, options):
-    pytest.importorskip("timm")
+    pytest.importorskip("timm", reason="networks of timm need the extra timm")
     said = runs.call(root, tmp_path / "run", "--model.name", "timm:test_resnet", *TINY, *options, expect=2)
     assert "timm.create_model('test_resnet', pretrained=True)" in said

@@ -24,7 +24,7 @@ from pipeline.insight.report.cli import distinct_names
 from pipeline.insight.report.colormap import inferno
 from pipeline.insight.report.filters import before_after, grad_cam, picture_first
 from pipeline.insight.report.predictions import Predictions, spread
-from pipeline.tracking.ledger import better_scores
+from pipeline.tracking.eval_rows import better_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = '<script>alert("x")</script><img src=http://example.com/x.png>'

@@ -18,7 +18,8 @@ from pipeline.model.heads import count_outputs
 from pipeline.model.published import Published
 from pipeline.model.weights import load_whole, start_from
 from pipeline.run_paths import list_checkpoints
-from pipeline.tracking.ledger import best_step, read_rows
+from pipeline.tracking.eval_rows import best_step
+from pipeline.tracking.ledger import read_rows
 from pipeline.training.ranks.world import World
 from pipeline.training.run_folder.checkpoint import (
     DamagedCheckpoint,

@@ -11,7 +11,7 @@ from pipeline.evaluation.checkpoints import ScoredNetwork
 from pipeline.evaluation.partial_sums import PartialSums
 from pipeline.logs import logger
 from pipeline.model.published import Published
-from pipeline.tracking.ledger import scored_images
+from pipeline.tracking.eval_rows import scored_images
 from pipeline.training.evaluate import Evaluation
 from pipeline.training.recorder import NAMED
 

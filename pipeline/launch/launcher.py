@@ -50,8 +50,7 @@ class Launcher:
         self.local = LocalFolder(options.job)
         self.host, self.port = options.host, options.port
         self.name = f"{socket.gethostname()} (pid {os.getpid()})"
-        several = options.limits.max_nodes > 1 and "GLOO_SOCKET_IFNAME" not in os.environ
-        self.interface = gloo_interface(options.host) if several else None
+        self.interface = gloo_interface(options.host) if options.limits.max_nodes > 1 else None
         self.program, self.logs, self.numa = program_of(options), logs_of(options), numa_of(options)
 
     # --- the job

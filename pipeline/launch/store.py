@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import socket
 import struct
 from typing import Any
@@ -27,12 +28,14 @@ def is_here(host: str) -> bool:
 
 def gloo_interface(host: str) -> str | None:
     """The network interface for GLOO_SOCKET_IFNAME, where this machine's own name leads to itself alone (Debian's
-    127.0.1.1) or nowhere: gloo goes by it, and the other nodes could not connect. None: gloo is right, or it can't be
-    found out.
+    127.0.1.1) or nowhere: gloo goes by it, and the other nodes could not connect. None: gloo is right, the user has set
+    the variable, or it can't be found out.
 
     host: of the rendezvous.
     """
-    if host in ("localhost", "::1") or host.startswith("127.") or not _is_loopback(socket.gethostname()):
+    if "GLOO_SOCKET_IFNAME" in os.environ or host in ("localhost", "::1") or host.startswith("127."):
+        return None
+    if not _is_loopback(socket.gethostname()):
         return None
     interfaces = _interfaces()
     for peer in (host, _ELSEWHERE):

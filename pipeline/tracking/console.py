@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.logs import command_line_handler, logger
 from pipeline.progress import duration
-from pipeline.tracking.ledger import scored_images
+from pipeline.tracking.eval_rows import scored_images
 from pipeline.tracking.view import View
 
 if TYPE_CHECKING:

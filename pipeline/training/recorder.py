@@ -11,14 +11,8 @@ from pipeline.counts import count
 from pipeline.dataset.index.left_out import describe
 from pipeline.errors import TransientError
 from pipeline.run_paths import RunPaths, list_checkpoints
-from pipeline.tracking.ledger import (
-    TRAINING_UNREADABLE,
-    VALIDATION_UNREADABLE,
-    Ledger,
-    best_step,
-    early_stop,
-    last_steps,
-)
+from pipeline.tracking.eval_rows import best_step, early_stop
+from pipeline.tracking.ledger import TRAINING_UNREADABLE, VALIDATION_UNREADABLE, Ledger, last_steps
 from pipeline.tracking.tensorboard_view import TensorBoardView
 from pipeline.tracking.view import View
 from pipeline.tracking.wandb_view import WandbView

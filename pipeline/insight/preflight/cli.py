@@ -17,7 +17,7 @@ from pipeline.command import importing, parse_numbers, split_options
 from pipeline.config import Config, parse_config
 from pipeline.counts import count
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
-from pipeline.insight.preflight import between_nodes, checks, hardware
+from pipeline.insight.preflight import between_nodes, check_time, checks, hardware
 from pipeline.insight.preflight.check_result import FAIL, PASS, CheckResult
 from pipeline.insight.preflight.node_facts import gather_facts
 from pipeline.insight.preflight.qualified import check_qualified, read_qualified
@@ -125,7 +125,7 @@ def run_checks(config: Config, nodes: list[dict], options: Options) -> Iterator[
         found = read_qualified(Path(options.qualified).expanduser())
         yield check_qualified(found, [node["node"] for node in nodes])
     yield checks.check_data(data, config)
-    yield from checks.check_schedule(config, data)
+    yield from check_time.check_schedule(config, data)
     yield from checks.check_run_folder(run_dir, here["run_folder"], config, data)
     yield checks.check_wandb(config)
     smallest = min((gpu["memory_mib"] for gpu in gpus if gpu["memory_mib"] is not None), default=None)
@@ -134,9 +134,9 @@ def run_checks(config: Config, nodes: list[dict], options: Options) -> Iterator[
         yield checks.check_memory(config, world, data.get("classes"), memory_mib)
     bench = read_bench(Path(options.bench).expanduser()) if options.bench else None
     limit_s = parse_time_limit(options.time_limit)
-    yield checks.check_time(run_dir, config, world, data, limit_s, bench)
+    yield check_time.check_time(run_dir, config, world, data, limit_s, bench)
     if limit_s is not None and limit_s <= options.signal_lead:
-        yield checks.check_signal_lead(limit_s, options.signal_lead)
+        yield check_time.check_signal_lead(limit_s, options.signal_lead)
 
 
 def probe_together(config: Config, options: Options) -> dict[str, str | None]:

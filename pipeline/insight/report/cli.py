@@ -21,7 +21,8 @@ from pipeline.insight.report.network_page import network_sections
 from pipeline.insight.runs import expand
 from pipeline.insight.status.run_state import read_state
 from pipeline.progress import duration
-from pipeline.tracking.ledger import better_scores, is_start, left_out_note, world_sizes, world_sizes_in_words
+from pipeline.tracking.eval_rows import better_scores, left_out_note
+from pipeline.tracking.ledger import is_start, world_sizes, world_sizes_in_words
 
 if TYPE_CHECKING:
     from pipeline.insight.report.run_record import Record

@@ -17,7 +17,8 @@ from pipeline.config.time import steps_of
 from pipeline.errors import UserError
 from pipeline.files import read_note
 from pipeline.run_paths import META, RunPaths, list_checkpoints, not_a_run_message
-from pipeline.tracking.ledger import is_start, left_out_note, top1_of, world_sizes
+from pipeline.tracking.eval_rows import left_out_note, top1_of
+from pipeline.tracking.ledger import is_start, world_sizes
 from pipeline.training.run_folder.lock import dead_owner
 
 TAIL_ROWS = 100  # training rows that rates are taken over

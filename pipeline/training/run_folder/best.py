@@ -5,7 +5,8 @@ from pathlib import Path
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.run_paths import RunPaths, list_checkpoints
-from pipeline.tracking.ledger import best_step, read_rows
+from pipeline.tracking.eval_rows import best_step
+from pipeline.tracking.ledger import read_rows
 
 
 def place_of_weights(config: ModelConfig) -> Path | None:

@@ -7,8 +7,6 @@ the same curve where a longer run would have had the same rates so far; otherwis
 import contextlib
 import dataclasses
 import math
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from pipeline.training.run_folder.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from pipeline.training.run_folder.folder import RunFolder, make_run_folder
+from pipeline.training.run_folder.folder import RunFolder, event_row, make_run_folder
 
 Rate = Literal["follow", "restart", "last"]
 SAME_AT_ANY_LENGTH = ("step", "multistep", "constant")  # schedules whose rates do not depend on the run's length
@@ -282,10 +280,9 @@ def begin_extension(plan: Extension) -> None:
         with _refusing_damage(plan.run):
             meta = verify_checkpoint(plan.source)
     if not noted:
-        row = {"kind": "event", "event": "continued", "step": plan.step, "time": time.time()}
-        row |= {"host": socket.gethostname(), "run": str(plan.run), "checkpoint": plan.source.name, "about": plan.about}
+        facts = {"run": str(plan.run), "checkpoint": plan.source.name, "about": plan.about}
         ledger = Ledger(folder.ledger, max([plan.step, *last_steps(folder.ledger).values()]))
-        ledger.append(row)
+        ledger.append(event_row("continued", plan.step, **facts))
         ledger.close()
     if copied:
         return

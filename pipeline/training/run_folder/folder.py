@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import atomic_write, read_note
 from pipeline.redact import redact
 from pipeline.run_paths import END_MARKERS, RunPaths, list_checkpoints
-from pipeline.tracking.ledger import left_out_note
+from pipeline.tracking.eval_rows import left_out_note
 from pipeline.training.run_folder.same_recipe import compare_semantic_config
 
 WRITTEN = "# Written by pipeline train at each start.\n"  #: the first line of our config.yaml
