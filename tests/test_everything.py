@@ -4,6 +4,7 @@ import pytest
 import runs
 
 RECIPE = str(runs.TINY.with_name("everything.yaml"))
+SMALL = ["--data.image_size", "32", "--data.start_size", "16", "--data.val_size", "16", "--data.val_resize", "20"]
 LAST = 8  # after 96 images an epoch, in batches of 20, ends inside step 5; averaged at 3 and 6, cut at 4
 
 
@@ -23,7 +24,7 @@ def assert_same_runs(cut, whole) -> None:
 def test_resuming_with_everything_on_is_bit_identical(root, tmp_path, processes):
     for run, ends in (("whole", [LAST]), ("cut", [4, LAST])):
         for end in ends:
-            options = ["--train.max_steps", str(end), "--checkpoint.every_steps", "4"]
+            options = ["--train.max_steps", str(end), "--checkpoint.every_steps", "4", *SMALL]
             if processes == 1:
                 runs.call(root, tmp_path / run, *options, recipe=RECIPE)
             else:
