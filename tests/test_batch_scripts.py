@@ -224,6 +224,15 @@ def test_variables_of_another_job_count_for_nothing(job):
     assert "7.0" in ended.log.splitlines() and job.file("requeued") == "7\n"
 
 
+@pytest.mark.parametrize("task", [0, 1])
+def test_one_copy_is_enough_where_srun_starts_the_script(job, task):
+    as_srun_does = f"export SLURM_TASK_PID=$$ SLURM_PROCID={task}"
+    ended = job.submit("-c", f'{as_srun_does}; . "$PIPELINE_HOME/slurm/job.sh"; echo "goes on"', "slurm/resnet152.sh")
+    assert ended.code == 0
+    assert ("goes on" in ended.log) == (task == 0)
+    assert ("task 1 of srun ends here: one copy" in ended.log) == (task == 1)
+
+
 def test_a_task_of_an_array_has_a_run_folder_of_its_own(job):
     record = (job.state / "record").read_text()
     (job.state / "record").write_text(record.replace("JobId=7 ", "JobId=7 ArrayJobId=6 ArrayTaskId=2 "))

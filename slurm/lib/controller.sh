@@ -50,6 +50,11 @@ describe_job() { # who this job is, by Slurm's word: its environment may hold th
         echo "this is a batch script: submit it with sbatch" >&2
         exit 2
     fi
+    if [[ ${SLURM_TASK_PID:-} == "$$" && ${SLURM_PROCID:-0} != 0 ]]; then # each task of `srun slurm/resnet152.sh`
+        echo "task $SLURM_PROCID of srun ends here: one copy of the script is enough, that of task 0; in salloc, start it" \
+            "without srun: bash $0" >&2
+        exit 0
+    fi
     ATTEMPT=$SLURM_JOB_ID
     unset SLURM_CLUSTERS SLURM_TIME_FORMAT "${!SCONTROL_@}" "${!SQUEUE_@}" "${!SCANCEL_@}" # how the user likes answers
     if ! read_record; then
