@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from test_real_images import SAMPLES
 
 from pipeline.__main__ import main
 from pipeline.config import ModelConfig, load_config, parse_config
+from pipeline.config.networks import preprocessing_of
 from pipeline.errors import UserError
 from pipeline.loader.build import dali_problem
 from pipeline.model.build import build_model
@@ -32,6 +34,16 @@ def said(capsys, *argv, expect=0):
     assert main([str(item) for item in argv]) == expect
     found = capsys.readouterr()
     return found.out + found.err
+
+
+def test_a_run_is_audited_and_reported_where_its_network_is_not(root, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    runs.call(root, run, *TINY, *NETWORKS["own"])
+    monkeypatch.setitem(sys.modules, "nets_of_others", None)
+    preprocessing_of.cache_clear()
+    assert "every batch: as recipe, seed and index say" in said(capsys, "audit", run)
+    assert "report/index.html" in said(capsys, "report", run, "--device", "cpu")
+    assert "nets_of_others can't be imported" in said(capsys, "evaluate", run, expect=2)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

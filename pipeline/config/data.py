@@ -80,7 +80,8 @@ class DataConfig:
 
         Raises UserError for a val_crop_ratio that is impossible, or given beside val_resize.
         """
-        made_for = preprocessing_of(model)
+        left_open = (self.image_size, self.val_crop_ratio or self.val_resize, self.mean, self.std, self.interpolation)
+        made_for = preprocessing_of(model) if None in left_open else {}  # a run's own file opens where its code is not
         image_size, val_size, val_resize = self.image_size, self.val_size, self.val_resize  # 0 is refused by the checks
         if image_size is None:
             image_size = made_for.get("image_size") or INPUT_SIZES.get(model, 224)
