@@ -50,7 +50,7 @@ def raising(verb: str) -> Iterator[None]:
         raise UserError(line) from None
 
 
-#: what a value of each type is called in a message
+#: what a value of each type is called in a message, in the order in which it says them
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -70,13 +70,9 @@ def one_line(message: str) -> str:
     if key is None or value is None:
         return text
     choices = re.search(r"typing\.Literal\[(.*?)\]", text)
-    wanted = (
-        f"one of {choices[1]}"
-        if choices
-        else " or ".join(
-            _TYPES[name] for name in dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", text)) if name in _TYPES
-        )
-    )
+    types = re.findall(r"Expected a <class '(\w+)'>", text)
+    words = [word for name, word in _TYPES.items() if name in types]
+    wanted = f"one of {choices[1]}" if choices else " or ".join(words)
     return f"--{key[1]} {value[1]}: give {wanted}" if wanted else text
 
 

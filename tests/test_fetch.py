@@ -8,6 +8,7 @@ import stat
 import subprocess
 import threading
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from fetching import BASE, assert_whole, command, fetch, fetch_from, read_images
 from kaggle_server import Faults, KaggleServer
 
 from pipeline.dataset import imagenet
+from pipeline.dataset.acquire import kaggle
 from pipeline.dataset.acquire.access.remote import LocalFile
 from pipeline.dataset.acquire.zip_directory import read_directory
 from pipeline.dataset.index.index import index_folder, open_index
 from pipeline.dataset.synthetic.archive import NESTED
+from pipeline.errors import UserError
 
 
 def test_whole_fetch_ends_with_a_verified_index(kaggle_zip, kaggle_members, tmp_path):
@@ -199,6 +202,13 @@ def test_nested_tar_gives_some_classes(nested_kaggle_zip, kaggle_members, tmp_pa
     }
 
 
+def test_a_client_that_spoils_downloads_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.2.4")
+    with pytest.raises(UserError, match=r"kaggle 2\.2\.4 can corrupt a partial zip; upgrade it: pip install"):
+        kaggle.check_version()
+
+
+@pytest.mark.skipif(version("kaggle") == "2.2.4", reason="kaggle 2.2.4 is refused here")
 def test_clients_own_download_is_verified_and_removed(kaggle_zip, kaggle_members, tmp_path):
     with KaggleServer(kaggle_zip, Faults(ranges=False)) as server:
         done = fetch_from(server, tmp_path, "--via", "zip")

@@ -186,7 +186,7 @@ class Kaggle:
 
         Raises TransientError where it is incomplete: exit code and size are the client's only checks.
         """
-        _check_version()
+        check_version()
         backoff = Backoff(self.patience, self.stop)
         seen = 0
         with Progress(f"Downloading {self.competition}", size, "bytes") as progress:
@@ -246,7 +246,8 @@ def _muted_stdout() -> Iterator[None]:
         yield
 
 
-def _check_version() -> None:
+def check_version() -> None:
+    """UserError where the client's own download is known to spoil files."""
     version = importlib.metadata.version("kaggle")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < NEEDED:
         raise UserError(f"kaggle {version} can corrupt a partial zip; upgrade it: pip install 'kaggle>=2.2.5'")
