@@ -5,6 +5,7 @@ are reached through this server as an HTTP proxy, so any free port does.
 """
 
 import base64
+import gzip
 import json
 import os
 import re
@@ -37,6 +38,7 @@ class Faults:
     on_stall: Callable[[], None] = lambda: None
     drip: Callable[[int], bool] = lambda number: False  # one byte at a time, far apart
     html: Callable[[int], bool] = lambda number: False
+    packed: Callable[[int], bool] = lambda number: False  # gzip, as a proxy may
     expire_after: int | None = None  # requests that one signed address serves
     ranges: bool = True
     if_range: bool = True  # is it minded?
@@ -197,6 +199,11 @@ class KaggleServer:
             return self._reply(handler, served.status, b"<Error/>", "application/xml", **extra)
         if served.status == 200:
             served.start, served.end = 0, size
+        if served.status == 206 and self.faults.packed(number):
+            body = gzip.compress(self.archive.read_bytes()[served.start : served.end])
+            place = f"bytes {served.start}-{served.end - 1}/{size}"
+            extra = {"Content_Range": place, "Content_Encoding": "gzip", "ETag": self.etag}
+            return self._reply(handler, 206, body, "application/zip", **extra)
         self._send_body(handler, served, number, size)
 
     def _judge(self, handler, number: int, uses: int, asked: bool) -> int:

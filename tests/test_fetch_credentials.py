@@ -105,6 +105,7 @@ def test_verbose_client_prints_no_secret(kaggle_zip, tmp_path):
         ("kaggle.json", b'{"username": "somebody", "key":', "is cut or no JSON"),
         ("kaggle.json", b'["somebody", "key"]', "holds a list"),
         ("kaggle.json", b'{"username": "somebody"}', "no text under 'key'"),
+        ("kaggle.json", '{"username": "somebody", "key": "\u201cabc\u201d"}'.encode(), "characters under 'key'"),
         ("access_token", b" \n", "is empty"),
         ("access_token", b'{"username": "a", "key": "b"}', "holds JSON"),
         ("kaggle.json/file", b"", "kaggle.json is a folder"),
@@ -149,6 +150,52 @@ def test_what_stands_around_a_token_is_left_out(home, text):
     (home / ".kaggle/access_token").write_text(text)
     prepare_credentials()
     assert os.environ["KAGGLE_API_TOKEN"] == TOKEN
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("KAGGLE_KEY", "\u043a\u043b\u044e\u0447", "KAGGLE_KEY holds characters that no user name or key has"),
+        ("KAGGLE_API_TOKEN", "KGAT_\u043a\u043b\u044e\u0447", "KAGGLE_API_TOKEN holds more than an access token"),
+        ("KAGGLE_API_TOKEN", f"{TOKEN}\nanother", "KAGGLE_API_TOKEN holds more than an access token"),
+    ],
+)
+def test_what_no_request_can_carry_is_told(home, monkeypatch, name, value, says):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says) as raised:
+        prepare_credentials()
+    assert value not in str(raised.value)
+
+
+def test_quotes_and_a_tilde_that_no_shell_has_taken(home, monkeypatch):
+    """As in the file of `docker run --env-file`."""
+    write_kaggle_json(home)
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", "~/.kaggle")
+    assert prepare_credentials().key == str(home / ".kaggle/kaggle.json")
+    for name, value in (("KAGGLE_USERNAME", USER), ("KAGGLE_KEY", KEY)):
+        monkeypatch.setenv(name, f'"{value}"\r')
+    prepare_credentials()
+    assert (os.environ["KAGGLE_USERNAME"], os.environ["KAGGLE_KEY"]) == (USER, KEY)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[]", "is broken; remove it"),
+        ('{"refresh_token": "a", "access_token": "b", "access_token_expiration": "soon"}', "is broken; remove it"),
+        ('{"refresh_token"', "has expired or is broken"),
+    ],
+)
+def test_a_broken_login_is_named(kaggle_zip, tmp_path, content, says):
+    """The file of `kaggle auth login`, on which the client itself ends with a traceback."""
+    with KaggleServer(kaggle_zip) as server:
+        env = server.environment(tmp_path / "home", credentials=False)
+        (tmp_path / "home/.kaggle").mkdir()
+        (tmp_path / "home/.kaggle/credentials.json").write_text(content)
+        done = fetch(tmp_path / "data", env, *QUICK)
+    assert done.code == 2
+    assert f"~/.kaggle/credentials.json (of kaggle auth login) {says}" in done.last_line
+    assert SETTINGS in done.last_line
 
 
 def test_a_user_without_a_key_takes_both_from_the_file(home, monkeypatch, capsys):

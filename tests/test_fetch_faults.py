@@ -11,6 +11,7 @@ import pytest
 from fetching import BASE, assert_no_wrong_image, assert_whole, fetch_from, read_images
 from kaggle_server import Faults, KaggleServer
 
+from pipeline.dataset.acquire.access.backoff import parse_retry_after
 from pipeline.dataset.acquire.access.remote import LocalFile
 from pipeline.dataset.acquire.zip_directory import read_directory
 
@@ -89,6 +90,29 @@ def test_kaggle_asks_to_wait(kaggle_zip, kaggle_members, tmp_path):
         assert done.code == 0, done.err
         assert all(later - earlier >= 1 for earlier, later in pairwise(server.api_times[:3]))
     assert_whole(tmp_path / "data", kaggle_members)
+
+
+@pytest.mark.parametrize("asked", ["0", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_server_that_asks_for_no_wait_is_not_hammered(kaggle_zip, tmp_path, asked):
+    """A date is past, too, where this machine's clock is ahead."""
+    faults = Faults(storage_statuses=lambda number: 503 if number > 5 else None, retry_after=asked)
+    with KaggleServer(kaggle_zip, faults) as server:
+        assert fetch_from(server, tmp_path, "--give_up_s", "2").code == 1
+        assert len(server.served) < 60
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("12", 12), ("0", None), ("-5", None), ("\u00b2", None), ("soon", None), ("", None)]
+)
+def test_what_a_server_may_ask_for(value, seconds):
+    assert parse_retry_after(value) == seconds
+
+
+def test_an_archive_that_a_proxy_packs_once_more(kaggle_zip, tmp_path):
+    with KaggleServer(kaggle_zip, Faults(packed=lambda number: number > 6)) as server:
+        done = fetch_from(server, tmp_path)
+        assert done.code == 2 and "packed once more (gzip)" in done.last_line
+        assert len(server.served) < 15
 
 
 def test_server_without_ranges_names_the_way_out(kaggle_zip, kaggle_members, tmp_path):

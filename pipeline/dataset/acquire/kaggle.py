@@ -22,16 +22,16 @@ from requests.adapters import HTTPAdapter
 
 from pipeline.dataset.acquire.access.backoff import Backoff, Patience, parse_retry_after
 from pipeline.dataset.acquire.access.connection import PROXY_USER, explain_connection
-from pipeline.dataset.acquire.access.credentials import Found, explain_none, prepare_credentials
+from pipeline.dataset.acquire.access.credentials import OAUTH, SETTINGS_PAGE, Found, explain_none, prepare_credentials
 from pipeline.dataset.acquire.access.remote import BUSY, REFUSED, Address
 from pipeline.dataset.disk import explain
 from pipeline.errors import TransientError, UserError
 from pipeline.progress import Progress
 
 COMPETITION = "imagenet-object-localization-challenge"
-SETTINGS_PAGE = "https://www.kaggle.com/settings"
 NEEDED = (2, 2, 5)  # older ones can corrupt a partial zip
 CALLS, CALL_EVERY_S = 6, 60.0  # asking for addresses: so many at once, then one a minute
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 FIRST_CONTACT_S = 60.0  # a machine without internet gets its error after a minute, not after give_up_s
 HOW_TO = (
     f"open {SETTINGS_PAGE}, choose 'Create New Token', and put it into ~/.kaggle/access_token "
@@ -123,6 +123,10 @@ class Kaggle:
                     raise _no_credentials(found) from None
                 except requests.RequestException as error:
                     self._judge(error, backoff)
+                except (ValueError, TypeError, LookupError, AttributeError) as error:
+                    if not found.login:
+                        raise
+                    raise UserError(f"{OAUTH} (of kaggle auth login) is broken; remove it, and {HOW_TO}") from error
             _say_which(found, api.config_values[api.CONFIG_NAME_AUTH_METHOD])
         return api
 
@@ -204,7 +208,7 @@ class Kaggle:
                 if have > seen:
                     backoff.progressed()
                 seen = have
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if isinstance(error, OSError) and error.errno in OF_THE_DISK:
                     raise explain(error, folder) from error
                 if isinstance(error, requests.HTTPError):
                     self._judge(error, backoff)
@@ -256,6 +260,8 @@ def check_version() -> None:
 def _no_credentials(found: Found) -> UserError:
     if found.token is not None:
         return UserError(f"Kaggle does not accept the access token of {found.token} (wrong or expired); {HOW_TO}")
+    if found.login:  # the client has removed the file, perhaps
+        return UserError(f"{OAUTH} (of kaggle auth login) has expired or is broken: log in again, or {HOW_TO}")
     return UserError(f"no Kaggle credentials found ({explain_none()}); {HOW_TO}")
 
 

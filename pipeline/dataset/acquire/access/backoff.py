@@ -21,17 +21,18 @@ class Patience:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header (a number or an HTTP date); None where there is none."""
+    """Seconds from a Retry-After header (a number or an HTTP date); None where there is none, or one that asks for no
+    wait: 0, or a date that is past by this machine's clock."""
     if not value:
         return None
-    if value.strip().isdigit():
-        return float(value)
     from email.utils import parsedate_to_datetime
 
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+        number = value.strip().isdecimal()
+        seconds = float(value) if number else parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, OverflowError):
         return None
+    return seconds if seconds > 0 else None
 
 
 class Backoff:
@@ -50,7 +51,8 @@ class Backoff:
         """Sleep before the next try. Raises TransientError when patience has run out, or on `stop`."""
         self.tries += 1
         wait = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(self.tries - 1, 10)) * random.uniform(0.75, 1.25)
-        wait = wait if asked_s is None else asked_s
+        if asked_s is not None:
+            wait = max(wait, asked_s) if asked_s else 0.0
         idle = time.monotonic() - self.last
         if idle + (asked_s or 0) > self.patience.give_up_s:
             asked = f" and asks to wait {asked_s:.0f} s" if asked_s else ""
@@ -59,8 +61,9 @@ class Backoff:
             )
         if asked_s is None:
             wait = min(wait, max(0.05, self.patience.give_up_s - idle))
-        if idle > MESSAGE_AFTER_S and time.monotonic() - Backoff.last_message_at > MESSAGE_EVERY_S:
+        if idle + (asked_s or 0) > MESSAGE_AFTER_S and time.monotonic() - Backoff.last_message_at > MESSAGE_EVERY_S:
             Backoff.last_message_at = time.monotonic()
-            print(f"{who}: {reason}; trying again", file=sys.stderr, flush=True)
+            when = f"again in {wait:.0f} s, as it asks" if asked_s else "again"
+            print(f"{who}: {reason}; trying {when}", file=sys.stderr, flush=True)
         if self.stop.wait(wait):
             raise TransientError("stopped")

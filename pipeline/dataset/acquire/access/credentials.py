@@ -17,14 +17,17 @@ from pipeline.errors import UserError
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 TOKEN_NAMES = ("access_token", "access_token.txt")
 TOKEN, USER, KEY, FOLDER = "KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"
+SETTINGS_PAGE = "https://www.kaggle.com/settings"
+OAUTH = Path("~/.kaggle/credentials.json")  #: of `kaggle auth login`, which the client reads itself
 
 
 @dataclass(frozen=True)
 class Found:
-    """Where an access token and where a user with a key were found; None: nowhere."""
+    """Where an access token and where a user with a key were found; None: nowhere. login: is there `OAUTH`?"""
 
     token: str | None
     key: str | None
+    login: bool = False
 
 
 def prepare_credentials() -> Found:
@@ -33,6 +36,8 @@ def prepare_credentials() -> Found:
     Raises UserError, naming the file, where one is broken that the client would use, or fall over.
     """
     token = key = None
+    if (folder := os.environ.get(FOLDER, "")).startswith("~"):  # set in quotes, or by no shell
+        os.environ[FOLDER] = str(Path(folder).expanduser())
     broken: UserError | None = None
     try:
         token = _find_token()
@@ -48,7 +53,7 @@ def prepare_credentials() -> Found:
         broken = broken or error
     if token is None and key is None and broken is not None:
         raise broken
-    return Found(token, key)
+    return Found(token, key, OAUTH.expanduser().exists())
 
 
 class _Empty(UserError):
@@ -69,7 +74,7 @@ def _find_token() -> str | None:
         if len(value) > 255 or not path.is_file():
             if path.is_absolute() or value.startswith(("~", ".")):
                 raise UserError(f"{TOKEN} names a file that is not there; set it to the token itself")
-            os.environ[TOKEN] = _bare_token(value)
+            os.environ[TOKEN] = _plain(_bare_token(value), TOKEN)
             return TOKEN
         os.environ[TOKEN] = _read_token(path)
         return f"{TOKEN} ({path})"
@@ -102,15 +107,23 @@ def _read_token(path: Path) -> str:
         raise UserError(
             f"{path} holds JSON, not an access token; if it is the key of an older kind, name it kaggle.json"
         )
-    if not text.isascii() or not text.isprintable() or " " in text:
-        raise UserError(f"{path} holds more than an access token; put the token alone into it, or remove it")
-    return text
+    return _plain(text, str(path))
+
+
+def _plain(token: str, where: str) -> str:
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise UserError(f"{where} holds more than an access token; put the token alone into it, or remove it")
+    return token
 
 
 def _find_key() -> str | None:
     for name in (USER, KEY):
         if value := os.environ.get(name):
-            os.environ[name] = value.strip()
+            os.environ[name] = value.strip().strip("'\"")  # a container's --env-file leaves quotes where they are
+            if not value.isascii():
+                raise UserError(
+                    f"{name} holds characters that no user name or key has; copy it from {SETTINGS_PAGE} again"
+                )
     given = [name for name in (USER, KEY) if os.environ.get(name)]
     if len(given) == 2:
         return f"{USER} and {KEY}"
@@ -124,7 +137,7 @@ def _find_key() -> str | None:
 
 
 def _read_key(path: Path) -> tuple[str, str]:
-    expected = 'expected {"username": "...", "key": "..."}; download it again from https://www.kaggle.com/settings'
+    expected = 'expected {"username": "...", "key": "..."}; download it again from ' + SETTINGS_PAGE
     text = _read_text(path).strip()
     if not text:
         raise UserError(f"{path} is empty; {expected}")
@@ -137,6 +150,8 @@ def _read_key(path: Path) -> tuple[str, str]:
     for name in ("username", "key"):
         if not isinstance(found.get(name), str) or not found[name].strip():
             raise UserError(f"{path} has no text under '{name}'; {expected}")
+        if not found[name].isascii():
+            raise UserError(f"{path} has characters under '{name}' that no user name or key has; {expected}")
     return found["username"].strip(), found["key"].strip()
 
 
@@ -176,4 +191,4 @@ def _read_text(path: Path) -> str:
     try:
         return data.decode(next((name for bom, name in _BOMS if data.startswith(bom)), "utf-8"))
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not text; download it again from https://www.kaggle.com/settings") from None
+        raise UserError(f"{path} is not text; download it again from {SETTINGS_PAGE}") from None

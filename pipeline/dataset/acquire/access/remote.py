@@ -8,7 +8,7 @@ import io
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from urllib3.exceptions import HTTPError as Urllib3Error
 
 from pipeline.dataset.acquire.access.backoff import Backoff, Patience, parse_retry_after
 from pipeline.dataset.acquire.access.connection import PROXY_USER, explain_connection
+from pipeline.dataset.disk import explain_read
 from pipeline.errors import TransientError, UserError, permission_problem
 
 BUFFER = 1 << 18
 SLOWEST = 1024  #: bytes/s; a stream that is slower for `stall_s` counts as stalled
 REFUSALS = 4  #: fresh addresses refused in a row before giving up
 REFUSED = (400, 401, 403, 404, 410)  # what storage services answer to an address that has expired
-BUSY = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)
+BUSY = (408, 425, 429, 500, 502, 503, 504, 507, 509, *range(520, 531))  # 520 to 530: of proxies of sites
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -130,6 +131,7 @@ class RemoteFile:
             match = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
             if not match or int(match[1]) != start:
                 raise TransientError(f"{address.host} sent another range than asked for; use --via zip")
+            _refuse_packed(address.host, headers, int(match[2]) + 1 - start)
             if (self.etag and etag and etag != self.etag) or (
                 match[3] != "*" and self.size not in (None, int(match[3]))
             ):
@@ -158,6 +160,15 @@ class RemoteFile:
             if fresh.size not in (None, self.size) or (fresh.etag and self.etag and fresh.etag != self.etag):
                 raise ArchiveChangedError(f"{fresh.host}: {self.name} was replaced while it was read")
             self._address = fresh
+
+
+def _refuse_packed(host: str, headers: Mapping[str, str], size: int) -> None:
+    """UserError where a range of `size` bytes was packed on its way. A header alone that says so does no harm."""
+    how, length = headers.get("Content-Encoding", "identity"), headers.get("Content-Length")
+    if how.lower() != "identity" and length != str(size):
+        raise UserError(
+            f"{host}: the archive comes packed once more ({how}), as by a proxy in between; use a connection without it"
+        )
 
 
 class _RangeReader(io.RawIOBase):
@@ -247,15 +258,21 @@ class LocalFile:
 class _LocalRange(io.RawIOBase):
     def __init__(self, source: LocalFile, start: int, end: int):
         self.source, self.left = source, end - start
-        self.file = source.path.open("rb", buffering=0)
+        try:
+            self.file = source.path.open("rb", buffering=0)
+        except OSError as error:
+            raise explain_read(error, source.path) from error
         self.file.seek(start)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with memoryview(buffer) as view:
-            count = self.file.readinto(view[: min(len(view), self.left)])
+        try:
+            with memoryview(buffer) as view:
+                count = self.file.readinto(view[: min(len(view), self.left)])
+        except OSError as error:  # not of the file that is being written
+            raise explain_read(error, self.source.path) from error
         self.left -= count
         self.source.received += count
         return count
