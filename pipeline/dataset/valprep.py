@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.command import run_command
 from pipeline.counts import count
 from pipeline.dataset import imagenet
+from pipeline.dataset.disk import explain
 from pipeline.dataset.index.listing import IMAGE_SUFFIXES
 from pipeline.dataset.layouts.find import find_val_folder
 from pipeline.dataset.layouts.labels import TINY_LIST, find_val_labels
@@ -132,9 +133,7 @@ def sort_val(root: Path, quiet: bool = True) -> SortResult:
             if not home.is_symlink() and not any(home.iterdir()):
                 home.rmdir()  # emptied by a move
     except OSError as error:
-        raise UserError(
-            f"can't move {error.filename} ({error.strerror}); fix that and run the same command again"
-        ) from error
+        raise explain(error, error.filename or folder) from error
     folders = sum(path.is_dir() for path in folder.iterdir())
     return SortResult(len(moves), already, folders, source)
 

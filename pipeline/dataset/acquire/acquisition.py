@@ -28,12 +28,11 @@ from pipeline.dataset.acquire.journal import Journal
 from pipeline.dataset.acquire.selection import BASE, Selection, final_name
 from pipeline.dataset.acquire.tarball import TarUnpacker, ZipMemberStream, is_tar
 from pipeline.dataset.acquire.transfer import Transfer, Writer, plan_requests
-from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter, find_whole
-from pipeline.dataset.acquire.zip_directory import Directory, Source, check_safe, read_directory
+from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter, check_tree_space, find_whole
+from pipeline.dataset.acquire.zip_directory import ArchiveDamagedError, Directory, Source, check_safe, read_directory
 from pipeline.dataset.disk import BLOCK, check_space
-from pipeline.dataset.index.index import PACKED
 from pipeline.dataset.shards.plan import Options as PackOptions
-from pipeline.errors import TransientError, UserError
+from pipeline.errors import UserError
 
 UNPACKED = 1.06  # bytes of the images for each byte of the archive, and what the file system adds
 NAMED = 3  # members named in an error
@@ -79,7 +78,7 @@ class Acquisition:
             asked = np.append(lists, images)
             looked_for = asked if pack is None else lists
             whole[looked_for] = find_whole(self.root, directory, looked_for, journal.trusted, journal.add)
-            if selection.classes is None and not (self.root / PACKED).exists():
+            if selection.classes is None and pack is None:  # shards have an estimate of their own
                 self._check_space(directory, asked[~whole[asked]])
             self._fetch(directory, journal, TreeWriter(self.root), lists[~whole[lists]], "Fetching lists")
             if len(images):
@@ -181,7 +180,7 @@ class Acquisition:
         transfer.run(requests, self.options.streams, title)
         if transfer.damaged:
             some = ", ".join(f"{name} ({reason})" for name, reason in sorted(transfer.damaged)[:NAMED])
-            raise TransientError(
+            raise ArchiveDamagedError(
                 f"{self.source.name}: {len(transfer.damaged)} of {len(missing):,} members arrive damaged: {some}; "
                 "all others are complete; run the same command again to fetch these"
             )
@@ -192,8 +191,13 @@ class Acquisition:
                 f"{self.source.name} holds its images in a tar, which --pack can't read by member; "
                 "fetch without --pack, then run: pipeline pack"
             )
-        check_space(self.root, size * UNPACKED)
+        check_tree_space(self.root, unpacked_bytes(size, selection))
         return TarUnpacker(self.root, self.source, selection, self.resolved).run(stream)
+
+
+def unpacked_bytes(size: int, selection: Selection) -> float:
+    """Most bytes of the images in an archive of `size` bytes whose members are not known yet; 0 for a small part."""
+    return size * UNPACKED if selection.has("train") and selection.classes is None else 0
 
 
 def _refuse_unknown(source: Source, names: set[str]) -> None:

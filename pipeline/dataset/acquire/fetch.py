@@ -14,16 +14,16 @@ from pipeline.counts import count
 from pipeline.dataset.acquire import kaggle
 from pipeline.dataset.acquire.access.backoff import Patience
 from pipeline.dataset.acquire.access.remote import ArchiveChangedError, LocalFile, RemoteFile
-from pipeline.dataset.acquire.acquisition import UNPACKED, Acquisition, Options
+from pipeline.dataset.acquire.acquisition import Acquisition, Options, unpacked_bytes
 from pipeline.dataset.acquire.destination import check_kind, is_done, locked_root
 from pipeline.dataset.acquire.manifest import ALL, Manifest, read_manifest
 from pipeline.dataset.acquire.selection import SPLITS, Selection, parse_classes
 from pipeline.dataset.acquire.sources import cifar10
 from pipeline.dataset.acquire.sources.official import OfficialFiles, find_official, pack_official, unpack_official
-from pipeline.dataset.acquire.tree import STATE, ExistingFiles
-from pipeline.dataset.acquire.zip_directory import NotAnArchiveError
-from pipeline.dataset.disk import check_space, explain
-from pipeline.dataset.imagenet import CLS_LOC
+from pipeline.dataset.acquire.tree import STATE, ExistingFiles, check_tree_space
+from pipeline.dataset.acquire.zip_directory import ArchiveDamagedError, NotAnArchiveError
+from pipeline.dataset.disk import explain
+from pipeline.dataset.imagenet import CLS_LOC, SYNSET
 from pipeline.dataset.index.index import PACKED, Index, index_folder, open_index
 from pipeline.dataset.layouts.foreign import describe_contents
 from pipeline.dataset.shards.plan import Options as PackOptions
@@ -135,8 +135,9 @@ def repair(root: Path, members: list[str], options: Options | None = None) -> No
             unpack_official(official, root, manifest.to_selection())
             _sort_val(root)
             return
-        with _opened(root, manifest, options, "ranges", stop) as source:
-            Acquisition(root, source, options, stop).repair(members, manifest.to_selection())
+        selection = manifest.to_selection()
+        with _opened(root, manifest, options, "ranges", stop, selection) as source:
+            Acquisition(root, source, options, stop).repair(members, selection)
         _sort_val(root)
 
 
@@ -164,12 +165,13 @@ def _fetch_until_complete(
 
     def resolved(chosen: Selection) -> None:
         manifest.add(chosen)
+        _refuse_leftovers(root, manifest, chosen)
         manifest.write(root)
 
     for left in range(CHANGES, -1, -1):
         try:
             stop = threading.Event()  # its own: threads left behind by an earlier try stay stopped
-            with _opened(root, manifest, options, via, stop) as source:
+            with _opened(root, manifest, options, via, stop, selection) as source:
                 Acquisition(root, source, options, stop, resolved).run(selection, packing)
             return
         except ArchiveChangedError as error:
@@ -178,8 +180,27 @@ def _fetch_until_complete(
             print(f"{error}: restarting with the new one; matching files are kept", file=sys.stderr)
 
 
+def _refuse_leftovers(root: Path, manifest: Manifest, selection: Selection) -> None:
+    """UserError where a part is asked for and an earlier fetch, of more classes, was stopped: its images would be
+    indexed and trained on as well, as classes that are not whole."""
+    for split in filter(selection.has, SPLITS):
+        folder, chosen = root / CLS_LOC / split, manifest.selected[split]
+        if chosen == ALL or not folder.is_dir():
+            continue
+        labels = selection.val_labels if split == "val" else {}
+        found = {path.name if path.is_dir() else labels.get(path.stem, "") for path in folder.iterdir()}
+        others = sorted(name for name in found - set(chosen) if SYNSET.fullmatch(name))
+        if others:
+            raise UserError(
+                f"{folder} holds images of {count(len(others), 'other class')} ({', '.join(others[:3])}), of a fetch "
+                "that was stopped; give another folder, remove them, or fetch all classes"
+            )
+
+
 @contextlib.contextmanager
-def _opened(root: Path, manifest: Manifest, options: Options, via: str, stop: threading.Event) -> Iterator:
+def _opened(
+    root: Path, manifest: Manifest, options: Options, via: str, stop: threading.Event, selection: Selection
+) -> Iterator:
     """The archive as a source of byte ranges: a local file, the one behind Kaggle's address, or its download."""
     if manifest.file is not None:
         yield LocalFile(Path(manifest.file))
@@ -193,11 +214,11 @@ def _opened(root: Path, manifest: Manifest, options: Options, via: str, stop: th
     folder.mkdir(exist_ok=True)
     size = client.sign().size
     have = sum(path.stat().st_size for path in folder.iterdir())
-    check_space(root, (size or 0) * (1 + UNPACKED) - have)
+    check_tree_space(root, (size or 0) - have + unpacked_bytes(size or 0, selection))
     file = client.download(folder, size)
     try:
         yield LocalFile(file)
-    except (TransientError, NotAnArchiveError) as error:
+    except (ArchiveDamagedError, NotAnArchiveError) as error:
         shutil.rmtree(folder)
         raise TransientError(f"{error} (the download was removed; run the same command again)") from error
     shutil.rmtree(folder)

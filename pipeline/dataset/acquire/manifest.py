@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pipeline.dataset.acquire.selection import SPLITS, Selection
+from pipeline.dataset.disk import explain_read
 from pipeline.dataset.selected import MANIFEST
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
@@ -64,5 +65,7 @@ def read_manifest(root: Path) -> Manifest | None:
         return Manifest(**json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise explain_read(error, path) from error
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} can't be read ({error}); remove it and run fetch again") from error

@@ -23,8 +23,8 @@ from pipeline.dataset.acquire.journal import Journal
 from pipeline.dataset.acquire.selection import LIST, SPLITS, VAL_BOX, Selection
 from pipeline.dataset.acquire.transfer import BARRIER_EVERY_S, CHUNK, MemberDamagedError, Reader, unpack
 from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter
-from pipeline.dataset.acquire.zip_directory import Directory, Source, check_name
-from pipeline.errors import TransientError, UserError
+from pipeline.dataset.acquire.zip_directory import ArchiveDamagedError, Directory, Source, check_name
+from pipeline.errors import UserError
 from pipeline.progress import Progress
 
 MAX_IMAGE = 1 << 28  # bytes; the largest of the real ones has 16 MB
@@ -77,7 +77,7 @@ class TarUnpacker:
     def run(self, stream: io.BufferedReader) -> dict[str, int]:
         """Unpack `stream` to its end; the number of images of each split.
 
-        Raises TransientError where the archive is cut or damaged, UserError where it is hostile or only a part.
+        Raises ArchiveDamagedError where the archive is cut or damaged, UserError where it is hostile or only a part.
         """
         name = self.source.name
         journal = Journal(self.root / STATE / "journal-tar", self._fingerprint())
@@ -89,7 +89,7 @@ class TarUnpacker:
                 pass
             journal.barrier()
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, MemberDamagedError) as error:
-            raise TransientError(f"{name} is cut or damaged ({error}); fetch it again") from error
+            raise ArchiveDamagedError(f"{name} is cut or damaged ({error}); fetch it again") from error
         finally:
             journal.close()
         selection = self._resolve()

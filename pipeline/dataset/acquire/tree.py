@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.dataset import imagenet
 from pipeline.dataset.acquire.selection import BASE, final_name
 from pipeline.dataset.acquire.zip_directory import Directory
-from pipeline.dataset.disk import explain
+from pipeline.dataset.disk import check_space, explain
 from pipeline.progress import Progress
 
 READERS = 8  # files whose CRC-32 is checked at a time
@@ -23,6 +23,13 @@ STATE = ".fetch"  #: folder below the root: journal, lock, files in the making
 
 
 _writers = itertools.count()  # a stream that a stopped run left behind must not share a file with a new one
+
+
+def check_tree_space(root: Path, needed: float) -> None:
+    """`check_space` for `needed` bytes, less those of the images that an earlier run has written."""
+    if needed > shutil.disk_usage(root).free and (root / BASE).is_dir():  # only then: it walks a million files
+        needed -= sum(path.stat().st_size for path in (root / BASE).rglob("*.JPEG"))
+    check_space(root, max(0, needed))
 
 
 class TreeWriter:

@@ -65,6 +65,10 @@ class NotAnArchiveError(UserError):
     """The file is not a zip, or its end is missing."""
 
 
+class ArchiveDamagedError(TransientError):
+    """The archive's bytes are not what it says of itself."""
+
+
 class Source(Protocol):
     """An archive that is read by byte ranges: a local file or one behind HTTP."""
 
@@ -109,13 +113,13 @@ def decode_name(raw: bytes, flags: int) -> str:
 
 
 def read_directory(source: Source) -> Directory:
-    """Read and parse the central directory. Raises NotAnArchiveError, or TransientError where it is damaged."""
+    """Read and parse the central directory. Raises NotAnArchiveError, or ArchiveDamagedError."""
     begin = max(0, source.size - TAIL)
     with source.open(begin, source.size) as stream:
         tail = stream.read(source.size - begin)
     count, size, offset = _find_end(source, tail, begin)
     if size > MAX_DIRECTORY:
-        raise TransientError(f"{source.name}: its directory has {size:,} bytes, more than is credible")
+        raise ArchiveDamagedError(f"{source.name}: its directory has {size:,} bytes, more than is credible")
     with (
         source.open(offset, offset + size) as stream,
         Progress("Reading the archive's directory", size, "bytes", quiet=size < WORTH_SHOWING) as progress,
@@ -126,7 +130,9 @@ def read_directory(source: Source) -> Directory:
             progress.advance(len(chunk))
     blob = b"".join(chunks)
     if len(blob) != size:
-        raise TransientError(f"{source.name}: its directory has {len(blob):,} bytes instead of {size:,}; it is cut")
+        raise ArchiveDamagedError(
+            f"{source.name}: its directory has {len(blob):,} bytes instead of {size:,}; it is cut"
+        )
     return parse_directory(source.name, blob, count, offset)
 
 
@@ -144,13 +150,13 @@ def _find_end(source: Source, tail: bytes, begin: int) -> tuple[int, int, int]:
     if at >= 20 and tail[at - 20 : at - 16] == LOCATOR64:
         place = struct.unpack_from("<Q", tail, at - 12)[0] - begin
         if not 0 <= place <= at - 76 or tail[place : place + 4] != END64:
-            raise TransientError(
+            raise ArchiveDamagedError(
                 f"{source.name}: its zip64 end record is not where it should be; the archive is damaged"
             )
         count, size, offset = struct.unpack_from("<QQQ", tail, place + 32)
         directory_end = begin + place
     if offset + size != directory_end:
-        raise TransientError(
+        raise ArchiveDamagedError(
             f"{source.name}: its directory does not end where its end record says; the archive is damaged"
         )
     return count, size, offset
@@ -158,7 +164,7 @@ def _find_end(source: Source, tail: bytes, begin: int) -> tuple[int, int, int]:
 
 def parse_directory(archive: str, blob: bytes, count: int, directory_start: int) -> Directory:
     """Parse `count` entries of a central directory of `blob`; `directory_start` is its place in the archive."""
-    damaged = TransientError(f"{archive}: its directory does not parse; the archive is damaged, fetch it again")
+    damaged = ArchiveDamagedError(f"{archive}: its directory does not parse; the archive is damaged, fetch it again")
     places = np.zeros(count if count * 46 <= len(blob) else 0, np.int64)
     if len(places) != count:
         raise damaged
@@ -209,7 +215,7 @@ def _read_zip64(entries: np.ndarray, i: int, extra: bytes, damaged: TransientErr
 
 
 def _set_ends(archive: str, entries: np.ndarray, directory_start: int) -> None:
-    """Each member ends where the next begins; TransientError where two overlap, as they do in some bombs."""
+    """Each member ends where the next begins; ArchiveDamagedError where two overlap, as they do in some bombs."""
     order = np.argsort(entries["start"], kind="stable")
     starts = entries["start"][order]
     ends = np.append(starts[1:], np.uint64(directory_start))
@@ -217,7 +223,7 @@ def _set_ends(archive: str, entries: np.ndarray, directory_start: int) -> None:
     smallest = starts + entries["packed"][order] + entries["name_length"][order] + np.uint64(LOCAL_HEADER.size)
     wrong = np.flatnonzero((smallest > ends) | (smallest < starts))
     if len(wrong):
-        raise TransientError(
+        raise ArchiveDamagedError(
             f"{archive}: member {int(order[wrong[0]]) + 1} overlaps what follows; the archive is damaged"
         )
 

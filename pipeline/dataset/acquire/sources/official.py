@@ -13,8 +13,8 @@ from pathlib import Path
 from pipeline.counts import count
 from pipeline.dataset.acquire.selection import BASE, Selection
 from pipeline.dataset.acquire.tarball import read_member
-from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter
-from pipeline.dataset.disk import check_space
+from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter, check_tree_space
+from pipeline.dataset.disk import explain_read
 from pipeline.dataset.imagenet import SYNSET
 from pipeline.dataset.index.scan import build_index, read_unreadable
 from pipeline.dataset.index.tar_members import iter_members, lacks_end
@@ -82,8 +82,7 @@ def unpack_official(files: OfficialFiles, root: Path, selection: Selection) -> N
     tars = {split: path for split, path in files.tars.items() if selection.has(split)}
     total = sum(path.stat().st_size for path in tars.values())
     present, writer = ExistingFiles(root), TreeWriter(root)
-    have = sum(path.stat().st_size for path in (root / BASE).rglob("*.JPEG")) if (root / BASE).is_dir() else 0
-    check_space(root, max(0, total * UNPACKED - have))
+    check_tree_space(root, total * UNPACKED)
     if "val" in tars:
         assert files.kit is not None
         (root / KIT_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -101,12 +100,14 @@ def unpack_official(files: OfficialFiles, root: Path, selection: Selection) -> N
                     for number, (name, opened, info) in enumerate(_images(path, tar, split)):
                         found = present.find(name)
                         if found is None or found[1] != info.size:
-                            writer.write(0, number, name, read_member(opened, info))
+                            writer.write(0, number, name, _read(path, opened, info))
                         progress.advance(info.size)
                     if lacks_end(tar.fileobj, tar.offset):
                         raise tarfile.ReadError("no end mark")
             except (tarfile.TarError, EOFError) as error:
                 raise TransientError(f"{path} is cut or damaged ({error}); download it again from {PAGE}") from error
+            except OSError as error:
+                raise explain_read(error, path) from error
 
 
 def pack_official(files: OfficialFiles, root: Path, selection: Selection, options: Options) -> None:
@@ -128,6 +129,14 @@ def pack_official(files: OfficialFiles, root: Path, selection: Selection, option
         )
     pack_tree(source, root, options, quiet=False, source_index=folder)
     shutil.rmtree(folder)
+
+
+def _read(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[bytes]:
+    """`read_member`; what the disk of the tar file says is not taken for an error of writing."""
+    try:
+        yield from read_member(tar, info)
+    except OSError as error:
+        raise explain_read(error, path) from error
 
 
 def _images(path: Path, tar: tarfile.TarFile, split: str) -> Iterator[tuple[str, tarfile.TarFile, tarfile.TarInfo]]:
