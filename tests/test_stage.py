@@ -1,10 +1,13 @@
 """Copying shards to a node's own disk: whole, once, and reused."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import xxhash
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import RECORD, open_index
 from pipeline.dataset.index.write import write_index
+from pipeline.dataset.shards import stage
 from pipeline.dataset.shards.stage import locked_folder, stage_shards
 from pipeline.errors import UserError
 
@@ -81,6 +85,60 @@ def test_shards_that_were_packed_there_are_not_overwritten(packed, tmp_path, cap
     assert "holds other shards, packed there (fingerprint 0123)" in capsys.readouterr().err
     after = {path: path.read_bytes() for path in other.rglob("*") if path.is_file() and path.name != ".stage.lock"}
     assert after == before
+
+
+@pytest.mark.parametrize("source_is_damaged", [False, True])
+def test_a_copy_is_compared_with_the_index(packed, tmp_path, monkeypatch, capsys, source_is_damaged):
+    """The sizes agree. What was damaged on its way is copied again; a damaged source is named, and copied as it is."""
+    shard, before = packed / "train-1.tar", content(packed)
+    data = bytearray(shard.read_bytes())
+    data[1500] ^= 1
+    if source_is_damaged:
+        shard.write_bytes(data)
+    else:
+        real = Path.open
+
+        def open_damaged(self, *args, **kwargs):
+            if self == shard:
+                monkeypatch.setattr(Path, "open", real)
+                return io.BytesIO(data)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(stage, "THREADS", 1)
+        monkeypatch.setattr(Path, "open", open_damaged)
+    stage_shards(packed, tmp_path / "local", quiet=True)
+    err = capsys.readouterr().err
+    if source_is_damaged:
+        assert f"{shard}: does not hold what its index names, and neither does the copy; see: pipeline verify" in err
+    else:
+        assert f"{shard}: was damaged on its way, and is copied again" in err
+        assert content(tmp_path / "local") == before
+    assert err.count("\n") == 1
+    assert content(tmp_path / "local") == content(packed)
+
+
+def test_after_an_error_the_rest_is_not_copied(packed, tmp_path, monkeypatch):
+    """Ctrl-C is such an error, and the rest may be a hundred gigabytes."""
+    left, stopped = [], threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            stopped.set()
+            super().shutdown(wait=wait)
+
+    def copy(there, *_):
+        left.append(there.name)
+        if len(left) == 1:
+            raise KeyboardInterrupt
+        stopped.wait(60)
+
+    monkeypatch.setattr(stage, "THREADS", 1)
+    monkeypatch.setattr(stage, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(stage, "copy_file", copy)
+    with pytest.raises(KeyboardInterrupt):
+        stage_shards(packed, tmp_path / "local", quiet=True)
+    assert len(left) <= 2
 
 
 def test_killed_midway_leaves_no_half_shard(packed, tmp_path):

@@ -1,12 +1,17 @@
 """Copy packed shards to a node's own disk, and reuse existing copies. One process per node copies at a time."""
 
 import json
+import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+
+import numpy as np
+import xxhash
 
 from pipeline.command import run_command
 from pipeline.dataset.disk import check_space, explain
@@ -14,6 +19,7 @@ from pipeline.dataset.index.index import (
     MAIN_FILE,
     PACKED,
     Index,
+    Split,
     has_index,
     index_folder,
     list_files,
@@ -22,7 +28,7 @@ from pipeline.dataset.index.index import (
     safe_join,
 )
 from pipeline.dataset.lock import locked
-from pipeline.dataset.shards.restart import TABLE, list_shard_files
+from pipeline.dataset.shards.restart import MAGIC, TABLE, is_intact, list_shard_files, table_name
 from pipeline.errors import UserError, permission_problem
 from pipeline.files import atomic_write
 from pipeline.progress import Progress
@@ -56,9 +62,50 @@ def is_same(there: Path, here: Path) -> bool:
     return (wanted.st_size, wanted.st_mtime_ns) == (found.st_size, found.st_mtime_ns)
 
 
-def copy_file(there: Path, here: Path, advance: Callable[[int], None]) -> None:
+def find_parts(split: Split) -> dict[str, np.ndarray]:
+    """Shard or restart table -> [n, 3] uint64, in the order of the bytes: offset, bytes, xxh3_64 of each sample; of the
+    entries in a table: offset, bytes, xxh3_64 of their samples."""
+    records = np.asarray(split.records)
+    columns = [records["offset"], records["size"], records["digest"]]
+    found = dict(zip(split.shards, _by_shard(split, columns), strict=True))
+    if split.restart is not None:
+        restart = np.asarray(split.restart)
+        columns = [restart["table_offset"], restart["table_size"], records["digest"]]
+        found |= zip(map(table_name, split.shards), _by_shard(split, columns), strict=True)
+    return found
+
+
+def _by_shard(split: Split, columns: list[np.ndarray]) -> list[np.ndarray]:
+    """The columns as uint64 [n, 3] of each shard, sorted by the first."""
+    shard = np.asarray(split.records["shard"])
+    rows = np.stack([column.astype(np.uint64) for column in columns], axis=1)
+    order = np.lexsort((rows[:, 0], shard))
+    cuts = np.searchsorted(shard[order], np.arange(len(split.shards) + 1))
+    return [rows[order[cuts[i] : cuts[i + 1]]] for i in range(len(split.shards))]
+
+
+def is_sound(path: Path, parts: np.ndarray, is_table: bool) -> bool:
+    """Has every sample in a shard, or entry in a restart table, its digest? parts: as of `find_parts`."""
+    with path.open("rb") as opened:
+        if is_table and opened.read(len(MAGIC)) != MAGIC:
+            return False
+        for offset, size, digest in parts.tolist():
+            opened.seek(offset)
+            data = opened.read(size)
+            if is_table:
+                if size and not is_intact(data, digest):
+                    return False
+            elif xxhash.xxh3_64_intdigest(data) != digest:
+                return False
+    return True
+
+
+def copy_file(
+    there: Path, here: Path, advance: Callable[[int], None], is_whole: Callable[[Path], bool] = lambda _: True
+) -> None:
     """Copy under a temporary name and rename, with times; `advance` gets the bytes of each piece.
 
+    is_whole: judges the copy; one that is not is made once more, and a line says so where that does not help.
     The temporary name is fixed: a later copy overwrites what a killed one left.
     """
     here.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +114,14 @@ def copy_file(there: Path, here: Path, advance: Callable[[int], None]) -> None:
         while piece := source.read(CHUNK):
             target.write(piece)
             advance(len(piece))
+    if not is_whole(temporary):
+        with there.open("rb") as source, temporary.open("wb") as target:
+            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk or its server anew
+            shutil.copyfileobj(source, target, CHUNK)
+        what = "was damaged on its way, and is copied again"
+        if not is_whole(temporary):
+            what = "does not hold what its index names, and neither does the copy; see: pipeline verify ROOT"
+        print(f"{there}: {what}", file=sys.stderr, flush=True)
     shutil.copystat(there, temporary)
     temporary.replace(here)
 
@@ -103,8 +158,19 @@ def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: boo
                     with lock:
                         progress.advance(count)
 
-                for done in [pool.submit(copy_file, there, here, advance) for there, here in missing]:
-                    done.result()
+                parts = {k: v for split in opened.splits.values() for k, v in find_parts(split).items() if missing}
+
+                def copy(there: Path, here: Path) -> None:
+                    table = there.name.endswith(TABLE)
+                    copy_file(there, here, advance, lambda copy: is_sound(copy, parts[wanted[there]], table))
+
+                tasks = [pool.submit(copy, there, here) for there, here in missing]
+                try:
+                    for task in tasks:
+                        task.result()
+                except BaseException:  # Ctrl-C, too: the rest may be a hundred gigabytes
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
             copy_index(index, index_folder(dest))
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file; pack or fetch it again") from error

@@ -17,22 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from pipeline.dataset.disk import check_space, explain
 from pipeline.dataset.index.index import (
     FOLDER,
     MAIN_FILE,
     Index,
-    Split,
     index_folder,
     list_files,
     open_index,
     open_sound,
     safe_join,
 )
-from pipeline.dataset.shards.restart import MAGIC, TABLE, is_intact, list_shard_files, table_name
-from pipeline.dataset.shards.stage import CHUNK, THREADS, copy_index, locked_folder, refuse_other_shards
+from pipeline.dataset.shards.restart import TABLE, list_shard_files
+from pipeline.dataset.shards.stage import (
+    CHUNK,
+    THREADS,
+    copy_index,
+    find_parts,
+    is_sound,
+    locked_folder,
+    refuse_other_shards,
+)
 from pipeline.dataset.shards.store import Store
 from pipeline.errors import TransientError, UserError
 from pipeline.files import atomic_write
@@ -44,8 +50,7 @@ _PARTIAL = ".index.stage"  # folder below the destination: the source's index, u
 @dataclass(frozen=True)
 class _File:
     """A shard or a restart table that is to be copied. mtime_ns: that its copy gets; None where the store tells none.
-    parts: [n, 3] uint64, of the samples in a shard: offset, bytes, xxh3_64; of the entries in a table: offset, bytes,
-    xxh3_64 of their samples."""
+    parts: as of `stage.find_parts`."""
 
     name: str
     size: int
@@ -55,6 +60,10 @@ class _File:
     @property
     def is_table(self) -> bool:
         return self.name.endswith(TABLE)
+
+    def is_sound(self, path: Path) -> bool:
+        """Has the file at `path` its size, and every sample or entry in it its digest?"""
+        return path.stat().st_size == self.size and is_sound(path, self.parts, self.is_table)
 
 
 def stage_url(url: str, dest: Path, quiet: bool = False) -> tuple[Index, int]:
@@ -120,7 +129,7 @@ def _fetch_index(store: Store, dest: Path) -> Index:
 def _list_wanted(store: Store, index: Index) -> Iterator[_File]:
     listed = store.list()
     for split in index.splits.values():
-        parts = _find_parts(split)
+        parts = find_parts(split)
         for name in list_shard_files(split):
             try:
                 safe_join(index.root, name)
@@ -148,27 +157,6 @@ def _mtime_ns(info: dict[str, Any]) -> int | None:
     return None
 
 
-def _find_parts(split: Split) -> dict[str, np.ndarray]:
-    """Shard or restart table -> `_File.parts`, in the order of the bytes."""
-    records = np.asarray(split.records)
-    columns = [records["offset"], records["size"], records["digest"]]
-    found = dict(zip(split.shards, _by_shard(split, columns), strict=True))
-    if split.restart is not None:
-        restart = np.asarray(split.restart)
-        columns = [restart["table_offset"], restart["table_size"], records["digest"]]
-        found |= zip(map(table_name, split.shards), _by_shard(split, columns), strict=True)
-    return found
-
-
-def _by_shard(split: Split, columns: list[np.ndarray]) -> list[np.ndarray]:
-    """The columns as uint64 [n, 3] of each shard, sorted by the first."""
-    shard = np.asarray(split.records["shard"])
-    rows = np.stack([column.astype(np.uint64) for column in columns], axis=1)
-    order = np.lexsort((rows[:, 0], shard))
-    cuts = np.searchsorted(shard[order], np.arange(len(split.shards) + 1))
-    return [rows[order[cuts[i] : cuts[i + 1]]] for i in range(len(split.shards))]
-
-
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
@@ -182,7 +170,7 @@ def _is_there(file: _File, dest: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         found = (dest / file.name).stat()
         if file.mtime_ns is None:
-            return _is_sound(dest / file.name, file)
+            return file.is_sound(dest / file.name)
         return (found.st_size, found.st_mtime_ns) == (file.size, file.mtime_ns)
     return False
 
@@ -205,7 +193,7 @@ def _copy(store: Store, file: _File, dest: Path, advance: Callable[[int], None])
                     break
                 target.write(data)
                 advance(min(start + CHUNK, file.size) - start)
-        if _is_sound(temporary, file):
+        if file.is_sound(temporary):
             if file.mtime_ns is not None:
                 os.utime(temporary, ns=(file.mtime_ns, file.mtime_ns))
             temporary.replace(here)
@@ -219,21 +207,3 @@ def _copy(store: Store, file: _File, dest: Path, advance: Callable[[int], None])
         f"{store.url}/{file.name} does not hold {what} its index names; upload the shards and their index "
         "again, or run the same command again"
     )
-
-
-def _is_sound(path: Path, file: _File) -> bool:
-    """Has the file its size, and every sample or entry in it its digest?"""
-    if path.stat().st_size != file.size:
-        return False
-    with path.open("rb") as opened:
-        if file.is_table and opened.read(len(MAGIC)) != MAGIC:
-            return False
-        for offset, size, digest in file.parts.tolist():
-            opened.seek(offset)
-            data = opened.read(size)
-            if file.is_table:
-                if size and not is_intact(data, digest):
-                    return False
-            elif xxhash.xxh3_64_intdigest(data) != digest:
-                return False
-    return True
