@@ -10,6 +10,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError, complain
@@ -118,6 +119,16 @@ def verb_page(command: str, word: str, verbs: dict[str, str]) -> str:
     return "\n".join([head, "", *(f"  {verb:<{width}}  {about}" for verb, about in verbs.items())])
 
 
+def at_home(value: object) -> object:
+    """A path that begins with `~` as the shell would have replaced it: it leaves it in quotes, and in `--from=~/a.zip`.
+
+    Raises RuntimeError for `~NAME` where no account has that name.
+    """
+    if isinstance(value, list):
+        return [at_home(item) for item in value]
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+
+
 def run_command(function: Callable[..., int | None], verb: str, argv: list[str]) -> int:
     """Parse `argv` by the signature of `function` (no default: positional; list[str]: one or more of them) and call it.
 
@@ -135,7 +146,7 @@ def run_command(function: Callable[..., int | None], verb: str, argv: list[str])
     for name in required:  # "" would be the current folder
         if "" in (given[name] if name in several else [given[name]]):
             parser.error(f"{name.upper()} is empty; is a variable not set?")
-    code = function(**given)
+    code = function(**{name: at_home(value) for name, value in given.items()})
     return EXIT_OK if code is None else code
 
 

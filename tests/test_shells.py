@@ -337,3 +337,14 @@ def test_launch_where_the_own_host_name_has_no_address(root, tmp_path):
     done = subprocess.run(script, env=runs.environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert runs.rows(tmp_path / "run", "event")[0]["host"] == "no-such-host-x"
+
+
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(tmp_path, monkeypatch, capsys):
+    """It leaves `~` in quotes, and in `--from=~/a.zip`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["fetch", "~/data", "--from=~/a.zip"]) == 2
+    assert str(tmp_path / "home/a.zip") in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert main(["verify", "~no-such-account/data"]) == 2
+    assert "no account has that name" in capsys.readouterr().err
