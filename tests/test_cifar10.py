@@ -17,6 +17,7 @@ from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.dataset.acquire.sources import cifar10
 from pipeline.dataset.index.index import index_folder, open_index
+from pipeline.dataset.lock import locked
 from pipeline.errors import UserError
 
 CLASSES = [f"class{number}" for number in range(10)]
@@ -118,3 +119,14 @@ def test_a_pickle_that_calls_something_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"mkdir, which is not an array"):
         cifar10._ArrayUnpickler(io.BytesIO(pickle.dumps(Malicious()))).load()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once(archive, tmp_path, capsys):
+    """Each would remove what the other has written, and call what is left verified."""
+    root = tmp_path / "data"
+    (root / cifar10.STATE).mkdir(parents=True)
+    with locked(root / cifar10.STATE / "lock", "busy"):
+        assert main(["fetch", "cifar10", str(root), "--from", str(archive)]) == 2
+    assert f"another fetch is running in {root}" in capsys.readouterr().err
+    assert main(["fetch", "cifar10", str(root), "--from", str(archive)]) == 0
+    check(root)

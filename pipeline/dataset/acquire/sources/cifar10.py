@@ -13,6 +13,7 @@ from pipeline.command import run_command
 from pipeline.counts import count
 from pipeline.dataset.index.index import Index, has_index, index_folder, is_current, open_index
 from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.lock import locked
 from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.files import atomic_open
 from pipeline.progress import Progress
@@ -43,12 +44,14 @@ def fetch_cifar10(dest: str, from_file: str | None = None) -> int:
             raise UserError(f"{root / split} exists already; give another folder, or index it: pipeline index {root}")
     try:
         (root / STATE).mkdir(parents=True, exist_ok=True)
-        archive = check_archive(Path(from_file).expanduser()) if from_file else download(root / STATE / ARCHIVE)
-        for split in BATCHES:
-            if not (root / split).exists():
-                write_tree(root, split, archive)
-        index = build_index(root)
-        shutil.rmtree(root / STATE)
+        busy = f"another fetch is running in {root}; wait for it or stop it"
+        with locked(root / STATE / "lock", busy, wait=False):
+            archive = check_archive(Path(from_file).expanduser()) if from_file else download(root / STATE / ARCHIVE)
+            for split in BATCHES:
+                if not (root / split).exists():
+                    write_tree(root, split, archive)
+            index = build_index(root)
+            shutil.rmtree(root / STATE)
     except OSError as error:
         raise UserError(f"{error.filename or root} can't be written or read ({error.strerror})") from error
     print(f"{root}: complete and verified: {describe(index)}")
