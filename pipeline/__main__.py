@@ -26,7 +26,7 @@ from pipeline.errors import (
     exit_code_of,
     permission_problem,
 )
-from pipeline.files import give_home
+from pipeline.files import PASSING, give_home
 from pipeline.logs import shown_on_command_line
 from pipeline.output import failure_of_stdout, prepare_output, unfailing_output
 from pipeline.rank_env import own_rank
@@ -185,6 +185,9 @@ def _run_verb(verb: str, rest: list[str]) -> int:
         complain(f"pipeline {verb}", permission_problem(error))
         return EXIT_USER
     except OSError as error:
+        if error.errno in PASSING and error.filename is not None:
+            complain(f"pipeline {verb}", f"{error.filename}: {error.strerror}; run the same command again")
+            return EXIT_RETRY
         names_output = error.filename is None and not isinstance(error, BrokenPipeError)  # that one: see `main`
         problem = failure_of_stdout() if names_output else None
         if problem is None:

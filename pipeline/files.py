@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 DISK_FULL = "disk full"
 LATE_S = 3.0  #: seconds that a network file system may need to show what another node made
+#: what a network file system says while its server is away for a moment
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
 FREE = "free some space"  #: the remedy for what `why_full` says
 
 

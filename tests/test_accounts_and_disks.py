@@ -17,10 +17,11 @@ from test_index import make_folder
 from test_layouts import official_tars
 
 from pipeline.__main__ import main
-from pipeline.dataset import disk, lock
+from pipeline.dataset import disk, lock, valprep
 from pipeline.dataset.index import scan, scan_journal
+from pipeline.dataset.index.index import Split
 from pipeline.dataset.index.scan import build_index
-from pipeline.dataset.shards import pack
+from pipeline.dataset.shards import marker, pack
 from pipeline.dataset.shards.format import ShardWriter
 from pipeline.files import why_full
 
@@ -244,6 +245,35 @@ def test_a_disk_that_fills_up_is_one_line(pets, tmp_path, monkeypatch, capsys, w
     assert error.startswith("pipeline pack: ") and (
         "No space left" in error or "disk full" in error or "quota" in error
     )
+
+
+@pytest.mark.parametrize("what", ["the index", "an image", "a shard", "the folder", "a list"])
+def test_a_server_that_is_away_for_a_moment_is_not_the_users_mistake(pets, tmp_path, monkeypatch, capsys, what):
+    """Exit code 1, try again: nothing is to be built again, looked at or removed."""
+    build_index(pets)
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(tmp_path / what))
+
+    def fail(*_, **__):
+        raise stale
+
+    read = Path.read_bytes
+    argv = ["pack", str(pets), str(tmp_path / "out"), "--processes", "1"]
+    if what == "the index":
+        monkeypatch.setattr(Path, "read_bytes", lambda path: fail() if path.name == "index.json" else read(path))
+        argv = ["stage", *argv[1:3]]
+    elif what == "an image":
+        monkeypatch.setattr(Split, "read", fail)
+    elif what == "a shard":
+        monkeypatch.setattr(ShardWriter, "_member", fail)
+    elif what == "the folder":
+        monkeypatch.setattr(marker, "atomic_write", fail)
+    else:
+        monkeypatch.setattr(valprep, "sort_val", fail)
+        argv = ["valprep", str(pets)]
+    assert main(argv) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"pipeline {argv[0]}: ") and "Stale file handle" in error
+    assert not re.search("verify|built? |another folder|remove", error)
 
 
 @needs_setpriv

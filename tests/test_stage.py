@@ -19,7 +19,7 @@ from pipeline.dataset.index.index import RECORD, open_index
 from pipeline.dataset.index.write import write_index
 from pipeline.dataset.shards import stage
 from pipeline.dataset.shards.stage import locked_folder, stage_shards
-from pipeline.errors import UserError
+from pipeline.errors import TransientError, UserError
 
 
 @pytest.fixture
@@ -115,6 +115,14 @@ def test_a_copy_is_compared_with_the_index(packed, tmp_path, monkeypatch, capsys
         assert content(tmp_path / "local") == before
     assert err.count("\n") == 1
     assert content(tmp_path / "local") == content(packed)
+
+
+def test_a_source_that_fails_is_not_called_unwritable(packed, tmp_path):
+    shard = packed / "train-1.tar"
+    shard.unlink()
+    shard.symlink_to("/proc/self/mem")  # reading its first bytes is an input/output error
+    with pytest.raises(TransientError, match=f"can't read {shard} "):
+        stage_shards(packed, tmp_path / "local", quiet=True)
 
 
 def test_after_an_error_the_rest_is_not_copied(packed, tmp_path, monkeypatch):

@@ -24,11 +24,11 @@ from pipeline.counts import count
 from pipeline.dataset.index.index import Split
 from pipeline.dataset.shards.restart import TABLE, Cut, TableError, plan_cut
 from pipeline.errors import TransientError
+from pipeline.files import PASSING
 from pipeline.limits import SPARE_FILES, open_files_limit
 from pipeline.loader.reading_threads import ReadingThreads
 from pipeline.logs import logger
 
-_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN}
 _LOCAL_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # this process's limits, not the file's fault
 _RETRY_AFTER_S = (0.1, 1.0, 5.0)  # short failures of a network file system
 T = TypeVar("T")
@@ -167,7 +167,7 @@ class Source:
                 late = isinstance(error, FileNotFoundError) and self._may_come_late(sample_id)
                 if wait is None and late:
                     self._gone.add(self.split.path(sample_id).parent)
-                if wait is None or not (late or getattr(error, "errno", None) in _TRANSIENT):
+                if wait is None or not (late or getattr(error, "errno", None) in PASSING):
                     raise UnreadableSample(sample_id, str(error)) from error
                 time.sleep(wait)
             finally:

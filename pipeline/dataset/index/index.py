@@ -18,8 +18,10 @@ import numpy as np
 import xxhash
 
 from pipeline.config import DataConfig
+from pipeline.dataset.disk import explain_read
 from pipeline.dataset.index.left_out import LeftOut
 from pipeline.errors import UserError
+from pipeline.files import PASSING
 
 RECORD = np.dtype(
     [
@@ -191,6 +193,7 @@ def open_index(folder: Path) -> Index:
     except FileNotFoundError:
         raise UserError(f"no index at {path}; {again}") from None
     except (OSError, ValueError) as error:
+        _refuse_absence(error, path)
         raise UserError(f"index {path} can't be read ({error}); {again}") from error
     try:
         if meta["format"] != FORMAT:
@@ -215,7 +218,14 @@ def open_index(folder: Path) -> Index:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, SyntaxError, TokenError) as error:
         if isinstance(error, UserError):
             raise
+        _refuse_absence(error, path)
         raise UserError(f"index {path} is damaged ({error}); {again}") from error
+
+
+def _refuse_absence(error: Exception, path: Path) -> None:
+    """TransientError where the disk or its server is away for a moment: nothing is to be built again."""
+    if isinstance(error, OSError) and error.errno in PASSING:
+        raise explain_read(error, error.filename or path) from error
 
 
 def _read_left_out(found: dict) -> LeftOut:

@@ -20,8 +20,8 @@ from pipeline.dataset.index.index import RESTART
 from pipeline.dataset.lock import try_lock
 from pipeline.dataset.shards.records import STATE, shard_name, write_records
 from pipeline.dataset.shards.restart import MAGIC, make_entry, table_name
-from pipeline.errors import UserError
-from pipeline.files import atomic_write, reason_of
+from pipeline.errors import TransientError, UserError
+from pipeline.files import PASSING, atomic_write, reason_of
 
 BLOCK = tarfile.BLOCKSIZE
 _HEADER = tarfile.TarInfo().tobuf(tarfile.GNU_FORMAT)  # with neither name nor size
@@ -127,8 +127,10 @@ class ShardWriter:
                 return file
             file.close()  # another process has just finished it
 
-    def _explain(self, error: OSError) -> UserError:
+    def _explain(self, error: OSError) -> UserError | TransientError:
         reason = reason_of(error, self.path)
+        if error.errno in PASSING:
+            return TransientError(f"can't write {self.path} ({reason}); run the same command again")
         return UserError(
             f"can't write {self.path} ({reason}); fix that or give another folder, and run the command again"
         )

@@ -5,12 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
+from pipeline.dataset.disk import explain
 from pipeline.dataset.index.index import PACKED, Index, index_folder, open_sound
 from pipeline.dataset.selected import MANIFEST
 from pipeline.dataset.shards.plan import Options, Plan
 from pipeline.dataset.shards.records import STATE
 from pipeline.errors import UserError, permission_problem
-from pipeline.files import atomic_write, reason_of
+from pipeline.files import PASSING, atomic_write, reason_of
 
 _OWN = (MANIFEST, ".fetch", STATE)  # what may be there before the marker is
 
@@ -75,6 +76,8 @@ def prepare(dest: Path, index: Index, options: Options, plan: Plan) -> bool:
             )
         atomic_write(dest / PACKED, json.dumps(marker, indent=1) + "\n")
     except OSError as error:
+        if error.errno in PASSING:
+            raise explain(error, dest) from error
         raise UserError(f"can't write into {dest} ({reason_of(error, dest)}); give another folder") from error
     return False
 

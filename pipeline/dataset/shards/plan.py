@@ -10,11 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
+from pipeline.dataset.disk import explain_read
 from pipeline.dataset.index.index import Index
 from pipeline.dataset.shards.format import SAMPLE_OVERHEAD
 from pipeline.dataset.shards.reencode import reencode
 from pipeline.errors import UserError
-from pipeline.files import appears
+from pipeline.files import PASSING, appears
 
 AUTO_RESTART = 8  # MCUs a restart interval: the files do not grow, as their Huffman tables are optimized, too
 RESTART_GROWTH = 1.08  # at most so much larger for restart markers and their tables (an interval of one MCU)
@@ -139,6 +140,8 @@ def read_checked(index: Index, split: str, sample: int) -> bytes:
                 raise
             data = of_split.read(sample)
     except OSError as error:
+        if error.errno in PASSING:
+            raise explain_read(error, of_split.path(sample)) from error
         raise UserError(f"image {of_split.name(sample)} can't be read ({error.strerror}); {remedy}") from error
     if xxhash.xxh3_64_intdigest(data) != int(of_split.records["digest"][sample]):
         raise UserError(f"image {of_split.name(sample)} has changed since it was indexed; {remedy}")

@@ -5,16 +5,17 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
 from pipeline.command import run_command
-from pipeline.dataset.disk import check_space, explain
+from pipeline.dataset.disk import check_space, explain, explain_read
 from pipeline.dataset.index.index import (
     MAIN_FILE,
     PACKED,
@@ -111,7 +112,7 @@ def copy_file(
     here.parent.mkdir(parents=True, exist_ok=True)
     temporary = here.with_name(f".{here.name}.stage.tmp")
     with there.open("rb") as source, temporary.open("wb") as target:
-        while piece := source.read(CHUNK):
+        for piece in _read(source, there):
             target.write(piece)
             advance(len(piece))
     if not is_whole(temporary):
@@ -124,6 +125,15 @@ def copy_file(
         print(f"{there}: {what}", file=sys.stderr, flush=True)
     shutil.copystat(there, temporary)
     temporary.replace(here)
+
+
+def _read(source: BinaryIO, there: Path) -> Iterator[bytes]:
+    """The bytes of a file, in pieces; its disk is not taken for the copy's."""
+    try:
+        while piece := source.read(CHUNK):
+            yield piece
+    except OSError as error:
+        raise explain_read(error, there) from error
 
 
 def stage_shards(source: Path, dest: Path, index: Path | None = None, quiet: bool = False) -> tuple[Index, int]:
