@@ -17,6 +17,7 @@ from pipeline.dataset.acquire.access.remote import Address, LocalFile
 from pipeline.dataset.acquire.manifest import MANIFEST, read_manifest
 from pipeline.errors import TransientError, UserError
 
+TINY = Path(__file__).with_name("tiny.yaml")
 FAILING = Path("/proc/self/mem")  # reading its first bytes is an input/output error
 
 
@@ -155,6 +156,26 @@ def test_a_part_is_not_called_complete_beside_classes_that_are_not(
     assert main([*command, "--classes", "1"]) == 0, "whole classes are no leftovers"
     if split == "all":
         assert_whole(dest, kaggle_members)
+
+
+@pytest.mark.parametrize("verb", ["index", "pack", "train"])
+def test_what_a_stopped_fetch_has_left_is_not_taken_for_the_data_set(kaggle_zip, tmp_path, monkeypatch, capsys, verb):
+    """A job that was to train after an overnight fetch trained on the part that had come."""
+    dest, out = tmp_path / "data", tmp_path / "out"
+    command = ["fetch", str(dest), "--from", str(kaggle_zip), *QUICK]
+    argv = {
+        "index": ["index", str(dest)],
+        "pack": ["pack", str(dest), str(out)],
+        "train": ["train", "--config", str(TINY), "--data.root", str(dest), "--run_dir", str(out)],
+    }[verb]
+    stop_before_the_end(monkeypatch, command)
+    valprep.sort_val(dest)
+    assert main(argv) == 2
+    assert f"the fetch into {dest} is not finished: run the same pipeline fetch again" in capsys.readouterr().err
+    assert not list(out.glob("*.tar"))
+    if verb != "train":
+        assert main(command) == 0
+        assert main(argv) == 0
 
 
 def test_an_archive_that_cannot_be_read_is_not_called_unwritable(tmp_path):

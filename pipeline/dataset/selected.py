@@ -3,10 +3,19 @@
 import json
 from pathlib import Path
 
-from pipeline.dataset.index.index import PACKED
 from pipeline.errors import UserError
 
+PACKED = "pack.json"  #: marks a folder of packed shards
 MANIFEST = "fetch.json"  #: written by `fetch`; `pack` copies its selection into `pack.json`
+
+
+def is_unfinished(root: Path) -> bool:
+    """Was a fetch into `root` begun that has not ended yet? Then its images are a part, of no one's choice."""
+    try:
+        noted = json.loads((root / MANIFEST).read_bytes())
+        return noted["selected"] != noted["whole"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):
+        return False
 
 
 def read_selected(root: Path) -> dict[str, str | list[str]] | None:

@@ -233,7 +233,7 @@ def _finish(root: Path, index: bool) -> None:
     elif index and set(manifest.selected) == set(SPLITS):
         from pipeline.dataset.index.scan import build_index, read_unreadable
 
-        made = build_index(root)
+        made = build_index(root, by_fetch=True)
         bad = [entry["file"] for entries in read_unreadable(made.folder).values() for entry in entries]
         if bad:
             raise UserError(

@@ -20,6 +20,7 @@ import xxhash
 from pipeline.config import DataConfig
 from pipeline.dataset.disk import explain_read
 from pipeline.dataset.index.left_out import LeftOut
+from pipeline.dataset.selected import PACKED as PACKED
 from pipeline.errors import UserError
 from pipeline.files import PASSING
 
@@ -48,7 +49,6 @@ RESTART = np.dtype(
     ]
 )
 FORMAT = 1
-PACKED = "pack.json"  #: name of the file that marks a folder of packed shards
 FOLDER = "index"  #: name of the index folder inside a data root
 MAIN_FILE = "index.json"  #: the file of an index folder that is written last
 

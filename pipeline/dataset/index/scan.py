@@ -36,6 +36,7 @@ from pipeline.dataset.layouts.find import Layout, find_layout
 from pipeline.dataset.layouts.words import read_words
 from pipeline.dataset.lock import locked
 from pipeline.dataset.names import distinguish, twin_of
+from pipeline.dataset.selected import MANIFEST, is_unfinished
 from pipeline.dataset.workers import READERS
 from pipeline.errors import UserError
 from pipeline.files import atomic_write, reason_of
@@ -119,6 +120,7 @@ def build_index(
     processes: int | None = None,
     to_score: bool = False,
     recheck: bool = False,
+    by_fetch: bool = False,
 ) -> Index:
     """Scan `root` (see `layouts.find_layout`) and write its index; an index that is still valid is only opened.
 
@@ -129,8 +131,10 @@ def build_index(
         to_score: a validation split alone is enough (see there); where the root is that split, the index
             goes beside it, to `ROOT.index`.
         recheck: also look at each file: whether one was rewritten, or one that it left out is fixed.
+        by_fetch: a fetch has made the tree, and it is whole by now.
 
-    Raises UserError for a tree that is not in class folders, an empty class, or a folder that can't be written.
+    Raises UserError for a tree that is not in class folders, an empty class, a fetch that was stopped, or a folder that
+    can't be written.
     """
     known = (root / PACKED).exists() or has_index(index_folder(root))
     folder = folder or (index_folder(root) if known else _default_folder(root, to_score))
@@ -152,6 +156,11 @@ def build_index(
 
     if previous is not None and is_valid(previous):
         return previous
+    if not by_fetch and is_unfinished(root):
+        raise UserError(
+            f"the fetch into {root} is not finished: run the same pipeline fetch again, or remove {root / MANIFEST} to "
+            "take what is there as the data set"
+        )
     with locked_folder(folder):
         previous = open_previous(folder, quiet=True)
         if previous is not None and is_valid(previous):  # by the process that was waited for

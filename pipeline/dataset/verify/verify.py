@@ -171,7 +171,7 @@ def repair_root(report: Report, decode: bool, processes: int | None, quiet: bool
     if report.mislabeled:
         valprep.sort_val(report.root)
     if report.index is not None:
-        build_index(report.root, report.index.folder, processes)
+        build_index(report.root, report.index.folder, processes, by_fetch=True)
     folder = report.index.folder if report.index is not None else None
     return verify_root(report.root, decode, processes, quiet, before=report, index=folder)
 
