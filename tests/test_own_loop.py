@@ -1,14 +1,22 @@
 """`TrainLoader` and `EvalLoader`, the loader for a loop of one's own."""
 
 import copy
+import gc
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import runs
 import torch
+from torch.utils.data import DataLoader
 
 from pipeline import EvalLoader, TrainLoader
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig, parse_config
@@ -218,6 +226,55 @@ def test_an_iterator_of_a_closed_loader_says_so(root):
     loader.close()
     with pytest.raises(UserError, match="its loader was closed"):
         next(batches)
+
+
+@pytest.mark.parametrize("kind", [TrainLoader, EvalLoader])
+def test_a_loader_that_nobody_has_any_more_is_free(root, kind):
+    """At once, also in the midst of an epoch: a loop that makes one for each epoch has the memory of one."""
+    loader = kind(root, 12, 32, device="cpu")
+    before = threading.active_count()
+    gc.disable()
+    try:
+        list(loader)
+        next(iter(loader))
+        stream = loader._reader.stream
+        parts = [weakref.ref(part) for part in (loader, stream, stream.decoder, stream.source)]
+        del loader, stream
+        deadline = time.monotonic() + 20  # a thread ends what it is at
+        while (any(part() for part in parts) or threading.active_count() > before) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [part() for part in parts] == [None] * 4 and threading.active_count() <= before
+    finally:
+        gc.enable()
+
+
+def test_a_loader_in_a_forked_process_says_that_its_threads_are_not_there(root):
+    """It waited for them without end."""
+    loader = TrainLoader(root, **SMALL)
+    batches = iter(loader)
+    next(batches)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        said = []
+        for read in (lambda: next(batches), lambda: next(iter(loader))):
+            try:
+                read()
+            except UserError as error:
+                said.append("make a loader in each process" in str(error))
+        os._exit(0 if said == [True, True] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(list(batches)) == 4
+
+
+def test_torchs_dataloader_around_a_loader_is_named(root, monkeypatch):
+    loader = TrainLoader(root, **SMALL)
+    for options in ({}, {"batch_size": None}, {"shuffle": True}):
+        with pytest.raises(UserError, match="loop over it as it is, without torch's DataLoader"):
+            next(iter(DataLoader(loader, **options)))
+    monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: SimpleNamespace(num_workers=2))
+    with pytest.raises(UserError, match=r"each of the 2 workers .* would read all batches"):
+        next(iter(loader))
 
 
 def test_a_validation_batch_of_which_nothing_can_be_read_is_left_out(root, tmp_path):

@@ -60,7 +60,7 @@ class EvalLoader(LoaderBase):
 
     def _setup(self, config: Config, raw: bool, place: RankInfo, batch_size: int | None = None) -> None:
         self.config, self.raw, self.place = config, raw, place
-        self._reader = Reader(self._open)
+        self._reader = Reader()
         if batch_size is None:
             self.local_batch_size = config.train.local_eval_batch_size(place.size)
         else:
@@ -78,7 +78,7 @@ class EvalLoader(LoaderBase):
         return -(-own // self.local_batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in self._reader.read(0, len(self)):
+        for batch in self._reader.read(self._open, 0, len(self)):
             yield (batch.images, batch.targets) if self.raw else self._finish(batch)
 
     def _open(self) -> Stream:

@@ -71,6 +71,13 @@ class LoaderBase:
             "make one in each process (the position of a TrainLoader: state_dict(), load_state_dict())"
         )
 
+    def __getitem__(self, number: Any) -> Any:
+        """Raises UserError: torch's DataLoader takes the loader for a list of samples."""
+        raise UserError(
+            f"a {type(self).__name__} has no items: it makes whole batches, with threads of its own; loop over it as "
+            "it is, without torch's DataLoader"
+        )
+
     def close(self) -> None:
         """End the threads that read and decode. The loader can be used again."""
         self._reader.close()

@@ -198,32 +198,43 @@ class Finisher:
 
 
 class Reader:
-    """Reads ranges of batches of a stream, which is opened at the first read; one range at a time.
+    """Reads ranges of batches of a stream, which is opened at the first read; one range at a time. It does not know its
+    loader, so that threads and memory are free as soon as nobody has the loader any more.
 
     Args:
-        make_stream: opens the stream.
         reads_on: read beyond the end of a range, so that a range which follows it has begun already.
     """
 
-    def __init__(self, make_stream: Callable[[], Stream], reads_on: bool = False):
-        self.make_stream = make_stream
+    def __init__(self, reads_on: bool = False):
         self.stream: Stream | None = None
+        self._process = 0  # that opened the stream
         self._reads_on = reads_on
         self._batches = OngoingBatches(sys.maxsize if reads_on else 0)
         self._newest: object = None  # of the ranges
 
-    def read(self, start: int, stop: int) -> Iterator[Batch]:
+    def read(self, make_stream: Callable[[], Stream], start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start..stop-1; fewer where nothing of a validation batch can be read. Raises UserError
-        where another range was begun, or the loader closed, since."""
+        where another range was begun, or the loader closed, since, and in a process that can't read them.
+
+        make_stream: opens the stream.
+        """
         if start >= stop:
             return
+        workers = torch.utils.data.get_worker_info()
+        if workers is not None and workers.num_workers > 1:
+            raise UserError(
+                f"each of the {workers.num_workers} workers of a torch DataLoader would read all batches; loop over "
+                "the loader itself, which reads with threads of its own, or give num_workers=0"
+            )
         if self.stream is None:
-            self.stream = self.make_stream()
+            self.stream, self._process = make_stream(), os.getpid()
+        self._check_process()
         self._newest = this = object()
         batches = self._batches.read(self.stream, start, stop, frozenset())
         try:
             for batch in itertools.islice(batches, stop - start):
                 yield batch
+                self._check_process()
                 if self._newest is None:
                     raise UserError("this iterator ended when its loader was closed; begin another one")
                 if self._newest is not this:
@@ -234,6 +245,13 @@ class Reader:
         finally:
             if self._newest is this and not self._reads_on:
                 self._batches.close()
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise UserError(
+                "this process was forked from one that reads with this loader, whose threads it lacks: it would wait "
+                "for them; make a loader in each process"
+            )
 
     def close(self) -> None:
         """End the threads that read and decode; the next read starts new ones."""

@@ -23,6 +23,7 @@ from pipeline.loader.setup import (
     make_config,
     with_root,
 )
+from pipeline.loader.stream import Stream
 from pipeline.logs import logger
 from pipeline.rank_info import RankInfo
 
@@ -112,12 +113,7 @@ class TrainLoader(LoaderBase):
             raise UserError(as_argument(str(error))) from None
         self.step = 0  #: batches that were yielded, since the beginning of epoch 0; the index of the next one
         self._resumed_at = 0  # epochs are not begun before this step
-        self._reader = Reader(
-            lambda: make_train_stream(
-                self.index, self.plan, config.data, self.place, applies=None if raw else config.augment
-            ),
-            reads_on=True,
-        )
+        self._reader = Reader(reads_on=True)
 
     # --- what there is
 
@@ -201,10 +197,14 @@ class TrainLoader(LoaderBase):
         self.step = self._resumed_at if self._resumed_at in steps else steps.start
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for step, batch in enumerate(self._reader.read(start, stop), start):
+        for step, batch in enumerate(self._reader.read(self._open, start, stop), start):
             found = (batch.images, batch.targets) if self.raw else self._finish(batch)
             self.step = step + 1
             yield found
+
+    def _open(self) -> Stream:
+        applied = None if self.raw else self.config.augment
+        return make_train_stream(self.index, self.plan, self.config.data, self.place, applies=applied)
 
     # --- saving and resuming
 

@@ -9,6 +9,7 @@ CPU's, and a run must not depend on which one a node has. On a GPU DALI resizes 
 """
 
 import re
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -95,6 +96,13 @@ class DaliDecoder:
         dali: Any = nvidia.dali  # its stubs lack much of what it has
         fn, pipeline_def, types = dali.fn, dali.pipeline_def, dali.types
 
+        own = weakref.ref(self)  # so that both are free as soon as nobody has the decoder any more
+
+        def feed() -> tuple:
+            decoder = own()
+            assert decoder is not None
+            return decoder._next()
+
         types_of_rows = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT]
         rows = 7 if self.on_gpu else 3
         kind = types.INTERP_CUBIC if self.interpolation == "bicubic" else types.INTERP_LINEAR
@@ -102,7 +110,7 @@ class DaliDecoder:
         @pipeline_def(device_id=self.device.index or 0 if self.on_gpu else None, exec_dynamic=True, **self.settings)
         def graph() -> Any:
             data, anchor, shape, *more = fn.external_source(
-                source=self._next,
+                source=feed,
                 num_outputs=rows,
                 batch=True,
                 no_copy=False,
@@ -131,7 +139,15 @@ class DaliDecoder:
 
     def decode(self, batches: Iterable[EncodedBatch]) -> Iterator[torch.Tensor]:
         """Images uint8 [B, H, W, 3] of each batch, in order. After UndecodableSample, `decode` can be called again."""
-        self._feed, self._handed = iter(batches), deque()
+        self._feed = feed = iter(batches)
+        try:
+            yield from self._decode()
+        finally:
+            if self._feed is feed:  # which may know whoever has this decoder
+                self._feed = iter(())
+
+    def _decode(self) -> Iterator[torch.Tensor]:
+        self._handed = deque()
         pipeline, self.pipeline = self.pipeline or self._build(), None
         resizing: deque[Resizing] = deque()  # on a CPU a batch is resized while the next is decoded
         while True:
