@@ -19,11 +19,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipeline import EvalLoader, TrainLoader
+from pipeline.__main__ import main
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig, parse_config
 from pipeline.dataset.index.index import index_folder
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
-from pipeline.loader.build import make_train_plan, make_train_stream
+from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
 from pipeline.loader.stream import Stream
 from pipeline.rank_info import RankInfo
 from pipeline.training.optim.loss import ClassLoss
@@ -443,6 +444,25 @@ def test_validation_needs_no_training_images(root, tmp_path):
         shutil.copy(split.path(sample), folder)
     with EvalLoader(tmp_path / "photos", image_size=32, device="cpu") as loader:
         assert sum(len(targets) for _, targets in loader) == 24
+
+
+def test_training_needs_no_validation_images(root, tmp_path, capsys):
+    """The same batches; whatever needs both splits says what is missing, also by an index of one."""
+    own = shutil.copytree(root, tmp_path / "data", ignore=shutil.ignore_patterns("val", "index", "*.csv"))
+    loader, whole = TrainLoader(own, **SMALL), TrainLoader(root, **SMALL)
+    assert_same(next(iter(whole)), [next(iter(loader))])
+    assert list(loader.index.splits) == ["train"] and loader.digest(0) == whole.digest(0)
+    for other in (EvalLoader(own, 20, 32), EvalLoader.from_config(loader.config)):
+        with pytest.raises(UserError, match="neither val/ nor test/"):
+            len(other)
+    with pytest.raises(UserError, match="no validation images; give a data root with val/"):
+        make_eval_stream(loader.index, loader.config.data, 4, loader.place)
+    preflight = ["preflight", "--config", str(runs.TINY), "--data.root", str(own), "--run_dir", str(tmp_path / "run")]
+    assert main([*preflight, "--train.device", "cpu"]) == 2
+    assert f"{own} has no validation images" in capsys.readouterr().out
+    shutil.rmtree(index_folder(own))
+    assert main([*preflight, "--train.device", "cpu"]) == 2
+    assert "neither val/ nor test/" in capsys.readouterr().out
 
 
 def test_a_stream_says_whose_augmentation_it_does_not_apply(root):

@@ -59,13 +59,15 @@ def _images(config: Config, data_root: str | None) -> tuple[torch.Tensor, str]:
     root = Path(data_root or config.data.root).expanduser()
     folder = locate_index(config.data, data_root)
     if has_index(folder) and root.is_dir():
-        stream = make_eval_stream(open_index(folder), config.data, IMAGES, RankInfo())
-        try:
-            batch = next(iter(stream.batches(0, 1)))
-        finally:
-            stream.close()
-        if len(batch):
-            return batch.images, "validation"
+        index = open_index(folder)
+        if "val" in index.splits:
+            stream = make_eval_stream(index, config.data, IMAGES, RankInfo())
+            try:
+                batch = next(iter(stream.batches(0, 1)))
+            finally:
+                stream.close()
+            if len(batch):
+                return batch.images, "validation"
     side = config.data.val_size
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (8, side, side, 3), dtype=torch.uint8, generator=generator), "random"

@@ -39,7 +39,7 @@ class EvalLoader(LoaderBase):
     Raises UserError (a ValueError) in one line for what can't be done, TransientError for what broke underneath.
     """
 
-    _to_score = True
+    _split = "val"
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class LoaderBase:
     raw: bool
     place: RankInfo
     _reader: Reader
-    _to_score = False  #: validation images alone are enough
+    _split: str  #: "train" or "val", which it reads
 
     @classmethod
     def from_config(
@@ -43,7 +43,7 @@ class LoaderBase:
     @cached_property
     def index(self) -> Index:
         """The opened data set; its index is built first where there is none."""
-        return open_root(self.config.data, self._to_score)
+        return open_root(self.config.data, self._split)
 
     @property
     def device(self) -> torch.device:

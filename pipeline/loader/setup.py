@@ -106,13 +106,14 @@ def as_argument(message: str, names: Mapping[str, str] = MappingProxyType({})) -
     return re.sub(r"(?:--)?\b((?:data|augment|train|model)\.[a-z_]+)", rename, message)
 
 
-def open_root(data: DataConfig, to_score: bool = False) -> Index:
+def open_root(data: DataConfig, split: str) -> Index:
     """The index of `data.root`, built first where it is missing: by one of the processes that ask, while the others
-    wait. to_score: validation images alone are enough. Raises UserError where there is no data set."""
+    wait. split: "train" or "val", which alone is enough. Raises UserError where there is no data set."""
     if not data.root:
-        raise UserError("root is missing: give the folder that holds train/ and val/")
+        raise UserError("root is missing: give the folder that holds train/ or val/")
     root = Path(data.root).expanduser()
-    return build_index(root, Path(data.index).expanduser() if data.index else None, to_score=to_score)
+    folder = Path(data.index).expanduser() if data.index else None
+    return build_index(root, folder, to_score=split == "val", to_train=split == "train")
 
 
 def find_rank(rank: int | None, world_size: int | None, device: torch.device | str | None) -> RankInfo:

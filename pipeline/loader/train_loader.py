@@ -50,7 +50,7 @@ class TrainLoader(LoaderBase):
     and the number of batches of an epoch may differ by one.
 
     Args:
-        root: data root: an ILSVRC root, a folder with train/ and val/, or packed shards.
+        root: data root: an ILSVRC root, a folder with train/ (val/ is not needed), or packed shards.
         batch_size: images a step over all ranks; a multiple of the number of ranks.
         image_size: pixels of an image's side.
         seed: of order, crops and augmentation; 0 to 2^63 - 1.
@@ -70,6 +70,8 @@ class TrainLoader(LoaderBase):
 
     Raises UserError (a ValueError) in one line for what can't be done, TransientError for what broke underneath.
     """
+
+    _split = "train"
 
     def __init__(
         self,

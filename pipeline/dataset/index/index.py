@@ -100,6 +100,18 @@ class Split:
         return safe_join(self.root, self.name(sample_id) if shard < 0 else self.shards[shard])
 
 
+class Splits(dict[str, Split]):
+    """The splits of an index. Raises UserError for one that the data set does not have."""
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name: str) -> Split:
+        kind = {"train": "training", "val": "validation"}.get(name, name)
+        raise UserError(f"{self.root} has no {kind} images; give a data root with {name}/, or put them there")
+
+
 @dataclass(frozen=True)
 class Index:
     """An opened index. `synsets` and `words` are in label order; `fingerprint` covers content and order, not places."""
@@ -199,7 +211,7 @@ def open_index(folder: Path) -> Index:
         if meta["format"] != FORMAT:
             raise UserError(f"index {path} has format {meta['format']}, this version reads {FORMAT}; {again}")
         root = (folder / meta["root"]).resolve()
-        splits = {}
+        splits = Splits(root)
         for name, entry in meta["splits"].items():
             records = np.load(safe_join(folder, entry["records"]), mmap_mode="r", allow_pickle=False)
             if records.dtype != RECORD or records.shape != (entry["count"],):

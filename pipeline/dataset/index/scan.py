@@ -119,6 +119,7 @@ def build_index(
     folder: Path | None = None,
     processes: int | None = None,
     to_score: bool = False,
+    to_train: bool = False,
     recheck: bool = False,
     by_fetch: bool = False,
 ) -> Index:
@@ -130,6 +131,7 @@ def build_index(
         processes: default: every core that this process may use.
         to_score: a validation split alone is enough (see there); where the root is that split, the index
             goes beside it, to `ROOT.index`.
+        to_train: a training split alone is enough.
         recheck: also look at each file: whether one was rewritten, or one that it left out is fixed.
         by_fetch: a fetch has made the tree, and it is whole by now.
 
@@ -137,13 +139,13 @@ def build_index(
     can't be written.
     """
     known = (root / PACKED).exists() or has_index(index_folder(root))
-    folder = folder or (index_folder(root) if known else _default_folder(root, to_score))
+    folder = folder or (index_folder(root) if known else _default_folder(root, to_score, to_train))
     previous = open_previous(folder)
     if previous is not None and previous.is_packed:  # there is no tree to scan
         return previous
     if previous is None and (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards without a sound index; run the same pack command again")
-    layout = find_layout(root.resolve(), to_score)
+    layout = find_layout(root.resolve(), to_score, to_train)
     root = layout.root
     if layout.note:
         print(layout.note, file=sys.stderr, flush=True)
@@ -168,9 +170,9 @@ def build_index(
         return _scan(layout, folder, previous, processes or available_cores())
 
 
-def _default_folder(root: Path, to_score: bool) -> Path:
+def _default_folder(root: Path, to_score: bool, to_train: bool) -> Path:
     """Where the index of a root without one goes: into it; but never into a split, where it would be a class."""
-    layout = find_layout(root.resolve(), to_score)
+    layout = find_layout(root.resolve(), to_score, to_train)
     if layout.folders == {"val": (root.resolve(),)}:
         return layout.root.with_name(f"{layout.root.name}.index")
     return index_folder(layout.root if root.resolve() in layout.places() else root)
@@ -202,11 +204,12 @@ def scan_listings(
     """
     whole = next(iter(listings))  # the split that every class is in: train, or the only one
     classes = listings[whole].classes
-    unknown = sorted(set(listings["val"].classes) - set(classes))
+    last = list(listings)[-1]  # val, or the only one
+    unknown = sorted(set(listings[last].classes) - set(classes))
     if unknown:
         twin = twin_of(unknown[0], classes)
         remedy = "add or remove it" if twin is None else f"it is {distinguish(unknown[0], twin)}"
-        raise UserError(f"{homes['val']} has the class '{unknown[0]}' that {homes[whole]} does not have; {remedy}")
+        raise UserError(f"{homes[last]} has the class '{unknown[0]}' that {homes[whole]} does not have; {remedy}")
     splits: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
     bad, done = {}, False
     journal = None

@@ -35,7 +35,8 @@ class TarFiles:
 
 @dataclass(frozen=True)
 class Layout:
-    """A data root that was taken: the folders or the tar files of each split ("train", "val"; to score, "val" alone).
+    """A data root that was taken: the folders or the tar files of each split ("train", "val"; to score or to train,
+    one of them alone).
 
     note: one line that says what was taken instead of the folder that was given, or of two, and which files of the
     splits are missing or not read; empty where all is clear.
@@ -61,11 +62,11 @@ class Layout:
         return places + [path for tars in self.tars.values() for path in tars.files]
 
 
-def find_layout(root: Path, to_score: bool = False) -> Layout:
+def find_layout(root: Path, to_score: bool = False, to_train: bool = False) -> Layout:
     """The layout of the data root `root`, or of the one folder just above or below it that is a data root.
 
     to_score: a validation split alone is enough; where `root` holds no train/, it may be that split itself, a folder a
-    class (as ImageNet-V2 comes).
+    class (as ImageNet-V2 comes). to_train: a training split alone is enough.
 
     Raises UserError for anything else, in one line that says what `root` holds and what to do.
     """
@@ -80,7 +81,7 @@ def find_layout(root: Path, to_score: bool = False) -> Layout:
         foreign = describe_format(root) if bare else None
         if foreign is not None:
             raise foreign
-        if "val" not in own.splits:
+        if "val" not in own.splits and not to_train:
             what = own.tars["train"].files[0].name if "train" in own.tars else "train/"
             where = (
                 f"put {OFFICIAL['val']} beside it"

@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.config import Config, DataConfig
 from pipeline.dataset.index.index import Split, has_index, locate_index, open_sound
 from pipeline.dataset.index.left_out import describe
+from pipeline.dataset.layouts.find import find_layout
 from pipeline.errors import UserError, permission_problem
 from pipeline.gpu_facts import (
     builds_problem,
@@ -138,6 +139,11 @@ def _probe_data(data: DataConfig) -> dict:
         if not os.access(existing, os.W_OK | os.X_OK):
             remedy = f"build it elsewhere, with: pipeline index {root} --out DIR, and give --data.index DIR"
             facts["problem"] = f"no index, and {existing} can't be written: {remedy}"
+            return facts
+        try:
+            find_layout(root.resolve())
+        except UserError as error:
+            facts["problem"] = str(error)
         return facts
     facts["indexed"] = True
     try:
@@ -145,7 +151,7 @@ def _probe_data(data: DataConfig) -> dict:
         facts |= {"fingerprint": index.fingerprint, "classes": index.num_classes}
         facts["left_out"] = describe(index.left_out)
         facts["unscored"] = index.unscored_classes()
-        facts["images"] = {name: len(split) for name, split in index.splits.items()}
+        facts["images"] = {name: len(index.splits[name]) for name in ("train", "val")}
         start = time.perf_counter()
         for split in index.splits.values():
             facts["shards"] += check_shards(split)
