@@ -3,6 +3,7 @@
 import datetime
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,24 @@ def test_weights_of_other_scripts_are_read_and_the_entry_is_known(tmp_path, layo
     state, found, classes = read_weights(tmp_path / "file.pth")
     assert found == entry and classes is None
     assert state.keys() == OWN.keys() and all(torch.equal(state[key], OWN[key]) for key in OWN)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_of_a_body_alone_leave_the_head_fresh(tmp_path, prefix):
+    body = {prefix + key: value for key, value in OWN.items() if not key.startswith("fc.")}
+    torch.save(body, tmp_path / "body.pth")
+    network, lines = torchvision.models.shufflenet_v2_x0_5(num_classes=3), []
+    fresh = network.fc.weight.clone()
+    config = ModelConfig(name=NAME, weights=str(tmp_path / "body.pth"))
+    start_from(network, config, say=lines.append)
+    assert "the head fc starts fresh: the weights have none" in lines[0] and torch.equal(network.fc.weight, fresh)
+    assert torch.equal(network.conv5[0].weight, OWN["conv5.0.weight"])
+    with pytest.raises(UserError, match=r"fc\.weight is missing"):
+        start_from(network, replace(config, keep_head=True))
+    del body[prefix + "conv1.0.weight"]
+    torch.save(body, tmp_path / "body.pth")
+    with pytest.raises(UserError, match=r"does not fit .* conv1\.0\.weight is missing$"):
+        start_from(network, config)
 
 
 @pytest.mark.parametrize("what", ["diverged", "TorchScript", "no weights", "text", "onnx"])

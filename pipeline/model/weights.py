@@ -63,11 +63,17 @@ def start_from(
     other = classes is not None and known is not None and list(known) != list(classes)
     fresh = load_body(model, state, config, config.weights, fresh_heads=other and not config.keep_head)
     source = f"{config.weights}" + (f" ({place.name})" if place else "") + (f", entry '{entry}'" if entry else "")
-    say(f"weights from {source}: {count(len(state), 'tensor')}; {_tell_head(fresh, classes, known, other)}")
+    without = not any(key.rpartition(".")[0] in fresh for key in named_as(state, model.state_dict()))
+    told = _tell_head(fresh, classes, known, other, without)
+    say(f"weights from {source}: {count(len(state), 'tensor')}; {told}")
 
 
-def _tell_head(fresh: list[str], classes: Sequence[str] | None, known: Sequence[str] | None, other: bool) -> str:
-    """What became of the head, in words."""
+def _tell_head(
+    fresh: list[str], classes: Sequence[str] | None, known: Sequence[str] | None, other: bool, without: bool
+) -> str:
+    """What became of the head, in words. without: the weights have none of those that are fresh."""
+    if fresh and without:
+        return f"the head {', '.join(fresh)} starts fresh: the weights have none"
     if fresh and other and known is not None and classes is not None:
         return f"the head {', '.join(fresh)} starts fresh: it is for {_few(known)}, the data set has {_few(classes)}"
     if fresh:
@@ -254,9 +260,9 @@ def load_whole(model: nn.Module, state: dict[str, torch.Tensor], strict: bool = 
 def load_body(
     model: nn.Module, state: dict[str, torch.Tensor], config: ModelConfig, source: str, fresh_heads: bool = False
 ) -> list[str]:
-    """Load `state` strictly, but for the heads: one for another number of classes is left fresh, as are auxiliary arms
-    that one side has not; all heads with `fresh_heads`. Returns the names of the heads that are fresh. Raises UserError
-    that names what does not fit."""
+    """Load `state` strictly, but for the heads: one for another number of classes is left fresh, as are one that is
+    missing (unless `config.keep_head`) and auxiliary arms that one side has not; all heads with `fresh_heads`. Returns
+    the names of the heads that are fresh. Raises UserError that names what does not fit."""
     fresh: list[str] = []
     own, name = model.state_dict(), config.name
     state = named_as(state, own)
@@ -277,6 +283,11 @@ def load_body(
         else:
             usable[key] = value
     missing = [key for key in own if key not in state and not key.lower().startswith("aux")]
+    if not config.keep_head:  # weights of a body alone
+        there = {key.rpartition(".")[0] for key in state}
+        absent = [head for head in heads if head and head not in there and not is_auxiliary(head)]
+        missing = [key for key in missing if key.rpartition(".")[0] not in absent]
+        fresh += absent
     wrong += [f"{key} is missing" for key in missing if not key.endswith("num_batches_tracked")]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

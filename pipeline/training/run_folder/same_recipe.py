@@ -29,8 +29,8 @@ def check_fingerprints(
         raise UserError(
             f"checkpoint {path} was trained on another data set: its index had the fingerprint "
             f"{meta.get('index_fingerprint')}, and that of --data.root has {index_fingerprint}; give the same "
-            "--data.root with the same images (were some added, removed or rewritten?), or another --run_dir, where "
-            "--model.weights RUN_FOLDER starts from this run's weights"
+            "--data.root with the same images (were some added, removed or rewritten, or a class folder renamed?), or "
+            "another --run_dir, where --model.weights RUN_FOLDER starts from this run's weights"
         )
 
 
