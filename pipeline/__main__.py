@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import difflib
 import gc
 import importlib
 import os
@@ -14,7 +13,7 @@ import traceback
 from typing import Any
 
 from pipeline import __version__
-from pipeline.command import verb_page
+from pipeline.command import close_to, verb_page
 from pipeline.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -154,8 +153,8 @@ def _main(argv: list[str]) -> int:
         return EXIT_OK
     verb, *rest = argv
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"one of: {', '.join(VERBS)}"
+        close = close_to(verb, VERBS)
+        hint = f"did you mean {close}?" if close else f"one of: {', '.join(VERBS)}"
         print(f"pipeline: unknown verb '{verb}'; {hint}", file=sys.stderr)
         return EXIT_USER
     if not _has_working_folder():

@@ -3,13 +3,14 @@ errors."""
 
 import contextlib
 import dataclasses
+import difflib
 import gc
 import inspect
 import io
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options")
 
+#: numbers that YAML 1.1 reads in another base: 0100 is 64 there (octal), and 1:30 is 90
+OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9_]+:[0-9_:.]+)")
+IN_DIGITS = " (octal, or in sixties); write what is meant in decimal digits"
+
 
 def make_parser(prog: str, description: str | None = None, usage: str | None = None) -> "ArgumentParser":
     """A jsonargparse parser that reports every error in one line on stderr, with exit code 2.
@@ -29,13 +34,64 @@ def make_parser(prog: str, description: str | None = None, usage: str | None = N
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     class OneLineParser(ArgumentParser):
+        def parse_args(self, args: Any = None, *further: Any, **named: Any) -> Any:
+            for option, value in itertools.pairwise([part for item in args or () for part in _name_and_value(item)]):
+                kind = getattr(self._option_string_actions.get(option), "_typehint", str)
+                problem = "" if kind in (str, str | None) else other_base(value)
+                if problem:
+                    self.error(f"{option} {value}: {problem}")
+            return super().parse_args(args, *further, **named)
+
         def error(self, message: str, ex: Exception | None = None) -> Any:
-            complain(self.prog, f"{one_line(str(message))} (see {self.prog} --help)")
+            unknown = re.match(r"unrecognized arguments: (\S+)", message)
+            hint = _meant(unknown[1], self._option_string_actions) if unknown else ""
+            complain(self.prog, f"{one_line(str(message))}{hint} (see {self.prog} --help)")
             sys.exit(EXIT_USER)
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     line = f"{prog} {usage}" if usage else None
     return OneLineParser(prog=prog, description=description, usage=line, exit_on_error=True)
+
+
+def _name_and_value(item: str) -> list[str]:
+    """ "--name=value" as two arguments, others as they are."""
+    return item.split("=", 1) if item.startswith("--") else [item]
+
+
+def other_base(text: str) -> str:
+    """What is said of the first number of an option's YAML text that is another one than it seems, or ""."""
+    import yaml
+
+    if text.removeprefix("-").isdigit() or not OTHER_BASE.search(text):  # jsonargparse reads 0100 alone as 100
+        return ""
+    try:
+        events = list(yaml.parse(text, yaml.SafeLoader))
+    except yaml.YAMLError:  # the parser of options reports it
+        return ""
+    for event in events:
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and OTHER_BASE.fullmatch(event.value):
+            value = yaml.safe_load(event.value)
+            if isinstance(value, int | float) and value:
+                return f"{event.value} is the number {value} in YAML{IN_DIGITS}"
+    return ""
+
+
+def close_to(name: str, known: Iterable[str]) -> str:
+    """The known name that a misspelled one probably means, or ""."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")
+
+
+def _meant(argument: str, options: Iterable[str]) -> str:
+    """What is added to the complaint about an argument that a parser does not know."""
+    name, equals, _ = argument.partition("=")
+    if name.startswith("-"):
+        close = close_to(name, (option for option in options if option.startswith("--")))
+        return f"; did you mean {close}?" if close else ""
+    if equals and f"--{name}" in options:
+        return f"; did you mean --{argument}?"
+    return (
+        f"; did you mean --config {argument}?" if argument.endswith((".yaml", ".yml")) and "--config" in options else ""
+    )
 
 
 @contextlib.contextmanager

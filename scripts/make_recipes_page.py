@@ -88,7 +88,7 @@ def picture() -> str:
         'font-size="11" role="img">',
         "<title>Learning rates of the recipes and of their sources</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{LEFT}" y="24" font-size="15" font-weight="bold">Learning rate against epochs: '
+        f'<text x="{LEFT}" y="24" font-size="13" font-weight="bold">Learning rate against epochs: '
         f'<tspan fill="{SOURCE}">the source, dashed</tspan>, <tspan fill="{OURS}">ours, solid</tspan>. '
         f"Left: the first {NEAR} epochs; right: the whole run</text>",
     ]

@@ -115,6 +115,47 @@ def test_mistakes_in_a_recipe_file_are_named(capsys, tmp_path, text, words):
     assert f"--config {recipe}" in line and words in line
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("train.global_batch_size", "1:30", "1:30 is the number 90 in YAML"),
+        ("optim.lr", "1:30.5", "1:30.5 is the number 90.5"),
+        ("schedule.epochs", "1:30", "decimal digits"),
+        ("schedule.milestones", "[10, 1:30]", "1:30 is the number 90"),
+        ("data.mean", "[0.5, 0100, 0.5]", "0100 is the number 64"),
+        ("model.kwargs", "{width: 1:30}", "1:30 is the number 90"),
+    ],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_numbers_in_another_base_are_refused_on_a_command_line(capsys, option, value, words, joined):
+    """YAML 1.1 reads 1:30 as 90; recipe files refuse it, too."""
+    given = [f"--{option}={value}"] if joined else [f"--{option}", value]
+    line = complaint(capsys, "--config", "smoke", *given)
+    assert f"--{option} {value}" in line and words in line
+
+
+def test_texts_with_colons_stay_texts():
+    argv = [
+        "--config",
+        "smoke",
+        "--run_dir",
+        "1:30",
+        "--tracking.name",
+        "0100",
+        "--model.kwargs",
+        "{a: 'x1:30', b: 010x}",
+    ]
+    config = parse_config(argv)
+    assert (config.run_dir, config.tracking.name) == ("1:30", "0100")
+    assert config.model.kwargs == {"a": "x1:30", "b": "010x"}
+    assert parse_config(["--config", "smoke", "--train.seed", "007"]).train.seed == 7
+
+
+def test_a_misspelled_recipe_gets_a_suggestion(capsys):
+    assert "did you mean resnet152-goyal?" in complaint(capsys, "--config", "resnet152-goyl")
+    assert "did you mean --config mine.yaml?" in complaint(capsys, "mine.yaml")
+
+
 def test_variables_of_the_environment_in_a_recipe_files_paths(capsys, tmp_path, monkeypatch):
     """A shell would have replaced them on a command line."""
     monkeypatch.chdir(tmp_path)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pipeline.__main__ import VERBS
+from pipeline.__main__ import VERBS, main
 from pipeline.insight.bench.cli import BENCHES
 
 PAGES = [verb for verb in VERBS if verb != "bench"] + [f"bench {name}" for name in BENCHES]
@@ -69,3 +69,21 @@ def test_every_option_has_a_sentence(pages: dict[str, str], command: str) -> Non
     options = options_of(pages[command])
     assert len(options) > 1  # --help is one
     assert [name for name, text in options.items() if not text] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        ("evaluate RUN --checkpiont last", "--checkpoint"),
+        ("status RUN --whatch", "--watch"),
+        ("index ROOT --proceses=2", "--processes"),
+        ("estimate --config smoke --crad h100", "--card"),
+        ("preflight --config smoke --world-sise 2", "--world_size"),
+        ("train --config smoke data.root=photos", "--data.root=photos"),
+        ("qualify --minute 1", "--minutes"),
+        ("bench loadr", "loader"),
+    ],
+)
+def test_a_misspelled_option_gets_a_suggestion(command: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err

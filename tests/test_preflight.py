@@ -82,6 +82,25 @@ def start_run(run_dir: Path, root: Path, *options: str) -> None:
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_everything_odd_about_a_data_set_is_named(preflight, data, tmp_path):
+    """`train` prints a line for each. The first one hid the others, and folders inside class folders were not named."""
+    root = tmp_path / "nested"
+    tree = data / "ILSVRC" / "Data" / "CLS-LOC"
+    shutil.copytree(tree / "train", root / "train")
+    shutil.copytree(tree / "train", root / "val")
+    folder = min((root / "train").iterdir())
+    for i, image in enumerate(sorted(folder.iterdir())):
+        part = folder / f"part{i % 2}"
+        part.mkdir(exist_ok=True)
+        image.rename(part / image.name)
+    (folder / "part0" / "broken.jpg").write_bytes(b"no image")
+    build_index(root)
+    code, rows = preflight("--train.global_batch_size", "128", root=root)
+    level, said = rows["data"]
+    assert code == 0 and level == "WARN"
+    assert "1 unreadable" in said and "1 class folder with folders inside" in said and "fewer than" in said
+
+
 def test_all_is_well(preflight):
     code, rows = preflight("--world_size", "4")
     assert code == 0

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +115,14 @@ def rename_flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
-def check_names(argv: list[str]) -> None:
+def check_names(argv: list[str], own: Set[str] = frozenset()) -> None:
     """Raises UserError for the first unknown option for which a known one is probably meant, and names that one.
 
     Such are the names of other trainers (--lr, --epochs, -b, --arch), misspellings (--optim.lrr), and --model resnet50,
-    as model is a group of options. `argv` is normalized (see `pipeline.command.normalize`).
+    as model is a group of options. `argv` is normalized (see `pipeline.command.normalize`). own: further
+    options of the verb, which it no longer has.
     """
-    known, groups = set(option_names()), set(group_names())
+    known, groups = {*option_names(), *own}, set(group_names())
     position = 0
     while position < len(argv):
         item = argv[position]

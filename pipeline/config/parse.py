@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.command import make_parser, normalize, summary
+from pipeline.command import IN_DIGITS, OTHER_BASE, close_to, make_parser, normalize, summary
 from pipeline.config.names import check_names, check_null, check_settings, flag_names, rename_arguments, rename_settings
 from pipeline.config.run import Config, RawConfig
 from pipeline.config.time import Time, is_time, parse_time
@@ -47,7 +47,11 @@ def resolve_recipe(name: str) -> str:
     if Path(name).is_dir():
         inside = Path(name) / "config.yaml"
         raise UserError(f"--config {name} is a folder; give {inside if inside.is_file() else 'a YAML file'}")
-    raise UserError(f"--config {name} is neither a file nor a recipe; the recipes are: {', '.join(recipe_names())}")
+    close = close_to(name, recipe_names())
+    hint = f"did you mean {close}? " if close else ""
+    raise UserError(
+        f"--config {name} is neither a file nor a recipe; {hint}the recipes are: {', '.join(recipe_names())}"
+    )
 
 
 def _read_recipe(name: str, warnings: list[str]) -> str:
@@ -88,11 +92,8 @@ class _Unambiguous(Loader):
         """Of a plain scalar that YAML takes for a number."""
         plain = super().construct_yaml_int if node.tag.endswith(":int") else super().construct_yaml_float
         value = plain(node)
-        if re.fullmatch(r"[-+]?(0[0-7_]+|.*:.*)", node.value) and value:
-            says = (
-                f"{node.value} is the number {value} in YAML (octal, or in sixties); "
-                "write what is meant in decimal digits"
-            )
+        if OTHER_BASE.fullmatch(node.value) and value:
+            says = f"{node.value} is the number {value} in YAML{IN_DIGITS}"
             raise yaml.constructor.ConstructorError(None, None, says, node.start_mark)
         return value
 
@@ -142,7 +143,7 @@ def parse_config(argv: list[str], verb: str = "train", options: type | None = No
             argv[i + 1] = _read_recipe(argv[i + 1], warnings)
         elif argument.startswith("--config="):
             argv[i] = f"--config={_read_recipe(argument.removeprefix('--config='), warnings)}"
-    check_names(argv)
+    check_names(argv, {item.name for item in dataclasses.fields(options)} if options else set())
     for warning in dict.fromkeys(warnings):
         complain(f"pipeline {verb}", warning)
     parser = make_config_parser(f"pipeline {verb}")

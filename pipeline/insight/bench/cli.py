@@ -5,7 +5,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import run_command, verb_page
+from pipeline.command import close_to, run_command, verb_page
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.insight.bench.results import default_path, write_result
 
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
         return EXIT_OK
     name, *rest = argv
     if name not in BENCHES:
-        raise UserError(f"no bench '{name}'; one of: {', '.join(BENCHES)}")
+        close = close_to(name, BENCHES)
+        raise UserError(f"no bench '{name}'; {f'did you mean {close}?' if close else 'one of: ' + ', '.join(BENCHES)}")
     path, rest = take_json(rest, name)
     module = importlib.import_module(f"pipeline.insight.bench.{name}")
     results: list[dict | None] = []

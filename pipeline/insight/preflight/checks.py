@@ -112,12 +112,11 @@ def check_data(facts: dict, config: Config) -> CheckResult:
     counts = " + ".join(f"{number:,} {name}" for name, number in facts["images"].items())
     shards = count(facts["shards"], "shard") if facts["shards"] else "no shards"
     text = f"{counts} images, {count(facts['classes'], 'class')}, {shards}, {facts['fingerprint'][:12]}"
-    if facts.get("left_out"):
-        return CheckResult(WARN, "data", f"{text}; left out of {facts['left_out']}")
     images, batch = facts["images"].get("train", 0), config.train.global_batch_size
-    for warning in data_warnings(images, batch, facts["classes"], facts["unscored"]):
-        return CheckResult(WARN, "data", f"{text}: {warning}")
-    return CheckResult(PASS, "data", text)
+    warnings = [f"left out of {facts['left_out']}"] if facts.get("left_out") else []
+    warnings += facts.get("nested", [])
+    warnings += data_warnings(images, batch, facts["classes"], facts["unscored"])
+    return CheckResult(WARN if warnings else PASS, "data", "; ".join([text, *warnings]))
 
 
 def check_run_folder(run_dir: Path | None, problem: str | None, config: Config, data: dict) -> Iterator[CheckResult]:

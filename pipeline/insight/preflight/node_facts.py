@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.config import Config, DataConfig
 from pipeline.dataset.index.index import Split, has_index, locate_index, open_sound
 from pipeline.dataset.index.left_out import describe
+from pipeline.dataset.index.scan import nested_lines
 from pipeline.dataset.layouts.find import find_layout
 from pipeline.errors import UserError, permission_problem
 from pipeline.gpu_facts import (
@@ -150,6 +151,7 @@ def _probe_data(data: DataConfig) -> dict:
         index = open_sound(folder)
         facts |= {"fingerprint": index.fingerprint, "classes": index.num_classes}
         facts["left_out"] = describe(index.left_out)
+        facts["nested"] = nested_lines(index)
         facts["unscored"] = index.unscored_classes()
         facts["images"] = {name: len(index.splits[name]) for name in ("train", "val")}
         start = time.perf_counter()

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from pipeline.command import make_parser, split_options, summary
+from pipeline.command import close_to, make_parser, split_options, summary
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.files import atomic_write
 from pipeline.gpu_facts import query_gpus, sign_of_gpus, visible_gpus, why_no_cuda
@@ -50,7 +50,9 @@ def main(argv: list[str]) -> int:
     root, argv = _take_root(argv)
     options, rest = split_options(Options, "qualify", argv)
     if rest:
-        raise UserError(f"{rest[0]} is not an option of pipeline qualify (see pipeline qualify --help)")
+        close = close_to(rest[0], ("--data.root", *(f"--{item.name}" for item in fields(Options))))
+        hint = f"; did you mean {close}?" if close else ""
+        raise UserError(f"{rest[0]} is not an option of pipeline qualify{hint} (see pipeline qualify --help)")
     if not options.minutes > 0:
         raise UserError(f"--minutes {options.minutes:g}: give a number above 0")
     gpus = len(visible_gpus(query_gpus()[0], os.environ.get("CUDA_VISIBLE_DEVICES")))
