@@ -1,9 +1,10 @@
 """Progress of long work: a bar on a terminal, a plain line every 30 s in a log file. Writes to stderr."""
 
+import os
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -21,6 +22,12 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
+def can_redraw(stream: TextIO) -> bool:
+    """Is it a terminal that can show something again in its place? On a dumb one (Emacs's shell, some builders) a bar
+    would say nothing until its end."""
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
 class Progress:
     """Counts towards `total` (None: unknown) in `unit`; "bytes" is shown in MB and MB/s.
 
@@ -36,7 +43,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._start = self._last_line = time.monotonic()
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and can_redraw(sys.stderr):
             self._bar = self._make_bar()
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total)

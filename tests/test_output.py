@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,35 @@ def test_a_full_disk_below_the_log_fails_no_run(root, tmp_path, stream):
     assert done.returncode == 0 and (run / "finished").exists() and not (run / "failed").exists()
     if stream == "stdout":
         assert done.stderr.endswith("\nwarning: lines of stdout are lost (No space left on device)\n")
+
+
+def on_a_terminal(command: list[str], columns: int = 80, **environment: str) -> str:
+    """All that a command writes to a terminal of its own."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        termios.tcsetwinsize(0, (24, columns))
+        os.execvpe(command[0], command, runs.environment() | environment)
+    said = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while part := os.read(terminal, 1 << 16):
+            said += part
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return said.decode()
+
+
+def test_a_dumb_terminal_shows_steps(root, tmp_path):
+    """A bar says nothing there before its end."""
+    options = ["--schedule.epochs", "4ba", "--tracking.print_every_s", "0.001"]
+    said = on_a_terminal(runs.command(root, tmp_path / "run", *options), TERM="dumb")
+    assert "step 2/4  epoch" in said and "\x1b" not in said
+
+
+def test_a_narrow_terminal_shows_the_step(root, tmp_path):
+    said = on_a_terminal(
+        runs.command(root, tmp_path / "run", "--schedule.epochs", "4ba"), 40, TERM="xterm", NO_COLOR="1"
+    )
+    assert "2/4" in said
 
 
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-"])

@@ -80,7 +80,7 @@ class TrackingConfig:
     report: bool = runtime_field(True)
     """Write report/index.html when the run is finished, and send its pictures to W&B."""
     print_every_s: float = runtime_field(30.0)
-    """Seconds between plain progress lines where the output is not a terminal."""
+    """Seconds between plain progress lines where the output is not a terminal that shows a bar."""
 
 
 def check_tracking(c: TrackingConfig) -> Iterator[Check]:

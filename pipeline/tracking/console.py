@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pipeline.logs import command_line_handler, logger
-from pipeline.progress import duration
+from pipeline.progress import can_redraw, duration
 from pipeline.tracking.eval_rows import scored_images
 from pipeline.tracking.view import View
 
@@ -46,20 +46,15 @@ class Console(View):
         self.total_steps = total_steps
         self._begun, self._first = time.monotonic(), first_step
         handler = command_line_handler()
-        if self.quiet or handler is None or not sys.stdout.isatty():
+        if self.quiet or handler is None or not can_redraw(sys.stdout):
             return
         from rich import progress
 
-        columns = [
-            progress.TextColumn("step"),
-            progress.MofNCompleteColumn(),
-            progress.BarColumn(),
-            progress.TextColumn("{task.description}"),
-            progress.TimeRemainingColumn(),
-        ]
+        # one text, which a narrow terminal cuts at its end: of several columns rich drops the number of the step first
+        columns = [progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TimeRemainingColumn()]
         self.bar = progress.Progress(*columns)
         self.bar.start()
-        self._task = self.bar.add_task("", total=total_steps, completed=first_step)
+        self._task = self.bar.add_task(f"step {first_step}/{total_steps}", total=total_steps, completed=first_step)
         handler.bar = self.bar
 
     def log(self, row: dict) -> None:
@@ -75,15 +70,15 @@ class Console(View):
                 text += f", with averaged weights {row['val_ema_top1']:.2f} %"
             self.say(f"epoch {row['epoch']:.2f}, step {row['step']}: {text} of {scored_images(row)}")
             return
-        text = f"epoch {row['epoch']:.2f}  loss {row['loss']:.3f}  {row['images_per_s']:.0f} images/s"
+        text = f"step {row['step']}/{self.total_steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.3f}  "
+        text += f"{row['images_per_s']:.0f} images/s"
         if self.bar is not None:
             self.bar.update(self._task, completed=row["step"], description=text)
         elif time.monotonic() - self._last >= self.every_s or row["step"] == self.total_steps:
             self._last = time.monotonic()
             left = (self.total_steps - row["step"]) * (self._last - self._begun) / max(1, row["step"] - self._first)
             self.say(
-                f"step {row['step']}/{self.total_steps}  {text}  lr {row['lr']:.4g}  "
-                f"data wait {100 * row['data_wait_fraction']:.0f} %  {duration(left)} left"
+                f"{text}  lr {row['lr']:.4g}  data wait {100 * row['data_wait_fraction']:.0f} %  {duration(left)} left"
             )
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.insight.runs import expand
 from pipeline.insight.status.run_state import RunState, read_state
-from pipeline.progress import duration
+from pipeline.progress import can_redraw, duration
 from pipeline.tracking.ledger import world_sizes_in_words
 
 WATCH_EVERY_S = 5.0
@@ -128,7 +128,7 @@ def status(runs: list[str], watch: bool = False, json: bool = False, sort: Liter
             text = render_list(states, best_first=sort == "best")
         else:
             text = render(states[0], queued[0])
-        if watch and sys.stdout.isatty() and not json:
+        if watch and can_redraw(sys.stdout) and not json:
             text = f"\033[H\033[J{text}"
         print(text, flush=True)
         if not watch or all(state.state in ENDED for state in states):
