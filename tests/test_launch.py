@@ -26,7 +26,7 @@ from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, U
 from pipeline.launch import store, workers
 from pipeline.launch.launcher import Launcher
 from pipeline.launch.options import parse
-from pipeline.launch.program import binding_problem
+from pipeline.launch.program import binding_problem, program_of
 from pipeline.launch.workers import Workers
 from pipeline.training.ranks.translate_error import is_gpu_fault
 
@@ -161,6 +161,20 @@ def test_a_folder_named_as_a_verb_is_no_program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse(["train", "--config", "smoke"]).module == "pipeline"
     assert parse(["evaluate"]).module is None
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["trian"], "no file trian, and no command of the pipeline's; did you mean train"),
+        (["no_such.py", "train"], r"no file no_such\.py, .*; give a program"),
+        (["--no-python", "no_such"], "no program no_such that can be run"),
+    ],
+)
+def test_a_program_that_is_not_there_is_one_line(command, said):
+    with pytest.raises(UserError, match=said):
+        Launcher(parse(command), [])
+    assert program_of(parse(["--no-python", "true"])).entrypoint == "true"
 
 
 def test_a_failure_is_restarted_as_often_as_was_said(worker, tmp_path):
