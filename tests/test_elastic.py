@@ -14,7 +14,7 @@ import runs
 from launching import Job, descendants, kill, rank_pids, training, wait_for
 
 from pipeline.__main__ import main
-from pipeline.errors import EXIT_INTERRUPTED, EXIT_NODE_LOST, EXIT_STORE_LOST
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_NODE_LOST, EXIT_STORE_LOST, TransientError
 from pipeline.insight.chaos.compare import check_wandb, differences, wandb_steps
 from pipeline.training.run_folder.checkpoint import load_state
 
@@ -291,11 +291,12 @@ def test_the_snapshots_of_all_nodes_are_of_rank_0s_state(root, tmp_path):
     that is left."""
 
     def states() -> list[dict]:
-        found = [path for name in ("n1", "n2") for path in snapshots(job, name)]
-        same = [path for path in found if sum(path.name == other.name for other in found) == 2]
+        """Of the newest step that both have a snapshot of."""
+        paths = [{path.name: path for path in snapshots(job, name)} for name in ("n1", "n2")]
+        both = sorted(paths[0].keys() & paths[1].keys())
         try:
-            return [load_state(path, ("model", "optimizer", "ema")) for path in same]
-        except OSError:  # removed meanwhile: a newer one is there
+            return [load_state(of_node[both[-1]], ("model", "optimizer", "ema")) for of_node in paths if both]
+        except TransientError:  # removed meanwhile: a newer one is there
             return []
 
     read: list[dict] = []
