@@ -208,7 +208,7 @@ def test_a_client_that_spoils_downloads_is_refused(monkeypatch):
         kaggle.check_version()
 
 
-@pytest.mark.skipif(version("kaggle") == "2.2.4", reason="kaggle 2.2.4 is refused here")
+@pytest.mark.skipif(version("kaggle") == "2.2.4", reason="the download of kaggle 2.2.4 is refused: the test above")
 def test_clients_own_download_is_verified_and_removed(kaggle_zip, kaggle_members, tmp_path):
     with KaggleServer(kaggle_zip, Faults(ranges=False)) as server:
         done = fetch_from(server, tmp_path, "--via", "zip")

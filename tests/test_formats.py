@@ -13,8 +13,9 @@ from PIL import Image, features
 from pipeline.__main__ import main
 from pipeline.config import DataConfig
 from pipeline.dataset.index.index import Index
+from pipeline.dataset.index.notes import read_unreadable
 from pipeline.dataset.index.pixels import as_ppm, dali_agrees
-from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
 from pipeline.loader import build

@@ -20,7 +20,8 @@ from pipeline.__main__ import main
 from pipeline.dataset import lock
 from pipeline.dataset.index import decode, listing, scan, scan_split
 from pipeline.dataset.index.index import RECORD, compute_fingerprint, open_index
-from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.index.notes import read_unreadable
+from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.index.write import write_index
 from pipeline.dataset.synthetic.generate import Settings, generate_tree
 from pipeline.errors import TransientError, UserError

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import runs
 import torch
+from launching import wait_for
 from torch.utils.data import DataLoader
 
 from pipeline import EvalLoader, TrainLoader
@@ -241,10 +241,11 @@ def test_a_loader_that_nobody_has_any_more_is_free(root, kind):
         stream = loader._reader.stream
         parts = [weakref.ref(part) for part in (loader, stream, stream.decoder, stream.source)]
         del loader, stream
-        deadline = time.monotonic() + 20  # a thread ends what it is at
-        while (any(part() for part in parts) or threading.active_count() > before) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert [part() for part in parts] == [None] * 4 and threading.active_count() <= before
+        wait_for(  # a thread ends what it is at
+            lambda: not any(part() for part in parts) and threading.active_count() <= before,
+            limit_s=20,
+            say=lambda: f"alive: {[part() for part in parts]}, {threading.active_count()} threads, {before} before",
+        )
     finally:
         gc.enable()
 

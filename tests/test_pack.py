@@ -23,7 +23,8 @@ from pipeline import TrainLoader
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.left_out import count_images
-from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.index.notes import read_unreadable
+from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.shards import format as shards
 from pipeline.dataset.shards import pack
 from pipeline.dataset.shards.pack import pack_tree

@@ -18,7 +18,7 @@ from test_layouts import SYNSETS, expected, jpeg, sorted_tree, write  # noqa: F4
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
-from pipeline.dataset.index.scan import read_unreadable
+from pipeline.dataset.index.notes import read_unreadable
 from pipeline.dataset.index.tar_members import read_label
 from pipeline.dataset.lock import locked
 from pipeline.dataset.shards.parquet import pack as packing

@@ -26,7 +26,8 @@ from test_layouts import (
 from pipeline.__main__ import main
 from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.left_out import Tally
-from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.index.notes import read_unreadable
+from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.index.tar_listing import TarSplit, drop_unlabeled, name_classes
 from pipeline.dataset.index.tar_members import Member
 from pipeline.errors import UserError

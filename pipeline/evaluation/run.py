@@ -107,7 +107,7 @@ def evaluate_run(ask: Request, stop: StopRequest) -> int:
     if slow and world.is_rank_zero:
         logger.warning("%s", slow)
     try:
-        index = open_data(config.data, world, logger.info, to_score=True)
+        index = open_data(config.data, world, logger.info, alone="val")
         if published:
             subject = load_published(config, published, index, world)
         else:

@@ -20,23 +20,24 @@ from pipeline.launch.workers import Program
 def program_of(options: Options) -> Program:
     """What each rank runs. Raises UserError for a program that is not there."""
     given, python = options.torch, os.environ.get("PYTHON_EXEC", "")
-    if options.module is None:
-        _check_program(options.command[0], bool(given.no_python))
     if options.module is not None:
         command = [python or sys.executable, "-u", "-m", options.module, *options.command]
     elif given.no_python:
+        if shutil.which(options.command[0]) is None:
+            raise UserError(
+                f"no program {options.command[0]} that can be run; give its path, or one that PATH leads to"
+            )
         command = options.command
     else:
+        _check_script(options.command[0])
         command = [python or sys.executable, "-u", *options.command]
     warm = options.module if options.warm else None
     ours = options.module == "pipeline" and options.command[:1] and options.command[0] in VERBS
     return Program(command[0], tuple(command[1:]), warm, tuple(options.command), bool(ours))
 
 
-def _check_program(name: str, no_python: bool) -> None:
-    if no_python and shutil.which(name) is None:
-        raise UserError(f"no program {name} that can be run; give its path, or one that PATH leads to")
-    if not no_python and not Path(name).exists():
+def _check_script(name: str) -> None:
+    if not Path(name).exists():
         close = close_to(name, VERBS)
         hint = f"did you mean {close}?" if close else "give a program"
         raise UserError(f"no file {name}, and no command of the pipeline's; {hint}")

@@ -1,12 +1,13 @@
 """What the public loaders have in common: where they deliver, which classes there are, and their end."""
 
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
 from pipeline.config import Config
 from pipeline.dataset.index.index import Index
+from pipeline.dataset.layouts.find import Alone
 from pipeline.errors import UserError
 from pipeline.loader.setup import Finisher, Reader, find_rank, open_root
 from pipeline.rank_info import RankInfo
@@ -19,7 +20,7 @@ class LoaderBase:
     raw: bool
     place: RankInfo
     _reader: Reader
-    _split: str  #: "train" or "val", which it reads
+    _split: ClassVar[Alone]  #: which it reads
 
     @classmethod
     def from_config(

@@ -28,6 +28,7 @@ from pipeline.config import (
 )
 from pipeline.dataset.index.index import Index
 from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.layouts.find import Alone
 from pipeline.errors import UserError
 from pipeline.limits import share_of_cores
 from pipeline.loader.prefetch import OngoingBatches
@@ -106,14 +107,14 @@ def as_argument(message: str, names: Mapping[str, str] = MappingProxyType({})) -
     return re.sub(r"(?:--)?\b((?:data|augment|train|model)\.[a-z_]+)", rename, message)
 
 
-def open_root(data: DataConfig, split: str) -> Index:
+def open_root(data: DataConfig, split: Alone) -> Index:
     """The index of `data.root`, built first where it is missing: by one of the processes that ask, while the others
     wait. split: "train" or "val", which alone is enough. Raises UserError where there is no data set."""
     if not data.root:
         raise UserError("root is missing: give the folder that holds train/ or val/")
     root = Path(data.root).expanduser()
     folder = Path(data.index).expanduser() if data.index else None
-    return build_index(root, folder, to_score=split == "val", to_train=split == "train")
+    return build_index(root, folder, alone=split)
 
 
 def find_rank(rank: int | None, world_size: int | None, device: torch.device | str | None) -> RankInfo:

@@ -11,7 +11,9 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_index, open_sound
-from pipeline.dataset.index.scan import build_index, left_out_lines, nested_lines
+from pipeline.dataset.index.notes import left_out_lines, nested_lines
+from pipeline.dataset.index.scan import build_index
+from pipeline.dataset.layouts.find import Alone
 from pipeline.errors import TransientError, UserError
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
@@ -20,11 +22,15 @@ _VISIBLE_AFTER_S = 60
 
 
 def open_data(
-    data: DataConfig, world: World, say: Callable[[str], None], to_score: bool = False, stop: StopRequest | None = None
+    data: DataConfig,
+    world: World,
+    say: Callable[[str], None],
+    alone: Alone | None = None,
+    stop: StopRequest | None = None,
 ) -> Index:
     """The index of data.root. Collective. Raises UserError where there is no data set.
 
-    to_score: a validation split alone will do; see `build_index`. stop: a request ends the building of a missing
+    alone: this split alone will do; see `build_index`. stop: a request ends the building of a missing
     index at once, by KeyboardInterrupt; what was scanned is kept.
     """
 
@@ -34,10 +40,10 @@ def open_data(
         root = Path(data.root).expanduser()
         folder = Path(data.index).expanduser() if data.index else None
         missing = not has_index(locate_index(data))
-        if missing and root.is_dir() and not to_score:
+        if missing and root.is_dir() and alone is None:
             say(f"no index at {locate_index(data)}: building it (once)")
         with stop.raising() if stop is not None and missing else contextlib.nullcontext():
-            made = build_index(root, folder, to_score=to_score)
+            made = build_index(root, folder, alone=alone)
         for line in (*left_out_lines(made), *nested_lines(made)):
             say(line)
         return made.folder

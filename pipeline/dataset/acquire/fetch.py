@@ -231,7 +231,8 @@ def _finish(root: Path, index: bool) -> None:
     if (root / PACKED).exists():
         made: Index | None = open_index(index_folder(root))
     elif index and set(manifest.selected) == set(SPLITS):
-        from pipeline.dataset.index.scan import build_index, read_unreadable
+        from pipeline.dataset.index.notes import read_unreadable
+        from pipeline.dataset.index.scan import build_index
 
         made = build_index(root, by_fetch=True)
         bad = [entry["file"] for entries in read_unreadable(made.folder).values() for entry in entries]

@@ -21,7 +21,7 @@ from pipeline.dataset.acquire.catalog import Catalog, iter_names
 from pipeline.dataset.acquire.finish_shard import FinishTask, finish_shard
 from pipeline.dataset.acquire.selection import BASE, Selection
 from pipeline.dataset.index.index import PACKED, RECORD, Index, Split, index_folder, open_index
-from pipeline.dataset.index.scan import UNREADABLE
+from pipeline.dataset.index.notes import UNREADABLE_FILE
 from pipeline.dataset.index.write import pack_names
 from pipeline.dataset.shards.format import BLOCK, image_suffix, temporary_path, whole_size
 from pipeline.dataset.shards.in_place import sample_members, write_in_place
@@ -241,7 +241,7 @@ class Packing:
         words = imagenet.read_synset_words(self.dest)
         made, _ = merge_shards(self.dest, [(s, words.get(s, s)) for s in self.plan.synsets], self.plan.counts())
         empty: dict[str, list] = {split: [] for split in self.plan.counts()}
-        atomic_write(self.dest / UNREADABLE, json.dumps(empty, indent=1) + "\n")
+        atomic_write(self.dest / UNREADABLE_FILE, json.dumps(empty, indent=1) + "\n")
         marker = json.loads((self.dest / PACKED).read_bytes())
         self._write_marker({**marker, "source": made.fingerprint, "complete": True})
         remove_records(self.dest)

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 
@@ -26,13 +26,14 @@ from pipeline.dataset.index.index import (
     is_current,
     open_index,
 )
-from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, describe, kind_of
+from pipeline.dataset.index.left_out import DEAD_LINKS, NO_PERMISSION, Tally, kind_of
 from pipeline.dataset.index.listing import Listing, list_places
+from pipeline.dataset.index.notes import UNREADABLE_FILE, left_out_lines, nested_lines, read_unreadable
 from pipeline.dataset.index.scan_journal import PreviousScan, ScanJournal
 from pipeline.dataset.index.scan_split import IN_TARS, Reader, scan_split
 from pipeline.dataset.index.tar_listing import list_tars
 from pipeline.dataset.index.write import write_index
-from pipeline.dataset.layouts.find import Layout, find_layout
+from pipeline.dataset.layouts.find import Alone, Layout, find_layout
 from pipeline.dataset.layouts.words import read_words
 from pipeline.dataset.lock import locked
 from pipeline.dataset.names import distinguish, twin_of
@@ -42,7 +43,6 @@ from pipeline.errors import UserError
 from pipeline.files import atomic_write, reason_of
 from pipeline.limits import available_cores
 
-UNREADABLE = "unreadable.json"
 JOURNAL = "scan.journal"  #: results of an unfinished scan, one JSON array per line
 LOCK = ".lock"
 _STATS = 1024  # files a task of `_was_rewritten`
@@ -118,8 +118,7 @@ def build_index(
     root: Path,
     folder: Path | None = None,
     processes: int | None = None,
-    to_score: bool = False,
-    to_train: bool = False,
+    alone: Alone | None = None,
     recheck: bool = False,
     by_fetch: bool = False,
 ) -> Index:
@@ -129,9 +128,8 @@ def build_index(
         root: data root.
         folder: where the index goes; default `ROOT/index`.
         processes: default: every core that this process may use.
-        to_score: a validation split alone is enough (see there); where the root is that split, the index
-            goes beside it, to `ROOT.index`.
-        to_train: a training split alone is enough.
+        alone: this split alone is enough (see there); where the root is the validation split, the index goes beside
+            it, to `ROOT.index`.
         recheck: also look at each file: whether one was rewritten, or one that it left out is fixed.
         by_fetch: a fetch has made the tree, and it is whole by now.
 
@@ -139,13 +137,13 @@ def build_index(
     can't be written.
     """
     known = (root / PACKED).exists() or has_index(index_folder(root))
-    folder = folder or (index_folder(root) if known else _default_folder(root, to_score, to_train))
+    folder = folder or (index_folder(root) if known else _default_folder(root, alone))
     previous = open_previous(folder)
     if previous is not None and previous.is_packed:  # there is no tree to scan
         return previous
     if previous is None and (root / PACKED).exists():
         raise UserError(f"{root} holds packed shards without a sound index; run the same pack command again")
-    layout = find_layout(root.resolve(), to_score, to_train)
+    layout = find_layout(root.resolve(), alone)
     root = layout.root
     if layout.note:
         print(layout.note, file=sys.stderr, flush=True)
@@ -170,9 +168,9 @@ def build_index(
         return _scan(layout, folder, previous, processes or available_cores())
 
 
-def _default_folder(root: Path, to_score: bool, to_train: bool) -> Path:
+def _default_folder(root: Path, alone: Alone | None) -> Path:
     """Where the index of a root without one goes: into it; but never into a split, where it would be a class."""
-    layout = find_layout(root.resolve(), to_score, to_train)
+    layout = find_layout(root.resolve(), alone)
     if layout.folders == {"val": (root.resolve(),)}:
         return layout.root.with_name(f"{layout.root.name}.index")
     return index_folder(layout.root if root.resolve() in layout.places() else root)
@@ -226,7 +224,7 @@ def scan_listings(
                 raise UserError(f"class '{classes[missing[0]]}' has no readable image in {homes[split]}; see {folder}")
             splits[split] = records, names
         noted = {name: mtime for listing in listings.values() for name, mtime in listing.mtimes.items()}
-        atomic_write(folder / UNREADABLE, json.dumps(bad, indent=1))
+        atomic_write(folder / UNREADABLE_FILE, json.dumps(bad, indent=1))
         named = [(name, words.get(name, name)) for name in classes]
         left_out = {split: _tally(listing, bad[split]).reasons for split, listing in listings.items()}
         shards: dict[str, Sequence[str]]
@@ -253,18 +251,6 @@ def _tally(listing: Listing, unreadable: list[dict]) -> Tally:
     return files + listing.left_out
 
 
-def read_unreadable(folder: Path) -> dict[str, list[dict]]:
-    """Split -> image files that the scan left out: {"file", "class", "reason", "size", "mtime_ns"}, and of one in a
-    tar file "tar" and "offset"."""
-    path = folder / UNREADABLE
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}); remove {folder} and index again") from error
-
-
 def index(root: str, out: str | None = None, processes: int | None = None) -> int:
     """Scan a data root once, decode every image in full, and write its index. Nothing is copied or unpacked.
 
@@ -280,32 +266,6 @@ def index(root: str, out: str | None = None, processes: int | None = None) -> in
     for line in (*left_out_lines(made), *nested_lines(made)):
         print(line)
     return 0
-
-
-def left_out_lines(index: Index) -> list[str]:
-    """What is said of an index that leaves something out: a line for each split; without a line where all is in."""
-    named = sum(map(len, read_unreadable(index.folder).values()))
-    see = f"; unreadable files are named in {index.folder / UNREADABLE}" if named else ""
-    lines = [describe(index.left_out, [split]) for split in index.left_out]
-    return [f"left out of {line}{see}" for line in lines if line]
-
-
-def nested_lines(index: Index) -> list[str]:
-    """A line where class folders hold several folders each: these may be meant as classes, and are none."""
-    classes = set(index.synsets)
-    inside: dict[str, set[str]] = {}
-    for folder in index.folders:
-        *_, above, upper, name = ("", "", "", *PurePath(folder).parts)
-        if upper in classes and above not in classes:
-            inside.setdefault(upper, set()).add(name)
-    several = sorted(name for name, folders in inside.items() if len(folders) > 1)
-    if not several:
-        return []
-    first = several[0]
-    return [
-        f"{count(len(several), 'class folder')} with folders inside: the images of {first}/{min(inside[first])} and "
-        f"{first}/{max(inside[first])} count as class {first}; if these are classes, move them up, beside {first}"
-    ]
 
 
 def main(argv: list[str]) -> int:

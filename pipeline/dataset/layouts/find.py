@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pipeline.dataset.imagenet import CLS_LOC, SYNSET
 from pipeline.dataset.layouts.foreign import describe_contents, describe_file, describe_format, describe_names
 from pipeline.dataset.names import dead_link, is_folder, is_foreign, split_of
 from pipeline.errors import UserError
 
+Alone = Literal["train", "val"]  #: the split of a data set that is enough for what is to be done
 OFFICIAL = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}  #: of image-net.org
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation")
@@ -62,18 +64,18 @@ class Layout:
         return places + [path for tars in self.tars.values() for path in tars.files]
 
 
-def find_layout(root: Path, to_score: bool = False, to_train: bool = False) -> Layout:
+def find_layout(root: Path, alone: Alone | None = None) -> Layout:
     """The layout of the data root `root`, or of the one folder just above or below it that is a data root.
 
-    to_score: a validation split alone is enough; where `root` holds no train/, it may be that split itself, a folder a
-    class (as ImageNet-V2 comes). to_train: a training split alone is enough.
+    alone: this split alone is enough. With "val", where `root` holds no train/, it may be that split itself, a folder a
+    class (as ImageNet-V2 comes).
 
     Raises UserError for anything else, in one line that says what `root` holds and what to do.
     """
     if root.is_file():
         raise describe_file(root)
     if not root.is_dir():
-        wanted = "the images" if to_score else "train/ and val/"
+        wanted = "the images" if alone else "train/ and val/"
         raise UserError(f"data root {root} does not exist or is not a folder; give the folder that holds {wanted}")
     own = _look(root)
     if "train" in own.splits:
@@ -81,7 +83,7 @@ def find_layout(root: Path, to_score: bool = False, to_train: bool = False) -> L
         foreign = describe_format(root) if bare else None
         if foreign is not None:
             raise foreign
-        if "val" not in own.splits and not to_train:
+        if "val" not in own.splits and alone != "train":
             what = own.tars["train"].files[0].name if "train" in own.tars else "train/"
             where = (
                 f"put {OFFICIAL['val']} beside it"
@@ -90,16 +92,16 @@ def find_layout(root: Path, to_score: bool = False, to_train: bool = False) -> L
             )
             raise UserError(f"data root {root} holds {what} but neither val/ nor test/; {where}")
         return own
-    if to_score and own.splits:
+    if alone == "val" and own.splits:
         return own
     for above in _above(root):
         layout = _look(above)
-        if len(layout.splits) == 2 and not (to_score and above == root.parent and root.name in VAL_NAMES):
+        if len(layout.splits) == 2 and not (alone == "val" and above == root.parent and root.name in VAL_NAMES):
             return _taken(layout, root)
     below, denied = _below(root)
     if len(below) == 1:
         return _taken(below[0], root)
-    if to_score:
+    if alone == "val":
         return Layout(root, {"val": (root,)})
     if "val" in own.tars:
         name = own.tars["val"].files[0].name

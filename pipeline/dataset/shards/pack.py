@@ -18,7 +18,8 @@ from pipeline.dataset import imagenet
 from pipeline.dataset.disk import explain, explain_read
 from pipeline.dataset.index.index import MAIN_FILE, PACKED, Index, index_folder, open_index, open_sound
 from pipeline.dataset.index.left_out import describe, only_images, without_images
-from pipeline.dataset.index.scan import UNREADABLE, build_index, read_unreadable
+from pipeline.dataset.index.notes import UNREADABLE_FILE, read_unreadable
+from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.layouts.parquet_files import find_parquet
 from pipeline.dataset.selected import read_selected
 from pipeline.dataset.shards.marker import note_source, prepare
@@ -76,7 +77,7 @@ def _finish(
             (dest / name).parent.mkdir(parents=True, exist_ok=True)
             _copy_list(root / name, dest / name)
     marker = json.loads((dest / PACKED).read_bytes()) | notes_of_source
-    atomic_write(dest / UNREADABLE, json.dumps(notes, indent=1) + "\n")
+    atomic_write(dest / UNREADABLE_FILE, json.dumps(notes, indent=1) + "\n")
     atomic_write(dest / PACKED, json.dumps({**marker, "complete": True}, indent=1) + "\n")
     remove_records(dest)
     return made
@@ -153,8 +154,9 @@ def pack_index(
     bad = [entry["file"] for entries in unreadable.values() for entry in entries]
     if bad and options.unreadable == "refuse":
         raise UserError(
-            f"{count(len(bad), 'image')} of {root} can't be read, such as {bad[0]} (see {index.folder / UNREADABLE}); "
-            "fetch them again, or give --unreadable skip (leave them out) or reencode (save what can be seen)"
+            f"{count(len(bad), 'image')} of {root} can't be read, such as {bad[0]} "
+            f"(see {index.folder / UNREADABLE_FILE}); fetch them again, or give --unreadable skip (leave them out) or "
+            "reencode (save what can be seen)"
         )
     left_out = describe(without_images(index.left_out))  # `pack` lists what can't be read
     if left_out and not quiet:
@@ -238,7 +240,7 @@ def pack(
     for note in notes[:20]:
         print(f"{note['file']}: {note['done']}{': ' + note['reason'] if 'reason' in note else ''}")
     if len(notes) > 20:
-        print(f"... and {len(notes) - 20} more: see {made.root / UNREADABLE}")
+        print(f"... and {len(notes) - 20} more: see {made.root / UNREADABLE_FILE}")
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.dataset import imagenet
 from pipeline.dataset.index.index import Index, Split, is_current
 from pipeline.dataset.index.listing import Listing, list_places
-from pipeline.dataset.index.scan import read_unreadable
+from pipeline.dataset.index.notes import read_unreadable
 from pipeline.dataset.index.tar_listing import list_tars
 from pipeline.dataset.layouts.find import TRAIN_NAMES, VAL_NAMES, Layout, find_layout
 from pipeline.dataset.names import dead_link

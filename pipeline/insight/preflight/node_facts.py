@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.config import Config, DataConfig
 from pipeline.dataset.index.index import Split, has_index, locate_index, open_sound
 from pipeline.dataset.index.left_out import describe
-from pipeline.dataset.index.scan import nested_lines
+from pipeline.dataset.index.notes import nested_lines
 from pipeline.dataset.layouts.find import find_layout
 from pipeline.errors import UserError, permission_problem
 from pipeline.gpu_facts import (

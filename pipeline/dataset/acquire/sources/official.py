@@ -16,7 +16,8 @@ from pipeline.dataset.acquire.tarball import read_member
 from pipeline.dataset.acquire.tree import STATE, ExistingFiles, TreeWriter, check_tree_space
 from pipeline.dataset.disk import explain_read
 from pipeline.dataset.imagenet import SYNSET
-from pipeline.dataset.index.scan import build_index, read_unreadable
+from pipeline.dataset.index.notes import read_unreadable
+from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.index.tar_members import iter_members, lacks_end
 from pipeline.dataset.layouts import devkit
 from pipeline.dataset.layouts.find import OFFICIAL

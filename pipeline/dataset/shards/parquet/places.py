@@ -6,7 +6,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline.dataset.index.index import Index
-from pipeline.dataset.index.scan import read_unreadable
+from pipeline.dataset.index.notes import read_unreadable
 from pipeline.dataset.shards.format import BLOCK, image_suffix, tar_header, temporary_path
 from pipeline.dataset.shards.in_place import sample_members
 from pipeline.dataset.shards.pack import make_task

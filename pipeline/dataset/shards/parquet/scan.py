@@ -20,7 +20,8 @@ from pipeline.dataset.index.decode import FileContent, ScannedFile, inspect
 from pipeline.dataset.index.index import Index, is_current
 from pipeline.dataset.index.label_text import label_text
 from pipeline.dataset.index.left_out import Tally
-from pipeline.dataset.index.scan import locked_folder, open_previous, read_unreadable, scan_listings
+from pipeline.dataset.index.notes import read_unreadable
+from pipeline.dataset.index.scan import locked_folder, open_previous, scan_listings
 from pipeline.dataset.index.scan_split import Place, Reader
 from pipeline.dataset.index.tar_listing import TarSplit, drop_unlabeled, make_listings, name_classes
 from pipeline.dataset.index.tar_members import Member
