@@ -1,6 +1,8 @@
 """Checkpoints are written whole or not at all, and a damaged one is never loaded."""
 
 import contextlib
+import errno
+import io
 import os
 import shutil
 import subprocess
@@ -64,6 +66,43 @@ def test_damage_is_found_named_and_the_one_before_is_used(tmp_path, file, how):
     assert len(warnings) == 1 and "step-000000002" in warnings[0] and file in warnings[0]
 
 
+@pytest.mark.parametrize("file", ["model.pt", "meta.json"])
+@pytest.mark.parametrize(
+    ("number", "raised", "words"),
+    [
+        (errno.EACCES, UserError, "ask its owner for access"),
+        (errno.ESTALE, TransientError, "try again"),
+        (errno.EMFILE, TransientError, "try again"),
+        (errno.EIO, None, "using the one before it"),
+    ],
+)
+def test_only_a_damaged_checkpoint_is_passed_over(tmp_path, monkeypatch, file, number, raised, words):
+    """Passed over, it would be set aside, and its steps trained again."""
+    write_checkpoint(tmp_path, 1, state(1), META)
+    write_checkpoint(tmp_path, 2, state(2), META)
+    refuse(monkeypatch, f"step-000000002/{file}", number)
+    warnings = []
+    if raised is None:
+        assert find_newest_good(tmp_path, warnings.append)[1]["step"] == 1
+        assert words in warnings[0]
+        shutil.rmtree(tmp_path / "step-000000001")
+        raised, words = TransientError, "no other is left"
+    with pytest.raises(raised, match=words):
+        find_newest_good(tmp_path, warnings.append)
+
+
+def refuse(monkeypatch, place, number):
+    """The operating system refuses to open a file whose path ends so."""
+    really = io.open
+
+    def opens(path, *arguments, **options):
+        if str(path).endswith(place):
+            raise OSError(number, os.strerror(number), str(path))
+        return really(path, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", opens)
+
+
 def test_a_half_written_folder_is_no_checkpoint_and_is_cleared_away(tmp_path):
     write_checkpoint(tmp_path, 1, state(1), META)
     half = tmp_path / ".step-000000002.77.tmp"
@@ -81,6 +120,25 @@ def test_newest_and_protected_are_kept(tmp_path):
     assert writer.close()
     assert steps(tmp_path) == [7, 6, 3]
     assert sorted(os.listdir(tmp_path)) == [f"step-{step:09d}" for step in (3, 6, 7)]
+
+
+def test_an_old_checkpoint_that_can_not_be_removed_is_no_failed_save(tmp_path, monkeypatch):
+    """As one of another account in a folder with the sticky bit: the others go, and the run can finish."""
+    rename, warnings = Path.rename, []
+
+    def renames(path, target):
+        if path.name == "step-000000002":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renames)
+    writer = CheckpointWriter(tmp_path, keep=1, protected=set, warn=warnings.append)
+    for step in range(1, 5):
+        writer.save(Snapshot(step, state(step), META))
+        assert writer.wait()
+    assert steps(tmp_path) == [4, 2]
+    assert len(warnings) == 2 and "step-000000002 (Operation not permitted)" in warnings[0]
+    writer.close()
 
 
 def test_a_refusing_disk_leaves_the_older_one_and_training(tmp_path):

@@ -232,10 +232,9 @@ class RunRecorder:
     def finish(self, step: int) -> None:
         """The last step is done, scored and on the disk. Raises TransientError where its checkpoint could not be."""
         self._require_saved("the last checkpoint")
-        try:
-            self.writer.prune()  # the last scores may have made another checkpoint the best
-        except OSError as error:
-            self.console.warn(f"old checkpoints could not be removed: {error}")
+        left = self.writer.prune()  # the last scores may have made another checkpoint the best
+        if left:
+            self.console.warn(left)
         reason = None if step == self.last_step else self.stops_early()
         self.event("finished", step, **({"reason": reason} if reason else {}))
         self.ledger.sync()

@@ -6,6 +6,7 @@ never unpickles (`weights_only=True`).
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -21,16 +22,36 @@ import torch
 import xxhash
 
 from pipeline.counts import count
-from pipeline.errors import TransientError
+from pipeline.errors import TransientError, UserError, permission_problem
 from pipeline.run_paths import META, checkpoint_name, list_checkpoints
 from pipeline.training.run_folder.snapshot import Snapshot
 
 FORMAT = 1
 _LEFTOVER = re.compile(r"\.step-\d{9,}\.(\d+|old)\.tmp")  # of starts that were killed
+#: what the operating system says where a file is missing, or its part of the disk is bad; all else is no fault of it
+_OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.EUCLEAN, errno.EBADMSG}
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint folder that is not what was written; the message names it and the fault."""
+    """A checkpoint folder that is not what was written; the message names it and the fault.
+
+    `may_pass`: the disk failed to read it, which may be otherwise in a moment.
+    """
+
+    def __init__(self, message: str, may_pass: bool = False):
+        super().__init__(message)
+        self.may_pass = may_pass
+
+
+def _reading_problem(path: Path, name: str, error: OSError) -> Exception:
+    """What it means that a file of a checkpoint can't be read. Only a damaged checkpoint is passed over for the one
+    before it: one that this account may not read, or whose server is away for a moment, is as good as before."""
+    if isinstance(error, PermissionError):
+        return permission_problem(error)
+    message = f"checkpoint {path}: {name} can't be read ({error.strerror})"
+    if error.errno in _OF_THE_FILE:
+        return DamagedCheckpoint(message, may_pass=error.errno == errno.EIO)
+    return TransientError(f"{message}; nothing was changed, try again")
 
 
 class _DigestingFile:
@@ -131,7 +152,7 @@ def _is_complete(meta: dict) -> bool:
 
 
 def read_meta(path: Path) -> dict:
-    """The verified `meta.json` of a checkpoint folder. Raises DamagedCheckpoint."""
+    """The verified `meta.json` of a checkpoint folder. Raises DamagedCheckpoint, and what `_reading_problem` says."""
     try:
         meta = json.loads((path / META).read_bytes())
         if not isinstance(meta, dict) or json.loads(_seal(meta)) != meta:
@@ -140,13 +161,15 @@ def read_meta(path: Path) -> dict:
             raise DamagedCheckpoint(f"checkpoint {path}: format {meta['format']}, this version reads {FORMAT}")
         if not _is_complete(meta):
             raise DamagedCheckpoint(f"checkpoint {path}: {META} lacks what a checkpoint must say, or says it otherwise")
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+    except OSError as error:
+        raise _reading_problem(path, META, error) from error
+    except (ValueError, KeyError, RecursionError) as error:
         raise DamagedCheckpoint(f"checkpoint {path}: {META} can't be read ({error})") from error
     return meta
 
 
 def verify_checkpoint(path: Path) -> dict:
-    """Check every file of a checkpoint folder against its digest and return its meta. Raises DamagedCheckpoint."""
+    """Check every file of a checkpoint folder against its digest and return its meta. Raises as `read_meta`."""
     meta = read_meta(path)
     for name, expected in meta["files"].items():
         try:
@@ -158,7 +181,7 @@ def verify_checkpoint(path: Path) -> dict:
             if _digest_file(path / name) != expected["xxh3_128"]:
                 raise DamagedCheckpoint(f"checkpoint {path}: {name} has other bytes than were written")
         except OSError as error:
-            raise DamagedCheckpoint(f"checkpoint {path}: {name} can't be read ({error.strerror})") from error
+            raise _reading_problem(path, name, error) from error
     return meta
 
 
@@ -178,13 +201,17 @@ def find_newest_good(
     folder: Path, warn: Callable[[str], None], accept: Callable[[dict], bool] = lambda meta: True
 ) -> tuple[Path, dict] | None:
     """The newest checkpoint in `folder` that verifies and whose meta is accepted, with its meta; each damaged one is
-    named by `warn`."""
+    named by `warn`. Raises TransientError where none is left because the disk fails, and as `read_meta`."""
+    failing: DamagedCheckpoint | None = None
     for _, path in list_checkpoints(folder):
         try:
             if accept(read_meta(path)):
                 return path, verify_checkpoint(path)
         except DamagedCheckpoint as error:
+            failing = error if error.may_pass else failing
             warn(f"{error}; using the one before it")
+    if failing is not None:
+        raise TransientError(f"{failing}, and no other is left; nothing was changed, try again")
     return None
 
 
@@ -233,18 +260,27 @@ class CheckpointWriter:
         self.wait()
         self._writing = self._pool.submit(self._write, snapshot)
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot) -> str | None:
         self.before()
         snapshot.wait()
         write_checkpoint(self.folder, snapshot.step, snapshot.state, snapshot.meta)
-        self.prune()
+        return self.prune()
 
-    def prune(self) -> None:
-        """Remove all but the newest `keep` and the protected ones."""
-        safe = self.protected()
+    def prune(self) -> str | None:
+        """Remove all but the newest `keep` and the protected ones. Returns, in words, what can't be removed: it stays,
+        and what was saved is on the disk all the same."""
+        try:
+            safe = self.protected()
+        except (TransientError, UserError) as error:
+            return f"no old checkpoint is removed: {error}"
+        refused: list[str] = []
         for step, path in list_checkpoints(self.folder)[self.keep :]:
-            if step not in safe:
-                self._remove(path)
+            try:
+                if step not in safe:
+                    self._remove(path)
+            except OSError as error:
+                refused.append(f"{path} ({error.strerror})")
+        return f"old checkpoints can't be removed, and take up space: {', '.join(refused)}" if refused else None
 
     def remove_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: the run went back."""
@@ -264,13 +300,15 @@ class CheckpointWriter:
         if writing is None:
             return True
         try:
-            writing.result()
+            left = writing.result()
         except OSError as error:
             self.warn(
                 f"the checkpoint could not be written to {self.folder} ({error}); training continues, "
                 "and the next save tries again"
             )
             return False
+        if left:
+            self.warn(left)
         return True
 
     def close(self) -> bool:
