@@ -7,7 +7,10 @@ import pytest
 import runs
 from test_index import change_label
 
-from pipeline.tracking.ledger import lost_in_words, lost_steps
+from pipeline.config import load_config
+from pipeline.dataset.index.index import open_sound
+from pipeline.loader.build import make_train_plan
+from pipeline.tracking.ledger import TRAINING_UNREADABLE, lost_in_words, lost_steps
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,17 @@ def test_a_row_that_was_changed_is_found(finished, tmp_path, every, expect):
     edit(run, 7, batch_digest=runs.rows(run, "train")[0]["batch_digest"])
     output = runs.capture(["audit", str(run), "--every", every], expect)
     assert ("first at step 7" in output) == (expect == 2)
+
+
+@pytest.mark.parametrize("name", ["batch_digest", "data_wait_fraction"])
+def test_a_damaged_name_in_the_last_row_is_no_traceback(finished, tmp_path, name):
+    """One flipped bit: the line is whole, and a field is missing."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    before, found, after = (run / "metrics.jsonl").read_text().rpartition(f'"{name}"')
+    (run / "metrics.jsonl").write_text(before + found.replace("a", "`") + after)
+    output = runs.capture(["audit", str(run)], expect=2 if name == "batch_digest" else 0)
+    assert ("the first at step 8" in output) == (name == "batch_digest")
+    assert "step        8 of 8" in runs.capture(["status", str(run)])
 
 
 def test_an_index_that_was_changed_proves_nothing(finished, root, tmp_path):
@@ -194,3 +208,26 @@ def test_a_run_that_begins_with_another_runs_checkpoint_has_lost_nothing(finishe
     assert "no rows of" not in printed
     output = runs.capture(["audit", str(resumed), str(continued)])
     assert output.count("steps 9 to 10, ") == 2 and output.count("every batch") == 2
+
+
+def test_an_image_that_was_unreadable_only_once_is_no_other_batch(root, tmp_path):
+    """The disk refused sample A; the start was killed, the next one has read A, in one batch with B, which is damaged
+    for good. The ledger names both."""
+    data, run = shutil.copytree(root, tmp_path / "data"), tmp_path / "run"
+    index = open_sound(data / "index")
+    plan = make_train_plan(
+        index, *(getattr(load_config(str(runs.TINY)), name) for name in ("data", "train", "augment"))
+    )
+    second = [plan.samples_at(step, 0, 20)[0].tolist() for step in (5, 6)]  # of the second epoch
+    bad, once = second[0][3], second[0][8]
+    index.splits["train"].path(bad).write_bytes(b"damaged")
+    runs.call(data, run, "--train.max_steps", "5")
+    (event,) = [row for row in runs.rows(run, "event") if row["event"] == TRAINING_UNREADABLE]
+    assert event["sample"] == bad
+    with (run / "metrics.jsonl").open("a") as ledger:
+        ledger.write(json.dumps(event | {"step": 6, "sample": once}) + "\n")
+    runs.call(data, run, "--train.max_steps", "7")
+    output = runs.capture(["audit", str(run)])
+    assert "every batch" in output and "2 of them with substitutes" in output
+    edit(run, 6, batch_digest=runs.rows(run, "train")[0]["batch_digest"])
+    assert "the first at step 6" in runs.capture(["audit", str(run)], expect=2)

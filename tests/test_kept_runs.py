@@ -138,6 +138,29 @@ def test_going_back_sets_later_steps_aside_and_the_ledger_has_no_hole(root, run)
     assert steps(run) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("step", [4, 2])
+def test_another_runs_checkpoint_in_the_folder_of_a_run_sets_that_one_aside(root, run, tmp_path, step):
+    """Its steps are not those before the checkpoint's: its score could be called the best, and steps be missed."""
+    other = tmp_path / "other"
+    runs.call(root, other, *SAVING[:-1], "2", "--train.micro_batch_size", "10")  # no copy of `run`
+    before = (runs.checkpoint_at(other, 2) / "optimizer.pt").read_bytes()
+    begin = ["--resume", str(runs.checkpoint_at(run, step))]
+    printed = runs.call(root, other, *SAVING[:-1], "5", *begin)
+    aside = other / "set-aside-after-step-000000000"
+    assert str(aside) in printed and saved(aside) == [2] and steps(aside) == [1, 2]
+    assert (runs.checkpoint_at(aside, 2) / "optimizer.pt").read_bytes() == before
+    assert steps(other) == list(range(step + 1, 6)) and saved(other)[0] == step
+    assert "every batch" in runs.capture(["audit", str(other)])
+    assert "set-aside" not in runs.call(root, other, *SAVING, *begin) and steps(other)[-1] == 6
+
+
+def test_the_original_of_a_copied_run_is_its_own_checkpoint(root, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    runs.call(root, copy, *SAVING[:-1], "5", "--resume", str(runs.checkpoint_at(run, 4)))
+    assert steps(copy) == [1, 2, 3, 4, 5] and saved(copy) == [2, 4, 5]
+    assert saved(copy / "set-aside-after-step-000000004") == [6]
+
+
 @pytest.mark.parametrize("named", ["the link", "its target"])
 def test_a_checkpoint_of_the_run_is_not_written_again_where_checkpoints_is_a_link(root, run, tmp_path, named):
     shutil.move(run / "checkpoints", tmp_path / "large")

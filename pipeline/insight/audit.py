@@ -7,6 +7,7 @@ machine, without a GPU and without reading an image. Several runs are compared w
 
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from json import dumps
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from pipeline.tracking.ledger import TRAINING_UNREADABLE, is_start, lost_in_word
 from pipeline.training.guard import rollbacks_of_ledger
 from pipeline.training.run_folder.checkpoint import newest_meta
 from pipeline.training.run_folder.same_recipe import differing_settings
+
+MOST_CHOSEN = 8  #: unreadable samples in a batch of which each choice is tried
 
 
 @dataclass
@@ -51,16 +54,27 @@ class Audit:
         return not self.problems and not self.lost
 
 
-def with_substitutes(plan: TrainPlan, planned: np.ndarray, unreadable: Collection[int]) -> np.ndarray:
-    """The planned ids, int64 [B], with the first readable substitute of each that is among the unreadable ones."""
+def with_substitutes(
+    plan: TrainPlan, planned: np.ndarray, unreadable: Collection[int], known: Collection[int]
+) -> np.ndarray:
+    """The planned ids, int64 [B], with a substitute of each that is among the unreadable ones: the first that is not
+    known to be so, too."""
     ids = planned.copy()
     for i in np.flatnonzero(np.isin(planned, list(unreadable))):
         candidates = (plan.substitute(int(planned[i]), attempt) for attempt in range(MOST_SUBSTITUTES))
-        ids[i] = next((found for found in candidates if found not in unreadable), planned[i])
+        ids[i] = next((found for found in candidates if found not in known), planned[i])
     return ids
 
 
-def check_step(plan: TrainPlan, step: int, digest: str, unreadable: dict[int, int]) -> bool | None:
+def _choices(samples: Collection[int]) -> Iterable[Collection[int]]:
+    """Which of these could not be read when their batch was made, as the others were read: all of them, or fewer. The
+    ledger names samples for good, also those that a disk refused once, or in steps that were done again."""
+    yield samples
+    if len(samples) <= MOST_CHOSEN:
+        yield from (some for number in range(len(samples) - 1, 0, -1) for some in combinations(samples, number))
+
+
+def check_step(plan: TrainPlan, step: int, digest: str | None, unreadable: dict[int, int]) -> bool | None:
     """Is `digest` that of the batch of `step` (steps done)? None: it is, with substitutes for unreadable images.
 
     unreadable: sample id -> the step in which it was found so, which may be after it was read in good order.
@@ -68,11 +82,13 @@ def check_step(plan: TrainPlan, step: int, digest: str, unreadable: dict[int, in
     planned, *_ = plan.samples_at(step - 1, 0, plan.global_batch_size)
     if plan.digest(step - 1, planned) == digest:
         return True
+    here = unreadable.keys() & set(planned.tolist())
     until_here = [sample for sample, found in unreadable.items() if found <= step]
-    for known in (unreadable, until_here):
-        ids = with_substitutes(plan, planned, known)
-        if not np.array_equal(ids, planned) and plan.digest(step - 1, ids) == digest:
-            return None
+    for chosen in _choices(sorted(here)):
+        for known in (unreadable, until_here):
+            ids = with_substitutes(plan, planned, chosen, known)
+            if not np.array_equal(ids, planned) and plan.digest(step - 1, ids) == digest:
+                return None
     return False
 
 
@@ -105,7 +121,7 @@ def audit_run(
     others = []
     with Progress(folder.name, len(train[::every]), "batches") as progress:
         for row in train[::every]:
-            same = check_step(plan, row["step"], row["batch_digest"], unreadable)
+            same = check_step(plan, row["step"], row.get("batch_digest"), unreadable)
             found.checked += 1
             found.replaced += same is None
             others += [row["step"]] if same is False else []
@@ -121,7 +137,8 @@ def audit_run(
 def compare(one: Path, other: Path, rows: dict[Path, list[dict]]) -> tuple[str, bool]:
     """In words: did two runs see the same batches in the steps that both have? And: did none differ?"""
     digests = [
-        {row["step"]: row["batch_digest"] for row in rows[run] if row.get("kind") == "train"} for run in (one, other)
+        {row["step"]: row.get("batch_digest") for row in rows[run] if row.get("kind") == "train"}
+        for run in (one, other)
     ]
     common = sorted(digests[0].keys() & digests[1].keys())
     pair = f"{one.name} and {other.name}"

@@ -100,7 +100,7 @@ def lost_steps(rows: Iterable[dict], done: int) -> list[tuple[int, int]]:
     rows = list(rows)
     begins = {0} | {row["step"] for row in rows if _is_beginning(row)}
     steps = [row["step"] for row in rows if row.get("kind") == "train" and row["step"] <= done]
-    before = max(step for step in begins if step < (steps[0] if steps else done + 1))
+    before = max((step for step in begins if step < (steps[0] if steps else done + 1)), default=0)
     lost = []
     for step in [*steps, done + 1]:
         if before + 1 < step:

@@ -40,7 +40,8 @@ NAMED = 10  # unreadable validation images on the console; the ledger names all
 class RunRecorder:
     """Ledger, its views and checkpoints of a run. Rank 0 only.
 
-    The ledger is opened at `setup.start.step`: its rows of later steps are removed, as these steps will be done again.
+    The ledger is opened at `setup.start.own_step`: its rows of later steps are removed, as these steps will be done
+    again, or belong to another way.
     """
 
     def __init__(self, setup: RunSetup):
@@ -49,10 +50,11 @@ class RunRecorder:
         config, folder = setup.config, setup.folder
         settings = semantic_config(config) | {"world_size": setup.world.size}
         wandb = WandbView(config.tracking, folder.path, settings, last_steps(folder.ledger), self.console.say)
-        given_up = any(step > setup.start.step for step, _ in list_checkpoints(folder.checkpoints))  # damaged ones, say
+        own_step = setup.start.own_step
+        given_up = any(step > own_step for step, _ in list_checkpoints(folder.checkpoints))  # damaged ones, say
         if setup.start.went_back or given_up:
-            set_aside(folder, setup.start.step, setup.start.rollbacks, self.console.warn)
-        self.ledger = Ledger(folder.ledger, setup.start.step)
+            set_aside(folder, own_step, setup.start.rollbacks, self.console.warn)
+        self.ledger = Ledger(folder.ledger, own_step)
         self.views: list[View] = [wandb, self.console]
         if config.tracking.tensorboard:
             paths = RunPaths(folder.path)

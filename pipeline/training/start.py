@@ -1,5 +1,6 @@
 """Where a run starts, or rolls back to: the newest good checkpoint that is part of this run's history."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -62,6 +63,12 @@ class Start:
     def step(self) -> int:
         """Number of steps done."""
         return self.meta.get("step", 0)
+
+    @property
+    def own_step(self) -> int:
+        """Up to this step the run's own rows and checkpoints lead to here: to none of them where it begins again, with
+        another run's checkpoint."""
+        return self.step if self.is_saved else 0
 
     @property
     def blacklist(self) -> dict[int, int]:
@@ -157,6 +164,15 @@ def _is_in(path: Path, folder: Path) -> bool:
     return folder.resolve() in (path.resolve().parent, path.parent.resolve())
 
 
+def _own_copy(folder: RunFolder, meta: dict) -> tuple[Path, dict] | None:
+    """The run's own checkpoint, where it is the one with this manifest: its folder is a copy of the other run's."""
+    own = folder.checkpoint(meta["step"])
+    with contextlib.suppress(DamagedCheckpoint):
+        if own.is_dir() and read_meta(own)["digest"] == meta["digest"]:
+            return own, verify_checkpoint(own)
+    return None
+
+
 def _was_followed(config: Config, folder: RunFolder, rows: list[dict]) -> bool:
     """Has an earlier start of this run followed `--resume PATH` already? A batch script that is requeued repeats it.
     The ledger says so, and the checkpoints since then."""
@@ -199,6 +215,8 @@ def find_start(
     if found is None:
         return Start(rollbacks=rollbacks)
     check_fingerprints(*found, semantic_config(config), index_fingerprint, config.given)
+    if went_back:
+        found = _own_copy(folder, found[1]) or found
     own = not went_back or _is_in(found[0], folder.checkpoints)
     if went_back:  # those of the way that is given up are set aside with it
         rollbacks = [rollback for rollback in rollbacks if rollback in rollbacks_of(found[1])]

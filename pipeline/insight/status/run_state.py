@@ -145,6 +145,7 @@ def read_state(folder: Path, now: float | None = None) -> RunState:
     activity = _activity(start, tail, evals, step, last_step, per_epoch, settings)
     state, detail = _judge(folder, activity, silent, step_s)
     best = max(evals, key=top1_of, default={})
+    waits = [row["data_wait_fraction"] for row in tail if isinstance(row.get("data_wait_fraction"), float)]
     latest = evals[-1] if evals else {}
     return RunState(
         run=str(folder),
@@ -161,9 +162,7 @@ def read_state(folder: Path, now: float | None = None) -> RunState:
         left_out=left_out_note(latest).strip(" ()"),
         images_per_s=batch / step_s if step_s else None,
         step_s=step_s,
-        data_wait_fraction=statistics.fmean(row["data_wait_fraction"] for row in tail)
-        if tail and "data_wait_fraction" in tail[-1]
-        else None,
+        data_wait_fraction=statistics.fmean(waits) if waits else None,
         left_s=(last_step - step) * step_s if step_s and last_step is not None else None,
         checkpoint_step=checkpoint[0] if checkpoint else None,
         checkpoint_age_s=max(0.0, now - checkpoint[1]) if checkpoint else None,
