@@ -85,6 +85,10 @@ def test_a_recipe_that_was_changed_is_found(finished, tmp_path, setting, value):
     output = runs.capture(["audit", str(run)], expect=2)
     (name, before), after = setting.split(": "), value.split(": ")[1]
     assert f"{name} is {after} in config.yaml, and {before} in the checkpoints" in output
+    shutil.rmtree(run / "checkpoints")
+    in_no_digest = name == "label_smoothing"
+    output = runs.capture(["audit", str(run)], expect=0 if in_no_digest else 2)
+    assert ("no checkpoint is left, so settings" in output) == in_no_digest
 
 
 def test_runs_are_compared_with_the_first_one(finished, root, tmp_path):

@@ -37,7 +37,8 @@ class Audit:
 
     first, last: steps of the ledger. images: of all its batches. checked: batches computed again; replaced: those of
     them in which a substitute stands for an unreadable image. lost: (first, last) of each stretch of steps whose rows
-    the ledger should have. problems: in words, none where all other rows are as they should be.
+    the ledger should have. settings_compared: was there a checkpoint to compare config.yaml with? problems: in words,
+    none where all other rows are as they should be.
     """
 
     run: str
@@ -47,6 +48,7 @@ class Audit:
     checked: int = 0
     replaced: int = 0
     lost: list[tuple[int, int]] = field(default_factory=list)
+    settings_compared: bool = False
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -110,6 +112,7 @@ def audit_run(
         found.problems.append(f"the index {index.fingerprint} is not the run's ({fingerprint}); give its --data_root")
     if found.problems:
         return found
+    found.settings_compared = "semantic_config" in meta
     saved, differing = differing_settings(meta.get("semantic_config", identity), identity)
     for name in differing:
         found.problems.append(
@@ -168,6 +171,8 @@ def in_words(found: Audit) -> Iterable[str]:
         every = not found.lost and found.checked == found.last - found.first + 1
         part = "every batch" if every else count(found.checked, "batch")
         yield f"  {part}: as recipe, seed and index say (digests computed again)"
+        if not found.settings_compared:
+            yield "  no checkpoint is left, so settings that change no batch (loss, normalization) can't be compared"
     if found.replaced:
         yield f"  {found.replaced:,} of them with substitutes for unreadable images"
     if found.lost:
