@@ -1,5 +1,6 @@
 """The file names of a run folder. Every other module takes them from here; nothing heavy is imported."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,8 @@ def not_a_run_message(run: str | Path, checkpoints: bool = False) -> str:
 
 def find_runs(folder: Path, depth: int = 3) -> list[Path]:
     """The folder itself if it is a run's, otherwise the run folders below it, by name; [] where there are none. A run's
-    own folders are not searched, nor hidden ones, nor what lies deeper than `depth` folders."""
+    own folders are not searched, nor hidden ones or ones that this account may not enter, nor what lies deeper than
+    `depth` folders."""
     if is_run(folder) or not folder.is_dir():
         return [folder] if is_run(folder) else []
     found: list[Path] = []
@@ -155,6 +157,7 @@ def find_runs(folder: Path, depth: int = 3) -> list[Path]:
         with os.scandir(folder) as entries:
             below = sorted(entry.path for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         for path in map(Path, below):
-            if not path.is_symlink() or is_run(path):  # a link to another folder of runs may lead back
-                found += find_runs(path, depth - 1)
+            with contextlib.suppress(PermissionError):  # another account's, closed to this one
+                if not path.is_symlink() or is_run(path):  # a link to another folder of runs may lead back
+                    found += find_runs(path, depth - 1)
     return found

@@ -90,7 +90,9 @@ def test_a_run_whose_checkpoints_could_not_be_written_is_not_called_finished(roo
     run = tmp_path / "run"
     with monkeypatch.context() as context:
         context.setattr(checkpoint, "write_checkpoint", refuse)
-        assert "last checkpoint could not be written" in runs.call(root, run, "--train.max_steps", "2", expect=1)
+        message = runs.call(root, run, "--train.max_steps", "2", expect=1).splitlines()[-1]
+    assert "last checkpoint could not be written" in message
+    assert message.endswith("(No space left on device); free some space and start again")
     assert steps(run, "eval") == [2] and saved(run) == []
     assert "has no checkpoint" in runs.call(root, run, "--train.max_steps", "2", expect=2)
     assert not (run / "finished").exists()

@@ -1,6 +1,7 @@
 """How a run stands, read from its folder: every state that an operator meets."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import run_paths
 from pipeline.__main__ import main
 from pipeline.config import RawConfig, TrainConfig, to_yaml
+from pipeline.insight.status import run_state
 from pipeline.insight.status.cli import render, render_list
 from pipeline.insight.status.run_state import read_events_and_evals, read_state, read_tail
 from pipeline.progress import duration
@@ -287,3 +290,27 @@ def test_imported_weights_are_no_run_that_starts(run):
 def test_a_folder_without_runs_is_named(sweep, capsys):
     assert main(["status", str(sweep / "a"), str(sweep / "notes")]) == 2
     assert f"{sweep / 'notes'} is not a run folder, and none is below it" in capsys.readouterr().err
+
+
+def test_folders_of_another_account_hide_no_other_run(run, tmp_path, monkeypatch, capsys):
+    """One may not be entered; of one the ledger may not be read."""
+    folder = tmp_path / "runs"
+    files = [run / "config.yaml", run / "metrics.jsonl"]
+    for name in ("closed", "mine", "ledger"):
+        (folder / name).mkdir(parents=True)
+        for file in files:
+            shutil.copy(file, folder / name)
+
+    def refusing(function, name):
+        def call(path):
+            if name in path.parts:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return function(path)
+
+        return call
+
+    monkeypatch.setattr(run_paths, "is_run", refusing(run_paths.is_run, "closed"))
+    monkeypatch.setattr(run_state, "read_tail", refusing(run_state.read_tail, "ledger"))
+    assert main(["status", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[1] for line in lines] == ["unreadable", "starting"] and "ask its owner" in lines[0]

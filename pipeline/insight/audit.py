@@ -17,7 +17,7 @@ from pipeline.command import raising, run_command
 from pipeline.config import load_config, semantic_config
 from pipeline.counts import count
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_sound
-from pipeline.errors import EXIT_OK, EXIT_USER, UserError
+from pipeline.errors import EXIT_OK, EXIT_USER, UserError, permission_problem
 from pipeline.insight.runs import expand
 from pipeline.loader.build import make_train_plan
 from pipeline.loader.plan import MOST_SUBSTITUTES, TrainPlan
@@ -212,11 +212,12 @@ def audit(
             metas[folder] = newest_meta(RunPaths(folder).checkpoints)  # before the rows, which a live run writes first
             with raising("train"):
                 rows[folder], configs[folder] = _read(folder), load_config(RunPaths(folder).config)
-        except UserError as error:
+        except (UserError, PermissionError) as error:
             if folder in named:
                 raise
-            whose = "" if str(folder) in str(error) else f"{folder}: "
-            print(f"left out: {whose}{error}", flush=True)  # one of a folder of runs
+            why = str(permission_problem(error) if isinstance(error, PermissionError) else error)
+            whose = "" if str(folder) in why else f"{folder}: "
+            print(f"left out: {whose}{why}", flush=True)  # one of a folder of runs
     if not rows:
         raise UserError("none of these runs can be checked; the lines above say why")
     folders = list(rows)

@@ -229,7 +229,7 @@ class RunRecorder:
     def _require_saved(self, what: str) -> None:
         """Raises TransientError where the last save did not reach the disk. what: the checkpoint, in words."""
         if not self.writer.wait():
-            raise TransientError(f"{what} could not be written to {self.folder.checkpoints}; start again")
+            raise TransientError(f"{what} could not be written to {self.folder.checkpoints} {self.writer.refusal}")
 
     def finish(self, step: int) -> None:
         """The last step is done, scored and on the disk. Raises TransientError where its checkpoint could not be."""

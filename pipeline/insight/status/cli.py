@@ -11,7 +11,7 @@ from typing import Literal
 
 from pipeline.command import run_command
 from pipeline.counts import count
-from pipeline.errors import UserError
+from pipeline.errors import UserError, permission_problem
 from pipeline.insight.runs import expand
 from pipeline.insight.status.run_state import RunState, read_state
 from pipeline.progress import can_redraw, duration
@@ -145,6 +145,8 @@ def _state_of_one(folder: Path) -> RunState:
         return read_state(folder)
     except UserError as error:
         return RunState(str(folder), "unreadable", str(error))
+    except PermissionError as error:
+        return RunState(str(folder), "unreadable", str(permission_problem(error)))
 
 
 def main(argv: list[str]) -> int:

@@ -23,6 +23,7 @@ import xxhash
 
 from pipeline.counts import count
 from pipeline.errors import TransientError, UserError, permission_problem
+from pipeline.files import FREE, reason_of
 from pipeline.run_paths import META, checkpoint_name, list_checkpoints
 from pipeline.training.run_folder.snapshot import Snapshot
 
@@ -247,6 +248,7 @@ class CheckpointWriter:
         self.folder, self.keep, self.protected, self.warn = folder, keep, protected, warn
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
+        self.refusal = ""  # why the last one could not be written, and what to do
         self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
@@ -302,6 +304,8 @@ class CheckpointWriter:
         try:
             left = writing.result()
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self.refusal = f"({reason_of(error, self.folder)}); {f'{FREE} and ' if full else ''}start again"
             self.warn(
                 f"the checkpoint could not be written to {self.folder} ({error}); training continues, "
                 "and the next save tries again"
