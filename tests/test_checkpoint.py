@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 import subprocess
 import threading
 from pathlib import Path
@@ -139,6 +140,19 @@ def test_an_old_checkpoint_that_can_not_be_removed_is_no_failed_save(tmp_path, m
     assert steps(tmp_path) == [4, 2]
     assert len(warnings) == 2 and "step-000000002 (Operation not permitted)" in warnings[0]
     writer.close()
+
+
+def test_a_file_system_that_syncs_no_folders_takes_checkpoints(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def fsyncs(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsyncs)
+    write_checkpoint(tmp_path, 1, state(1), META)
+    assert find_newest_good(tmp_path, print)[1]["step"] == 1
 
 
 def test_a_refusing_disk_leaves_the_older_one_and_training(tmp_path):

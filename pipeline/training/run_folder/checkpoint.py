@@ -80,6 +80,9 @@ def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that sync no folders, as VirtualBox's shared ones
+            raise
     finally:
         os.close(descriptor)
 
