@@ -15,6 +15,7 @@ import pytest
 from pipeline import run_paths
 from pipeline.__main__ import main
 from pipeline.config import RawConfig, TrainConfig, to_yaml
+from pipeline.insight.report import run_record
 from pipeline.insight.status import run_state
 from pipeline.insight.status.cli import render, render_list
 from pipeline.insight.status.run_state import read_events_and_evals, read_state, read_tail
@@ -314,3 +315,9 @@ def test_folders_of_another_account_hide_no_other_run(run, tmp_path, monkeypatch
     assert main(["status", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[1] for line in lines] == ["unreadable", "starting"] and "ask its owner" in lines[0]
+
+    monkeypatch.setattr(run_record, "read_rows", refusing(run_record.read_rows, "ledger"))
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("left out: ") and "ask its owner" in said[0] and (tmp_path / "page.html").is_file()
+    assert main(["report", str(folder / "ledger"), "--out", str(tmp_path / "page.html")]) == 2

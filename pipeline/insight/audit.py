@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.command import raising, run_command
-from pipeline.config import load_config, semantic_config
+from pipeline.config import Config, load_config, semantic_config
 from pipeline.counts import count
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_sound
-from pipeline.errors import EXIT_OK, EXIT_USER, UserError, permission_problem
-from pipeline.insight.runs import expand
+from pipeline.errors import EXIT_OK, EXIT_USER, UserError
+from pipeline.insight.runs import read_each
 from pipeline.loader.build import make_train_plan
 from pipeline.loader.plan import MOST_SUBSTITUTES, TrainPlan
 from pipeline.progress import Progress
@@ -205,25 +205,18 @@ def audit(
     """
     if every < 1:
         raise UserError(f"--every {every}: give 1 or more")
-    named = {Path(run).expanduser().resolve() for run in runs}
-    rows, configs, metas = {}, {}, {}
-    for folder in expand(runs):
-        try:
-            metas[folder] = newest_meta(RunPaths(folder).checkpoints)  # before the rows, which a live run writes first
-            with raising("train"):
-                rows[folder], configs[folder] = _read(folder), load_config(RunPaths(folder).config)
-        except (UserError, PermissionError) as error:
-            if folder in named:
-                raise
-            why = str(permission_problem(error) if isinstance(error, PermissionError) else error)
-            whose = "" if str(folder) in why else f"{folder}: "
-            print(f"left out: {whose}{why}", flush=True)  # one of a folder of runs
-    if not rows:
-        raise UserError("none of these runs can be checked; the lines above say why")
+
+    def read(folder: Path) -> tuple[dict, list[dict], Config]:
+        meta = newest_meta(RunPaths(folder).checkpoints)  # before the rows, which a live run writes first
+        with raising("train"):
+            return meta, _read(folder), load_config(RunPaths(folder).config)
+
+    of_runs = read_each(runs, read, "checked")
+    rows = {folder: rows_of_run for folder, (_, rows_of_run, _) in of_runs.items()}
     folders = list(rows)
     found = []
     for folder in folders:
-        config = configs[folder]
+        meta, _, config = of_runs[folder]
         where = locate_index(config.data, data_root, index)
         if not has_index(where):
             raise UserError(
@@ -232,7 +225,7 @@ def audit(
             )
         data_index = open_sound(where)
         plan = make_train_plan(data_index, config.data, config.train, config.augment)
-        found.append(audit_run(folder, data_index, plan, rows[folder], metas[folder], semantic_config(config), every))
+        found.append(audit_run(folder, data_index, plan, rows[folder], meta, semantic_config(config), every))
         print("\n".join(in_words(found[-1])), flush=True)
     pairs = [compare(folders[0], other, rows) for other in folders[1:]]
     for line, _ in pairs:

@@ -18,7 +18,7 @@ from pipeline.insight.recipes import as_text
 from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
 from pipeline.insight.report.network_page import network_sections
-from pipeline.insight.runs import expand
+from pipeline.insight.runs import read_each
 from pipeline.insight.status.run_state import read_state
 from pipeline.progress import duration
 from pipeline.tracking.eval_rows import better_scores, left_out_note
@@ -190,10 +190,11 @@ def write_report(
     index: str | None = None,
     precision: Precision | None = None,
 ) -> Path:
-    """Write the page and return its place. Raises UserError for a folder that is not a run, or can't be written."""
+    """Write the page and return its place. runs: folders, or folders of runs. Raises UserError for one that is no run,
+    or where the page can't be written."""
     from pipeline.insight.report.run_record import read_record
 
-    records = [read_record(run) for run in runs]
+    records = list(read_each(runs, lambda run: read_record(str(run)), "shown").values())
     names = distinct_names([record.folder.path for record in records])
     records = [dataclasses.replace(record, name=name) for record, name in zip(records, names, strict=True)]
     folder = records[0].folder.report
@@ -267,7 +268,7 @@ def report(
     if data_root is not None and not Path(data_root).expanduser().is_dir():
         raise UserError(f"--data_root {data_root} is not a folder; give the one that holds train/ and val/")
     to = Path(out).expanduser() if out else None
-    print(write_report([str(run) for run in expand(runs)], to, data_root, device, images, index, precision))
+    print(write_report(runs, to, data_root, device, images, index, precision))
     return EXIT_OK
 
 
