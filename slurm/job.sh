@@ -9,7 +9,7 @@
 # The files in lib/: controller.sh asks Slurm; site.sh reads the environment and site.env; run_folder.sh looks after the
 # run folder; steps.sh starts what runs on the nodes; end.sh decides what comes after it.
 
-set -u
+set -u +e +o posix # whatever BASH_ENV, SHELLOPTS and POSIXLY_CORRECT say
 
 LIB=$PIPELINE_HOME/slurm/lib
 for lib_file in controller site run_folder steps end; do # a name that no script of this folder has for its own

@@ -5,7 +5,7 @@
 # rendezvous in a process of its own. Where Slurm says that the first node itself is lost, the others have the job
 # requeued; one that only lost its way there joins again when it has found it.
 # Bash reads a script while it runs it: all of this is functions and one last line, so that it may be edited.
-set -u
+set -u +e +o posix # whatever BASH_ENV, SHELLOPTS and POSIXLY_CORRECT say
 
 STORE_LOST=68 INTERRUPTED=75 # exit codes of `pipeline launch`: the rendezvous is out of reach; asked to stop
 REJOINS=${REJOINS:-20}        # of a node whose network comes and goes
@@ -44,7 +44,7 @@ settings() {
     export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # no stack trace when the ranks part
     scratch=$(mktemp -d) && export TMPDIR=$scratch # the launcher leaves files behind
     options=()
-    if [[ -d /sys/devices/system/node/node1 && -n ${SLURM_GPUS_ON_NODE:-} ]] && nvidia-smi --list-gpus >/dev/null 2>&1; then
+    if [[ -d /sys/devices/system/node/node1 && -d /proc/driver/nvidia/gpus && -n ${SLURM_GPUS_ON_NODE:-} ]]; then
         options+=(--numa-binding=node)
     fi
     max_nodes=$((SLURM_NNODES - ${SPARE_NODES:-0}))

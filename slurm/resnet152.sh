@@ -9,8 +9,9 @@
 #   MIN_NODES=2 SPARE_NODES=1 sbatch --nodes=5 --no-kill slurm/resnet152.sh       4 train, 1 waits; 2 are enough
 #   NPROC_PER_NODE=4 sbatch --gpus-per-node=0 --mincpus=16 slurm/resnet152.sh --train.device cpu     a rehearsal
 #
-# What stands after the script's name goes to `pipeline train`. From the environment, or from slurm/site.env
-# (see site.env.example, also for modules, containers and accounts):
+# What stands after the script's name goes to `pipeline train`; --config, --data.root and --run_dir there are CONFIG,
+# DATA_ROOT and RUN_DIR. From the environment, or from slurm/site.env (see site.env.example, also for modules, containers
+# and accounts):
 #
 #   CONFIG          recipe, a name or a file [resnet152]
 #   DATA_ROOT       data set, seen from every node [data/imagenet]
@@ -50,10 +51,27 @@ load() { # what the scripts share
     . "$PIPELINE_HOME/slurm/job.sh"
 }
 
+take_places() { # OPTION ...: the places among them, which go before the environment's; sets `options` to the others
+    while (($#)); do
+        case $1 in
+            --config=* | --data.root=* | --run_dir=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+        esac
+        case $1 in
+            --config) CONFIG=${2:-} ;;
+            --data.root) DATA_ROOT=${2:-} ;;
+            --run_dir) RUN_DIR=${2:-} ;;
+            *) options+=("$1") && shift && continue ;;
+        esac
+        [[ -n ${2:-} ]] || { echo "$1: give a value" >&2 && exit 2; }
+        shift 2
+    done
+}
+
 main() { # OPTION ...: of `pipeline train`
-    local train bench
+    local train bench options=()
+    take_places "$@"
     load
-    train=(--config "${CONFIG:=resnet152}" --run_dir "$RUN_DIR" "$@")
+    train=(--config "${CONFIG:=resnet152}" --run_dir "$RUN_DIR" "${options[@]}")
     bench=(${BENCH:+--bench "$BENCH"})
     claim_run_dir
     count_requeues

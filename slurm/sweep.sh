@@ -39,6 +39,10 @@ less 1" >&2
         echo "no slurm/resnet152.sh in PIPELINE_HOME=$PIPELINE_HOME: submit from the project's folder, or give PIPELINE_HOME" >&2
         exit 2
     fi
+    if [[ " $* " == *" --run_dir"[\ =]* ]]; then
+        echo "all tasks would train in one run folder: give RUN_DIR=FOLDER before sbatch instead of --run_dir" >&2
+        exit 2
+    fi
     if ((${SLURM_ARRAY_TASK_MAX:-combinations} < combinations - 1)); then
         echo "the array ends with task $SLURM_ARRAY_TASK_MAX, and there are $combinations combinations: --array=0-$((combinations - 1)) \
 trains all" >&2

@@ -11,6 +11,7 @@ import pytest
 from launching import HEARD
 from stand_in_slurm import ROOT, BatchShell
 
+NODE_FACTS = '[[ $* != *--node_facts* ]] || echo \'{"node": "n1"}\'\n'
 SAVED = "phase=training stop_reason='USR1 from Slurm'; leave 75"
 
 
@@ -53,6 +54,20 @@ def test_a_requeue_by_slurm_itself_is_not_repeated(job):
 def test_a_cancelled_job_is_not_revived(job):
     ended = job.source(f"sed -i s/=RUNNING/=CANCELLED/ $STATE/record; {SAVED}")
     assert ended.code == 75 and not job.file("requeued") and "cancelled: submit the same again" in ended.log
+
+
+AT_3, LATER = "2026-12-01T03:00:00", "2026-12-01T03:00:07"
+
+
+@pytest.mark.parametrize(
+    ("preempted", "ended", "requeued"), [("None", AT_3, False), (AT_3, AT_3, True), (AT_3, LATER, False)]
+)
+def test_a_preemption_that_cancels_requeues_the_job(job, preempted, ended, requeued):
+    """PreemptMode=CANCEL without a GraceTime ends the job at once; a scancel in a preemption's grace time, later."""
+    job.record(state="COMPLETING", end=ended, text=f"PreemptEligibleTime={ended} PreemptTime={preempted} ")
+    shell = job.source(SAVED)
+    assert (shell.code, job.file("requeued")) == ((0, "7\n") if requeued else (75, "")), shell.log
+    assert ("requeued: preempted by Slurm" if requeued else "cancelled: submit the same again") in shell.log
 
 
 def test_requeued_is_said_when_slurm_has_agreed(job):
@@ -192,17 +207,23 @@ def test_a_time_limit_spent_twice_in_vain_ends(job):
     assert ended.code == 2 and "was spent twice without progress" in ended.log and job.file("requeued") == "7\n"
 
 
-def test_an_evaluation_gets_on_with_each_partial_sum(job):
-    """evaluate.sh counts partial sums as progress."""
-    script = (ROOT / "slurm/evaluate.sh").read_text().replace('main "$@"', "")
-    (job.folder / "evaluate.sh").write_text(script)
-    sums = job.run / "evaluation/key"
-    sums.mkdir(parents=True)
-    for restarts in range(6):
-        job.record(restarts=restarts)
-        (sums / "rank-00000.npz").write_text(str(restarts))
-        ended = job.source(". ./evaluate.sh; count_requeues; phase=evaluating; stop_reason=x; leave 75")
-        assert ended.code == 0, ended.log
+def test_what_is_not_a_training_gets_on_without_checkpoints(job):
+    """Partial sums, shards and fetched files are progress; a training's is its checkpoints."""
+    (job.folder / "python").write_text("#!/bin/bash\nexit 75\n")
+    (job.folder / "python").chmod(0o755)
+    env = {"PYTHON": str(job.folder / "python"), "DATA_ROOT": str(job.folder / "data")}
+    done = {
+        "evaluate": job.run / "evaluation/key/rank-00000.npz",
+        "pack": job.folder / "data-shards/train-000000.tar",
+        "fetch": job.folder / "data/.fetch/journal",
+    }
+    for script, path in done.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for restarts in range(5):
+            job.record(restarts=restarts)
+            path.with_stem(f"{path.stem}-{restarts}").write_text(str(restarts))
+            ended = job.submit(str(ROOT / f"slurm/{script}.sh"), **env)
+            assert ended.code == 0 and "requeued: " in ended.log, (script, ended.log)
 
 
 # --- whose job it is
@@ -358,6 +379,36 @@ def test_relative_paths_are_those_of_the_submission(job):
     assert ended.log.splitlines()[-1] == f"{job.folder}/runs/a {job.folder}/data"
 
 
+@pytest.mark.parametrize("equals", [True, False])
+def test_places_after_the_scripts_name_are_the_jobs(job, equals):
+    """They are known to what the script does beside `pipeline train`, and to site.env; no other value follows them."""
+    (job.folder / "python").write_text('#!/bin/bash\nprintf "<%s>" "$@"; echo; exit 2\n')
+    (job.folder / "python").chmod(0o755)
+    (job.folder / "site.env").write_text(': "${DATA_ROOT:=/site}" "${RUN_DIR:=/site}"\n')
+    places = {"--config": "resnet50", "--data.root": "my data", "--run_dir": str(job.folder / "my run")}
+    words = [f"{name}={value}" if equals else f"{name}\n{value}" for name, value in places.items()]
+    arguments = ["--optim.lr", "0.1", *"\n".join(words).split("\n"), "--note=a b"]
+    script = str(ROOT / "slurm/resnet152.sh")
+    ended = job.submit(script, *arguments, PYTHON=str(job.folder / "python"), SITE_ENV="site.env", DATA_ROOT="/other")
+    assert ended.code == 2 and (job.folder / "my run").is_dir()
+    given = ["--config", "resnet50", "--run_dir", f"{job.folder}/my run", "--optim.lr", "0.1", "--note=a b"]
+    given += ["--data.root", f"{job.folder}/my data"]
+    (line,) = (job.folder / "my run/.nodes.7").read_text().splitlines()
+    assert "".join(f"<{word}>" for word in given) in line and line.count("--data.root") == 1
+
+
+@pytest.mark.parametrize("words", [("--data.root", ""), ("--run_dir",), ("--config=", "--optim.lr", "1")])
+def test_a_place_without_a_value_is_one_line(job, words):
+    ended = job.submit(str(ROOT / "slurm/resnet152.sh"), *words)
+    assert ended.code == 2 and ended.log == f"{words[0].rstrip('=')}: give a value\n"
+
+
+@pytest.mark.parametrize("words", [("--run_dir", "x"), ("--run_dir=x",)])
+def test_a_sweep_has_no_run_folder_for_all(job, words):
+    ended = job.submit(str(ROOT / "slurm/sweep.sh"), "optim.lr=1,2", *words, SLURM_ARRAY_TASK_ID="0")
+    assert ended.code == 2 and "give RUN_DIR=FOLDER before sbatch" in ended.log and len(ended.log.splitlines()) == 1
+
+
 @pytest.mark.parametrize("script", ["resnet152", "evaluate", "fetch", "pack", "sweep"])
 def test_a_wrong_project_folder_is_named(job, script):
     arguments = ["optim.lr=1,2"] if script == "sweep" else []
@@ -402,6 +453,15 @@ def test_numbers_of_nodes_in_the_site_file_are_for_trainings(job):
         assert ended.code == 0 and ("ran" in ended.log) and "MIN_NODES" not in ended.log, ended.log
     ended = job.submit(str(ROOT / "slurm/resnet152.sh"), **env)
     assert ended.code == 2 and "SPARE_NODES=1: give a number below the job's 1 nodes" in ended.log
+
+
+@pytest.mark.parametrize("env", [{"SHELLOPTS": "braceexpand:errexit:hashall"}, {"POSIXLY_CORRECT": "1"}])
+def test_options_of_the_shell_in_the_environment_change_nothing(job, env):
+    """Exported by the user's shell, as by `export SHELLOPTS`."""
+    (job.folder / "python").write_text(f"#!/bin/bash\n{NODE_FACTS}[[ $* != *' launch '* ]] || exit 75\n:\n")
+    (job.folder / "python").chmod(0o755)
+    ended = job.submit(str(ROOT / "slurm/resnet152.sh"), PYTHON=str(job.folder / "python"), **env)
+    assert ended.code == 0 and "requeued: a signal to the steps" in ended.log, ended.log
 
 
 # --- what failed

@@ -44,7 +44,7 @@ find_stop_reason() { # $1: exit code. This shell had no signal, but the steps ha
         fi
         stop_reason=$(grep -os '"reason": "[^"]*"' "$RUN_DIR/interrupted" | cut -d'"' -f4)
         : "${stop_reason:=a signal to the steps}"
-        signal_ms=$(stat --format=%.3Y "$STOP_FILE" 2>/dev/null) signal_ms=${signal_ms/./}
+        signal_ms=$(stat --format=%.3Y "$STOP_FILE" 2>/dev/null) signal_ms=${signal_ms/[.,]/} # as the locale writes it
     elif [[ $phase == evaluating && $1 == "$INTERRUPTED" ]]; then
         stop_reason="a signal to the steps"
     elif [[ $phase == preparing && $1 =~ ^(75|129|130|138|140|143)$ ]]; then # a preemption may reach the steps alone
@@ -150,7 +150,8 @@ requeue() {
             log "Slurm has requeued the job" # it is this script's successor's now
             release_run_dir
             exit 0
-        elif [[ ! $record =~ \ (JobState=RUNNING|Reason=TimeLimit)\  ]]; then # cancelled: a requeue would revive it
+        elif [[ ! $record =~ \ (JobState=RUNNING|Reason=TimeLimit)\  ]] && ! ended_by_preemption; then
+            # a requeue would revive it
             log "cancelled: submit the same again to resume"
             leave_with 75
         fi
@@ -169,6 +170,10 @@ requeue() {
     done
     log "Slurm was not reached, or does not know the job any more, so it is not requeued; submit the same again to resume"
     leave_with 75
+}
+
+ended_by_preemption() { # PreemptMode=CANCEL without a GraceTime, not a scancel while a preemption's grace time runs
+    [[ $(field PreemptTime) == 2* && $(field PreemptTime) == "$(field EndTime)" ]]
 }
 
 refuse_short_time_limit() { # the signal that announces the time limit came at once

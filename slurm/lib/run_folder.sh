@@ -86,9 +86,11 @@ with another RUN_DIR"
 
 # --- requeues without progress: what is requeued again and again and never gets anywhere is broken
 
-progress() { # what has been done so far, in a word that changes with it; scripts without a run folder define their own
-    printf '%s\n' "$RUN_DIR"/checkpoints/step-*/meta.json | tail -n 1
-}
+if ! declare -F progress >/dev/null; then # scripts without a run folder have their own by now
+    progress() { # what has been done so far, in a word that changes with it
+        printf '%s\n' "$RUN_DIR"/checkpoints/step-*/meta.json | tail -n 1
+    }
+fi
 
 count_requeues() { # reads and writes PROGRESS_DIR/.requeues.JOB: progress at the start, how often it was the same, why
     local file=$PROGRESS_DIR/.requeues.$JOB before=''
