@@ -4,6 +4,7 @@ The names below are loaded at their first use: `import pipeline` imports no torc
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from pipeline.loader.train_loader import TrainLoader
 
 __version__ = "0.1.0"
+
+if sys.version_info < (3, 11):  # noqa: UP036 # a batch job may have found another Python than pip; in one line for -m
+    found = ".".join(map(str, sys.version_info[:3]))
+    raise ImportError("needs Python 3.11 or newer, and " + sys.executable + " is " + found, name="pipeline")
 
 _HOMES = {
     "evaluate": "pipeline.api",

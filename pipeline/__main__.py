@@ -120,6 +120,8 @@ VERBS = {
 LINUX_ONLY = ("train", "continue", "launch", "evaluate", "qualify", "chaos", "bench")
 #: verbs whose work matters more than what they print
 TRAINING = ("train", "continue", "launch")
+#: modules of the packages that are installed with this one, and that nothing is done without
+REQUIRED = ("jsonargparse", "numpy", "PIL", "requests", "rich", "safetensors", "torch", "torchvision", "xxhash", "yaml")
 
 
 def usage() -> str:
@@ -198,6 +200,15 @@ def _run_verb(verb: str, rest: list[str]) -> int:
             raise
         complain(
             f"pipeline {verb}", "a path begins with ~NAME, and no account has that name; write ./~NAME for a folder"
+        )
+        return EXIT_USER
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED:
+            raise
+        complain(
+            f"pipeline {verb}",
+            f"{sys.executable} has no module {error.name}: is it the Python that this was installed for? Activate its "
+            "environment (. .venv/bin/activate); on Slurm, before sbatch, or give PYTHON",
         )
         return EXIT_USER
     except KeyboardInterrupt:

@@ -1,11 +1,14 @@
 """The package as it is published: what the wheel holds, and what the repository says of itself."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
+
+import pytest
 
 import pipeline
 
@@ -32,6 +35,26 @@ def test_wheel_holds_code_recipes_types_and_license(tmp_path: Path) -> None:
     rest = names - code - recipes - {"pipeline/py.typed"}
     assert all(".dist-info/" in name for name in rest), rest
     assert any(name.endswith("LICENSE") for name in rest)
+
+
+@pytest.mark.parametrize("verb", ["train", "launch", "preflight", "fetch", "index"])
+def test_a_python_that_it_was_not_installed_for_is_one_line(verb: str) -> None:
+    """As where a batch job finds the system's, here one without site-packages."""
+    command = [sys.executable, "-S", "-m", "pipeline", verb, "--config", "smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"pipeline {verb}: {sys.executable} has no module " in done.stderr and "give PYTHON" in done.stderr
+
+
+def test_an_older_python_is_one_line(tmp_path: Path) -> None:
+    source = (ROOT / "pipeline/__init__.py").read_text()
+    ast.parse(source, feature_version=(3, 7))
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.version_info = (3, 9, 2, 'final', 0)\n")
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "pipeline", "preflight"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"needs Python 3.11 or newer, and {sys.executable} is 3.9.2" in done.stderr
 
 
 def test_one_version() -> None:
