@@ -180,6 +180,28 @@ def test_rare_rows_are_found_among_many(run):
     assert [row["step"] for row in read_tail(ledger)][-1] == 3010
 
 
+@pytest.mark.parametrize(
+    ("squeue", "seen"),
+    [
+        ("echo '9|RUNNING|None|1:00'; echo '7|PENDING|Priority|2:00'", "PENDING (Priority)"),  # an array's last task
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "no longer known to the queue"),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", "Slurm does not answer"),
+        ("[[ -n ${SQUEUE_PARTITION:-} ]] || echo '7|RUNNING|None|1:00'", "RUNNING, 1:00 of its time limit left"),
+        (None, "not asked about, there is no squeue here"),
+    ],
+)
+def test_what_the_queue_says_of_a_job(run, monkeypatch, capsys, tmp_path_factory, squeue, seen):
+    append(run, {"kind": "event", "event": "resumed", "step": 0, "slurm_job_id": "7"})
+    programs = tmp_path_factory.mktemp("bin")
+    if squeue is not None:
+        (programs / "squeue").write_text(f"#!/bin/bash\n{squeue}\n")
+        (programs / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin" if squeue else str(programs))
+    monkeypatch.setenv("SQUEUE_PARTITION", "other")
+    assert main(["status", str(run)]) == 0
+    assert f"Slurm job   7: {seen}\n" in capsys.readouterr().out
+
+
 def test_json_and_table(run, capsys):
     train(run, 1, 25)
     evaluate(run, 20, 30.0)

@@ -1,6 +1,7 @@
 """The verb `status`: how a run stands, from its folder and, where there is one, Slurm's queue."""
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -21,23 +22,29 @@ WATCH_EVERY_S = 5.0
 ENDED = ("finished", "failed", "imported", "unreadable")
 
 
-def query_slurm(job: str | None) -> dict[str, str] | None:
-    """The queue's view of a job: state, reason, time left of the limit; None where there is no Slurm or no such job."""
+def query_slurm(job: str | None) -> tuple[dict[str, str] | None, str]:
+    """The queue's view of a job (state, reason, time left of the limit), or None, and why there is none, in words."""
+    if job is None:
+        return None, ""
     squeue = shutil.which("squeue")
-    if job is None or squeue is None:
-        return None
-    command = [squeue, "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%L"]
+    if squeue is None:
+        return None, "not asked about, there is no squeue here"
+    command = [squeue, "--noheader", "--states=all", f"--jobs={job}", "--format=%A|%T|%r|%L"]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, env=plain | {"LC_ALL": "C"})
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        return None
-    return dict(zip(("state", "reason", "time_left"), lines[0].split("|"), strict=False))
+        return None, "Slurm does not answer"
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return None, "Slurm does not answer"
+    for line in done.stdout.splitlines():
+        number, _, rest = line.partition("|")
+        if number == job:  # the number of an array's last task is the whole array's, too
+            return dict(zip(("state", "reason", "time_left"), rest.split("|"), strict=False)), ""
+    return None, "no longer known to the queue"
 
 
-def render(state: RunState, slurm: dict[str, str] | None) -> str:
+def render(state: RunState, slurm: dict[str, str] | None, why_none: str = "") -> str:
     """The state as a table."""
 
     def number(value: float | None, form: str, unit: str = "") -> str:
@@ -73,7 +80,7 @@ def render(state: RunState, slurm: dict[str, str] | None) -> str:
     if sizes := world_sizes_in_words(state.world_sizes):
         rows.append(("processes", sizes))
     if state.slurm_job_id is not None:
-        seen = "no longer known to the queue" if slurm is None else slurm["state"]
+        seen = why_none if slurm is None else slurm["state"]
         if slurm is not None and slurm["state"] == "PENDING":
             seen += f" ({slurm['reason']})"
         elif slurm is not None and slurm["state"] == "RUNNING":
@@ -122,12 +129,13 @@ def status(runs: list[str], watch: bool = False, json: bool = False, sort: Liter
         queued = [query_slurm(state.slurm_job_id) for state in states] if json or len(states) == 1 else []
         if json:
             text = "\n".join(
-                dumps(dataclasses.asdict(state) | {"slurm": slurm}) for state, slurm in zip(states, queued, strict=True)
+                dumps(dataclasses.asdict(state) | {"slurm": slurm})
+                for state, (slurm, _) in zip(states, queued, strict=True)
             )
         elif len(states) > 1:
             text = render_list(states, best_first=sort == "best")
         else:
-            text = render(states[0], queued[0])
+            text = render(states[0], *queued[0])
         if watch and can_redraw(sys.stdout) and not json:
             text = f"\033[H\033[J{text}"
         print(text, flush=True)
