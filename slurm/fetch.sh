@@ -30,8 +30,8 @@ load() { # what the scripts share
     . "$PIPELINE_HOME/slurm/job.sh"
 }
 
-progress() { # what `pipeline fetch` has noted as written
-    cat "$DATA_ROOT"/.fetch/*journal* 2>/dev/null | tail -c 4096
+progress() { # what `pipeline fetch` has noted as written, and how much there is of a whole archive (--via zip)
+    { cat "$DATA_ROOT"/.fetch/*journal* | tail -c 4096 && stat --format=%s "$DATA_ROOT"/.fetch/download/*; } 2>/dev/null
 }
 
 main() { # OPTION ...: of `pipeline fetch`

@@ -212,16 +212,18 @@ def test_what_is_not_a_training_gets_on_without_checkpoints(job):
     (job.folder / "python").write_text("#!/bin/bash\nexit 75\n")
     (job.folder / "python").chmod(0o755)
     env = {"PYTHON": str(job.folder / "python"), "DATA_ROOT": str(job.folder / "data")}
-    done = {
-        "evaluate": job.run / "evaluation/key/rank-00000.npz",
-        "pack": job.folder / "data-shards/train-000000.tar",
-        "fetch": job.folder / "data/.fetch/journal",
-    }
-    for script, path in done.items():
+    done = [
+        ("evaluate", job.run / "evaluation/key/rank-00000.npz"),
+        ("pack", job.folder / "data-shards/train-000000.tar"),
+        ("fetch", job.folder / "data/.fetch/journal"),
+        ("fetch", job.folder / "data/.fetch/download/imagenet.zip"),
+    ]
+    for script, path in done:
         path.parent.mkdir(parents=True, exist_ok=True)
         for restarts in range(5):
             job.record(restarts=restarts)
-            path.with_stem(f"{path.stem}-{restarts}").write_text(str(restarts))
+            name = path.with_stem(f"{path.stem}-{restarts}") if script == "pack" else path
+            name.write_text(str(restarts) * (restarts + 1))
             ended = job.submit(str(ROOT / f"slurm/{script}.sh"), **env)
             assert ended.code == 0 and "requeued: " in ended.log, (script, ended.log)
 
