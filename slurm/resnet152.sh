@@ -14,7 +14,7 @@
 # and accounts):
 #
 #   CONFIG          recipe, a name or a file [resnet152]
-#   DATA_ROOT       data set, seen from every node [data/imagenet]
+#   DATA_ROOT       data set, seen from every node [data.root of a recipe file, else data/imagenet]
 #   RUN_DIR         run folder, seen from every node [runs/JOB_NAME]; the same folder again continues the run
 #   STAGE_DIR       folder on every node's own disk that the shards are copied to first [none: read DATA_ROOT]
 #   NPROC_PER_NODE  processes a node [its GPUs]
@@ -72,16 +72,23 @@ main() { # OPTION ...: of `pipeline train`
     take_places "$@"
     load
     train=(--config "${CONFIG:=resnet152}" --run_dir "$RUN_DIR" "${options[@]}")
+    if [[ -z $default_data ]]; then
+        train+=(--data.root "$DATA_ROOT")
+    elif [[ -f $CONFIG && -n ${STAGE_DIR:-} ]]; then
+        fail "STAGE_DIR without DATA_ROOT: give DATA_ROOT, since $CONFIG may name another data set than $DATA_ROOT"
+    else
+        train=(--data.root "$DATA_ROOT" "${train[@]}") # a recipe file, which comes later, goes before it
+    fi
     bench=(${BENCH:+--bench "$BENCH"})
     claim_run_dir
     count_requeues
-    preflight "${train[@]}" --data.root "$DATA_ROOT" "${bench[@]}" || leave $?
+    preflight "${train[@]}" "${bench[@]}" || leave $?
     say_if_code_changed
     if [[ -n ${STAGE_DIR:-} ]]; then
         on_every_node stage "$DATA_ROOT" "$STAGE_DIR" || leave $?
-        DATA_ROOT=$STAGE_DIR
+        train+=(--data.root "$STAGE_DIR")
     fi
-    train_on_every_node "${train[@]}" --data.root "$DATA_ROOT"
+    train_on_every_node "${train[@]}"
     leave $?
 }
 

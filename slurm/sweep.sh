@@ -43,9 +43,8 @@ less 1" >&2
         echo "all tasks would train in one run folder: give RUN_DIR=FOLDER before sbatch instead of --run_dir" >&2
         exit 2
     fi
-    if ((${SLURM_ARRAY_TASK_MAX:-combinations} < combinations - 1)); then
-        echo "the array ends with task $SLURM_ARRAY_TASK_MAX, and there are $combinations combinations: --array=0-$((combinations - 1)) \
-trains all" >&2
+    if ((${SLURM_ARRAY_TASK_COUNT:-combinations} < combinations)); then
+        echo "the array has $SLURM_ARRAY_TASK_COUNT of the $combinations combinations: --array=0-$((combinations - 1)) trains all" >&2
     fi
     export PIPELINE_HOME RUN_DIR=$RUN_DIR/$name
     exec bash "$PIPELINE_HOME/slurm/resnet152.sh" "${options[@]}" "$@"

@@ -399,6 +399,23 @@ def test_places_after_the_scripts_name_are_the_jobs(job, equals):
     assert "".join(f"<{word}>" for word in given) in line and line.count("--data.root") == 1
 
 
+@pytest.mark.parametrize("given", [{}, {"DATA_ROOT": "mine"}])
+def test_a_recipe_file_keeps_its_data_set(job, given):
+    """DATA_ROOT's default stands before it; a DATA_ROOT that is given, behind."""
+    (job.folder / "python").write_text('#!/bin/bash\nprintf "%s " "$@"; echo; exit 2\n')
+    (job.folder / "python").chmod(0o755)
+    (job.folder / "own.yaml").write_text("data: {root: birds}\n")
+    env = {"PYTHON": str(job.folder / "python"), "CONFIG": "own.yaml"} | given
+    assert job.submit(str(ROOT / "slurm/resnet152.sh"), "--optim.lr", "1", **env).code == 2
+    line = (job.run / ".nodes.7").read_text()
+    ours = f"--config own.yaml --run_dir {job.run} --optim.lr 1"
+    assert (
+        f"{ours} --data.root mine --node_facts" if given else f"--data.root data/imagenet {ours} --node_facts"
+    ) in line
+    ended = job.submit(str(ROOT / "slurm/resnet152.sh"), **env, STAGE_DIR="local")
+    assert ended.code == 2 and ("STAGE_DIR without DATA_ROOT: give DATA_ROOT" in ended.log) == (not given)
+
+
 @pytest.mark.parametrize("words", [("--data.root", ""), ("--run_dir",), ("--config=", "--optim.lr", "1")])
 def test_a_place_without_a_value_is_one_line(job, words):
     ended = job.submit(str(ROOT / "slurm/resnet152.sh"), *words)
@@ -419,10 +436,10 @@ def test_a_wrong_project_folder_is_named(job, script):
     assert ended.code == 2 and "PIPELINE_HOME=/nowhere" in ended.log and len(ended.log.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("last", "said"), [("2", "--array=0-5 trains all"), ("5", "")])
-def test_an_array_with_fewer_tasks_than_combinations_says_so(job, last, said):
-    """The script's own --array is 0-2."""
-    env = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MAX": last, "PYTHON": "/bin/false"}
+@pytest.mark.parametrize(("tasks", "said"), [("3", "--array=0-5 trains all"), ("6", "")])
+def test_an_array_with_fewer_tasks_than_combinations_says_so(job, tasks, said):
+    """The script's own --array is 0-2; 1-5 lacks the first combination."""
+    env = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": tasks, "PYTHON": "/bin/false"}
     ended = job.submit(str(ROOT / "slurm/sweep.sh"), "optim.lr=0.1,0.2,0.4", "train.seed=0,1", **env)
     assert (
         ("trains all" in ended.log) == bool(said)

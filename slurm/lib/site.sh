@@ -37,6 +37,7 @@ site_file_ended() { # $1: exit code. site.env has ended this shell.
 
 settings() {
     local log name=$SLURM_JOB_NAME${ARRAY_TASK:+-$ARRAY_TASK}
+    [[ -n ${DATA_ROOT:-} ]] && default_data='' || default_data=yes # the recipe's file may have another
     : "${DATA_ROOT:=data/imagenet}" "${PYTHON:=python}" "${GRACE_S:=120}" "${HOME:=$(getent passwd "$(id -u)" | cut -d: -f6)}"
     RUN_DIR=$(realpath -m "${RUN_DIR:-runs/$name}")
     PROGRESS_DIR=$RUN_DIR
