@@ -9,9 +9,9 @@
 #   MIN_NODES=2 SPARE_NODES=1 sbatch --nodes=5 --no-kill slurm/resnet152.sh       4 train, 1 waits; 2 are enough
 #   NPROC_PER_NODE=4 sbatch --gpus-per-node=0 --mincpus=16 slurm/resnet152.sh --train.device cpu     a rehearsal
 #
-# What stands after the script's name goes to `pipeline train`; --config, --data.root and --run_dir there are CONFIG,
-# DATA_ROOT and RUN_DIR. From the environment, or from slurm/site.env (see site.env.example, also for modules, containers
-# and accounts):
+# What stands after the script's name goes to `pipeline train`; --config, --data.root and --run_dir there take the place of
+# CONFIG, DATA_ROOT and RUN_DIR. From the environment, or from slurm/site.env (see site.env.example, also for modules,
+# containers and accounts):
 #
 #   CONFIG          recipe, a name or a file [resnet152]
 #   DATA_ROOT       data set, seen from every node [data.root of a recipe file, else data/imagenet]
@@ -51,13 +51,13 @@ load() { # what the scripts share
     . "$PIPELINE_HOME/slurm/job.sh"
 }
 
-take_places() { # OPTION ...: the places among them, which go before the environment's; sets `options` to the others
+take_places() { # OPTION ...: the places among them, which go before the environment's; sets `configs`, `options`: the others
     while (($#)); do
         case $1 in
             --config=* | --data.root=* | --run_dir=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
         esac
         case $1 in
-            --config) CONFIG=${2:-} ;;
+            --config) configs+=(--config "${2:-}") ;; # several are one on another
             --data.root) DATA_ROOT=${2:-} ;;
             --run_dir) RUN_DIR=${2:-} ;;
             *) options+=("$1") && shift && continue ;;
@@ -68,14 +68,15 @@ take_places() { # OPTION ...: the places among them, which go before the environ
 }
 
 main() { # OPTION ...: of `pipeline train`
-    local train bench options=()
+    local train bench configs=() options=()
     take_places "$@"
     load
-    train=(--config "${CONFIG:=resnet152}" --run_dir "$RUN_DIR" "${options[@]}")
+    ((${#configs[@]})) || configs=(--config "${CONFIG:-resnet152}")
+    train=("${configs[@]}" --run_dir "$RUN_DIR" "${options[@]}")
     if [[ -z $default_data ]]; then
         train+=(--data.root "$DATA_ROOT")
-    elif [[ -f $CONFIG && -n ${STAGE_DIR:-} ]]; then
-        fail "STAGE_DIR without DATA_ROOT: give DATA_ROOT, since $CONFIG may name another data set than $DATA_ROOT"
+    elif [[ -f ${configs[-1]} && -n ${STAGE_DIR:-} ]]; then
+        fail "STAGE_DIR without DATA_ROOT: give DATA_ROOT, since ${configs[-1]} may name another data set than $DATA_ROOT"
     else
         train=(--data.root "$DATA_ROOT" "${train[@]}") # a recipe file, which comes later, goes before it
     fi

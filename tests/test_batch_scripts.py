@@ -389,11 +389,13 @@ def test_places_after_the_scripts_name_are_the_jobs(job, equals):
     (job.folder / "site.env").write_text(': "${DATA_ROOT:=/site}" "${RUN_DIR:=/site}"\n')
     places = {"--config": "resnet50", "--data.root": "my data", "--run_dir": str(job.folder / "my run")}
     words = [f"{name}={value}" if equals else f"{name}\n{value}" for name, value in places.items()]
-    arguments = ["--optim.lr", "0.1", *"\n".join(words).split("\n"), "--note=a b"]
+    arguments = ["--optim.lr", "0.1", *"\n".join(words).split("\n"), "--note=a b", "--config", "mine.yaml"]
     script = str(ROOT / "slurm/resnet152.sh")
-    ended = job.submit(script, *arguments, PYTHON=str(job.folder / "python"), SITE_ENV="site.env", DATA_ROOT="/other")
+    env = {"PYTHON": str(job.folder / "python"), "SITE_ENV": "site.env", "DATA_ROOT": "/other", "CONFIG": "other"}
+    ended = job.submit(script, *arguments, **env)
     assert ended.code == 2 and (job.folder / "my run").is_dir()
-    given = ["--config", "resnet50", "--run_dir", f"{job.folder}/my run", "--optim.lr", "0.1", "--note=a b"]
+    given = ["--config", "resnet50", "--config", "mine.yaml", "--run_dir", f"{job.folder}/my run"]
+    given += ["--optim.lr", "0.1", "--note=a b"]
     given += ["--data.root", f"{job.folder}/my data"]
     (line,) = (job.folder / "my run/.nodes.7").read_text().splitlines()
     assert "".join(f"<{word}>" for word in given) in line and line.count("--data.root") == 1
