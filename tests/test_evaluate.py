@@ -130,6 +130,18 @@ def test_classes_are_matched_by_name_or_number_or_not_at_all():
         class_positions(["n01", "n04"], known, 3, "root")
     with pytest.raises(UserError, match=r"root has 2 classes.*LOC_synset_mapping"):
         class_positions(["a", "b"], None, 1000, "root")
+    with pytest.raises(
+        UserError, match=r"root has the class '0'"
+    ):  # a number is a name where the network's classes are
+        class_positions(["0", "1", "2"], ["1", "10", "2"], 3, "root")
+
+
+def test_equal_logits_are_one_guess_in_all_scores():
+    """bf16 makes many logits equal; top-1, calibration and the classes' scores take the same one of them."""
+    tally = Tally(10, torch.device("cpu"))
+    tally.add(torch.zeros(100, 10), torch.arange(100) % 10)
+    assert tally.sums[1] == tally.bins[:, 2].sum() == tally.classes[:, 1].sum() == 10
+    assert torch.all(tally.classes[:, 2] >= tally.classes[:, 1])
 
 
 def test_five_crops_are_torchvisions(root):

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from pipeline.__main__ import main
 from pipeline.config import ModelConfig, load_config, parse_config
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
+from pipeline.evaluation.class_map import order_warning
 from pipeline.evaluation.export_weights import expected_means
+from pipeline.evaluation.import_weights import classes_for
 from pipeline.model.build import build_model
 from pipeline.model.legacy_checkpoint import convert_to_torchvision, guess_model_name
 from pipeline.model.weights import start_from
@@ -249,6 +252,39 @@ def test_means_go_with_googlenets_and_inceptions_weights(synthetic_root, tmp_pat
     )
     theirs = torchvision.models.googlenet(transform_input=True, init_weights=False)._transform_input(own)
     torch.testing.assert_close(theirs, (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+
+
+def test_a_card_says_the_classes_network_and_resizing(synthetic_root, tmp_path, capsys):
+    """Folders named by numbers are in the order of text in training; without their names they would be outputs."""
+    build_index(synthetic_root)
+    names = sorted(map(str, range(12)))
+    torch.save(torchvision.models.squeezenet1_1(num_classes=12).state_dict(), tmp_path / "twelve.pth")
+    seen = {"center_crop": 40, "resize_shorter_side": 44, "mean": [0.5] * 3, "std": [0.5] * 3}
+    card = {
+        "model": "squeezenet1_1",
+        "model_kwargs": {"dropout": 0.25},
+        "classes": [{"synset": name, "words": name} for name in names],
+        "preprocessing": seen | {"interpolation": "bicubic, antialiased"},
+    }
+    (tmp_path / "twelve.pth.json").write_text(json.dumps(card))
+    options = ["import", str(tmp_path / "twelve.pth"), str(tmp_path / "run")]
+    assert main([*options, "--data_root", str(synthetic_root)]) == 2
+    assert "which the network does not have; its classes are like '0'" in capsys.readouterr().err
+    assert main(options) == 0
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.model.name, config.model.kwargs) == ("squeezenet1_1", {"dropout": 0.25})
+    assert (config.data.interpolation, config.data.val_size, config.data.val_resize) == ("bicubic", 40, 44)
+    assert json.loads((tmp_path / "run/checkpoints/step-000000000/meta.json").read_text())["classes"] == names
+
+
+def test_whose_order_of_classes_is_meant():
+    """torchvision's ImageFolder sorts text, timm by numbers and without regard to capitals."""
+    assert order_warning(["1", "2", "3"]) is None and order_warning(["Ant", "Bee"]) is None
+    assert "output 1 is '10'; in timm's order it is '2'" in order_warning(["1", "10", "2"])
+    assert "output 0 is 'Bee'; in timm's order it is 'ant'" in order_warning(["Bee", "ant"])
+    numbers = sorted(map(str, range(1000)))
+    assert classes_for(SimpleNamespace(synsets=numbers, num_classes=1000), 1000)[:2] == ["n01440764", "n01443537"]
+    assert classes_for(SimpleNamespace(synsets=numbers[:9], num_classes=9), 9) == numbers[:9]
 
 
 def test_export_says_what_is_wrong(imported, tmp_path, capsys):

@@ -16,7 +16,7 @@ from pipeline.config.train import Precision
 from pipeline.dataset.index.index import Index
 from pipeline.errors import EXIT_OK, UserError
 from pipeline.evaluation.checkpoints import ScoredNetwork, load_published, load_run
-from pipeline.evaluation.class_map import class_positions
+from pipeline.evaluation.class_map import class_positions, order_warning
 from pipeline.evaluation.partial_sums import PartialSums, program_versions
 from pipeline.evaluation.scores import Result, print_scores
 from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
@@ -167,6 +167,9 @@ def score_all(
 ) -> list[Result] | None:
     """Each network at each size; None if any rank was asked to stop. folder: that keeps partial sums. Collective."""
     positions = class_positions(index.synsets, subject.classes, subject.outputs, str(index.root))
+    in_order = subject.classes is None and positions.tolist() == list(range(subject.outputs))
+    if in_order and world.is_rank_zero and (warning := order_warning(index.synsets)):
+        logger.warning("%s", warning)
     folders = list(zip(index.synsets, index.words, positions.tolist(), strict=True))
     labels = positions[np.ascontiguousarray(index.splits["val"].records["label"], np.int64)]
     batch = config.train.local_eval_batch_size(world.size)

@@ -44,10 +44,11 @@ class Tally:
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Count a batch. logits: float32 [B, K]; targets: int64 [B]."""
-        self.sums += score(logits, targets)
-        sure, guesses = logits.softmax(1).max(1)
-        first = guesses == targets
-        among = (logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]).any(1)
+        guesses = guess(logits)
+        self.sums += score(logits, targets, guesses)
+        sure = logits.softmax(1).amax(1)
+        hits = guesses == targets[:, None]
+        first, among = hits[:, 0], hits.any(1)
         ones = torch.ones_like(sure)
         places = (sure * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # bin i: (i / 15, (i + 1) / 15]
         self.bins.index_add_(0, places, torch.stack([ones, sure, first], 1).double())
@@ -227,13 +228,19 @@ def _unreadable_of_all(stream: Stream, world: World) -> dict[str, str]:
     return dict(found for _, found in sorted(item for part in parts for item in part.items()))
 
 
-def score(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def guess(logits: torch.Tensor) -> torch.Tensor:
+    """int64 [B, 5], the classes with the largest logits (float [B, K]), the best first; all of them where there are
+    fewer. Logits of 16 bits are often equal, and then this is the one choice that all scores go by."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+
+
+def score(logits: torch.Tensor, targets: torch.Tensor, guesses: torch.Tensor | None = None) -> torch.Tensor:
     """Sums over a batch, float64 [4]: cross-entropy, hits of the first guess, hits of the first five, images.
 
-    logits: float [B, K]; targets: int64 [B]. With fewer than five classes the last is over all of them.
+    logits: float [B, K]; targets: int64 [B]; guesses: `guess(logits)`. With fewer than five classes the last is over
+    all of them.
     """
-    guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = guesses == targets[:, None]
+    hits = (guess(logits) if guesses is None else guesses) == targets[:, None]
     loss = cross_entropy(logits, targets, reduction="sum")
     counted = torch.full((), len(targets), dtype=torch.float64, device=logits.device)
     return torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double(), counted])
