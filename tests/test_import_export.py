@@ -254,6 +254,19 @@ def test_means_go_with_googlenets_and_inceptions_weights(synthetic_root, tmp_pat
     torch.testing.assert_close(theirs, (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
 
 
+def test_a_network_without_its_auxiliary_heads_goes_out_and_comes_in(synthetic_root, tmp_path, capfd):
+    """--model.aux_weight 0, or torchvision's aux_logits=False: the file has none of their weights."""
+    build_index(synthetic_root)
+    model = torchvision.models.googlenet(num_classes=4, init_weights=False, aux_logits=False)
+    torch.save(model.state_dict(), tmp_path / "theirs.pth")
+    capfd.readouterr()
+    assert main(["import", str(tmp_path / "theirs.pth"), str(tmp_path / "run"), "--name", "googlenet"]) == 0
+    assert "FutureWarning" not in capfd.readouterr().err
+    assert load_config(tmp_path / "run" / "config.yaml").model.aux_weight == 0
+    exported(tmp_path / "run", tmp_path / "ours.pth")
+    assert torch.load(tmp_path / "ours.pth", weights_only=True).keys() == model.state_dict().keys()
+
+
 def test_a_card_says_the_classes_network_and_resizing(synthetic_root, tmp_path, capsys):
     """Folders named by numbers are in the order of text in training; without their names they would be outputs."""
     build_index(synthetic_root)

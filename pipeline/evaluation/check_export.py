@@ -12,7 +12,7 @@ from pipeline.dataset.index.index import has_index, locate_index, open_index
 from pipeline.errors import UserError
 from pipeline.evaluation.import_weights import as_blurpool
 from pipeline.loader.build import make_eval_stream
-from pipeline.model.build import Normalized, build_model
+from pipeline.model.build import Normalized, auxiliary_weight_of, build_model
 from pipeline.model.weights import load_whole, pop_blurpool, read_state
 from pipeline.rank_info import RankInfo
 
@@ -77,7 +77,8 @@ def _load(target: Path, card: dict[str, Any]) -> nn.Module:
     """The network of a state_dict's file and its card alone."""
     state = read_state(target)
     blurpool = as_blurpool(pop_blurpool(state), str(target))
-    config = ModelConfig(name=card["model"], kwargs=card["model_kwargs"], blurpool=blurpool)
+    auxiliary = auxiliary_weight_of(card["model"], state)
+    config = ModelConfig(name=card["model"], kwargs=card["model_kwargs"], blurpool=blurpool, aux_weight=auxiliary)
     network = build_model(config, card["num_classes"])
     load_whole(network, state)
     return network.eval()

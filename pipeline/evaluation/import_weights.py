@@ -15,7 +15,7 @@ from pipeline.dataset.index.index import Index, index_folder, open_index
 from pipeline.dataset.synsets import SYNSETS
 from pipeline.errors import EXIT_OK, UserError, complain
 from pipeline.evaluation.class_map import class_positions, imagenet_classes, order_warning
-from pipeline.model.build import AUXILIARY_WEIGHTS, build_model, count_parameters
+from pipeline.model.build import AUXILIARY_WEIGHTS, auxiliary_weight_of, build_model, count_parameters
 from pipeline.model.heads import count_outputs
 from pipeline.model.legacy_checkpoint import convert_to_torchvision, guess_model_name, is_legacy
 from pipeline.model.networks import check_name, make_without_data
@@ -61,7 +61,10 @@ def import_weights(
     state = named_as(state, make_without_data(network, 3).state_dict())
     settings = load_config(Path(resolve_recipe(config)), ["--model.name", name], verb="import")
     outputs = count_outputs(network, state, file)
-    model_config = dataclasses.replace(network, num_classes=outputs, blurpool=as_blurpool(blurpool, file))
+    auxiliary = auxiliary_weight_of(name, state)
+    model_config = dataclasses.replace(
+        network, num_classes=outputs, blurpool=as_blurpool(blurpool, file), aux_weight=auxiliary
+    )
     data = dataclasses.replace(settings.data, root=data_root or "", **preprocessing_with(card, name))
     train = dataclasses.replace(settings.train, precision="fp32")  # scored as published weights are
     settings = dataclasses.replace(settings, model=model_config, data=data, train=train, run_dir=str(folder.path))

@@ -1,5 +1,7 @@
 """A classification network by name, with a head for the data set's classes."""
 
+from collections.abc import Mapping
+
 import torch
 import torchvision
 from torch import nn
@@ -9,7 +11,7 @@ from pipeline.config import INPUT_SIZES, ModelConfig
 from pipeline.config.networks import preprocessing_of
 from pipeline.errors import UserError
 from pipeline.model.drops import tie_drops
-from pipeline.model.heads import drop_before_head, freeze, head_parameters
+from pipeline.model.heads import drop_before_head, freeze, head_parameters, is_auxiliary
 from pipeline.model.networks import check_name, convert_sync_batchnorm, make_network
 from pipeline.model.regularize import add_blurpool, add_stochastic_depth
 from pipeline.model.weights import is_published
@@ -79,6 +81,12 @@ def auxiliary_weight(config: ModelConfig) -> float:
         names = " and ".join(AUXILIARY_WEIGHTS)
         raise UserError(f"--model.aux_weight {config.aux_weight}: {config.name} has no auxiliary head; {names} have")
     return (published or 0.0) if config.aux_weight is None else config.aux_weight
+
+
+def auxiliary_weight_of(name: str, state: Mapping[str, torch.Tensor]) -> float | None:
+    """`aux_weight` of the network that a whole state_dict is of: 0 for one without the auxiliary heads, else None."""
+    without = name in AUXILIARY_WEIGHTS and not any(map(is_auxiliary, state))
+    return 0.0 if without else None
 
 
 def zero_init_residual(model: nn.Module) -> None:

@@ -102,6 +102,7 @@ def make_without_data(config: ModelConfig, num_classes: int, **extra: object) ->
     try:
         with meta_init(), warnings.catch_warnings():  # of a function that loads weights, which have no place here
             warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+            warnings.filterwarnings("ignore", "The default weight initialization of", FutureWarning)  # not asked for
             return make_network(config, num_classes, **extra)
     except (RuntimeError, UserError):
         if is_torchvision(config.name):
