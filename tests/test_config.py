@@ -22,7 +22,7 @@ from pipeline.config import (
     semantic_config,
     to_yaml,
 )
-from pipeline.config.names import RENAMED, option_names
+from pipeline.config.names import ELSEWHERE, RENAMED, group_names, option_names
 from pipeline.errors import UserError
 from pipeline.training.run_folder.same_recipe import compare_semantic_config
 
@@ -76,11 +76,19 @@ from pipeline.training.run_folder.same_recipe import compare_semantic_config
         (["--model.kwargs", "[1]"], ["--model.kwargs [1]: give a mapping, such as {name: value}"]),
         (["--augment", "randaugment"], ["--augment randaugment", "did you mean --augment.policy randaugment?"]),
         (["--train", "8"], ["--train 8", "give one of them, --train.NAME"]),
+        (["--val-crop-size", "224"], ["--val_crop_size", "did you mean --data.val_size?"]),
+        (["--drop-path", "0.1"], ["--drop_path", "did you mean --model.stochastic_depth?"]),
+        (["--lr-step-size", "30"], ["--lr_step_size", "did you mean --schedule.step_every?"]),
+        (["--pretrained"], ["--pretrained", "did you mean --model.weights?"]),
     ],
 )
 def test_impossible_values_are_one_clear_line(capsys, argv, words):
     line = complaint(capsys, *argv)
     assert all(word in line for word in words), line
+
+
+def test_options_of_other_trainers_lead_to_options_that_there_are():
+    assert set(ELSEWHERE.values()) <= set(option_names()) - set(group_names())
 
 
 def test_unknown_key_in_a_recipe_file(capsys, tmp_path):

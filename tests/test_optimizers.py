@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
-from pipeline.config import OptimConfig
+from pipeline.config import ModelConfig, OptimConfig
 from pipeline.config.optim import OPTIMIZER_NAMES
 from pipeline.model.depth import layer_numbers
 from pipeline.model.heads import find_heads
 from pipeline.model.meta_init import meta_init
+from pipeline.model.networks import make_without_data
 from pipeline.training.optim.clipping import adaptive_gradient_clip, clip_norm
 from pipeline.training.optim.optimizer import OPTIMIZERS, make_optimizer, parameter_groups
 
@@ -209,6 +210,15 @@ def test_layers_are_counted_from_the_input(name, some, last):
     numbers = layer_numbers(model, find_heads(name))
     assert {key: numbers[key] for key in some} == some
     assert max(numbers.values()) == last and all(numbers[f"{head}.weight"] == last for head in find_heads(name))
+
+
+@pytest.mark.parametrize(("name", "last"), [("convnext_tiny", 22), ("swin_tiny_patch4_window7_224", 16)])
+def test_blocks_in_the_stages_of_timms_networks_are_layers(name, last):
+    """A stage that counts as one layer would leave the input a rate a hundred times as high."""
+    pytest.importorskip("timm", reason="networks of timm need the extra timm")
+    config = ModelConfig(name=f"timm:{name}")
+    numbers = layer_numbers(make_without_data(config, 10), find_heads(config))
+    assert max(numbers.values()) == last == numbers["head.fc.weight"]
 
 
 def test_rates_fall_towards_the_input():

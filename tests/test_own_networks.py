@@ -20,6 +20,7 @@ from pipeline.loader.build import dali_problem
 from pipeline.model.build import build_model
 from pipeline.model.drops import Drop
 from pipeline.model.heads import find_heads
+from pipeline.model.networks import make_network
 from pipeline.model.weights import start_from
 from pipeline.training.validate import validate
 
@@ -234,3 +235,11 @@ def test_how_to_take_timms_weights_is_said(root, tmp_path, capsys, options):
     pytest.importorskip("timm", reason="networks of timm need the extra timm")
     said = runs.call(root, tmp_path / "run", "--model.name", "timm:test_resnet", *TINY, *options, expect=2)
     assert "timm.create_model('test_resnet', pretrained=True)" in said
+
+
+def test_what_timm_and_torchvision_can_not_make_is_one_line():
+    pytest.importorskip("timm", reason="networks of timm need the extra timm")
+    with pytest.raises(UserError, match=r"timm:test_resnet\.nothing can't be made .*Invalid pretrained tag"):
+        make_network(ModelConfig(name="timm:test_resnet.nothing"), 4)
+    with pytest.raises(UserError, match=r"kwargs has num_classes; give --model\.num_classes 5"):
+        make_network(ModelConfig(name="resnet18", kwargs={"num_classes": 5}), 4)

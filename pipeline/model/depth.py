@@ -12,9 +12,10 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, AnyStage, Encoder)
 
 
 def _walk(module: nn.Module, place: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers and blocks of a network in their order: containers are opened, blocks are not."""
+    """The layers and blocks of a network in their order: containers are opened, as are the stages of timm's networks;
+    blocks are not."""
     for name, child in module.named_children():
-        if type(child) in _CONTAINERS or isinstance(child, nn.ModuleDict):
+        if type(child) in _CONTAINERS or isinstance(child, nn.ModuleDict) or type(child).__name__.endswith("Stage"):
             yield from _walk(child, f"{place}{name}.")
         elif any(True for _ in child.parameters()):
             yield f"{place}{name}", child

@@ -47,6 +47,8 @@ def make_network(config: ModelConfig, num_classes: int, **extra: object) -> nn.M
     name, kwargs = config.name, config.kwargs
     if is_timm(name) and "pretrained" in kwargs:
         raise UserError(f"--model.kwargs has pretrained; leave it out, and {save_timms_weights(name)}")
+    if "num_classes" in kwargs:
+        raise UserError(f"--model.kwargs has num_classes; give --model.num_classes {kwargs['num_classes']} instead")
     try:
         if is_own(name):
             network = load_function(name, "--model.name")(num_classes=num_classes, **kwargs)
@@ -59,7 +61,7 @@ def make_network(config: ModelConfig, num_classes: int, **extra: object) -> nn.M
     except (UserError, TransientError):
         raise
     except Exception as error:  # whatever a function of others raises
-        if not (kwargs or is_own(name)):
+        if is_torchvision(name) and not kwargs:
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         given = ", ".join(f"{key}={value!r}" for key, value in {"num_classes": num_classes, **kwargs}.items())
