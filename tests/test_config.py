@@ -108,6 +108,7 @@ def test_unknown_key_in_a_recipe_file(capsys, tmp_path):
         ("optim: {learning_rate: 0.1}", "unknown option optim.learning_rate; did you mean optim.lr?"),
         ("optim: {qqqq: 0.1}", "unknown option optim.qqqq; see pipeline train --help"),
         ("lr: 0.1", "unknown option lr; did you mean optim.lr?"),
+        ("_base_: resnet152", "give both: --config resnet152 --config"),
         ("optim: {lr: 0.5}\noptim: {momentum: 0.5}", "'optim' is there twice in line 2, column 1"),
         ("optim: {lr: 0.5, lr: 0.1}", "'lr' is there twice"),
         ("train: {global_batch_size: 0100}", "0100 is the number 64 in YAML (octal, or in sixties)"),

@@ -96,6 +96,9 @@ GROUPS = {
     "tracking": "tracking.wandb",
 }
 
+#: what other trainers' files call a file that they build on
+INCLUDES = ("_base_", "base", "config", "defaults", "extends", "include", "includes", "inherit")
+
 #: options of the parser itself
 BUILT_IN = ("config", "help", "print_config")
 
@@ -201,6 +204,9 @@ def check_settings(settings: dict[str, Any], path: str) -> bool:
             if name not in known:
                 meant = nearest(name, known)
                 hint = f"did you mean {' or '.join(meant)}?" if meant else "see pipeline train --help"
+                if name in INCLUDES:
+                    other = options if isinstance(options, str) else "RECIPE"
+                    hint = f"to build on another recipe give both: --config {other} --config {path}"
                 raise UserError(f"--config {path}: unknown option {name}; {hint}")
     check_null(settings, f"--config {path}: ")
     return bool(empty)
