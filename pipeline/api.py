@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -125,9 +126,11 @@ def _alone() -> Iterator[None]:
             "another thread of this process trains or evaluates; call one after the other, or give each a process"
         )
     _used_by.add(os.getpid())
+    hook = sys.excepthook
     try:
         yield
     finally:
+        sys.excepthook = hook  # torch wraps it for each process group, and every line of an error would name them all
         _BUSY.release()
 
 

@@ -38,7 +38,9 @@ def test_a_run_is_that_of_the_command(root, tmp_path):
     config = pipeline.load_config(runs.TINY, options | {"run_dir": tmp_path / "own"})
     assert config.data.crop_area == (0.5, 1.0) and config.train.max_steps == 3
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    hook = sys.excepthook
     assert pipeline.train(config) and pipeline.train(config)
+    assert sys.excepthook is hook
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
     command = ["--train.max_steps", "3", "--train.precision", "fp32", "--data.crop_area", "[0.5, 1.0]"]
     runs.call(root, tmp_path / "command", *command)
