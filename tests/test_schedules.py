@@ -109,6 +109,19 @@ def test_a_time_given_beside_the_length_stands_as_it_is(tmp_path, capsys):
     assert "--schedule.warmup_epochs" in line and "--schedule.reference_epochs" in line
 
 
+def test_the_length_in_a_file_behind_the_recipe_is_as_on_the_command_line(tmp_path):
+    mine = tmp_path / "behind.yaml"
+    mine.write_text("schedule: {epochs: 9, warmup_epochs: 2}\n")
+    behind = ["--config", str(mine)]
+    assert config_of(tmp_path, *behind) == config_of(tmp_path, "--schedule.epochs=9", "--schedule.warmup_epochs=2")
+    assert config_of(tmp_path, *behind).milestones == (3, 6)
+    shortest = config_of(tmp_path, f"--config={mine}", "--schedule.epochs", "3")
+    assert (shortest.epochs, shortest.warmup_epochs, shortest.milestones) == (3, 2, (1, 2))
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(parse_config(["--config", "resnet152-goyal"])))  # a whole recipe changes nothing of itself
+    assert config_of(tmp_path, "--config", str(saved)) == parse_config(["--config", "resnet152-goyal"]).schedule
+
+
 def test_a_saved_recipe_follows_another_length_again(tmp_path):
     once = parse_config(["--config", "resnet50-ffcv-88", "--schedule.epochs", "44"])
     (tmp_path / "saved.yaml").write_text(to_yaml(once))

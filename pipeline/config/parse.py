@@ -54,14 +54,14 @@ def resolve_recipe(name: str) -> str:
     )
 
 
-def _read_recipe(name: str, warnings: list[str]) -> str:
-    """What `--config` is given: the recipe's file, or, if it has options under old names, its content with the new
-    ones, as YAML; then `warnings` gets one line for each."""
+def _read_recipe(name: str, warnings: list[str]) -> tuple[str, set[str]]:
+    """What `--config` is given, and the names of its options: the recipe's file, or, if it has options under old names,
+    its content with the new ones, as YAML; then `warnings` gets one line for each."""
     path = resolve_recipe(name)
     try:
         settings = _Unambiguous(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError:  # the parser reports it
-        return path
+        return path, set()
     except yaml.YAMLError as error:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
         raise UserError(f"--config {path} is not valid YAML: {reason}; fix the file") from error
@@ -72,7 +72,8 @@ def _read_recipe(name: str, warnings: list[str]) -> str:
     empty = check_settings(settings, path)
     warnings += [f"{path}: {line}" for line in renamed]
     moved = _follow_run_folder(settings, Path(path))
-    return dump_yaml(settings) if renamed or moved or empty else path
+    names = {f"{group}.{name}" for group, part in settings.items() if isinstance(part, dict) for name in part}
+    return (dump_yaml(settings) if renamed or moved or empty else path), names
 
 
 class _Unambiguous(Loader):
@@ -138,20 +139,27 @@ def parse_config(argv: list[str], verb: str = "train", options: type | None = No
     if {"-h", "--help"} & set(argv):
         make_config_parser(f"pipeline {verb}", options).parse_args(["--help"])
     argv, warnings = rename_arguments(normalize(list(argv), {f"--{name}" for name in flag_names()}))
+    files: list[set[str]] = []
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
-            argv[i + 1] = _read_recipe(argv[i + 1], warnings)
+            argv[i + 1], names = _read_recipe(argv[i + 1], warnings)
+            files.append(names)
         elif argument.startswith("--config="):
-            argv[i] = f"--config={_read_recipe(argument.removeprefix('--config='), warnings)}"
+            text, names = _read_recipe(argument.removeprefix("--config="), warnings)
+            argv[i] = f"--config={text}"
+            files.append(names)
     check_names(argv, {item.name for item in dataclasses.fields(options)} if options else set())
     for warning in dict.fromkeys(warnings):
         complain(f"pipeline {verb}", warning)
     parser = make_config_parser(f"pipeline {verb}")
     values = parser.parse_args(argv).as_dict()
     given = {item.partition("=")[0].removeprefix("--") for item in argv if item.startswith("--")}
-    if "schedule.epochs" in given and "schedule.reference_epochs" not in given:
-        rest = _without_option(argv, "--schedule.epochs")
-        _scale_times(values, parser.parse_args(rest).as_dict()["schedule"]["epochs"], given)
+    length, changed = "schedule.epochs", set(given)
+    if any(length in names for names in files[:1]):  # of a file behind a recipe it is as if it were options
+        changed |= set().union(*files[1:])
+    if length in changed and "schedule.reference_epochs" not in changed:
+        rest = _without_option(_without_option(argv, f"--{length}"), "--config", beyond=1)
+        _scale_times(values, parser.parse_args(rest).as_dict()["schedule"]["epochs"], changed)
     return from_dict(values, frozenset(given - {"config"}))
 
 
@@ -168,8 +176,9 @@ def _expand(name: str, value: str) -> str:
 
 
 def _scale_times(values: dict[str, Any], own: Time, given: set[str]) -> None:
-    """Let a recipe's times follow a command line's other length; `own` is the recipe's. What is given beside it stands
-    as it is. Raises UserError where that leaves times that can't be worked out."""
+    """Let a recipe's times follow another length; `own` is the recipe's. given: options that the command line, or a
+    file behind the recipe, has: their times stand as they are. Raises UserError where that leaves times that can't be
+    worked out."""
     schedule, data = values["schedule"], values["data"]
     reference_epochs = schedule["reference_epochs"] if schedule["reference_epochs"] is not None else own
     schedule["reference_epochs"] = reference_epochs
@@ -204,13 +213,16 @@ def _scaled(time: Any, factor: float) -> Any:
     return f"{round(number * factor)}ba" if unit == "ba" else round(number * factor, 6)
 
 
-def _without_option(argv: list[str], option: str) -> list[str]:
-    """The command line without an option and its value."""
-    kept, drop = [], False
+def _without_option(argv: list[str], option: str, beyond: int = 0) -> list[str]:
+    """The command line without an option and its value. beyond: how often it may be there."""
+    kept, drop, value = [], False, False
     for item in argv:
-        if not drop and item.partition("=")[0] != option:
+        if not value:
+            named = item.partition("=")[0] == option
+            drop, beyond = named and beyond <= 0, beyond - named
+        if not drop:
             kept.append(item)
-        drop = not drop and item == option
+        value = not value and item == option
     return kept
 
 
