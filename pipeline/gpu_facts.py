@@ -15,8 +15,19 @@ from pathlib import Path
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 HIDDEN = ("", "-1", "NoDevFiles")  # of CUDA_VISIBLE_DEVICES: the user, or Slurm, has hidden all GPUs
 
+#: what only another GPU, or a reset of this one, fixes
+GPU_FAULT = re.compile(
+    r"uncorrectable (ECC|NVLink)|hardware stack error|fallen off the bus|GPU is lost|"
+    r"CUDA-capable device\(s\) is/are busy or unavailable|XID \d+|"
+    r"(CUDA error: |Cuda failure (\d+ )?')"  # as torch says it, and NCCL
+    r"(unknown error|an illegal memory access|unspecified launch failure|misaligned address|an illegal instruction|"
+    r"invalid program counter|the launch timed out)|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|"
+    r"CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)",
+    re.IGNORECASE,
+)
+
 _PLAIN = ("name", "memory.total", "driver_version")
-_FIELDS = (*_PLAIN, "uuid", "serial", "pci.bus_id", "mig.mode.current")
+_FIELDS = (*_PLAIN, "uuid", "serial", "pci.bus_id", "mig.mode.current", "compute_cap")
 _LIMIT_S = 60.0
 
 
@@ -29,6 +40,7 @@ class Gpu:
         memory_mib: None where nvidia-smi does not say.
         uuid, serial, bus_id: empty where nvidia-smi does not say.
         mig: is it split into MIG instances?
+        capability: its compute capability, such as [9, 0]; empty where nvidia-smi does not say.
     """
 
     name: str
@@ -37,6 +49,7 @@ class Gpu:
     serial: str = ""
     bus_id: str = ""
     mig: bool = False
+    capability: Sequence[int] = ()
 
 
 def query_gpus() -> tuple[list[Gpu], str | None]:
@@ -51,6 +64,7 @@ def query_gpus() -> tuple[list[Gpu], str | None]:
             row.get("serial", ""),
             row.get("pci.bus_id", ""),
             row.get("mig.mode.current") == "Enabled",
+            [int(part) for part in row.get("compute_cap", "").split(".") if part.isdecimal()],
         )
         for row in known
     ]
@@ -178,6 +192,28 @@ def driver_problem(driver: str, builds: Mapping[str, str]) -> str | None:
                 f"driver {oldest[0]}.{oldest[1]} or newer"
             )
     return None
+
+
+def kernels_problem(capability: Sequence[int], kernels: Sequence[str]) -> str | None:
+    """Why a GPU of this compute capability can't run torch's kernels, and the remedy, in words; None: it can, or that
+    is not known. kernels: as torch.cuda.get_arch_list: "sm_90" runs on 9.x, "compute_90" on all from 9.0 on."""
+    major, minor = (*capability, 0, 0)[:2]
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", kernel) for kernel in kernels]
+    known = [(match[1], int(match[2]), int(match[3])) for match in found if match]
+    if not (known and major) or any(
+        (kind == "compute" or a == major) and (a, b) <= (major, minor) for kind, a, b in known
+    ):
+        return None
+    least, most = (min(known, key=lambda item: item[1:]), max(known, key=lambda item: item[1:]))
+    return (
+        f"this torch has no kernels for compute capability {major}.{minor} (it has {least[1]}.{least[2]} to "
+        f"{most[1]}.{most[2]}); install one that has: older cards are in builds for an older CUDA"
+    )
+
+
+def is_gpu_fault(error: BaseException) -> bool:
+    """Did a GPU or its link fail, such that the same GPU should not be tried again?"""
+    return isinstance(error, RuntimeError) and GPU_FAULT.search(str(error)) is not None
 
 
 def builds_problem(builds: Mapping[str, str]) -> str | None:

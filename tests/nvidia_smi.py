@@ -15,6 +15,7 @@ H100 = {
     "serial": "165292300000{n}",
     "pci.bus_id": "00000000:{n}7:00.0",
     "mig.mode.current": "Disabled",
+    "compute_cap": "9.0",
 }
 
 PROGRAM = """#!{python}

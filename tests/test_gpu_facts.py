@@ -13,12 +13,13 @@ import torch
 
 from pipeline import gpu_facts
 from pipeline.config import parse_config
-from pipeline.errors import UserError, complain
+from pipeline.errors import GpuFault, TransientError, UserError, complain
 from pipeline.gpu_facts import (
     builds_problem,
     cuda_builds,
     driver_problem,
     granted_gpus,
+    kernels_problem,
     query_gpus,
     sign_of_gpus,
     smi_problem,
@@ -232,6 +233,80 @@ def test_a_task_that_srun_has_bound_to_one_gpu_of_the_node(monkeypatch):
     monkeypatch.setenv("SLURM_LOCALID", "0")
     with pytest.raises(UserError, match="local rank 1 has no GPU"):
         world._device("auto", 1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "fits"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"], False),  # V100 under torch for CUDA 13
+        ((6, 0), ["sm_70", "sm_75"], False),
+        ((7, 5), ["sm_75", "sm_80"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),  # code for 8.0 runs on all of 8.x
+        ((8, 0), ["sm_86", "sm_90"], False),
+        ((10, 3), ["sm_90", "sm_100"], True),
+        ((9, 0), ["sm_80", "compute_80"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((9, 0), [], True),  # not known
+        ((), ["sm_90"], True),
+    ],
+)
+def test_kernels_for_a_gpu(capability, kernels, fits):
+    problem = kernels_problem(capability, kernels)
+    assert (problem is None) == fits
+    assert fits or f"capability {capability[0]}.{capability[1]}" in problem
+
+
+def refuse(message: str):
+    def fail(*_, **__):
+        raise RuntimeError(f"{message}\nCUDA kernel errors might be asynchronously reported")
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", GpuFault),
+        ("CUDA error: out of memory", TransientError),
+    ],
+)
+@pytest.mark.parametrize("function", ["cuda.set_device", "empty"])
+def test_a_gpu_that_cannot_be_taken_is_one_line(message, kind, function, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(f"torch.{function}", refuse(message))
+    with pytest.raises(TransientError) as found:
+        world._take_gpu(torch.device("cuda", 3), 3)
+    assert type(found.value) is kind
+    assert "\n" not in str(found.value) and "GPU 3 on" in str(found.value) and message in str(found.value)
+
+
+def test_a_gpu_that_torch_has_no_kernels_for_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100-SXM2-16GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_120"])
+    with pytest.raises(UserError, match=r"is a Tesla V100-SXM2-16GB, and .* 7\.0 \(it has 7\.5 to 12\.0\)") as found:
+        world._take_gpu(torch.device("cuda", 0), 0)
+    assert found.value.on_all_ranks is False
+
+
+def test_preflight_on_old_gpus(smi, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+    smi(2, name="Tesla T4", compute_cap="7.5")
+    facts = facts_of(monkeypatch)
+    for capability, precision, level in (
+        ([7, 5], "bf16", "WARN"),
+        ([7, 5], "fp16", "pass"),
+        ([7, 0], "fp16", "FAIL"),
+        ([9, 0], "bf16", "pass"),
+        ([], "bf16", "pass"),
+    ):
+        assert facts["gpus"][1]["capability"] == [7, 5]
+        other = facts | {"gpus": [gpu | {"capability": capability} for gpu in facts["gpus"]]}
+        row = check_gpus([other], parse_config(["--train.precision", precision]))
+        assert row.level == level, row
+        assert level == "pass" or "Tesla T4" in row.text
 
 
 def facts_of(monkeypatch, builds=None) -> dict:

@@ -100,7 +100,7 @@ def test_torchs_thread_that_watches_nccl_does_not_abort_the_process(monkeypatch)
         monkeypatch.setenv(name, "")  # put back at the end
         monkeypatch.delenv(name)
     monkeypatch.setattr(world, "_device", lambda *_: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(world, "_take_gpu", lambda *_: None)
     monkeypatch.setattr(torch.distributed, "init_process_group", join)
     with pytest.raises(TransientError, match="far enough"):
         world.start_world(TrainConfig())

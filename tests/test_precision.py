@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -28,6 +29,19 @@ def test_what_is_slow_on_a_cpu(precision, device, fast, warned, monkeypatch):
     line = precision_warning(precision, device)
     assert (line is not None) == warned
     assert not warned or (precision in line and "--train.precision fp32" in line)
+
+
+def test_what_is_slow_on_a_gpu(monkeypatch):
+    """A T4 of Colab or Kaggle emulates bf16, the default."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    for major, warned in ((7, True), (8, False), (10, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, major=major: SimpleNamespace(major=major))
+        line = precision_warning("bf16", "cuda")
+        assert (line is not None) == warned
+        assert precision_warning("fp16", "cuda") is None and precision_warning("fp32", "cuda") is None
+        assert not warned or ("Tesla T4" in line and "--train.precision fp16" in line)
 
 
 def test_a_run_says_so_and_goes_on(root, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.command import importing
-from pipeline.errors import TransientError, UserError, complain
+from pipeline.errors import GpuFault, TransientError, UserError, complain
 from pipeline.logs import logger
 from pipeline.rank_env import own_rank
 from pipeline.redact import redact
@@ -134,10 +134,15 @@ def _train_config(config: "Config", paths: RunPaths, stop: StopRequest, begin: C
         from pipeline.training.ranks.translate_error import first_line, translating_errors
         from pipeline.training.ranks.world import start_watchdog, start_world
         from pipeline.training.run_folder.folder import RunFolder, make_run_folder
+        from pipeline.training.run_folder.gpu_fault import record_gpu_fault
         from pipeline.training.run_folder.lock import RunLock
         from pipeline.training.setup import prepare_run
 
-    world = start_world(config.train, stop)
+    try:
+        world = start_world(config.train, stop)
+    except GpuFault as error:
+        record_gpu_fault(paths.path, own_rank(), None, redact(str(error)))
+        raise
     lock = RunLock(paths.path)
 
     def before_exit(message: str) -> None:

@@ -113,10 +113,13 @@ def data_warnings(images: int, global_batch_size: int, data_classes: int, unscor
 def precision_warning(
     precision: str, device_type: str, remedy: str = "--train.precision fp32 for a new run"
 ) -> str | None:
-    """A line where a precision is much slower than fp32 on this machine: a CPU without instructions for it.
+    """A line where a precision is much slower on this machine than another: a CPU or a GPU without instructions for it.
 
     Measured in bf16 on a CPU that has AVX2, without AVX-512: ResNet-18 takes 5 times as long, ResNet-152 20 times.
     """
+    if device_type == "cuda" and precision == "bf16" and torch.cuda.is_available():
+        slow = not torch.cuda.is_bf16_supported(including_emulation=False)
+        return slow_bf16(torch.cuda.get_device_name(), remedy) if slow else None
     if device_type != "cpu" or precision == "fp32":
         return None
     supported = {"bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
@@ -124,3 +127,8 @@ def precision_warning(
         return None
     slower = "it takes 5 to 20 times as long as fp32"
     return f"this CPU has no fast instructions for {precision}: {slower}; give {remedy}"
+
+
+def slow_bf16(gpu: str, remedy: str = "--train.precision fp32 for a new run") -> str:
+    """The same line of a GPU, by its name, whose compute capability is below 8.0 (T4, RTX 20xx)."""
+    return f"{gpu} has no instructions for bf16, which torch emulates: slow; give {remedy.replace('fp32', 'fp16')}"

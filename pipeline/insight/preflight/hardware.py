@@ -2,6 +2,7 @@
 
 from pipeline.config import Config
 from pipeline.counts import count
+from pipeline.gpu_facts import kernels_problem
 from pipeline.insight.preflight.check_result import FAIL, PASS, WARN, CheckResult
 from pipeline.limits import files_needed
 
@@ -9,7 +10,9 @@ from pipeline.limits import files_needed
 def check_gpus(nodes: list[dict], config: Config) -> CheckResult:
     """Are there as many GPUs as Slurm granted, with a driver that fits? Or is the run meant for a CPU, which is fast in
     its precision? nodes: at least one."""
-    from pipeline.training.validate import precision_warning
+    import torch
+
+    from pipeline.training.validate import precision_warning, slow_bf16
 
     node = nodes[0]
     gpus = len(node["gpus"])
@@ -31,6 +34,12 @@ def check_gpus(nodes: list[dict], config: Config) -> CheckResult:
     if any(gpu["mig"] for gpu in node["gpus"]):
         text = "split by MIG: a process uses one instance, and NCCL joins none; start one process"
         return CheckResult(WARN if gpus == 1 else FAIL, "GPUs", f"{seen}, {text}")
+    for gpu in (gpu for other in nodes for gpu in other["gpus"] if gpu["capability"]):
+        problem = kernels_problem(gpu["capability"], torch.cuda.get_arch_list())
+        if problem:
+            return CheckResult(FAIL, "GPUs", f"{gpu['name']}: {problem}")
+        if gpu["capability"][0] < 8 and config.train.precision == "bf16":
+            return CheckResult(WARN, "GPUs", f"{seen}; {slow_bf16(gpu['name'])}")
     return CheckResult(PASS, "GPUs", seen)
 
 

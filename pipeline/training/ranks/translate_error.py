@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.counts import count
 from pipeline.errors import GpuFault, TransientError, UserError
 from pipeline.files import FREE, why_full
-from pipeline.gpu_facts import query_gpus, visible_gpus
+from pipeline.gpu_facts import GPU_FAULT, is_gpu_fault, query_gpus, visible_gpus
 from pipeline.limits import available_memory
 from pipeline.redact import redact
 from pipeline.run_paths import RunPaths
@@ -39,16 +39,6 @@ _NOT_DETERMINISTIC = "does not have a deterministic implementation"
 _SAME_GPU = re.compile(r"Duplicate GPU detected|Multiple Ranks are using the same GPU")  # NCCL up to 2.28, and later
 _NO_ROOM_FOR_NCCL = re.compile(
     r"Cuda failure (\d+ )?'out of memory'|CUDA error 2 'out of memory'|Failed to CUDA [cm]alloc"
-)
-#: what only another GPU, or a reset of this one, fixes
-_GPU_FAULT = re.compile(
-    r"uncorrectable (ECC|NVLink)|hardware stack error|fallen off the bus|GPU is lost|"
-    r"CUDA-capable device\(s\) is/are busy or unavailable|XID \d+|"
-    r"(CUDA error: |Cuda failure (\d+ )?')"  # as torch says it, and NCCL
-    r"(unknown error|an illegal memory access|unspecified launch failure|misaligned address|an illegal instruction|"
-    r"invalid program counter|the launch timed out)|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|"
-    r"CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)",
-    re.IGNORECASE,
 )
 _CONTACT_LOST = re.compile(
     r"gloo|NCCL|Connection (reset|closed)|Broken pipe|Socket Timeout|connectFullMesh|c10d", re.IGNORECASE
@@ -188,14 +178,9 @@ def _said_by_nccl(text: str) -> str:
     return f" (NCCL: {reason[:200]})" if reason else ""
 
 
-def is_gpu_fault(error: BaseException) -> bool:
-    """Did a GPU or its link fail, such that the same GPU should not be tried again?"""
-    return isinstance(error, RuntimeError) and _GPU_FAULT.search(str(error)) is not None
-
-
 def _fault_line(error: BaseException) -> str:
     """What a GPU's fault is, in the words of CUDA: NCCL's message begins with other lines."""
-    return next((line[:200] for line in str(error).splitlines() if _GPU_FAULT.search(line)), first_line(error))
+    return next((line[:200] for line in str(error).splitlines() if GPU_FAULT.search(line)), first_line(error))
 
 
 def name_gpu(world: World) -> str:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from pipeline.config import TrainConfig
 from pipeline.counts import count
-from pipeline.errors import TransientError, UserError, permission_problem
-from pipeline.gpu_facts import granted_gpus, sign_of_gpus, why_no_cuda
+from pipeline.errors import GpuFault, TransientError, UserError, permission_problem
+from pipeline.gpu_facts import granted_gpus, is_gpu_fault, kernels_problem, sign_of_gpus, why_no_cuda
 from pipeline.limits import MOST_FILES, available_cores, open_files_limit, share_of_cores
 from pipeline.model.pooling import use_deterministic_pooling
 from pipeline.rank_env import find_leftovers, has_launcher, is_beyond_world_size
@@ -155,6 +155,23 @@ def _has_own_gpu(local_rank: int) -> bool:
     return by_srun and granted_gpus() > 1
 
 
+def _take_gpu(device: torch.device, local_rank: int) -> None:
+    """Compute on this GPU from now on. Raises GpuFault, TransientError or UserError, in one line, where that can't
+    work: another process holds it, it is broken, or this torch has no kernels for it."""
+    where = f"GPU {device.index} on {socket.gethostname()}"
+    try:
+        torch.cuda.set_device(device)
+        torch.empty(1, device=device)  # number 0 is set already, and nothing has asked the GPU yet
+    except RuntimeError as error:
+        said = str(error).strip().partition("\n")[0][:200]
+        kind = GpuFault if is_gpu_fault(error) else TransientError
+        raise kind(f"{where} can't be used: {said}; does another process hold it? See nvidia-smi") from error
+    problem = kernels_problem(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
+    if problem:
+        name = torch.cuda.get_device_name(device)
+        raise _of_this_node(f"{where} is a {name}, and {problem}; or give --train.device cpu", local_rank)
+
+
 def _of_this_node(message: str, local_rank: int) -> UserError:
     """An error that only the ranks of this node meet: the first of them says it."""
     error = UserError(message)
@@ -183,7 +200,7 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
     open_files_limit(MOST_FILES)
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        _take_gpu(device, local_rank)
         backend = "cpu:gloo,cuda:nccl"
         for name, value in _NCCL_THREAD.items():
             os.environ.setdefault(name, value)
