@@ -25,7 +25,7 @@ from pipeline.errors import (
     exit_code_of,
     permission_problem,
 )
-from pipeline.files import PASSING, give_home
+from pipeline.files import PASSING, give_home, keep_to_own_package
 from pipeline.logs import shown_on_command_line
 from pipeline.output import failure_of_stdout, prepare_output, unfailing_output
 from pipeline.rank_env import own_rank
@@ -165,6 +165,8 @@ def _main(argv: list[str]) -> int:
     if verb in LINUX_ONLY and not sys.platform.startswith("linux"):
         complain(f"pipeline {verb}", f"needs Linux, and this is {sys.platform}: run it in a Linux container")
         return EXIT_USER
+    if verb != "launch":  # which may start a program of the user's
+        keep_to_own_package()
     with unfailing_output() if verb in TRAINING else contextlib.nullcontext():
         return _run_verb(verb, rest)
 

@@ -83,6 +83,16 @@ def read_note(path: Path) -> str:
     return str(path.readlink()) if path.is_symlink() else path.read_text(encoding="utf-8")
 
 
+def keep_to_own_package() -> None:
+    """Where the current folder holds another package or module of this one's name: let the Python processes that this
+    one starts not look there, as `python -m` does before anything else. (Networks of the user's own are found by
+    `load_function`.)"""
+    home = Path(__file__).parent
+    others = (Path(home.name, "__init__.py"), Path(f"{home.name}.py"))
+    if any(other.exists() for other in others) and Path(home.name).resolve() != home.resolve():
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+
 def give_home() -> str | None:
     """Where this account has no home folder (HOME is not set and its uid is in no passwd file, as in many containers):
     set HOME to one of its own below the temporary folder, and LOGNAME, which torch and W&B ask for.

@@ -1,6 +1,7 @@
 """The package as it is published: what the wheel holds, and what the repository says of itself."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import runs
 
 import pipeline
+from pipeline.files import keep_to_own_package
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +58,45 @@ def test_an_older_python_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60, check=False)
     assert done.returncode and len(done.stderr.splitlines()) == 1, done.stderr
     assert f"needs Python 3.11 or newer, and {sys.executable} is 3.9.2" in done.stderr
+
+
+@pytest.fixture
+def beside_another(tmp_path, monkeypatch):
+    """A folder of the user's with a package `pipeline`, and a script there as pip makes it for the command."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "pipeline"
+    command.write_text("from pipeline.__main__ import run\n\nif __name__ == '__main__':\n    run()\n")
+    (tmp_path / "pipeline").mkdir()
+    for name in ("__init__.py", "__main__.py"):
+        (tmp_path / "pipeline" / name).write_text("raise SystemExit('the other package')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    return command
+
+
+@pytest.mark.parametrize("start", [[], ["--cold"]])
+def test_ranks_are_this_package_beside_another_of_its_name(beside_another, start):
+    command = [
+        sys.executable,
+        str(beside_another),
+        "launch",
+        *start,
+        "--nproc-per-node=1",
+        "train",
+        "--train.seed",
+        "x",
+    ]
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "pipeline train: " in done.stderr and "train.seed" in done.stderr, done.stderr
+
+
+def test_where_python_looks_for_this_package(beside_another, tmp_path, monkeypatch):
+    keep_to_own_package()
+    assert os.environ.pop("PYTHONSAFEPATH") == "1"
+    for folder in (ROOT, tmp_path / "bin"):
+        monkeypatch.chdir(folder)
+        keep_to_own_package()
+        assert "PYTHONSAFEPATH" not in os.environ
 
 
 def test_one_version() -> None:

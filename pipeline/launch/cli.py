@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 
 from pipeline.errors import EXIT_OK
+from pipeline.files import keep_to_own_package
 from pipeline.limits import available_cores
 
 SAVE_AND_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -39,6 +40,8 @@ def _launch(argv: list[str], signals: list[signal.Signals]) -> int:
     from pipeline.launch.options import parse
 
     options = parse(argv)
+    if options.module == "pipeline":
+        keep_to_own_package()
     if "OMP_NUM_THREADS" not in os.environ and options.nproc > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // options.nproc))
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
