@@ -198,6 +198,13 @@ def _run_verb(verb: str, rest: list[str]) -> int:
         complain(f"pipeline {verb}", f"stdout can't be written ({problem.strerror})")
         return EXIT_RETRY
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+            asked = ". ".join(str(error).split(". ")[1:3])
+            remedy = (
+                "a smaller --batch_size" if verb == "evaluate" else "another GPU; nvidia-smi shows who uses this one"
+            )
+            complain(f"pipeline {verb}", TransientError(f"out of GPU memory ({asked}); give {remedy}"))
+            return EXIT_RETRY
         if str(error) != "Could not determine home directory.":  # Path.expanduser()'s, which does not say of whom
             raise
         complain(

@@ -9,8 +9,9 @@ import pytest
 import runs
 import torch
 
+from pipeline.__main__ import VERBS, main
 from pipeline.config import RawConfig, TrainConfig
-from pipeline.errors import EXIT_GPU_FAULT, GpuFault, TransientError
+from pipeline.errors import EXIT_GPU_FAULT, EXIT_RETRY, GpuFault, TransientError
 from pipeline.training import loop
 from pipeline.training.ranks import world
 from pipeline.training.ranks.world import World
@@ -131,3 +132,19 @@ def test_a_fault_of_a_launch_before_refuses_nobody(tmp_path):
     found = [runs.run(command) for _ in range(2)]
     assert found[0].returncode == 1 and "not started again on" in found[0].stderr, found[0].stderr[-3000:]
     assert found[1].returncode == 0, found[1].stderr[-3000:]
+
+
+@pytest.mark.parametrize(("verb", "remedy"), [("evaluate", "a smaller --batch_size"), ("estimate", "another GPU")])
+def test_too_little_gpu_memory_is_one_line_of_every_verb(verb, remedy, monkeypatch, capsys):
+    def run(_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 3.06 GiB. GPU 0 has a total capacity of 14.58 GiB of which 1.37 GiB "
+            "is free. Process 1 has 13.20 GiB memory in use. Of the allocated memory 12.9 GiB is allocated by PyTorch."
+        )
+
+    module, function, _ = VERBS[verb]
+    monkeypatch.setattr(f"{module}.{function}", run)
+    assert main([verb]) == EXIT_RETRY
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pipeline {verb}: out of GPU memory (Tried to allocate 3.06 GiB. GPU 0 has a total")
+    assert f"of which 1.37 GiB is free); give {remedy}" in line
