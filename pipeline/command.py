@@ -197,7 +197,8 @@ def run_command(function: Callable[..., int | None], verb: str, argv: list[str])
         parser.add_argument(name, nargs="+", metavar=name.upper().removesuffix("S"), help=_help_of(function, name))
     parser.add_function_arguments(function, as_group=False, as_positional=True, fail_untyped=True, skip=set(several))
     flags = {f"--{name}" for name, kind in kinds.items() if kind in (bool, bool | None)}
-    given = parser.instantiate_classes(parser.parse_args(normalize(argv, flags))).as_dict()
+    instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before jsonargparse 4.49
+    given = instantiate(parser.parse_args(normalize(argv, flags))).as_dict()
     required = [name for name, item in inspect.signature(function).parameters.items() if item.default is item.empty]
     for name in required:  # "" would be the current folder
         if "" in (given[name] if name in several else [given[name]]):

@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
-import runs
 
 import pipeline
+import runs
+from pipeline.__main__ import main
 from pipeline.files import keep_to_own_package
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +99,13 @@ def test_where_python_looks_for_this_package(beside_another, tmp_path, monkeypat
         monkeypatch.chdir(folder)
         keep_to_own_package()
         assert "PYTHONSAFEPATH" not in os.environ
+
+
+def test_no_function_of_jsonargparse_is_called_that_its_next_version_lacks(monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        assert main(["recipes"]) == 0
 
 
 def test_one_version() -> None:
