@@ -6,9 +6,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
 
-import runs
 from pipeline.__main__ import VERBS, main
 from pipeline.config import RawConfig, TrainConfig
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_RETRY, GpuFault, TransientError

@@ -11,9 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import runs
 
 import pipeline
-import runs
 from pipeline.__main__ import main
 from pipeline.files import keep_to_own_package
 
