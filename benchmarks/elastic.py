@@ -43,7 +43,8 @@ from pipeline.insight.chaos.tries import count_good, lose_nodes
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.ledger import read_rows
-from pipeline.training.run_folder.checkpoint import load_state, verify_checkpoint
+from pipeline.training.run_folder.checkpoint import load_state
+from pipeline.training.run_folder.manifest import verify_checkpoint
 
 STEPS_BEFORE = 30  # with all nodes, before one is killed
 STEPS_AFTER = 3

@@ -14,15 +14,9 @@ import pytest
 import torch
 
 from pipeline.errors import TransientError, UserError
-from pipeline.training.run_folder.checkpoint import (
-    CheckpointWriter,
-    DamagedCheckpoint,
-    find_newest_good,
-    list_checkpoints,
-    load_state,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from pipeline.run_paths import list_checkpoints
+from pipeline.training.run_folder.checkpoint import CheckpointWriter, load_state, write_checkpoint
+from pipeline.training.run_folder.manifest import DamagedCheckpoint, find_newest_good, verify_checkpoint
 from pipeline.training.run_folder.same_recipe import check_fingerprints
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
 

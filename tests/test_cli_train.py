@@ -12,7 +12,7 @@ import runs
 from pipeline.__main__ import main
 from pipeline.dataset.index.scan import build_index
 from pipeline.run_paths import list_checkpoints
-from pipeline.training.run_folder.checkpoint import verify_checkpoint
+from pipeline.training.run_folder.manifest import verify_checkpoint
 
 
 @pytest.fixture(scope="module")

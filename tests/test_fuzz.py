@@ -24,12 +24,8 @@ from pipeline.dataset.shards.pack import pack
 from pipeline.errors import TransientError, UserError
 from pipeline.loader.source import Source, UnreadableSample
 from pipeline.tracking.ledger import Ledger, last_steps, read_rows
-from pipeline.training.run_folder.checkpoint import (
-    DamagedCheckpoint,
-    _seal,
-    find_newest_good,
-    write_checkpoint,
-)
+from pipeline.training.run_folder.checkpoint import write_checkpoint
+from pipeline.training.run_folder.manifest import DamagedCheckpoint, find_newest_good, seal
 from pipeline.training.run_folder.same_recipe import check_fingerprints
 
 OWN = (UserError, TransientError, DamagedCheckpoint, UnreadableSample)
@@ -163,7 +159,7 @@ def test_checkpoint_manifests(tmp_path_factory, data):
     if data.draw(st.booleans()):
         content = data.draw(spoilt((path / "meta.json").read_bytes()))
     else:  # with a digest that is right, as somebody else's program may write it
-        content = _seal(data.draw(with_another_value(meta)))
+        content = seal(data.draw(with_another_value(meta)))
     with written(path / "meta.json", content), contextlib.suppress(*OWN):
         found = find_newest_good(folder, lambda text: None)
         assert found is None or check_fingerprints(*found, META["semantic_config"], "abc") is None

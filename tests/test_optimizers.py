@@ -221,6 +221,16 @@ def test_blocks_in_the_stages_of_timms_networks_are_layers(name, last):
     assert max(numbers.values()) == last == numbers["head.fc.weight"]
 
 
+def test_a_stage_with_parameters_of_its_own_is_one_layer():
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.conv = nn.Parameter(torch.ones(1)), nn.Conv2d(1, 1, 1)
+
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), Stage(), nn.Linear(1, 2))
+    assert list(layer_numbers(model, ("2",)).values()) == [0, 0, 1, 1, 1, 2, 2]
+
+
 def test_rates_fall_towards_the_input():
     model = resnet18()
     groups = parameter_groups(model, OptimConfig(layer_decay=0.5, body_lr_factor=0.1), ("fc",))

@@ -17,7 +17,7 @@ from pipeline.run_paths import list_checkpoints
 from pipeline.tracking import ledger as ledgers
 from pipeline.tracking.ledger import Ledger
 from pipeline.training.recorder import RunRecorder
-from pipeline.training.run_folder.checkpoint import verify_checkpoint
+from pipeline.training.run_folder.manifest import verify_checkpoint
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 SMALL = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]

@@ -21,13 +21,9 @@ from pipeline.run_paths import list_checkpoints
 from pipeline.tracking.eval_rows import best_step
 from pipeline.tracking.ledger import read_rows
 from pipeline.training.ranks.world import World
-from pipeline.training.run_folder.checkpoint import (
-    DamagedCheckpoint,
-    find_newest_good,
-    load_state,
-    verify_checkpoint,
-)
+from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder
+from pipeline.training.run_folder.manifest import DamagedCheckpoint, find_newest_good, verify_checkpoint
 from pipeline.training.run_folder.shared_state import read_on_rank_zero
 
 FILES = {"raw": "model", "ema": "ema"}  # weights -> their file in a checkpoint

@@ -25,7 +25,7 @@ from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths, not_a_run_message
 from pipeline.tracking.ledger import TRAINING_UNREADABLE, is_start, lost_in_words, lost_steps, read_rows
 from pipeline.training.guard import rollbacks_of_ledger
-from pipeline.training.run_folder.checkpoint import newest_meta
+from pipeline.training.run_folder.manifest import newest_meta
 from pipeline.training.run_folder.same_recipe import differing_settings
 
 MOST_CHOSEN = 8  #: unreadable samples in a batch of which each choice is tried

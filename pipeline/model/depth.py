@@ -12,10 +12,11 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, AnyStage, Encoder)
 
 
 def _walk(module: nn.Module, place: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers and blocks of a network in their order: containers are opened, as are the stages of timm's networks;
-    blocks are not."""
+    """The layers and blocks of a network in their order: containers are opened, as are the stages of timm's networks,
+    which have no parameters of their own; blocks are not."""
     for name, child in module.named_children():
-        if type(child) in _CONTAINERS or isinstance(child, nn.ModuleDict) or type(child).__name__.endswith("Stage"):
+        is_stage = type(child).__name__.endswith("Stage") and not any(True for _ in child.parameters(recurse=False))
+        if type(child) in _CONTAINERS or isinstance(child, nn.ModuleDict) or is_stage:
             yield from _walk(child, f"{place}{name}.")
         elif any(True for _ in child.parameters()):
             yield f"{place}{name}", child

@@ -22,14 +22,14 @@ from pipeline.training.guard import (
     rollbacks_of_ledger,
 )
 from pipeline.training.optim.lr_schedule import Schedule
-from pipeline.training.run_folder.checkpoint import (
+from pipeline.training.run_folder.folder import RunFolder
+from pipeline.training.run_folder.manifest import (
     DamagedCheckpoint,
     begun_from,
     find_newest_good,
     read_meta,
     verify_checkpoint,
 )
-from pipeline.training.run_folder.folder import RunFolder
 from pipeline.training.run_folder.same_recipe import check_fingerprints
 
 #: events that only a run with a checkpoint records

@@ -34,7 +34,8 @@ def checkpoint(
     from pipeline.config import ModelConfig, OptimConfig
     from pipeline.model.build import build_model
     from pipeline.training.optim.optimizer import make_optimizer
-    from pipeline.training.run_folder.checkpoint import load_state, verify_checkpoint, write_checkpoint
+    from pipeline.training.run_folder.checkpoint import load_state, write_checkpoint
+    from pipeline.training.run_folder.manifest import verify_checkpoint
     from pipeline.training.run_folder.snapshot import HostCopy
 
     cuda = device != "cpu" and torch.cuda.is_available()

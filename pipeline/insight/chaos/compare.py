@@ -15,7 +15,8 @@ from pipeline.errors import UserError
 from pipeline.loader.build import make_train_plan
 from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.ledger import read_rows
-from pipeline.training.run_folder.checkpoint import load_state, verify_checkpoint
+from pipeline.training.run_folder.checkpoint import load_state
+from pipeline.training.run_folder.manifest import verify_checkpoint
 
 TIMES = ("images_per_s", "data_wait_fraction")  # differ from run to run
 _EXPECTED = {"config.yaml", "metrics.jsonl", "finished", "checkpoints", "report", "wandb", "debug"}

@@ -140,8 +140,8 @@ def check_run_folder(run_dir: Path | None, problem: str | None, config: Config, 
 
 
 def _check_same_recipe(run_dir: Path, config: Config, data: dict, checkpoint: tuple[int, float] | None) -> CheckResult:
-    from pipeline.training.run_folder.checkpoint import DamagedCheckpoint, read_meta
     from pipeline.training.run_folder.folder import RunFolder
+    from pipeline.training.run_folder.manifest import DamagedCheckpoint, read_meta
     from pipeline.training.run_folder.same_recipe import check_fingerprints
 
     try:

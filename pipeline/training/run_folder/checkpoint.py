@@ -1,14 +1,11 @@
 """Checkpoints: a folder `step-000012345/` of plain state_dicts, each file digested, written whole or not at all.
 
-A folder is written under a temporary name, every file and the folder fsynced, and renamed. `meta.json` holds the step,
-the blacklist, the fingerprints of recipe and index, and each file's size and xxh3_128 digest. Loading verifies them and
-never unpickles (`weights_only=True`).
+A folder is written under a temporary name, every file and the folder fsynced, and renamed. `manifest.py` says what
+`meta.json` holds, and verifies the rest by it. Loading never unpickles (`weights_only=True`).
 """
 
-import contextlib
 import errno
 import functools
-import json
 import os
 import pickle
 import re
@@ -21,38 +18,13 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from pipeline.counts import count
-from pipeline.errors import TransientError, UserError, permission_problem
+from pipeline.errors import TransientError, UserError
 from pipeline.files import FREE, reason_of
 from pipeline.run_paths import META, checkpoint_name, list_checkpoints
+from pipeline.training.run_folder.manifest import FORMAT, seal
 from pipeline.training.run_folder.snapshot import Snapshot
 
-FORMAT = 1
 _LEFTOVER = re.compile(r"\.step-\d{9,}\.(\d+|old)\.tmp")  # of starts that were killed
-#: what the operating system says where a file is missing, or its part of the disk is bad; all else is no fault of it
-_OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.EUCLEAN, errno.EBADMSG}
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint folder that is not what was written; the message names it and the fault.
-
-    `may_pass`: the disk failed to read it, which may be otherwise in a moment.
-    """
-
-    def __init__(self, message: str, may_pass: bool = False):
-        super().__init__(message)
-        self.may_pass = may_pass
-
-
-def _reading_problem(path: Path, name: str, error: OSError) -> Exception:
-    """What it means that a file of a checkpoint can't be read. Only a damaged checkpoint is passed over for the one
-    before it: one that this account may not read, or whose server is away for a moment, is as good as before."""
-    if isinstance(error, PermissionError):
-        return permission_problem(error)
-    message = f"checkpoint {path}: {name} can't be read ({error.strerror})"
-    if error.errno in _OF_THE_FILE:
-        return DamagedCheckpoint(message, may_pass=error.errno == errno.EIO)
-    return TransientError(f"{message}; nothing was changed, try again")
 
 
 class _DigestingFile:
@@ -101,13 +73,6 @@ def _write_file(path: Path, write: Callable[[Any], None]) -> dict:
     return {"size": digesting.size, "xxh3_128": digesting.state.hexdigest()}
 
 
-def _seal(meta: dict) -> bytes:
-    """meta as JSON, with a digest of itself."""
-    body = {key: value for key, value in meta.items() if key != "digest"}
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
-    return json.dumps({**body, "digest": digest}, indent=1, sort_keys=True).encode()
-
-
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any], meta: dict) -> Path:
     """Write `state` (name -> state_dict, on the CPU) and `meta` to `folder/step-.../` and return its path.
 
@@ -121,7 +86,7 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], meta: dict)
         files = {}
         for name, value in state.items():
             files[f"{name}.pt"] = _write_file(temporary / f"{name}.pt", functools.partial(torch.save, value))
-        sealed = _seal({**meta, "format": FORMAT, "step": step, "files": files})
+        sealed = seal({**meta, "format": FORMAT, "step": step, "files": files})
         _write_file(temporary / META, lambda file: file.write(sealed))
         _sync_folder(temporary)
         if final.exists():
@@ -134,61 +99,6 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], meta: dict)
     return final
 
 
-def _digest_file(path: Path) -> str:
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            state.update(chunk)
-    return state.hexdigest()
-
-
-def _is_complete(meta: dict) -> bool:
-    """Has a manifest what loading looks at, in the right types? Its digest may be right though it is not ours."""
-    files = meta.get("files")
-    return (
-        isinstance(meta.get("step"), int)
-        and isinstance(files, dict)
-        and all(name == Path(name).name and isinstance(entry, dict) for name, entry in files.items())
-        and all(isinstance(entry.get("size"), int) and "xxh3_128" in entry for entry in files.values())
-        and isinstance(meta.get("semantic_config", {}), dict)
-        and all(isinstance(meta.get(name, []), list) for name in ("blacklist", "rollbacks", "begun_from"))
-    )
-
-
-def read_meta(path: Path) -> dict:
-    """The verified `meta.json` of a checkpoint folder. Raises DamagedCheckpoint, and what `_reading_problem` says."""
-    try:
-        meta = json.loads((path / META).read_bytes())
-        if not isinstance(meta, dict) or json.loads(_seal(meta)) != meta:
-            raise DamagedCheckpoint(f"checkpoint {path}: {META} is damaged")
-        if meta["format"] != FORMAT:
-            raise DamagedCheckpoint(f"checkpoint {path}: format {meta['format']}, this version reads {FORMAT}")
-        if not _is_complete(meta):
-            raise DamagedCheckpoint(f"checkpoint {path}: {META} lacks what a checkpoint must say, or says it otherwise")
-    except OSError as error:
-        raise _reading_problem(path, META, error) from error
-    except (ValueError, KeyError, RecursionError) as error:
-        raise DamagedCheckpoint(f"checkpoint {path}: {META} can't be read ({error})") from error
-    return meta
-
-
-def verify_checkpoint(path: Path) -> dict:
-    """Check every file of a checkpoint folder against its digest and return its meta. Raises as `read_meta`."""
-    meta = read_meta(path)
-    for name, expected in meta["files"].items():
-        try:
-            size = (path / name).stat().st_size
-            if size != expected["size"]:
-                raise DamagedCheckpoint(
-                    f"checkpoint {path}: {name} has {count(size, 'byte')} instead of {expected['size']}"
-                )
-            if _digest_file(path / name) != expected["xxh3_128"]:
-                raise DamagedCheckpoint(f"checkpoint {path}: {name} has other bytes than were written")
-        except OSError as error:
-            raise _reading_problem(path, name, error) from error
-    return meta
-
-
 def load_state(path: Path, names: Iterable[str] = ("model", "optimizer")) -> dict[str, Any]:
     """The state_dicts of a verified checkpoint folder, on the CPU. Never unpickles."""
     state = {}
@@ -199,37 +109,6 @@ def load_state(path: Path, names: Iterable[str] = ("model", "optimizer")) -> dic
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise TransientError(f"checkpoint {path}: {name}.pt can't be loaded ({reason})") from error
     return state
-
-
-def find_newest_good(
-    folder: Path, warn: Callable[[str], None], accept: Callable[[dict], bool] = lambda meta: True
-) -> tuple[Path, dict] | None:
-    """The newest checkpoint in `folder` that verifies and whose meta is accepted, with its meta; each damaged one is
-    named by `warn`. Raises TransientError where none is left because the disk fails, and as `read_meta`."""
-    failing: DamagedCheckpoint | None = None
-    for _, path in list_checkpoints(folder):
-        try:
-            if accept(read_meta(path)):
-                return path, verify_checkpoint(path)
-        except DamagedCheckpoint as error:
-            failing = error if error.may_pass else failing
-            warn(f"{error}; using the one before it")
-    if failing is not None:
-        raise TransientError(f"{failing}, and no other is left; nothing was changed, try again")
-    return None
-
-
-def newest_meta(folder: Path) -> dict:
-    """The manifest of the newest checkpoint in `folder` that has a sound one; empty without."""
-    for _, path in list_checkpoints(folder):
-        with contextlib.suppress(DamagedCheckpoint):
-            return read_meta(path)
-    return {}
-
-
-def begun_from(folder: Path) -> list[str]:
-    """The checkpoints that the run with the checkpoints in `folder` was told to start from; see `Start.begun_from`."""
-    return list(newest_meta(folder).get("begun_from", []))
 
 
 class CheckpointWriter:

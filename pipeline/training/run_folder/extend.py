@@ -18,15 +18,9 @@ from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.run_paths import RunPaths, list_checkpoints, not_a_run_message
 from pipeline.tracking.ledger import Ledger, last_steps, read_rows, read_rows_backwards
-from pipeline.training.run_folder.checkpoint import (
-    DamagedCheckpoint,
-    begun_from,
-    load_state,
-    read_meta,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from pipeline.training.run_folder.checkpoint import load_state, write_checkpoint
 from pipeline.training.run_folder.folder import RunFolder, event_row, make_run_folder
+from pipeline.training.run_folder.manifest import DamagedCheckpoint, begun_from, read_meta, verify_checkpoint
 
 Rate = Literal["follow", "restart", "last"]
 SAME_AT_ANY_LENGTH = ("step", "multistep", "constant")  # schedules whose rates do not depend on the run's length

@@ -18,11 +18,9 @@ from pipeline.run_paths import checkpoint_name, list_checkpoints
 from pipeline.tracking.ledger import last_steps
 from pipeline.training.ranks.launcher import current_launch
 from pipeline.training.ranks.world import World
-from pipeline.training.run_folder.checkpoint import (
-    find_newest_good,
-    write_checkpoint,
-)
+from pipeline.training.run_folder.checkpoint import write_checkpoint
 from pipeline.training.run_folder.folder import RunFolder
+from pipeline.training.run_folder.manifest import find_newest_good
 from pipeline.training.run_folder.snapshot import HostCopy
 
 EVERY_S = 1.0  # between two snapshots, at least
