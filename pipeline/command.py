@@ -43,7 +43,7 @@ def make_parser(prog: str, description: str | None = None, usage: str | None = N
             return super().parse_args(args, *further, **named)
 
         def error(self, message: str, ex: Exception | None = None) -> Any:
-            unknown = re.match(r"unrecognized arguments: (\S+)", message)
+            unknown = re.match(r"[Uu]nrecognized arguments: (\S+)", message)
             hint = _meant(unknown[1], self._option_string_actions) if unknown else ""
             complain(self.prog, f"{one_line(str(message))}{hint} (see {self.prog} --help)")
             sys.exit(EXIT_USER)
