@@ -24,7 +24,7 @@ from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
 from pipeline.launch import store, workers
-from pipeline.launch.launcher import Launcher
+from pipeline.launch.launcher import GRACE_S, Launcher
 from pipeline.launch.options import parse
 from pipeline.launch.program import binding_problem, program_of
 from pipeline.launch.workers import Workers
@@ -243,6 +243,21 @@ def test_a_signal_to_a_spare_stops_all(worker, tmp_path):
         assert job.wait("n1", 60) == job.wait("n2", 60) == EXIT_INTERRUPTED, job.all_output()
 
 
+@pytest.mark.parametrize(
+    ("command", "asked"), [(["train", "--config", "smoke"], signal.SIGUSR2), (["--no-python", "true"], signal.SIGTERM)]
+)
+@pytest.mark.parametrize("why", ["loss", "failure"])
+def test_ranks_that_save_because_a_node_is_lost_are_not_interrupted(command, asked, why):
+    """Where only its launcher is frozen, all ranks still train together: TERM made them all save, and the job ended."""
+    launcher, sent = Launcher(parse(command), []), []
+    launcher.workers = SimpleNamespace(signal=sent.append, kill_after=sent.append)
+    try:
+        launcher.stop(why)
+    finally:
+        launcher.local.remove()
+    assert sent == [asked, GRACE_S[why]]
+
+
 def test_a_signal_before_ranks_are_started(worker, tmp_path, monkeypatch):
     """While torch is imported, or the nodes gather: none is started."""
     monkeypatch.setenv("LOGLEVEL", "CRITICAL")
@@ -279,6 +294,18 @@ def test_a_rank_that_the_launcher_kills_is_not_what_failed(ends, code, named):
         launcher.local.remove()
     (report,) = reports
     assert report["exit_code"] == code and re.fullmatch(named, report["failure"])
+
+
+def test_a_signal_to_the_whole_process_group_saves(root, tmp_path):
+    """As of a terminal that is closed, or of a batch system that sends it to all processes of a job."""
+    with Job(tmp_path, training(root, tmp_path / "run", "--schedule.epochs", "1000"), "1") as job:
+        process = job.start("a")
+        wait_for(lambda: runs.rows(tmp_path / "run", "train"), say=job.all_output)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT):
+            os.killpg(process.pid, number)
+        assert job.wait("a") == EXIT_INTERRUPTED, job.all_output()
+    (row,) = (row for row in runs.rows(tmp_path / "run", "event") if row["event"] == "interrupted")
+    assert (tmp_path / f"run/checkpoints/step-{row['step']:09d}/meta.json").exists()
 
 
 def test_a_killed_launcher_leaves_no_worker(root, tmp_path):

@@ -243,6 +243,13 @@ def test_a_loss_or_a_gpu_fault_while_all_save_for_a_newcomer(leave):
     assert case.world() == ["n2", "n3"] and case.it.restarts == 0
 
 
+def test_ranks_that_could_save_when_a_launcher_was_lost_go_on():
+    case = Case("n1", "n2", min_nodes=1)
+    case.lose("n2")
+    case.end("n1", EXIT_REGROUP)
+    assert case.world() == ["n1"] and case.it.exit_code is None and case.it.restarts == 0
+
+
 def test_reports_of_an_earlier_round_do_not_count():
     case = Case("n1", "n2", min_nodes=1)
     case.lose("n2")

@@ -220,7 +220,8 @@ class Launcher:
         elif why == "request":  # to a launcher that has no ranks
             self.signals.append(signal.SIGTERM)
         elif why in GRACE_S:
-            self.workers.signal(signal.SIGTERM)
+            # Ranks may still reach each other, where only a launcher was lost. What they save is no interruption.
+            self.workers.signal(signal.SIGUSR2 if self.program.asks_for_signals else signal.SIGTERM)
             self.workers.kill_after(GRACE_S[why])
 
     def end_workers(self, code: int) -> None:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pipeline.command import importing
-from pipeline.training.ranks.stop_request import HELD_BACK
+from pipeline.training.ranks.stop_request import HELD_BACK, OUTLIVED
 
 #: of `pipeline train`, and what it imports later than at its start
 MODULES = (
@@ -35,6 +35,9 @@ MODULES = (
 )
 
 signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # in the workers too, until they have handlers
+for number in OUTLIVED:
+    if signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
+        signal.signal(number, lambda *_: None)
 
 with importing():
     for name in MODULES:

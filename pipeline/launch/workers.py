@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 from torch.numa.binding import NumaOptions
 
 from pipeline.limits import available_cores
-from pipeline.training.ranks.stop_request import HELD_BACK
+from pipeline.training.ranks.stop_request import HELD_BACK, OUTLIVED
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
@@ -236,6 +236,9 @@ def _run_forked(
     os.setsid()
     if not program.asks_for_signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+        for number in OUTLIVED:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     _forget_forkserver()
     _show_command([program.entrypoint, *program.arguments])
     _redirect(sys.stdout, stdout)

@@ -266,7 +266,7 @@ class RunRecorder:
         """All is saved, for other ranks to resume. Raises TransientError where it could not be."""
         self._require_saved("the checkpoint before stopping")
         self.ledger.sync()
-        self.console.say(f"step {step} is saved; the ranks start again with the nodes that joined")
+        self.console.say(f"step {step} is saved; the ranks start again with other nodes")
 
     def close(self) -> None:
         """Let go of files and views; a checkpoint that is being written is finished first."""

@@ -25,6 +25,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 HELD_BACK = (signal.SIGTERM, signal.SIGUSR2)  #: by `pipeline launch`, until a rank that starts has its handlers
+#: The process that it forks ranks from does not end by these, which may go to a whole process group or job step: with
+#: that process the ranks would end, unsaved.
+OUTLIVED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 process_is_ours = False  #: set by a process whose whole life is one verb; see `StopRequest.restore_handlers`
 
