@@ -9,6 +9,7 @@ import inspect
 import io
 import itertools
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,20 @@ Options = TypeVar("Options")
 #: numbers that YAML 1.1 reads in another base: 0100 is 64 there (octal), and 1:30 is 90
 OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9_]+:[0-9_:.]+)")
 IN_DIGITS = " (octal, or in sixties); write what is meant in decimal digits"
+
+
+@contextlib.contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM (a scheduler's) stops as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_parser(prog: str, description: str | None = None, usage: str | None = None) -> "ArgumentParser":

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import threading
@@ -16,6 +17,7 @@ import torch
 from pipeline.errors import TransientError, UserError
 from pipeline.run_paths import list_checkpoints
 from pipeline.training.run_folder.checkpoint import CheckpointWriter, load_state, write_checkpoint
+from pipeline.training.run_folder.local import LocalSnapshots
 from pipeline.training.run_folder.manifest import DamagedCheckpoint, find_newest_good, verify_checkpoint
 from pipeline.training.run_folder.same_recipe import check_fingerprints
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
@@ -328,3 +330,16 @@ def test_a_checkpoint_moved_elsewhere_still_verifies(tmp_path):
     path = write_checkpoint(tmp_path / "a", 1, state(1), META)
     moved = shutil.move(path, tmp_path / "b")
     assert verify_checkpoint(tmp_path / "b")["step"] == 1 and moved
+
+
+def test_no_room_for_snapshots_in_memory_is_said_once_by_each_node(tmp_path, caplog):
+    """Also by those that rank 0 is not on, where nothing was said, and each further one was tried."""
+    (tmp_path / "memory").write_text("in the way")
+    local = LocalSnapshots(tmp_path / "memory/snapshots", torch.device("cpu"), pytest.fail)
+    for step in (1, 2):
+        local.save(step, state(step), META)
+        assert local._writing is not None
+        local._writing.result(30)
+    local.close()
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "no room for snapshots" in said and socket.gethostname() in said and not local.is_due()

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,10 @@ from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
 from pipeline.launch import store, workers
+from pipeline.launch.coordinator import Coordinator
 from pipeline.launch.launcher import GRACE_S, Launcher
+from pipeline.launch.link import Link
+from pipeline.launch.node import Limits
 from pipeline.launch.options import parse
 from pipeline.launch.program import binding_problem, program_of
 from pipeline.launch.workers import Workers
@@ -97,6 +101,90 @@ def test_what_the_user_must_mend_ends_all_nodes_at_once(worker, tmp_path):
         assert starts(tmp_path) == ["0-0", "0-1"] and not job.said("restart")
 
 
+@pytest.fixture
+def coordinator():
+    """One that serves in a thread of this process, for a job that never has all its nodes."""
+    about = {"--rdzv-id": "none", "--run_dir": "runs/a"}
+    made = Coordinator(Limits(9, 9), 0, lambda: (None, 0), about)
+    made.start()
+    yield made
+    made.join()
+
+
+HELLO = {"name": "n (pid 1)", "ranks": 1, "node_rank": None, "stop": "", "job": {"--rdzv-id": "none"}}
+
+
+def test_the_launchers_of_another_job_are_refused(coordinator):
+    """They waited as spares of the first one without a word, and ended with its exit code; or their ranks ended it."""
+    place = f"--rdzv-endpoint=127.0.0.1:{coordinator.port}"
+    for other, named in (("--run_dir=runs/b", "have --run_dir runs/a;"), ("--run_dir=runs/a", "have --rdzv-id none;")):
+        ids = ["--rdzv-id=mine"] if "rdzv" in named else []
+        call = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-conf=is_host=0", place, *ids, "train", "--config", "smoke"]
+        with pytest.raises(UserError, match=named):
+            Launcher(parse([*call, other]), []).run()
+    Link("127.0.0.1", coordinator.port, HELLO, 5).close()  # of a program whose run folder is not known
+    assert not coordinator.membership.asked_to_stop
+
+
+def listens(answer: bytes) -> tuple[socket.socket, int]:
+    """A server that answers so, and hangs up."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+
+    server = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, daemon=True).start()
+    return server, server.getsockname()[1]
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"\0\1\n", b"[]\n"])
+def test_another_program_at_the_place_of_the_rendezvous_is_named(answer, capfd, monkeypatch):
+    """As torchrun's store: launchers joined again and again, ten times a second and without an end, or never."""
+    monkeypatch.setattr("pipeline.launch.launcher._SAY_WAITING_S", 0.0)
+    server, port = listens(answer)
+    with server:
+        call = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+        launcher = Launcher(parse([*call, "--rdzv-conf=join_timeout=1", "--no-python", "true"]), [])
+        assert launcher.run() == EXIT_STORE_LOST
+    assert capfd.readouterr().err.count("what listens there does not answer as a rendezvous of pipeline launch") == 1
+
+
+def test_a_coordinator_that_breaks_leaves_nobody_waiting():
+    def open_store():
+        raise RuntimeError("too many open files")
+
+    def serve() -> None:
+        with pytest.raises(RuntimeError, match="open files"):
+            made.serve()
+
+    made = Coordinator(Limits(1, 1), 0, open_store)
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    link = Link("127.0.0.1", made.port, HELLO, 5)
+    assert link.orders.get(timeout=10) == {"do": "cut"}
+    thread.join(10)
+    with pytest.raises(ConnectionRefusedError):
+        Link("127.0.0.1", made.port, HELLO, 5)
+
+
+def test_a_signal_to_the_process_that_hosts_the_rendezvous_stops_the_job(tmp_path):
+    """It had no effect."""
+    (tmp_path / "saves.py").write_text(
+        "import os, signal\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(75))\n" + WORKER
+    )
+    with Job(tmp_path, [str(tmp_path / "saves.py"), str(tmp_path), "600:0"], "1") as job:
+        store = job.serve()
+        job.start("n1")
+        wait_for(lambda: starts(tmp_path) == ["0-0"], say=job.all_output)
+        store.send_signal(signal.SIGTERM)
+        assert job.wait("n1", 60) == job.wait("store", 60) == EXIT_INTERRUPTED, job.all_output()
+
+
 def test_a_temporary_folder_too_deep_for_a_socket(tmp_path, monkeypatch):
     """A socket's path has 107 bytes at most; a job's own folder for temporary files may be as long."""
     folder = tmp_path / ("deep" * 25)
@@ -104,6 +192,30 @@ def test_a_temporary_folder_too_deep_for_a_socket(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(folder))
     done = launch("-m", "pipeline", "recipes")
     assert done.returncode == 0 and "resnet152" in done.stdout and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("addresses", "loopback"),
+    [
+        (["127.0.1.1"], True),
+        (["10.0.0.1"], False),
+        (["2001:db8::1"], False),
+        (["::1", "127.0.0.1"], True),
+        (["::1", "10.0.0.1"], True),
+    ],
+)
+def test_which_address_gloo_takes_of_a_machine_that_has_ipv6(addresses, loopback, monkeypatch):
+    """The first one. Where a name has IPv6 addresses alone, gloo was sent to the interface of docker's bridge."""
+
+    def found(name, port, family=socket.AF_UNSPEC, *_, **__):
+        kinds = [(socket.AF_INET6 if ":" in text else socket.AF_INET, text) for text in addresses]
+        same = [(kind, 1, 6, "", (text, 0)) for kind, text in kinds if family in (socket.AF_UNSPEC, kind)]
+        if not same:
+            raise socket.gaierror
+        return same
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    assert store._is_loopback("n1") is loopback
 
 
 @pytest.mark.parametrize(

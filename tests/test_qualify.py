@@ -3,13 +3,19 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nvidia_smi
 import pytest
+from launching import kill, rank_pids, wait_for
 
 from pipeline.__main__ import main
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_INTERRUPTED, UserError
+from pipeline.insight.chaos import cli as chaos
 from pipeline.insight.preflight import qualified
 from pipeline.insight.qualify import cli, network, speed
 from pipeline.insight.qualify import node as node_part
@@ -119,6 +125,58 @@ def test_a_crash_a_hang_and_an_error_are_rows(run_bad):
     assert before.what == "before" and error.verdict == "FAIL" and "no such kernel" in error.value
     before, hang = run_bad("hang", 6.0)
     assert before.what == "before" and hang.verdict == "FAIL" and "not done within 6 s" in hang.value
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "command"), [(cli, "run_parts", ["qualify"]), (chaos, "run_trial", ["chaos", "{}/new"])]
+)
+def test_sigterm_ends_what_was_started_too(tmp_path, monkeypatch, module, function, command):
+    """As `timeout` and schedulers send it: a part of qualify, or the job of chaos, went on alone, on the GPUs."""
+    ended = []
+
+    def run(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(module, function, run)
+    options = [option.format(tmp_path) for option in command]
+    assert main([*options, "--device", "cpu"]) == EXIT_INTERRUPTED and ended
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_ranks_of_the_network_part_end_with_their_launcher(tmp_path):
+    """Those that hang in NCCL kept their GPUs, and the parts after it found them taken."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = subprocess.Popen([*command, "-m", "pipeline.insight.qualify.network", "cpu", str(tmp_path / "found")])
+    try:
+        wait_for(lambda: len(rank_pids(launcher.pid)) == 2 or launcher.poll() is not None)
+        ranks = list(rank_pids(launcher.pid).values())
+        for pid in ranks:
+            kill(pid, signal.SIGSTOP)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert len(ranks) == 2
+    wait_for(lambda: not any(command_of(pid) for pid in ranks), 30)
+
+
+def test_shared_memory_is_asked_for_where_nccl_needs_it(tmp_path, monkeypatch):
+    """A container has 64 MB by default."""
+    monkeypatch.setattr(node_part.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    found = {}
+    for gpus in (0, 1, 2):
+        rows = {row.what: row for row in node_part.node(Settings("cpu", gpus, "", tmp_path, 60))}
+        found[gpus] = rows["/dev/shm"].verdict
+    assert found == {0: "info", 1: "info", 2: "FAIL"}
 
 
 def test_a_failure_is_the_exit_code_and_stands_on_the_page(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from pipeline.errors import GpuFault, TransientError, UserError, exit_code_of
 from pipeline.loader.source import Source
 from pipeline.training.ranks import translate_error as translation
 from pipeline.training.ranks.translate_error import largest_fitting_batch, translate_error, translating_errors
+from pipeline.training.ranks.watchdog import Watchdog
 from pipeline.training.ranks.world import World, start_world
 
 CLONE_NEWNS = 0x20000  # <sched.h>
@@ -231,6 +232,19 @@ def test_small_shared_memory():
     )
     assert "/dev/shm has 1 MiB free" in line and "--shm-size" in line
     assert "/dev/shm" not in translate_error(error, RawConfig().resolve(), WORLD)
+
+
+def test_shared_memory_that_fills_up_while_a_run_trains_is_not_what_nccl_lacked(monkeypatch):
+    """Snapshots fill it; NCCL takes its part at the start, or none where it is told so."""
+    monkeypatch.setattr(translation, "_shm_free", lambda: 1 << 20)
+    trains = replace(WORLD, watch=Watchdog())
+    trains.watch.phase("training", 7)
+    for world, disabled in ((trains, "0"), (WORLD, "1")):
+        monkeypatch.setenv("NCCL_SHM_DISABLE", disabled)
+        line = translate_error(nccl_error("remote process exited"), RawConfig().resolve(), world)
+        assert "contact to the other ranks was lost" in line and "shared memory" not in line
+    monkeypatch.delenv("NCCL_SHM_DISABLE")
+    assert "shared memory is short" in translate_error(nccl_error("unknown"), RawConfig().resolve(), WORLD)
 
 
 @AS_ROOT

@@ -23,7 +23,7 @@ from pipeline.redact import redact
 BEAT_S = 1.0  # between two signs of life of a launcher
 SILENT_S = 5.0  # a launcher without a sign of life for so long is lost: less would drop nodes of a busy machine
 _TICK_S = 0.1
-_LONGEST = 1 << 16  # bytes of a line
+LONGEST = 1 << 16  # bytes of a line
 
 
 def say(line: str) -> None:
@@ -53,11 +53,15 @@ class Coordinator:
         limits: what the job allows.
         port: to listen at, at all addresses; 0: any that is free.
         open_store: makes a new store for a round, and says at which port.
+        about: the job, to tell it from others: see `Options.about`.
 
     Raises OSError where the port is taken.
     """
 
-    def __init__(self, limits: Limits, port: int, open_store: Callable[[], tuple[Any, int]]):
+    def __init__(
+        self, limits: Limits, port: int, open_store: Callable[[], tuple[Any, int]], about: dict[str, str] | None = None
+    ):
+        self.about = about or {}
         self.server = listen(port, backlog=512)
         self.port: int = self.server.getsockname()[1]
         self.job = uuid.uuid4().hex  # rounds are counted within it
@@ -82,8 +86,17 @@ class Coordinator:
             self._closed.set()
         self._thread.join(timeout_s)
 
-    def serve(self, linger_s: float = 10.0) -> int:
-        """Serve until the job has ended and all launchers have left, or `linger_s` later. Returns its exit code."""
+    def serve(self, linger_s: float = 10.0, stop_reason: Callable[[], str] = str) -> int:
+        """Serve until the job has ended and all launchers have left, or `linger_s` later. Returns its exit code.
+
+        stop_reason: who asked this process to have the job stopped; empty: nobody.
+        """
+        try:
+            return self._serve(linger_s, stop_reason)
+        finally:  # an error that nobody foresaw, too, must not leave launchers that wait
+            self.close()
+
+    def _serve(self, linger_s: float, stop_reason: Callable[[], str]) -> int:
         last, ended = time.monotonic(), None
         while not self._closed.is_set():
             for key, _ in self._selector.select(_TICK_S):
@@ -97,13 +110,14 @@ class Coordinator:
                     connection.seen += now - last
             last = now
             self._drop_silent(now)
+            if stop_reason() and not self.membership.asked_to_stop:
+                self.membership.ask_to_stop(0, stop_reason())
             self.membership.tick()
             self._drop_doomed()
             if self.membership.exit_code is not None:
                 ended = ended or now
                 if not self._connections or now - ended > linger_s:
                     break
-        self.close()
         return self.membership.exit_code or 0
 
     def close(self) -> None:
@@ -115,7 +129,10 @@ class Coordinator:
         self.server.close()
 
     def _accept(self) -> None:
-        accepted, _ = self.server.accept()
+        try:
+            accepted, _ = self.server.accept()
+        except OSError:  # it has gone again, or there are too many open files: the others go on
+            return
         accepted.setblocking(False)
         self._keys += 1
         self._connections[self._keys] = _Connection(accepted, time.monotonic())
@@ -142,13 +159,20 @@ class Coordinator:
                 self._process(key, json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError):
             self._doomed.append((key, "it is not a launcher of this version"))
-        if len(connection.received) > _LONGEST:
+        if len(connection.received) > LONGEST:
             self._doomed.append((key, "it is not a launcher of this version"))
 
     def _process(self, key: int, message: dict) -> None:
         kind = message["say"]
         if kind == "hello":
             self._connections[key].label = message["name"]
+            other = [(name, mine) for name, mine in self.about.items() if message["job"].get(name, mine) != mine]
+            if other:
+                mine = " ".join(f"{name} {value}" for name, value in other)
+                why = f"the launchers that meet there have {mine}; give the same, or another --rdzv-endpoint"
+                self._send(key, {"do": "refuse", "why": why})
+                return
+            self._send(key, {"do": "beat"})
             if message["stop"]:
                 self.membership.ask_to_stop(key, message["stop"])
             names = ("name", "ranks", "node_rank")

@@ -61,7 +61,7 @@ class Launcher:
             self.host_rendezvous()
             if self.options.serve_store:
                 assert self.coordinator is not None
-                return self.coordinator.serve()
+                return self.coordinator.serve(stop_reason=self.stop_reason)
             problem = self.connect(self.options.limits.join_timeout_s)
             if problem is not None:
                 return problem
@@ -85,7 +85,7 @@ class Launcher:
         if wanted is False or (wanted is None and not is_here(options.host)):
             return
         try:
-            self.coordinator = Coordinator(options.limits, options.port, open_store)
+            self.coordinator = Coordinator(options.limits, options.port, open_store, options.about)
         except OSError as error:
             if wanted:
                 raise UserError(
@@ -100,13 +100,16 @@ class Launcher:
     def connect(self, timeout_s: float, refused_s: float = float("inf")) -> int | None:
         """Connect to the coordinator, and wait for it where it is not there yet. Returns an exit code where there is
         nobody within `timeout_s`, where its machine refuses the connection for `refused_s`, or where this launcher is
-        asked to stop."""
+        asked to stop. Raises UserError where it is another job's coordinator."""
         begun, said = time.monotonic(), False
-        hello = {"name": self.name, "ranks": self.options.nproc, "node_rank": self.options.node_rank}
+        options = self.options
+        hello = {"name": self.name, "ranks": options.nproc, "node_rank": options.node_rank, "job": options.about}
         while True:
             try:
                 self.link = Link(self.host, self.port, {**hello, "stop": self.stop_reason()}, timeout_s=SILENT_S)
                 return None
+            except UserError as error:
+                raise UserError(f"--rdzv-endpoint {self.host}:{self.port}: {error}") from None
             except OSError as error:
                 problem = error.strerror or str(error)
                 refused = isinstance(error, ConnectionRefusedError)

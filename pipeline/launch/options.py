@@ -50,6 +50,13 @@ class Options:
     torch: argparse.Namespace
     module: str | None = None
     command: list[str] = field(default_factory=list)
+    run_dir: str | None = None
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What the launchers of a job have in common, and those of another one that meets at the same place have not:
+        --rdzv-id, and the run folder as it was typed, where that is known."""
+        return {"--rdzv-id": self.job} | ({"--run_dir": self.run_dir} if self.run_dir else {})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,6 +161,7 @@ def parse(argv: list[str]) -> Options:
     if given.shutdown_timeout is None:
         name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
         shutdown = name, os.environ.get(name, _SHUTDOWN_TIMEOUT_S)
+    batch_size, run_dir = _training(command) if module == "pipeline" else (None, None)
     limits = Limits(
         minimum,
         maximum,
@@ -161,7 +169,7 @@ def parse(argv: list[str]) -> Options:
         join_timeout_s=_seconds("--rdzv-conf join_timeout", conf.get("join_timeout", conf.get("timeout", 600))),
         last_call_s=_seconds("--rdzv-conf last_call_timeout", conf.get("last_call_timeout", 30)),
         rejoin_timeout_s=_seconds("--rejoin-timeout", given.rejoin_timeout),
-        batch_size=_batch_size(command) if module == "pipeline" else None,
+        batch_size=batch_size,
     )
     is_host = conf.get("is_host")
     return Options(
@@ -180,6 +188,7 @@ def parse(argv: list[str]) -> Options:
         torch=given,
         module=module,
         command=command,
+        run_dir=run_dir,
     )
 
 
@@ -246,10 +255,11 @@ def _nproc(text: str) -> int:
     return number
 
 
-def _batch_size(command: list[str]) -> int | None:
-    """The global batch size of a training; None where there is none, or the workers will say what is wrong."""
+def _training(command: list[str]) -> tuple[int | None, str | None]:
+    """The global batch size and the run folder of a training; None where there is none, or the workers will say what is
+    wrong."""
     if command[:1] != ["train"]:
-        return None
+        return None, None
     from pipeline.config import parse_config
 
     quiet: Any = io.StringIO()
@@ -258,5 +268,6 @@ def _batch_size(command: list[str]) -> int | None:
         contextlib.redirect_stdout(quiet),
         contextlib.suppress(SystemExit, ValueError),
     ):
-        return parse_config(command[1:]).train.global_batch_size
-    return None
+        config = parse_config(command[1:])
+        return config.train.global_batch_size, config.run_dir or None
+    return None, None

@@ -47,11 +47,13 @@ def gloo_interface(host: str) -> str | None:
 
 
 def _is_loopback(name: str) -> bool:
+    """Does a name lead to a machine itself alone, or nowhere? gloo takes the first address, IPv4 or IPv6."""
     try:
-        found = socket.getaddrinfo(name, None, socket.AF_INET)
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
         return True
-    return all(str(address[0]).startswith("127.") for *_, address in found)
+    first = str(found[0][-1][0])
+    return first == "::1" or first.startswith("127.")
 
 
 def _interfaces() -> dict[str, str]:

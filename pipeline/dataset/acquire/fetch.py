@@ -2,14 +2,13 @@
 
 import contextlib
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pipeline.command import run_command
+from pipeline.command import run_command, terminated_like_interrupted
 from pipeline.counts import count
 from pipeline.dataset.acquire import kaggle
 from pipeline.dataset.acquire.access.backoff import Patience
@@ -93,7 +92,7 @@ def fetch(
             f"--from {from_file} is a folder without the tar files of image-net.org; give an archive, or index the "
             f"folder: pipeline index {from_file}"
         )
-    with _terminated_like_interrupted(), locked_root(root):
+    with terminated_like_interrupted(), locked_root(root):
         try:
             check_kind(root, packing)
             if not is_done(root, selection, index, packing):
@@ -270,20 +269,6 @@ def _describe(root: Path, verified: bool) -> str:
     classes = {len(chosen) for chosen in manifest.whole.values() if chosen != ALL}
     part = f" of {count(max(classes), 'class')}" if classes else ""
     return f"{root}: complete{' and verified' if verified else ''}: {counts} images{part}"
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM (a scheduler's) stops as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: list[str]) -> int:

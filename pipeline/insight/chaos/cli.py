@@ -12,7 +12,7 @@ from typing import Literal
 
 import yaml
 
-from pipeline.command import run_command
+from pipeline.command import run_command, terminated_like_interrupted
 from pipeline.errors import EXIT_OK, EXIT_RETRY, UserError
 from pipeline.insight.chaos.faults import MAX_STEPS_APART, draw_faults
 from pipeline.insight.chaos.inject import FaultInjector
@@ -47,7 +47,8 @@ def chaos(
     work = Path(folder).expanduser().resolve()
     if work.exists() and any(work.iterdir()):
         raise UserError(f"{work} is not empty; give a new folder")
-    results = run_trial(work, kills, processes, seed, model, device, wandb)
+    with terminated_like_interrupted():  # the job must not train on
+        results = run_trial(work, kills, processes, seed, model, device, wandb)
     for name, value in results.items():
         if name != "faults":
             print(f"  {name.replace('_', ' '):<22} {value}")

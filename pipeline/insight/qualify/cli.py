@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from pipeline.command import close_to, make_parser, split_options, summary
+from pipeline.command import close_to, make_parser, split_options, summary, terminated_like_interrupted
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.files import atomic_write
 from pipeline.gpu_facts import query_gpus, sign_of_gpus, visible_gpus, why_no_cuda
@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int:
     node = os.environ.get("SLURMD_NODENAME")
     folder = folder / node if node else folder
     begun = time.time()
-    results = run_parts(_chosen(options.parts), device, gpus, root, options.minutes)
+    with terminated_like_interrupted():  # what a part has started must not go on
+        results = run_parts(_chosen(options.parts), device, gpus, root, options.minutes)
     failed = sum(row.verdict == "FAIL" for rows in results.values() for row in rows)
     content = {
         "node": node or socket.gethostname(),

@@ -20,6 +20,7 @@ from pipeline.insight.bench.loops import wait_for
 from pipeline.insight.qualify.rows import Row, Settings, judged, skipped
 from pipeline.loader.stream import Batch
 from pipeline.model.build import build_model
+from pipeline.training.ranks.stop_request import die_with_torchrun
 from pipeline.training.ranks.world import World, start_world
 from pipeline.training.step import TrainStep
 
@@ -98,6 +99,7 @@ def _seconds(world: World, action: Callable[[], object], repeats: int) -> float:
 
 
 if __name__ == "__main__":
+    die_with_torchrun()  # which is killed where the part takes too long; a rank that hangs would keep its GPU
     world = start_world(TrainConfig(device="cuda" if sys.argv[1] == "cuda" else "cpu"))
     result = measure(world)
     if world.is_rank_zero:

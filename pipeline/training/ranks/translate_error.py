@@ -140,7 +140,9 @@ def translate_error(error: BaseException, config: Config, world: World) -> str |
     if number == errno.EADDRINUSE or "EADDRINUSE" in text:
         port = os.environ.get("MASTER_PORT", "?")
         return f"port {port} is in use on this node; give torchrun another --rdzv-endpoint or --master-port"
-    if "/dev/shm" in text or (isinstance(error, dist.DistBackendError) and _shm_free() < SMALL_SHM):
+    if "/dev/shm" in text or (
+        isinstance(error, dist.DistBackendError) and world.watch.step is None and _shm_is_short()
+    ):
         return (
             f"shared memory is short: /dev/shm has {_shm_free() // MIB} MiB free, NCCL wants at least "
             f"{SMALL_SHM // MIB}; start the container with --shm-size=8g, or set NCCL_SHM_DISABLE=1"
@@ -262,6 +264,11 @@ def largest_fitting_batch(config: Config, room_mib: float) -> str:
         return "; by `pipeline estimate` not even one image fits: take a smaller model or image"
     most = f"at most {count(largest, 'image')} at once"
     return f"; by `pipeline estimate` {most}: give --train.micro_batch_size {largest} or less"
+
+
+def _shm_is_short() -> bool:
+    """May NCCL have failed for want of shared memory, which it takes when it starts?"""
+    return os.environ.get("NCCL_SHM_DISABLE") != "1" and _shm_free() < SMALL_SHM
 
 
 def _shm_free() -> int:

@@ -6,6 +6,7 @@ and the run resumes from there as from any other.
 """
 
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipeline.logs import logger
 from pipeline.run_paths import checkpoint_name, list_checkpoints
 from pipeline.tracking.ledger import last_steps
 from pipeline.training.ranks.launcher import current_launch
@@ -33,7 +35,7 @@ class LocalSnapshots:
     Args:
         folder: in memory.
         device: where the state lives.
-        warn: called once where there is no room for them.
+        warn: called once where the GPU has no room for a copy of the state.
     """
 
     def __init__(self, folder: Path, device: torch.device, warn: Callable[[str], None]):
@@ -58,8 +60,8 @@ class LocalSnapshots:
     def save(self, step: int, state: dict[str, dict], meta: dict) -> None:
         """Copy a state, and write it behind the training."""
         begun = time.monotonic()
-        if self._writing is not None and not self._writing.done():
-            return  # this node's disk, so to say, is slower than rank 0's
+        if not self._has_room or (self._writing is not None and not self._writing.done()):
+            return  # this node's disk, so to say, is full, or slower than rank 0's
         copy, wait = self._host_copy.take(state)
         self._writing = self._pool.submit(self._write, step, copy, meta, wait)
         self._last = time.monotonic()
@@ -71,9 +73,9 @@ class LocalSnapshots:
             write_checkpoint(self.folder, step, state, meta)
         except OSError as error:
             self._has_room = False
-            self.warn(
-                f"no room for snapshots in {self.folder} ({error.strerror}): a lost node costs the steps since the "
-                "last checkpoint"
+            logger.warning(  # of each node
+                f"no room for snapshots in {self.folder} on {socket.gethostname()} ({error.strerror}): a lost node may "
+                "cost the steps since the last checkpoint"
             )
             shutil.rmtree(self.folder, ignore_errors=True)
             return
