@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import os
+import queue
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ from torch.numa import binding
 from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
+from pipeline.launch import launcher as launcher_module
 from pipeline.launch import store, workers
 from pipeline.launch.coordinator import Coordinator
 from pipeline.launch.launcher import GRACE_S, Launcher
@@ -418,6 +420,26 @@ def test_a_signal_to_the_whole_process_group_saves(root, tmp_path):
         assert job.wait("a") == EXIT_INTERRUPTED, job.all_output()
     (row,) = (row for row in runs.rows(tmp_path / "run", "event") if row["event"] == "interrupted")
     assert (tmp_path / f"run/checkpoints/step-{row['step']:09d}/meta.json").exists()
+
+
+@pytest.mark.parametrize("order", [{"do": "stop", "round": 1, "why": "loss"}, {"do": "end", "exit_code": 69}])
+def test_a_rank_that_can_not_be_killed_is_not_waited_for(order, monkeypatch, capfd):
+    """It hangs in a GPU's driver: all nodes waited for its end."""
+    monkeypatch.setattr(workers, "UNKILLABLE_S", 0.2)
+    monkeypatch.setattr(launcher_module, "GRACE_S", {"loss": 0.0, "failure": 0.0})
+    launcher = Launcher(parse(["--no-python", "--nproc-per-node=1", "sleep", "600"]), [])
+    launcher.workers = Workers(launcher.program, {0: {}}, launcher.logs)
+    (handler,) = launcher.workers._context.subprocess_handlers.values()
+    monkeypatch.setattr(handler, "close", lambda number: None)
+    launcher.link, launcher.order = SimpleNamespace(orders=queue.Queue(), say=lambda *_, **__: None), {"round": 1}
+    launcher.link.orders.put(order)
+    try:
+        assert launcher.follow() == order.get("exit_code", 1) and launcher.workers is None
+    finally:
+        handler.proc.kill()
+        handler.proc.wait()
+        launcher.local.remove()
+    assert f"SIGKILL does not end 1 rank (pid {handler.proc.pid})" in capfd.readouterr().err
 
 
 def test_a_killed_launcher_leaves_no_worker(root, tmp_path):

@@ -9,6 +9,7 @@ import time
 from string import Template
 from typing import Any
 
+from pipeline.counts import count
 from pipeline.errors import (
     EXIT_GPU_FAULT,
     EXIT_INTERRUPTED,
@@ -147,6 +148,8 @@ class Launcher:
                     return code
             self.pass_on_signals()
             self.look()
+            if self.leave_unkillable():
+                return EXIT_RETRY  # the others go on without this node, if they may
 
     def rejoin(self) -> int | None:
         """The connection is lost. What trains here is not part of the job any more; come back as a new node."""
@@ -236,8 +239,24 @@ class Launcher:
         self.workers.kill_after(GRACE_S["failure"])
         while not self.workers.poll():
             time.sleep(0.02)
+            if self.leave_unkillable():
+                return
         self.workers.close()
         self.workers = None
+
+    def leave_unkillable(self) -> bool:
+        """Are there workers that can't be killed? Then they are left behind: all nodes would wait for them."""
+        found = self.workers.unkillable if self.workers is not None else []
+        if self.workers is None or not found:
+            return False
+        pids = ", ".join(str(self.workers.pids[rank]) for rank in found)
+        say(
+            f"{self.name}: SIGKILL does not end {count(len(found), 'rank')} (pid {pids}): a GPU's driver or a file "
+            "system hangs, see dmesg; this node is left out until it is started again"
+        )
+        self.workers.abandon()
+        self.workers = None
+        return True
 
     def pass_on_signals(self) -> None:
         """Somebody asked this launcher to stop: the workers save. A third Ctrl-C does not wait for them."""

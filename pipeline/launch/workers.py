@@ -22,6 +22,7 @@ from torch.numa.binding import NumaOptions
 from pipeline.limits import available_cores
 from pipeline.training.ranks.stop_request import HELD_BACK, OUTLIVED
 
+UNKILLABLE_S = 30.0  # a process that SIGKILL has not ended for so long hangs in the kernel: in a GPU's driver, say
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -87,6 +88,20 @@ class Workers:
         self.exit_codes: dict[int, int] = {}  # in the order of their ends
         self._sent: dict[int, set[int]] = {}  # by rank, the signals that it got from here
         self._kill_at: float | None = None
+        self._killed: float | None = None  # when SIGKILL was sent
+
+    @property
+    def unkillable(self) -> list[int]:
+        """The ranks that SIGKILL has not ended in `UNKILLABLE_S`."""
+        if self._killed is None or time.monotonic() - self._killed < UNKILLABLE_S:
+            return []
+        return [rank for rank in self._context.subprocess_handlers if rank not in self.exit_codes]
+
+    def abandon(self) -> None:
+        """Wait for none of those that run, now or when this process ends."""
+        for handler in self._context.subprocess_handlers.values():
+            if isinstance(handler, _WarmHandler):
+                multiprocessing.process._children.discard(handler.proc.process)  # type: ignore[attr-defined]
 
     @property
     def is_ending(self) -> bool:
@@ -113,6 +128,8 @@ class Workers:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to those that run, each with the processes that it has started."""
+        if number == signal.SIGKILL and self._killed is None:
+            self._killed = time.monotonic()
         for rank, handler in self._context.subprocess_handlers.items():
             if rank not in self.exit_codes:
                 self._sent.setdefault(rank, set()).add(number)
