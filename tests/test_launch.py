@@ -106,7 +106,7 @@ def test_what_the_user_must_mend_ends_all_nodes_at_once(worker, tmp_path):
 @pytest.fixture
 def coordinator():
     """One that serves in a thread of this process, for a job that never has all its nodes."""
-    about = {"--rdzv-id": "none", "--run_dir": "runs/a"}
+    about = {"--rdzv-id": "none", "--run_dir": "a"}
     made = Coordinator(Limits(9, 9), 0, lambda: (None, 0), about)
     made.start()
     yield made
@@ -119,11 +119,12 @@ HELLO = {"name": "n (pid 1)", "ranks": 1, "node_rank": None, "stop": "", "job": 
 def test_the_launchers_of_another_job_are_refused(coordinator):
     """They waited as spares of the first one without a word, and ended with its exit code; or their ranks ended it."""
     place = f"--rdzv-endpoint=127.0.0.1:{coordinator.port}"
-    for other, named in (("--run_dir=runs/b", "have --run_dir runs/a;"), ("--run_dir=runs/a", "have --rdzv-id none;")):
+    for other, named in (("--run_dir=runs/b", "have --run_dir a;"), ("--run_dir=runs/a", "have --rdzv-id none;")):
         ids = ["--rdzv-id=mine"] if "rdzv" in named else []
         call = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-conf=is_host=0", place, *ids, "train", "--config", "smoke"]
         with pytest.raises(UserError, match=named):
             Launcher(parse([*call, other]), []).run()
+    assert parse([*call, "--run_dir=/elsewhere/runs/a"]).about["--run_dir"] == "a"  # the same, by another path
     Link("127.0.0.1", coordinator.port, HELLO, 5).close()  # of a program whose run folder is not known
     assert not coordinator.membership.asked_to_stop
 

@@ -55,7 +55,7 @@ class Options:
     @property
     def about(self) -> dict[str, str]:
         """What the launchers of a job have in common, and those of another one that meets at the same place have not:
-        --rdzv-id, and the run folder as it was typed, where that is known."""
+        --rdzv-id, and the last part of the run folder, where that is known (nodes may see it under other paths)."""
         return {"--rdzv-id": self.job} | ({"--run_dir": self.run_dir} if self.run_dir else {})
 
 
@@ -269,5 +269,5 @@ def _training(command: list[str]) -> tuple[int | None, str | None]:
         contextlib.suppress(SystemExit, ValueError),
     ):
         config = parse_config(command[1:])
-        return config.train.global_batch_size, config.run_dir or None
+        return config.train.global_batch_size, Path(config.run_dir).name or None
     return None, None
