@@ -1,6 +1,7 @@
 """The page of a run: what it shows, that it opens in a browser alone, and that no run fails for it."""
 
 import base64
+import dataclasses
 import json
 import re
 import shutil
@@ -18,12 +19,15 @@ from PIL import Image
 from torch import nn
 
 from pipeline.__main__ import main
-from pipeline.config import parse_config, to_yaml
-from pipeline.insight.report.charts import Series, _label, line_chart, thin, ticks
-from pipeline.insight.report.cli import distinct_names
+from pipeline.config import RawConfig, parse_config, to_yaml
+from pipeline.insight.report.charts import WIDTH, Series, _label, line_chart, thin, ticks
+from pipeline.insight.report.cli import charts
 from pipeline.insight.report.colormap import inferno
 from pipeline.insight.report.filters import before_after, grad_cam, picture_first
+from pipeline.insight.report.page import STYLE
 from pipeline.insight.report.predictions import Predictions, spread
+from pipeline.insight.report.run_record import Record
+from pipeline.insight.runs import distinct_names
 from pipeline.tracking.eval_rows import better_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -270,6 +274,28 @@ def test_charts_leave_out_what_is_no_number_and_keep_the_mean():
     assert "&lt;b&gt;" in line_chart(
         "<b>", [Series("<b>", [0, 1], [1, 2], 0), Series("c", [0, 1], [1, 2], 1)], "x", "y"
     )
+
+
+def test_a_chart_reaches_to_the_end_where_values_are_nan_and_says_so():
+    """A loss that became NaN: the curve ended at the right edge, as one of a run that is at that step."""
+    rows = [{"kind": "train", "step": s, "epoch": 1.0 * s, "loss": 2.0 if s <= 50 else "nan"} for s in range(1, 101)]
+    record = Record(None, RawConfig().resolve(), rows, [], [], [s / 100 for s in range(1, 101)], "a")
+    loss = charts([record]).split("<figure>")[1]
+    assert "50 values NaN or infinite, not drawn" in loss
+    assert max(float(point.split(",")[0]) for point in re.search(r'points="([^"]+)"', loss)[1].split()) < WIDTH * 0.6
+    never = dataclasses.replace(record, train=[row | {"loss": "nan"} for row in rows])
+    assert "100 values NaN" in charts([never]).split("<figure>")[1]
+    assert "nothing recorded yet" not in charts([never]).split("<figure>")[1]
+
+
+def test_24_runs_have_lines_of_their_own():
+    rows = [{"kind": "train", "step": s, "epoch": 1.0 * s, "loss": 2.0, "lr": 0.1} for s in (1, 2)]
+    record = Record(None, RawConfig().resolve(), rows, [], [], [0.5, 1.0], "a")
+    page_of_24 = charts([dataclasses.replace(record, name=str(number)) for number in range(24)])
+    rate = page_of_24.split("<figcaption>Learning rate")[1].split("</figure>")[0]
+    for kinds in (re.findall(r'<polyline class="([^"]+)"', rate), re.findall(r'<li class="([^"]+)"', rate)):
+        assert len(kinds) == len(set(kinds)) == 24
+    assert all(f".line.{kind} " in STYLE and f".legend .{kind} " in STYLE for kind in ("dashed", "dotted", "mixed"))
 
 
 def test_confusions_and_mistakes():

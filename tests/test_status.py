@@ -20,6 +20,7 @@ from pipeline.insight.status import run_state
 from pipeline.insight.status.cli import render, render_list
 from pipeline.insight.status.run_state import read_events_and_evals, read_state, read_tail
 from pipeline.progress import duration
+from pipeline.tracking import ledger
 from pipeline.training.run_folder.lock import RunLock
 
 NOW = time.time()
@@ -112,6 +113,63 @@ def test_the_columns_of_a_list_are_below_each_other(run):
     assert lines[1][head.index("step") :].startswith("449,100 of 450,360  ")
     ends = head.index("images/s") + len("images/s")
     assert all(line[:ends].endswith("  64") for line in lines)
+
+
+def test_a_list_fits_a_narrow_terminal_and_tells_the_runs_apart(run):
+    train(run, 1, 10)
+    one = dataclasses.replace(read_state(run, NOW), detail="no room is left on the disk; free some space")
+    states = [dataclasses.replace(one, run=f"/home/somebody/projects/imagenet/runs/{name}") for name in ("a", "b")]
+    _, *lines = render_list(states, False, 80).splitlines()
+    assert [line.split()[0] for line in lines] == ["a", "b"]
+    assert all(len(line) <= 80 and "no room is" in line and line.endswith("…") for line in lines)
+    _, *lines = render_list(states, False, 60).splitlines()
+    assert all(len(line) <= 60 and "no" not in line for line in lines)
+    _, *lines = render_list(states, False, 200).splitlines()
+    assert lines == render_list(states, False).splitlines()[1:] and lines[0].startswith("/home/somebody")
+
+
+DAMAGED: list[dict] = [
+    {"kind": ["train"], "step": 5},
+    {"kind": {"train": 1}, "step": 5},
+    *({"kind": "train", "step": step} for step in ([1], "7", -5, 10**400, True, 1.5, None)),
+    *({"kind": "train", "step": 11, "epoch": epoch} for epoch in ("x", None, "nan", 10**400)),
+    *({"kind": "train", "step": 11, "epoch": 1.1, name: [1]} for name in ("loss", "images_per_s", "lr")),
+    {"kind": "train", "step": 11, "epoch": 1.1, "images_per_s": 10**400},
+    {"kind": "eval", "step": 11, "epoch": 1.1},
+    *({"kind": "eval", "step": 11, "epoch": 1.1, "val_top1": top1} for top1 in ("nan", None, [3.0], "x")),
+    {"kind": "eval", "step": 11, "epoch": 1.1, "val_top1": 50.0, "images": "x", "left_out": "y"},
+    {"kind": "eval", "step": [11], "val_top1": 50.0},
+    {"kind": "event", "event": ["started"], "step": [1]},
+    *({"kind": "event", "event": "started", "step": 10, "time": when} for when in ("x", 1e300)),
+    {"kind": "event", "event": "started", "step": 10, "last_step": "x"},
+    {"kind": "event", "event": "started", "step": 10, "world_size": [2]},
+]
+
+
+@pytest.mark.parametrize("row", DAMAGED, ids=lambda row: json.dumps(row)[:80])
+def test_a_row_with_values_of_other_types_is_none(run, row):
+    train(run, 1, 10)
+    evaluate(run, 10, 40.0)
+    before = read_state(run, NOW)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert dataclasses.replace(read_state(run, NOW), silent_s=before.silent_s) == before
+    assert len(list(ledger.read_rows(run / "metrics.jsonl"))) == 12
+
+
+def test_a_row_may_lack_fields(run, capsys):
+    """The disk has changed a name in it."""
+    append(run, {"kind": "train", "step": 1, "loss": 3.0}, {"kind": "eval", "step": 1, "val_top1": 40.0})
+    assert "40.00 % at step 1" in render(read_state(run, NOW), None)
+    assert main(["report", str(run)]) == 0
+
+
+def test_a_loss_that_is_nan_is_shown(run, capsys):
+    train(run, 1, 9)
+    append(run, {"kind": "train", "step": 10, "epoch": 1.0, "loss": "nan", "images_per_s": 64.0, "grad_norm": "inf"})
+    assert "loss        nan\n" in render(read_state(run, NOW), None)
+    assert main(["status", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=lambda _: 1 / 0)["loss"] == "nan"
 
 
 def test_evaluating_until_the_scores_are_there(run):

@@ -20,10 +20,14 @@ def history(run_dir: Path) -> list[dict]:
     """The rows of all offline files of a run, in order, as W&B's own tool reads them."""
     found = []
     for file in sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb")):
-        done = subprocess.run([LEET, "leet", "inspect", "--json", file], capture_output=True, text=True, check=True)
-        records = [json.loads(line) for line in done.stdout.splitlines()]
-        found += [record["history"]["item"] for record in records if record["type"] == "history"]
+        found += [record["history"]["item"] for record in inspect(file) if record["type"] == "history"]
     return found
+
+
+def inspect(file: Path) -> list[dict]:
+    """The records of an offline file."""
+    done = subprocess.run([LEET, "leet", "inspect", "--json", file], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """W&B's own variables, settings files and keys count: what they forbid is not sent, the rest goes where they say."""
 
+import json
 import os
 import socket
 import sys
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import wandb
-from test_wandb import history
+from test_wandb import history, inspect
 from wandb_server import KEY, WandbServer
 
-from pipeline.config import RawConfig, TrackingConfig
+from pipeline.__main__ import main
+from pipeline.config import RawConfig, TrackingConfig, to_yaml
 from pipeline.insight.preflight.checks import check_wandb
 from pipeline.tracking.wandb_settings import find_problem, plan_wandb
 from pipeline.tracking.wandb_view import WandbView
@@ -195,6 +197,32 @@ def test_a_settings_file_that_wandb_refuses_lets_nothing_out(tmp_path, monkeypat
     assert len(said) == 1 and f"offline (W&B's settings can't be used: it refuses a value in {file})" in said[0]
     file.write_text("[default]\n")
     assert plan_wandb(TrackingConfig()).mode == "online"
+
+
+def test_resend_makes_a_run_of_its_own_with_numbers_and_the_best_scores(tmp_path, monkeypatch, capsys):
+    """Whatever W&B run the variables name; what the ledger has as words is numbers again."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(RawConfig(run_dir=str(run)).resolve()))
+    rows = [{"kind": "train", "step": 1, "loss": "nan", "grad_norm": "inf"}]
+    rows += [{"kind": "eval", "step": 1, "val_top1": 50.0, "val_ema_top1": 60.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "elsewhere").mkdir()
+    for name, value in (("RUN_ID", "theirs"), ("RESUME", "must"), ("NAME", "mine"), ("DIR", tmp_path / "elsewhere")):
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    assert main(["resend", str(run), "--mode", "offline"]) == 0
+    (file,) = (tmp_path / "elsewhere/wandb").glob("offline-run-*/run-*.wandb")
+    assert "theirs" not in file.name and not (run / "wandb").exists()
+    records = inspect(file)
+    (about,) = (record["run"] for record in records if record["type"] == "run")
+    assert about["display_name"] == "mine-resent"
+    assert {one["metric"]["name"] for one in records if one["type"] == "metric"} == {"val_top1", "val_ema_top1"}
+    (sent,) = history(tmp_path / "elsewhere")
+    assert (sent["loss"], sent["grad_norm"]) == ("NaN", "Infinity")  # what W&B writes for the numbers
+    capsys.readouterr()
+    assert main(["resend", str(run), "--mode", "offline", "--project", "a/b"]) == 2
+    said = capsys.readouterr().err
+    assert "Invalid project name" in said and "try again" not in said
 
 
 def test_a_variable_set_to_nothing_is_none_and_a_mode_may_be_in_capitals(tmp_path, monkeypatch):

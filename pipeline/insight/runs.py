@@ -24,6 +24,16 @@ def expand(runs: list[str]) -> list[Path]:
     return list(found)
 
 
+def distinct_names(folders: list[Path]) -> list[str]:
+    """The folders' names, with as many parent folders as make them distinct."""
+    deepest = max(len(folder.parts) for folder in folders)
+    for depth in range(1, deepest + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            break
+    return names
+
+
 def read_each(runs: list[str], read: Callable[[Path], T], done: str) -> dict[Path, T]:
     """What `read` makes of each run, by its folder. One of a folder of runs that can't be read is left out, as a line
     says; for one that `runs` names, and where none is left, UserError is raised. done: such as "checked"."""

@@ -15,7 +15,10 @@ def better_scores(row: dict) -> dict:
     """loss, top1, top5 (percent) of an "eval" row's better network, and `averaged`: is it the weights' average?"""
     averaged = row.get("val_ema_top1", -math.inf) >= row.get("val_top1", -math.inf)
     infix = "ema_" if averaged else ""
-    return {"averaged": averaged, **{name: row[f"val_{infix}{name}"] for name in ("loss", "top1", "top5")}}
+    return {
+        "averaged": averaged,
+        **{name: row.get(f"val_{infix}{name}", math.nan) for name in ("loss", "top1", "top5")},
+    }
 
 
 def scored_images(row: dict) -> str:

@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,11 @@ from pipeline.files import atomic_write
 
 TRAINING_UNREADABLE = "training_unreadable"  #: the event of a training image that is replaced from now on
 VALIDATION_UNREADABLE = "validation_unreadable"  #: the event of validation images that are left out of the scores
+_NUMBERS = ("epoch", "loss", "top1", "lr", "images_per_s", "data_wait_fraction", "grad_norm")
+_FINITE = ("epoch", "val_top1", "val_top5", "val_ema_top1", "val_ema_top5")
+_WORDS = ("nan", "inf", "-inf")  # of `_finite`
+_OF_STARTS = ("last_step", "world_size")
+_YEAR_10000 = 253402300800.0
 
 
 def read_rows(path: Path, size: int | None = None) -> Iterator[dict]:
@@ -62,13 +68,44 @@ def read_rows_backwards(path: Path, block: int = 1 << 16) -> Iterator[dict]:
 
 
 def _row(line: bytes) -> Iterator[dict]:
-    """The row of a line; nothing where the line is none."""
+    row = parse_row(line)
+    if row is not None:
+        yield row
+
+
+def parse_row(line: bytes) -> dict | None:
+    """The row of a line; None where the line is none, or one that was damaged."""
     try:
         row = json.loads(line)
-    except ValueError:
-        return
-    if isinstance(row, dict) and (row.get("kind") not in ("train", "eval") or isinstance(row.get("step"), int)):
-        yield row
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and _is_sound(row) else None
+
+
+def _is_sound(row: dict) -> bool:
+    """Are the values of a row, which others calculate with, of their types? Fields may be missing, but for the step of
+    a training step or an evaluation, and an evaluation's top-1."""
+    kind = row.get("kind")
+    if not isinstance(kind, str | None) or not _is_whole(row.get("step", 0)):
+        return False
+    if kind in ("train", "eval"):
+        known = "step" in row and (kind == "train" or "val_top1" in row)
+        numbers = ((name, value) for name, value in row.items() if name in _NUMBERS or name.startswith("val_"))
+        values = all(
+            _is_number(value) or (name not in _FINITE and isinstance(value, str) and value in _WORDS)
+            for name, value in numbers
+        )
+        return known and values and all(_is_whole(row.get(name, 0)) for name in ("images", "left_out"))
+    when = row.get("time", 0)
+    return _is_number(when) and abs(when) < _YEAR_10000 and all(_is_whole(row.get(name, 0)) for name in _OF_STARTS)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def is_start(row: dict) -> bool:
@@ -133,6 +170,11 @@ def _line(row: dict) -> bytes:
 def _finite(value: Any) -> Any:
     """JSON has no NaN or infinity: they become strings."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_word(value: Any) -> Any:
+    """A value of a row as it was before it was written: NaN and infinity, where it is one of their words."""
+    return float(value) if isinstance(value, str) and value in _WORDS else value
 
 
 LOOK_EVERY_S = 5.0  # whether the file is still in its place

@@ -6,6 +6,7 @@ rows were on the disk. It makes a W&B run of its own, as W&B takes no step that 
 
 import dataclasses
 import os
+import uuid
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from pipeline.counts import count
 from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger import from_word, read_rows
 from pipeline.tracking.wandb_settings import client_variables, only_variables, plan_wandb
 
 
@@ -53,15 +54,17 @@ def resend(
     try:
         import wandb
 
-        from pipeline.tracking.wandb_view import quiet_settings
+        from pipeline.tracking.wandb_view import BEST_IS_MAX, quiet_settings, without_credentials
 
         with only_variables(variables):
             sent = wandb.init(
                 project=project or plan.project,
                 entity=entity or plan.entity,
-                name=name or f"{config.tracking.name or folder.name}-resent",
-                dir=str(folder),
-                config=semantic_config(config),
+                name=name or f"{plan.name or folder.name}-resent",
+                id=uuid.uuid4().hex[:8],  # not WANDB_RUN_ID, which is the run's own
+                resume="never",
+                dir=str(plan.folder or folder),
+                config=without_credentials(semantic_config(config)),
                 mode=mode or plan.mode,
                 settings=quiet_settings(wandb, plan.timeout_s),
             )
@@ -69,11 +72,15 @@ def resend(
         raise UserError(f"W&B can't be imported ({error}); pip install wandb") from error
     except wandb.errors.Error as error:
         first = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, wandb.errors.UsageError | wandb.errors.AuthenticationError):
+            raise UserError(f"W&B: {first}") from error
         raise TransientError(f"W&B: {first}; try again, or give --mode offline and later: wandb sync") from error
-    sent.define_metric("val_top1", summary="max")
+    for best in BEST_IS_MAX:
+        sent.define_metric(best, summary="max")
     with Progress("sending", len(rows), "rows") as progress:
         for row in sorted(rows, key=lambda row: row["step"]):  # stable: a step's evaluation comes after it
-            sent.log({key: value for key, value in row.items() if key not in ("kind", "step")}, step=row["step"])
+            numbers = {key: from_word(value) for key, value in row.items() if key not in ("kind", "step")}
+            sent.log(numbers, step=row["step"])
             progress.advance()
     sent.finish()
     print(f"{count(len(rows), 'row')}: {sent.url or sent.dir}")

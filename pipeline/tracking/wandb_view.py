@@ -20,6 +20,7 @@ from pipeline.run_paths import RunPaths
 from pipeline.tracking.view import View
 from pipeline.tracking.wandb_settings import WandbPlan, find_problem, only_variables, plan_wandb
 
+BEST_IS_MAX = ("val_top1", "val_ema_top1")  #: W&B's summary shows the best of these, not the last
 _INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 15, 60
 
 
@@ -100,7 +101,7 @@ class WandbView(View):
             "id": plan.run_id or self._own_id(),
             "resume": "allow",
             "dir": str(plan.folder or run_dir),
-            "config": {k: redact(v) if isinstance(v, str) else v for k, v in settings.items()},
+            "config": without_credentials(settings),
             "settings": quiet_settings(wandb, plan.timeout_s),
         }
         try:
@@ -112,7 +113,7 @@ class WandbView(View):
                 self.run = wandb.init(mode="offline", **arguments)
             except Exception as second:
                 self.say(f"W&B: {type(second).__name__}: {_first_line(second)}; metrics.jsonl has everything")
-        for name in ("val_top1", "val_ema_top1"):
+        for name in BEST_IS_MAX:
             if self.run is not None:
                 self._try(self.run.define_metric, name, summary="max")
 
@@ -181,6 +182,11 @@ class WandbView(View):
 
             with contextlib.suppress(Exception):  # here, as at the interpreter's exit W&B would print a traceback
                 wandb.teardown()
+
+
+def without_credentials(settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as W&B gets it."""
+    return {name: redact(value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
 def quiet_settings(wandb: Any, timeout_s: float | None = None) -> Any:

@@ -18,15 +18,15 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 38
 
 @dataclass(frozen=True)
 class Series:
-    """A line. color: number of the page's color; faint: of the training, beside the validation's; dashed: where the
-    colors begin again; exact: not averaged, as evaluations."""
+    """A line. color: number of the page's color; faint: of the training, beside the validation's; dashes: how often
+    the colors have begun again; exact: not averaged, as evaluations."""
 
     label: str
     xs: list[float]
     ys: list[float]
     color: int
     faint: bool = False
-    dashed: bool = False
+    dashes: int = 0
     exact: bool = False
 
 
@@ -50,6 +50,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _dashes(one: Series) -> str:
+    """The page's class of a line's dashes; with the colors, 24 kinds of lines."""
+    return ("", " dashed", " dotted", " mixed")[one.dashes % 4]
 
 
 def _label(value: float) -> str:
@@ -98,8 +103,9 @@ def _nearest(one: Series, place: float) -> tuple[float, float]:
     return one.xs[best], one.ys[best]
 
 
-def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zero: bool = False) -> str:
-    """An SVG figure with its legend, or a sentence where there is nothing to draw. zero: the y axis starts at 0."""
+def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zero: bool = False, note: str = "") -> str:
+    """An SVG figure with its legend, or a sentence where there is nothing to draw. zero: the y axis starts at 0. note:
+    what the figure says of what is not drawn."""
     drawn = []
     for one in series:
         xs, ys = thin(one.xs, one.ys, EXACT_POINTS if one.exact else POINTS)
@@ -107,8 +113,9 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
             drawn.append(dataclasses.replace(one, xs=xs, ys=ys))
     head = f"<figure><figcaption>{escape(title)}</figcaption>"
     if not drawn:
-        return f'{head}<p class="none">nothing recorded yet</p></figure>'
-    x_low, x_high = min(min(s.xs) for s in drawn), max(max(s.xs) for s in drawn)
+        return f'{head}<p class="none">{escape(note or "nothing recorded yet")}</p></figure>'
+    reached = [value for one in series for value in one.xs if _is_number(value)]  # also where there is nothing to draw
+    x_low, x_high = min(reached), max(reached)
     y_low, y_high = min(min(s.ys) for s in drawn), max(max(s.ys) for s in drawn)
     x_low = min(x_low, 0.0)
     y_low = min(y_low, 0.0) if zero else y_low
@@ -134,7 +141,7 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
     )
     for one in sorted(drawn, key=lambda s: not s.faint):
-        kind = f"line c{one.color}" + (" faint" if one.faint else "") + (" dashed" if one.dashed else "")
+        kind = f"line c{one.color}" + (" faint" if one.faint else "") + _dashes(one)
         if len(one.xs) > 1:
             points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(one.xs, one.ys, strict=True))
             parts.append(f'<polyline class="{kind}" points="{points}"/>')
@@ -143,11 +150,12 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
                 parts.append(f'<circle class="dot c{one.color}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.6"/>')
     parts += hover_columns(drawn, x, y, x_label)
     parts.append("</svg>")
+    if note:
+        parts.append(f'<p class="none">{escape(note)}</p>')
     if len(drawn) == 1:
         return f'{head}<div class="unit">{escape(y_label)}</div>{"".join(parts)}</figure>'
     keys = "".join(
-        f'<li class="c{one.color}{" faint" if one.faint else ""}{" dashed" if one.dashed else ""}"><i></i>'
-        f"{escape(one.label)}</li>"
+        f'<li class="c{one.color}{" faint" if one.faint else ""}{_dashes(one)}"><i></i>{escape(one.label)}</li>'
         for one in drawn
     )
     return f'{head}<div class="unit">{escape(y_label)}</div>{"".join(parts)}<ul class="legend">{keys}</ul></figure>'

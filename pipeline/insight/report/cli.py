@@ -1,6 +1,7 @@
 """The verb `report`: a run, or several side by side, as one self-contained HTML page, also while they train."""
 
 import dataclasses
+import math
 import os
 import time
 from html import escape
@@ -18,7 +19,7 @@ from pipeline.insight.recipes import as_text
 from pipeline.insight.report import page
 from pipeline.insight.report.charts import Series, line_chart
 from pipeline.insight.report.network_page import network_sections
-from pipeline.insight.runs import read_each
+from pipeline.insight.runs import distinct_names, read_each
 from pipeline.insight.status.run_state import read_state
 from pipeline.progress import duration
 from pipeline.tracking.eval_rows import better_scores, left_out_note
@@ -42,28 +43,29 @@ def charts(records: list["Record"]) -> str:
     unit = "training: the run's loss (of another scale); validation: cross-entropy" if losses else "cross-entropy"
     pairs = [("Loss", "loss", "val_loss", unit), ("Accuracy", "top1", "val_top1", "top-1, percent")]
     for title, train, val, unit in pairs:
+        note = not_drawn(sum(record.lost(train) + record.lost(val, "eval") for record in records))
         for against in (progress, f"{unit_of_time} of training"):
             series = []
             for number, record in enumerate(records):
                 name = "" if alone else f"{record.name}: "
-                color, again = number % COLORS, number >= COLORS
+                color, dashes = number % COLORS, number // COLORS
                 x = record.column(column) if against == progress else [hours * per_hour for hours in record.hours]
                 x_eval = (
                     record.column(column, "eval")
                     if against == progress
                     else [hours * per_hour for hours in record.eval_hours()]
                 )
-                series.append(Series(f"{name}training", x, record.column(train), color, True, again))
+                series.append(Series(f"{name}training", x, record.column(train), color, True, dashes))
                 validation = record.column(val, "eval")
                 shade = 1 if alone else color
-                series.append(Series(f"{name}validation", x_eval, validation, shade, dashed=again, exact=True))
+                series.append(Series(f"{name}validation", x_eval, validation, shade, dashes=dashes, exact=True))
                 if alone and any(row.get(f"val_ema_{train}") is not None for row in record.evals):
                     averaged = record.column(f"val_ema_{train}", "eval")
                     series.append(Series("validation, averaged weights", x_eval, averaged, 3, exact=True))
                 if alone and val == "val_top1":
                     top5 = record.column("val_top5", "eval")
                     series.append(Series("validation, top-5", x_eval, top5, 2, exact=True))
-            drawn.append(line_chart(f"{title} against {against}", series, against, unit, zero=True))
+            drawn.append(line_chart(f"{title} against {against}", series, against, unit, zero=True, note=note))
     for title, shown, unit, factor in (
         ("Learning rate", "lr", "", 1),
         ("Speed", "images_per_s", "images/s", 1),
@@ -76,17 +78,23 @@ def charts(records: list["Record"]) -> str:
                 record.column(column),
                 [factor * y for y in record.column(shown)],
                 number % COLORS,
-                dashed=number >= COLORS,
+                dashes=number // COLORS,
             )
             for number, record in enumerate(records)
         ]
-        drawn.append(line_chart(title, series, progress, unit, zero=True))
+        note = not_drawn(sum(record.lost(shown) for record in records))
+        drawn.append(line_chart(title, series, progress, unit, zero=True, note=note))
     return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def not_drawn(lost: int) -> str:
+    """What a chart says of values that are no numbers."""
+    return f"{count(lost, 'value')} NaN or infinite, not drawn" if lost else ""
 
 
 def progress_of(records: list["Record"]) -> tuple[str, str]:
     """What curves are drawn against, and the ledger's column: epochs, or steps where no run has come to an epoch."""
-    longest = max((record.train[-1]["epoch"] for record in records if record.train), default=1.0)
+    longest = max((record.train[-1].get("epoch", 1.0) for record in records if record.train), default=1.0)
     return ("steps", "step") if longest < 1 else ("epochs", "epoch")
 
 
@@ -115,11 +123,11 @@ def headline(record: "Record") -> str:
         (f"top-1, best{averaged}{left_out_note(record.best or {})}", f"{best['top1']:.2f} %" if best else "not yet"),
         (f"state{f' ({state.detail})' if state.detail else ''}", state.state),
         (
-            f"last evaluation, epoch {last['epoch']:.4g}" if last else "last evaluation",
+            f"last evaluation, epoch {last.get('epoch', math.nan):.4g}" if last else "last evaluation",
             f"{better_scores(last)['top1']:.2f} %" if last else "not yet",
         ),
         ("top-5 there", f"{best['top5']:.2f} %" if best else "not yet"),
-        ("epochs done", f"{record.train[-1]['epoch']:.2f}" if record.train else "0"),
+        ("epochs done", f"{record.train[-1].get('epoch', math.nan):.2f}" if record.train else "0"),
         ("steps done", f"{record.train[-1]['step']:,}" if record.train else "0"),
         ("training", duration(3600 * record.hours[-1]) if record.hours else "none"),
     ]
@@ -155,7 +163,11 @@ def comparison(records: list["Record"]) -> str:
     for record in records:
         best, done = record.best, record.train[-1] if record.train else {}
         better = better_scores(best) if best else {}
-        scores = [f"{better['top1']:.2f}", f"{better['top5']:.2f}", f"{best['epoch']:.2f}"] if best else ["", "", ""]
+        scores = (
+            [f"{better['top1']:.2f}", f"{better['top5']:.2f}", f"{best.get('epoch', math.nan):.2f}"]
+            if best
+            else ["", "", ""]
+        )
         scores[0] += left_out_note(best or {})
         hours = duration(3600 * record.hours[-1]) if record.hours else ""
         rows.append([record.name, *scores, f"{done.get('epoch', 0):.2f}", hours])
@@ -169,16 +181,6 @@ def comparison(records: list["Record"]) -> str:
     lines = [[key, *(record.settings.get(key, "") for record in records)] for key in differing]
     settings_table = page.table(["setting", *(r.name for r in records)], lines)
     return f"<h2>Settings that differ</h2>{settings_table}<h2>Results</h2>{text}"
-
-
-def distinct_names(folders: list[Path]) -> list[str]:
-    """The folders' names, with as many parent folders as make them distinct."""
-    deepest = max(len(folder.parts) for folder in folders)
-    for depth in range(1, deepest + 1):
-        names = ["/".join(folder.parts[-depth:]) for folder in folders]
-        if len(set(names)) == len(set(folders)):
-            break
-    return names
 
 
 def write_report(

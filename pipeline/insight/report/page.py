@@ -31,7 +31,11 @@ svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft);
 .grid { stroke: var(--rule); stroke-width: 1; } .axis { stroke: var(--soft); stroke-width: 1; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; } .faint { opacity: .55; }
 .line.faint { stroke-width: 1.4; } .line.dashed { stroke-dasharray: 7 4; }
+.line.dotted { stroke-dasharray: 2 3; } .line.mixed { stroke-dasharray: 9 3 2 3; }
 .legend .dashed i { mask: repeating-linear-gradient(90deg, #000 0 4px, transparent 4px 7px); }
+.legend .dotted i { mask: repeating-linear-gradient(90deg, #000 0 2px, transparent 2px 4px); }
+.legend .mixed i { mask: repeating-linear-gradient(90deg, #000 0 6px, transparent 6px 8px, #000 8px 10px,
+  transparent 10px 12px); }
 .line.c0 { stroke: var(--c0); } .line.c1 { stroke: var(--c1); } .line.c2 { stroke: var(--c2); }
 .line.c3 { stroke: var(--c3); } .line.c4 { stroke: var(--c4); } .line.c5 { stroke: var(--c5); }
 .dot.c0, .legend .c0 i { fill: var(--c0); background: var(--c0); } .dot.c1, .legend .c1 i { fill: var(--c1);

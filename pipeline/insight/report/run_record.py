@@ -51,6 +51,10 @@ class Record:
     def column(self, name: str, kind: str = "train") -> list[float]:
         return [number(row.get(name)) for row in (self.train if kind == "train" else self.evals)]
 
+    def lost(self, name: str, kind: str = "train") -> int:
+        """How many values of a column are NaN or infinite, which a ledger has as words."""
+        return sum(isinstance(row.get(name), str) for row in (self.train if kind == "train" else self.evals))
+
     def eval_hours(self) -> list[float]:
         """Hours of training done at each evaluation."""
         done = {row["step"]: hours for row, hours in zip(self.train, self.hours, strict=True)}

@@ -13,7 +13,7 @@ from typing import Literal
 from pipeline.command import run_command
 from pipeline.counts import count
 from pipeline.errors import UserError, permission_problem
-from pipeline.insight.runs import expand
+from pipeline.insight.runs import distinct_names, expand
 from pipeline.insight.status.run_state import RunState, read_state
 from pipeline.progress import can_redraw, duration
 from pipeline.tracking.ledger import world_sizes_in_words
@@ -55,7 +55,7 @@ def render(state: RunState, slurm: dict[str, str] | None, why_none: str = "") ->
         ("run", state.run),
         ("state", state.state + (f": {state.detail}" if state.detail else "")),
         ("step", f"{state.step:,} of {number(state.last_step, ',')}{share}, epoch {state.epoch:.2f}"),
-        ("loss", number(state.loss if not isinstance(state.loss, str) else None, ".4f")),
+        ("loss", state.loss if isinstance(state.loss, str) else number(state.loss, ".4f")),
     ]
     if state.top1 is None:
         rows.append(("top-1", "not evaluated yet"))
@@ -92,6 +92,9 @@ def render(state: RunState, slurm: dict[str, str] | None, why_none: str = "") ->
 COLUMNS = {"run": "<", "state": "<", "step": "<", "best top-1": ">", "images/s": ">", "time left": ">", "": "<"}
 
 
+SHORTEST = 12  # characters of a cell that was cut; less says nothing
+
+
 def cells(state: RunState) -> list[str]:
     """A run in the columns of a list."""
     step = f"{state.step:,}" if state.last_step is None else f"{state.step:,} of {state.last_step:,}"
@@ -101,12 +104,23 @@ def cells(state: RunState) -> list[str]:
     return [state.run, state.state, step, best, speed, left, state.detail]
 
 
-def render_list(states: list[RunState], best_first: bool) -> str:
-    """Several runs, a line each."""
+def render_list(states: list[RunState], best_first: bool, columns: int | None = None) -> str:
+    """Several runs, a line each. columns: of the terminal; what is too long for it loses the end of its last cell, and
+    of the runs' folders what they have in common."""
     if best_first:
         states = sorted(states, key=lambda state: -1.0 if state.best_top1 is None else state.best_top1, reverse=True)
     rows = [list(COLUMNS), *map(cells, states)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if columns is not None:
+        room = columns - sum(widths[1:-1]) - 2 * (len(widths) - 2)
+        if widths[0] > room:
+            for row, name in zip(rows[1:], distinct_names([Path(state.run) for state in states]), strict=True):
+                row[0] = name
+            widths[0] = max(len(row[0]) for row in rows)
+        last = room - widths[0] - 2
+        for row in rows[1:]:
+            row[-1] = row[-1] if len(row[-1]) <= last else f"{row[-1][: last - 1]}…" if last >= SHORTEST else ""
+        widths[-1] = max(len(row[-1]) for row in rows)
     layout = list(zip(COLUMNS.values(), widths, strict=True))
     lines = (
         "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, layout, strict=True)) for row in rows
@@ -133,7 +147,8 @@ def status(runs: list[str], watch: bool = False, json: bool = False, sort: Liter
                 for state, (slurm, _) in zip(states, queued, strict=True)
             )
         elif len(states) > 1:
-            text = render_list(states, best_first=sort == "best")
+            columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            text = render_list(states, sort == "best", columns)
         else:
             text = render(states[0], *queued[0])
         if watch and can_redraw(sys.stdout) and not json:

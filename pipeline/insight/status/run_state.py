@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_note
 from pipeline.run_paths import META, RunPaths, list_checkpoints, not_a_run_message
 from pipeline.tracking.eval_rows import left_out_note, top1_of
-from pipeline.tracking.ledger import is_start, world_sizes
+from pipeline.tracking.ledger import is_start, parse_row, world_sizes
 from pipeline.training.run_folder.lock import dead_owner
 
 TAIL_ROWS = 100  # training rows that rates are taken over
@@ -70,7 +70,7 @@ def read_tail(path: Path) -> list[dict]:
         start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
         file.seek(start)
         lines = file.read().split(b"\n")[1 if start else 0 : -1]  # whole lines only
-    return [row for row in map(_row, lines) if row.get("kind") == "train"][-TAIL_ROWS:]
+    return [row for row in map(parse_row, lines) if row and row.get("kind") == "train"][-TAIL_ROWS:]
 
 
 def read_events_and_evals(path: Path) -> Iterator[dict]:
@@ -83,25 +83,20 @@ def read_events_and_evals(path: Path) -> Iterator[dict]:
             end = text.find(b"\n", start)
             if end < 0:
                 return
-            if start == 0 or text[start - 1] == ord("\n"):
-                yield _row(text[start:end])
+            if (start == 0 or text[start - 1] == ord("\n")) and (row := parse_row(text[start:end])):
+                yield row
             start = end
-
-
-def _row(line: bytes) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
 
 
 def read_marker(folder: Path, name: str) -> dict | None:
     """A marker's facts, or None where it is not there."""
     try:
-        return _row((folder / name).read_bytes())
+        facts = json.loads((folder / name).read_bytes())
     except FileNotFoundError:
         return None
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
