@@ -188,6 +188,12 @@ def test_the_pictures_go_to_wandb(finished):
     assert any(name.startswith("convolution-1-before") for name in sent) and any("grad-cam" in name for name in sent)
 
 
+def test_a_page_replaces_nothing_but_a_page(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert main(["report", str(finished), "--out", str(finished / "metrics.jsonl")]) == 2
+    assert ".html" in capsys.readouterr().err and (finished / "metrics.jsonl").read_bytes() == before
+
+
 def test_several_runs_are_compared(finished, root, tmp_path, capsys):
     other = tmp_path / "other"
     runs.call(root, other, "--train.max_steps", "3", "--optim.lr", "0.01", "--tracking.report", "false")

@@ -270,6 +270,8 @@ def report(
     if data_root is not None and not Path(data_root).expanduser().is_dir():
         raise UserError(f"--data_root {data_root} is not a folder; give the one that holds train/ and val/")
     to = Path(out).expanduser() if out else None
+    if to is not None and to.suffix.lower() not in (".html", ".htm"):  # not over a ledger, say
+        raise UserError(f"--out {out}: give a file that ends in .html")
     print(write_report(runs, to, data_root, device, images, index, precision))
     return EXIT_OK
 
