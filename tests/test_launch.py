@@ -25,8 +25,8 @@ from torch.numa import binding
 from pipeline.__main__ import main
 from pipeline.config import parse_config
 from pipeline.errors import EXIT_GPU_FAULT, EXIT_INTERRUPTED, EXIT_STORE_LOST, UserError, exit_code_of
+from pipeline.launch import forked, store, workers
 from pipeline.launch import launcher as launcher_module
-from pipeline.launch import store, workers
 from pipeline.launch.coordinator import Coordinator
 from pipeline.launch.launcher import GRACE_S, Launcher
 from pipeline.launch.link import Link
@@ -540,12 +540,13 @@ def test_ranks_are_forked_with_signals_held_back_and_take_them_when_they_train(r
 
 FORK = """
 import os, signal, sys
-from pipeline.launch.workers import HELD_BACK, Program, _run_forked
+from pipeline.launch.forked import HELD_BACK, run_forked
+from pipeline.launch.program import Program
 signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
 if os.fork():
     os.wait()
 else:
-    _run_forked(Program("", (), "shows_mask", (), sys.argv[1] == "True"), {}, "", "", 0, None)
+    run_forked(Program("", (), "shows_mask", (), sys.argv[1] == "True"), {}, "", "", 0, None)
 """
 
 
@@ -566,10 +567,11 @@ FORK_AGAIN = """
 import os, signal, time
 from multiprocessing import forkserver
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from pipeline.launch import workers
+from pipeline.launch import forked, workers
+from pipeline.launch.program import Program
 
 def run():
-    program, logs = workers.Program("", (), "shows_threads"), DefaultLogsSpecs(os.devnull)
+    program, logs = Program("", (), "shows_threads"), DefaultLogsSpecs(os.devnull)
     at_work = workers.Workers(program, {0: {}}, logs, numa=1)
     while not at_work.poll():
         time.sleep(0.01)
@@ -577,8 +579,8 @@ def run():
     assert at_work.exit_codes == {0: 0}
 
 if __name__ == "__main__":
-    workers.PRELOADED[:] = ["shows_start"]
-    workers.warm_up()
+    forked.PRELOADED[:] = ["shows_start"]
+    forked.warm_up()
     run()
     os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
     os.waitid(os.P_PID, forkserver._forkserver._forkserver_pid, os.WEXITED | os.WNOWAIT)
@@ -621,7 +623,7 @@ def test_torchs_binding_is_called_as_each_version_wants_it(monkeypatch, bind):
     assert set(real) in [set(inspect.signature(one).parameters) for one in (of_torch_2_11, of_later_ones)]
     stand_in = functools.wraps(bind)(lambda **given: found.append(bind(**given)))
     monkeypatch.setattr(binding, "_maybe_apply_numa_binding_to_current_process", stand_in)
-    workers._bind(3, "node")
+    forked._bind(3, "node")
     assert found == [(3, "node")]
 
 

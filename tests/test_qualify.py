@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,8 +135,7 @@ def test_sigterm_ends_what_was_started_too(tmp_path, monkeypatch, module, functi
 
     def run(*_):
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60)
+            signal.raise_signal(signal.SIGTERM)
         finally:
             ended.append(True)
 

@@ -46,7 +46,7 @@ def _launch(argv: list[str], signals: list[signal.Signals]) -> int:
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // options.nproc))
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     if options.warm and not options.serve_store:
-        from pipeline.launch.workers import warm_up
+        from pipeline.launch.forked import warm_up
 
         with contextlib.suppress(OSError):  # TMPDIR's path is too long for a socket: ranks start as torchrun's do
             warm_up()

@@ -6,7 +6,6 @@ import queue
 import signal
 import socket
 import time
-from string import Template
 from typing import Any
 
 from pipeline.counts import count
@@ -21,6 +20,7 @@ from pipeline.errors import (
     UserError,
 )
 from pipeline.launch.coordinator import SILENT_S, Coordinator, say
+from pipeline.launch.environment import environment_of, prefixes_of
 from pipeline.launch.link import Link
 from pipeline.launch.local import LocalFolder
 from pipeline.launch.options import Options
@@ -173,49 +173,15 @@ class Launcher:
         self.order = order
         envs = {rank: self.environment(order, rank) for rank in range(self.options.nproc)}
         role = self.options.torch.role
-        self.workers = Workers(self.program, envs, self.logs, role, self.prefixes(order), self.numa)
+        self.workers = Workers(self.program, envs, self.logs, role, prefixes_of(self.options, order), self.numa)
         self.stop_by = None  # a signal that arrives before this is passed on to these
 
     def environment(self, order: dict[str, Any], local_rank: int) -> dict[str, str]:
-        """What a worker finds in its environment: torchrun's names, and this package's own."""
-        options = self.options
-        rank, size = order["first_rank"] + local_rank, order["world_size"]
-        facts: dict[str, object] = {
-            "RANK": rank,
-            "LOCAL_RANK": local_rank,
-            "WORLD_SIZE": size,
-            "LOCAL_WORLD_SIZE": options.nproc,
-            "GROUP_RANK": order["group_rank"],
-            "GROUP_WORLD_SIZE": order["group_size"],
-            "ROLE_RANK": rank,
-            "ROLE_WORLD_SIZE": size,
-            "ROLE_NAME": options.torch.role,
-            "MASTER_ADDR": self.host,
-            "MASTER_PORT": order["store_port"],
-            "TORCHELASTIC_RESTART_COUNT": order["round"] - 1,
-            "TORCHELASTIC_MAX_RESTARTS": options.limits.max_restarts,
-            "TORCHELASTIC_RUN_ID": options.job,
-            "TORCHELASTIC_USE_AGENT_STORE": True,
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", 1),
-            "PIPELINE_LAUNCH_JOB": order["job"],
-            "PIPELINE_LAUNCH_ROUND": order["round"],
-            "PIPELINE_LAUNCH_REASON": order["reason"],
-            "PIPELINE_LAUNCH_LOCAL": self.local.path or "",
-        }
+        """What a worker finds in its environment: what each node has of its own, and what `environment_of` gives."""
+        own = {"MASTER_ADDR": self.host, "PIPELINE_LAUNCH_LOCAL": str(self.local.path or "")}
         if self.interface is not None:
-            facts["GLOO_SOCKET_IFNAME"] = self.interface
-        return {name: str(value) for name, value in facts.items()}
-
-    def prefixes(self, order: dict[str, Any]) -> dict[int, str] | None:
-        """What stands before each line that is shown from a log file."""
-        template = self.options.torch.log_line_prefix_template or os.getenv("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE")
-        if not template:
-            return None
-        facts = {"role_name": self.options.torch.role, "hostname": socket.gethostname()}
-        return {
-            rank: Template(template).safe_substitute(facts, rank=order["first_rank"] + rank, local_rank=rank)
-            for rank in range(self.options.nproc)
-        }
+            own["GLOO_SOCKET_IFNAME"] = self.interface
+        return own | environment_of(self.options, order, local_rank)
 
     def stop(self, why: str) -> None:
         """Have the workers stop: those of a world that lost a member at once, the others after they have saved."""

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -14,7 +15,24 @@ from pipeline.errors import UserError
 from pipeline.gpu_facts import query_gpus, visible_gpus
 from pipeline.launch.coordinator import say
 from pipeline.launch.options import VERBS, Options
-from pipeline.launch.workers import Program
+
+
+@dataclass(frozen=True)
+class Program:
+    """What each worker runs.
+
+    Attributes:
+        entrypoint, arguments: the command.
+        module, argv: the same for a process forked from a warm one, `python -m module argv`; None: it is never forked.
+        asks_for_signals: does it take the signals `stop_request.HELD_BACK`, once it has handlers for them? They wait
+            until then: one that came before would kill it, and the ranks of the other nodes would wait for it.
+    """
+
+    entrypoint: str
+    arguments: tuple[str, ...]
+    module: str | None = None
+    argv: tuple[str, ...] = ()
+    asks_for_signals: bool = False
 
 
 def program_of(options: Options) -> Program:
