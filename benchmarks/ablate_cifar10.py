@@ -19,7 +19,7 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
 
-from pipeline.tracking.ledger import read_rows  # noqa: E402
+from pipeline.tracking.ledger_rows import read_rows  # noqa: E402
 
 #: feature -> the options that turn it on, on top of the recipe cifar10-resnet18; the most often used come first
 FEATURES: dict[str, str] = {

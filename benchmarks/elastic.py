@@ -42,7 +42,7 @@ from pipeline.insight.chaos.nodes import (
 from pipeline.insight.chaos.tries import count_good, lose_nodes
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths, list_checkpoints
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.manifest import verify_checkpoint
 

@@ -21,7 +21,7 @@ from pipeline.config.names import check_null
 from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.output import unfailing_output
 from pipeline.run_paths import RunPaths
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.ranks.stop_request import StopRequest
 
 _BUSY = threading.Lock()  #: held while a run is trained or evaluated

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs/images/resume.svg"
 PIPELINE = [sys.executable, "-m", "pipeline"]

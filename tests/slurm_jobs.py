@@ -10,7 +10,7 @@ import torch
 from slurm_cluster import Cluster, wait_for
 
 from pipeline.insight.status.run_state import read_state
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EPOCH, BATCH, EVALUATED = 72, 24, 16, 48

@@ -8,7 +8,7 @@ from torch import nn
 
 from pipeline.config import EmaConfig, TrainConfig, from_dict, parse_config
 from pipeline.tracking.eval_rows import best_step
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.evaluate import Evaluation, Tally, predict
 from pipeline.training.optim.ema import WeightAverage, effective_decay
 from pipeline.training.ranks.watchdog import Watchdog

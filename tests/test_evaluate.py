@@ -27,7 +27,7 @@ from pipeline.loader.decode.reference import ReferenceDecoder
 from pipeline.loader.eval_plan import EvalPlan, FiveCropPlan
 from pipeline.loader.stream import EncodedBatch
 from pipeline.tracking.eval_rows import best_step
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.evaluate import Tally
 
 

@@ -6,7 +6,7 @@ import pytest
 import runs
 
 from pipeline.config import RawConfig, semantic_config
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 
 STEPS = ["--checkpoint.every_steps", "3", "--train.precision", "fp32", "--optim.lr", "0.01"]
 #: at a resume -> what it was before

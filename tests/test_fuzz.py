@@ -23,7 +23,8 @@ from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.shards.pack import pack
 from pipeline.errors import TransientError, UserError
 from pipeline.loader.source import Source, UnreadableSample
-from pipeline.tracking.ledger import Ledger, last_steps, read_rows
+from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.ledger_rows import last_steps, read_rows
 from pipeline.training.run_folder.checkpoint import write_checkpoint
 from pipeline.training.run_folder.manifest import DamagedCheckpoint, find_newest_good, seal
 from pipeline.training.run_folder.same_recipe import check_fingerprints

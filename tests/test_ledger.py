@@ -6,7 +6,8 @@ import math
 import pytest
 
 from pipeline.tracking.eval_rows import best_step
-from pipeline.tracking.ledger import Ledger, last_steps, read_rows, read_rows_backwards
+from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.ledger_rows import last_steps, read_rows, read_rows_backwards
 
 
 def write(path, steps, tail=b""):

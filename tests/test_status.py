@@ -20,7 +20,7 @@ from pipeline.insight.status import run_state
 from pipeline.insight.status.cli import render, render_list
 from pipeline.insight.status.run_state import read_events_and_evals, read_state, read_tail
 from pipeline.progress import duration
-from pipeline.tracking import ledger
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.run_folder.lock import RunLock
 
 NOW = time.time()
@@ -154,7 +154,7 @@ def test_a_row_with_values_of_other_types_is_none(run, row):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     assert dataclasses.replace(read_state(run, NOW), silent_s=before.silent_s) == before
-    assert len(list(ledger.read_rows(run / "metrics.jsonl"))) == 12
+    assert len(list(read_rows(run / "metrics.jsonl"))) == 12
 
 
 def test_a_row_may_lack_fields(run, capsys):

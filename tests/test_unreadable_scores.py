@@ -10,7 +10,7 @@ from test_index import make_folder
 
 from pipeline.__main__ import main
 from pipeline.dataset.index.scan import build_index
-from pipeline.tracking.ledger import VALIDATION_UNREADABLE
+from pipeline.tracking.ledger_rows import VALIDATION_UNREADABLE
 
 TRAIN = ("--schedule.epochs", "1", "--train.eval_every_epochs", "1")
 

@@ -19,7 +19,7 @@ from pipeline.model.published import Published
 from pipeline.model.weights import load_whole, start_from
 from pipeline.run_paths import list_checkpoints
 from pipeline.tracking.eval_rows import best_step
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.ranks.world import World
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder

@@ -20,7 +20,7 @@ from pipeline.model.build import build_model, transforms_input
 from pipeline.model.heads import count_outputs
 from pipeline.model.weights import load_whole, mark_blurpool
 from pipeline.run_paths import not_a_run_message
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder
 

@@ -23,7 +23,7 @@ from pipeline.loader.build import make_train_plan
 from pipeline.loader.plan import MOST_SUBSTITUTES, TrainPlan
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths, not_a_run_message
-from pipeline.tracking.ledger import TRAINING_UNREADABLE, is_start, lost_in_words, lost_steps, read_rows
+from pipeline.tracking.ledger_rows import TRAINING_UNREADABLE, is_start, lost_in_words, lost_steps, read_rows
 from pipeline.training.guard import rollbacks_of_ledger
 from pipeline.training.run_folder.manifest import newest_meta
 from pipeline.training.run_folder.same_recipe import differing_settings

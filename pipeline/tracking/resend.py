@@ -17,7 +17,7 @@ from pipeline.counts import count
 from pipeline.errors import EXIT_OK, TransientError, UserError
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths
-from pipeline.tracking.ledger import from_word, read_rows
+from pipeline.tracking.ledger_rows import from_word, read_rows
 from pipeline.tracking.wandb_settings import client_variables, only_variables, plan_wandb
 
 

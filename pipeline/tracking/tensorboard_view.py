@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.logs import logger
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.tracking.view import View
 
 _FLUSH_S = 10  # after which events are in the file

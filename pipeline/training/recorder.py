@@ -12,7 +12,8 @@ from pipeline.dataset.index.left_out import describe
 from pipeline.errors import TransientError
 from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.eval_rows import best_step, early_stop
-from pipeline.tracking.ledger import TRAINING_UNREADABLE, VALIDATION_UNREADABLE, Ledger, last_steps
+from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.ledger_rows import TRAINING_UNREADABLE, VALIDATION_UNREADABLE, last_steps
 from pipeline.tracking.tensorboard_view import TensorBoardView
 from pipeline.tracking.view import View
 from pipeline.tracking.wandb_view import WandbView

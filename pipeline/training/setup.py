@@ -15,7 +15,8 @@ from pipeline.model.build import build_model, count_parameters
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console
 from pipeline.tracking.eval_rows import early_stop
-from pipeline.tracking.ledger import Ledger, read_rows
+from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.data import check_labels, open_data
 from pipeline.training.milestones import Milestones
 from pipeline.training.optim.ema import average_start

@@ -11,7 +11,7 @@ from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.run_paths import META, RunPaths, list_checkpoints
 from pipeline.tracking.eval_rows import early_stop
-from pipeline.tracking.ledger import lost_in_words, lost_steps, read_rows
+from pipeline.tracking.ledger_rows import lost_in_words, lost_steps, read_rows
 from pipeline.training.guard import (
     INHERITED,
     Guard,

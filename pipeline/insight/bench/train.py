@@ -79,7 +79,7 @@ def measure(config: Config, world: "World", steps: int, rounds: int, save_every_
     from torch.nn.parallel import DistributedDataParallel
 
     from pipeline.insight.bench.loops import ResidentStream, open_trainer, wait_for
-    from pipeline.tracking.ledger import read_rows
+    from pipeline.tracking.ledger_rows import read_rows
 
     world.on_rank_zero(lambda: Path(config.run_dir).mkdir(parents=True, exist_ok=True))
     trainer = open_trainer(config, world)

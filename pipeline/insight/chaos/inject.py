@@ -7,7 +7,7 @@ from pipeline.errors import TransientError
 from pipeline.insight.chaos.faults import Fault, Trigger, descendants, inject
 from pipeline.insight.chaos.job import POLL_S, TIMEOUT_S, Job
 from pipeline.progress import Progress
-from pipeline.tracking.ledger import is_start
+from pipeline.tracking.ledger_rows import is_start
 
 
 class FaultInjector:

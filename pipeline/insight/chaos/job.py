@@ -13,7 +13,7 @@ from pipeline.errors import TransientError
 from pipeline.insight.chaos.faults import descendants, send
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 
 BATCH, CLASSES, PER_CLASS = 16, 4, 24
 TIMEOUT_S = 300.0  # without any progress

@@ -20,7 +20,7 @@ from pipeline.insight.chaos.faults import descendants, send
 from pipeline.insight.chaos.job import recipe
 from pipeline.insight.status.run_state import read_events_and_evals, read_tail
 from pipeline.run_paths import RunPaths
-from pipeline.tracking.ledger import is_start
+from pipeline.tracking.ledger_rows import is_start
 
 T = TypeVar("T")
 GLOBAL_BATCH_SIZE = 24  # 1, 2, 3 and 4 ranks divide it

@@ -15,7 +15,7 @@ from pipeline.insight.estimate.gpus import Card, find_card
 from pipeline.insight.status.run_state import median_step_s, read_tail
 from pipeline.progress import duration
 from pipeline.run_paths import RunPaths
-from pipeline.tracking.ledger import is_start, read_rows
+from pipeline.tracking.ledger_rows import is_start, read_rows
 
 if TYPE_CHECKING:
     from pipeline.insight.estimate.trace import Trace

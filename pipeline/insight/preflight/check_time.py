@@ -11,7 +11,7 @@ from pipeline.insight.preflight.check_result import FAIL, PASS, WARN, CheckResul
 from pipeline.insight.status.run_state import median_step_s, newest_checkpoint, read_events_and_evals, read_tail
 from pipeline.progress import duration
 from pipeline.run_paths import RunPaths
-from pipeline.tracking.ledger import is_start
+from pipeline.tracking.ledger_rows import is_start
 
 
 def check_schedule(config: Config, data: dict) -> Iterator[CheckResult]:

@@ -23,7 +23,7 @@ from pipeline.insight.runs import distinct_names, read_each
 from pipeline.insight.status.run_state import read_state
 from pipeline.progress import duration
 from pipeline.tracking.eval_rows import better_scores, left_out_note
-from pipeline.tracking.ledger import is_start, world_sizes, world_sizes_in_words
+from pipeline.tracking.ledger_rows import is_start, world_sizes, world_sizes_in_words
 
 if TYPE_CHECKING:
     from pipeline.insight.report.run_record import Record

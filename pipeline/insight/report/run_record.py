@@ -16,7 +16,7 @@ from pipeline.model.heads import count_outputs
 from pipeline.model.weights import load_whole, start_from
 from pipeline.run_paths import not_a_run_message
 from pipeline.tracking.eval_rows import best_step, better_scores
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.run_folder.best import place_of_weights
 from pipeline.training.run_folder.checkpoint import load_state
 from pipeline.training.run_folder.folder import RunFolder

@@ -16,7 +16,7 @@ from pipeline.errors import UserError, permission_problem
 from pipeline.insight.runs import distinct_names, expand
 from pipeline.insight.status.run_state import RunState, read_state
 from pipeline.progress import can_redraw, duration
-from pipeline.tracking.ledger import world_sizes_in_words
+from pipeline.tracking.ledger_rows import world_sizes_in_words
 
 WATCH_EVERY_S = 5.0
 ENDED = ("finished", "failed", "imported", "unreadable")

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_note
 from pipeline.run_paths import META, RunPaths, list_checkpoints, not_a_run_message
 from pipeline.tracking.eval_rows import left_out_note, top1_of
-from pipeline.tracking.ledger import is_start, parse_row, world_sizes
+from pipeline.tracking.ledger_rows import is_start, parse_row, world_sizes
 from pipeline.training.run_folder.lock import dead_owner
 
 TAIL_ROWS = 100  # training rows that rates are taken over

@@ -6,7 +6,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.eval_rows import best_step
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 
 
 def place_of_weights(config: ModelConfig) -> Path | None:

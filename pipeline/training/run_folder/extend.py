@@ -17,7 +17,8 @@ from pipeline.config.time import Time, epochs_of, is_time, plain_time, steps_of
 from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.run_paths import RunPaths, list_checkpoints, not_a_run_message
-from pipeline.tracking.ledger import Ledger, last_steps, read_rows, read_rows_backwards
+from pipeline.tracking.ledger import Ledger
+from pipeline.tracking.ledger_rows import last_steps, read_rows, read_rows_backwards
 from pipeline.training.run_folder.checkpoint import load_state, write_checkpoint
 from pipeline.training.run_folder.folder import RunFolder, event_row, make_run_folder
 from pipeline.training.run_folder.manifest import DamagedCheckpoint, begun_from, read_meta, verify_checkpoint

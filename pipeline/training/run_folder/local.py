@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from pipeline.logs import logger
 from pipeline.run_paths import checkpoint_name, list_checkpoints
-from pipeline.tracking.ledger import last_steps
+from pipeline.tracking.ledger_rows import last_steps
 from pipeline.training.ranks.launcher import current_launch
 from pipeline.training.ranks.world import World
 from pipeline.training.run_folder.checkpoint import write_checkpoint

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pipeline.counts import count
 from pipeline.files import atomic_write
 from pipeline.run_paths import RunPaths, checkpoint_name, list_checkpoints
-from pipeline.tracking.ledger import read_rows
+from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.guard import Rollback, rollbacks_of_ledger
 
 
