@@ -130,9 +130,8 @@ def test_classes_are_matched_by_name_or_number_or_not_at_all():
         class_positions(["n01", "n04"], known, 3, "root")
     with pytest.raises(UserError, match=r"root has 2 classes.*LOC_synset_mapping"):
         class_positions(["a", "b"], None, 1000, "root")
-    with pytest.raises(
-        UserError, match=r"root has the class '0'"
-    ):  # a number is a name where the network's classes are
+    # a number is a name where the network's classes are numbers
+    with pytest.raises(UserError, match="root has the class '0'"):
         class_positions(["0", "1", "2"], ["1", "10", "2"], 3, "root")
 
 
