@@ -193,7 +193,8 @@ def a_gpu_fault_is_requeued_without_its_node(site: Site, uninterrupted: Referenc
     assert "requeued: a GPU of n1 failed" in job.log and "n1 is excluded" in job.log
     (fault,) = job.events("gpu_fault")
     assert (fault["fault_node"], fault["fault_step"], fault["excluded"]) == ("n1", 13, True)
-    assert [row["event"] for row in job.rows("event")] == ["started", "gpu_fault", "resumed", "finished"]
+    happened = [row["event"] for row in job.rows("event") if row["event"] != "straggler"]  # of a busy machine
+    assert happened == ["started", "gpu_fault", "resumed", "finished"]
     assert_alike(job, uninterrupted())
 
 
