@@ -3,10 +3,11 @@
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,6 +82,34 @@ def read_note(path: Path) -> str:
     """The text of a small file, or of a link that stands for it: a link can be made on a full disk, its target is the
     text. Raises OSError."""
     return str(path.readlink()) if path.is_symlink() else path.read_text(encoding="utf-8")
+
+
+def why_unfit(folder: Path, size: int = 0) -> str | None:
+    """Why no run can live in `folder`, which is there: a run writes files (here one of `size` bytes), appends to them
+    and renames folders. None where it can. Mounted object storage often can't append, or rename a folder with files."""
+    trial, moved = (folder / f".writable.{os.getpid()}-{os.urandom(4).hex()}.tmp" for _ in range(2))
+    file = trial / "file"
+    steps: list[tuple[str, Callable[[], object]]] = [
+        ("be written", trial.mkdir),
+        ("be written", lambda: file.write_bytes(bytes(size))),
+        ("append to a file", lambda: file.open("ab").close()),
+        ("rename a folder", lambda: trial.rename(moved)),
+    ]
+    try:
+        for doing, step in steps:
+            try:
+                step()
+            except OSError as error:
+                if doing == "be written":
+                    return f"can't {doing} ({error.strerror})"
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    return (
+                        f"is on a file system that can't {doing} ({error.strerror}), like much mounted object storage"
+                    )
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+        shutil.rmtree(moved, ignore_errors=True)
+    return None
 
 
 def keep_to_own_package() -> None:

@@ -13,17 +13,23 @@ from pathlib import Path
 
 import pytest
 import runs
+import torch
 from test_index import make_folder
 from test_layouts import official_tars
 
 from pipeline.__main__ import main
+from pipeline.api import load_config
 from pipeline.dataset import disk, lock, valprep
 from pipeline.dataset.index import scan, scan_journal
 from pipeline.dataset.index.index import Split
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.shards import marker, pack
 from pipeline.dataset.shards.format import ShardWriter
+from pipeline.errors import UserError
 from pipeline.files import why_full
+from pipeline.insight.preflight.node_facts import probe_folder
+from pipeline.training.run_folder.checkpoint import write_checkpoint
+from pipeline.training.run_folder.folder import make_run_folder
 
 NOBODY = 65534
 # Without the right of root to enter and write everywhere; the account stays, and so does access to the interpreter.
@@ -310,6 +316,66 @@ touch {tmp_path}/small/1 {tmp_path}/small/2 {tmp_path}/small/3
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("may not mount here")
     assert done.returncode == 2 and "no inode left" in done.stderr, done.stderr
+
+
+OVERLAID = """
+import sys
+from pathlib import Path
+from pipeline.run_paths import RunPaths
+from pipeline.training.run_folder.checkpoint import CheckpointWriter
+from pipeline.training.run_folder.set_aside import set_aside
+
+folder = RunPaths(Path(sys.argv[1]))
+set_aside(folder, 3, [], print)
+CheckpointWriter(folder.checkpoints, keep=1, protected=set, warn=print).remove_after(2)
+print([str(path.relative_to(folder.path)) for path in sorted(folder.path.rglob("meta.json"))])
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="mounts a file system")
+def test_checkpoints_of_a_container_image_are_moved_and_removed(tmp_path):
+    """An overlay can't rename a folder that is in a layer below it."""
+    for name in ("image", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    for step in (2, 3, 4):
+        write_checkpoint(tmp_path / "image/run/checkpoints", step, {"model": {"x": torch.ones(2)}}, {})
+    script = f"""
+cd {tmp_path} && mount -t overlay -o lowerdir=image,upperdir=upper,workdir=work overlay merged || exit 77
+{sys.executable} -c "$0" merged/run
+"""
+    command = ["unshare", "-m", "sh", "-c", script, OVERLAID]
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("may not mount here")
+    left = ["checkpoints/step-000000002", "set-aside-after-step-000000003/checkpoints/step-000000004"]
+    assert done.stdout.splitlines()[-1:] == [str([f"{path}/meta.json" for path in left])], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("refuses", "number", "reason"),
+    [
+        ("open", errno.EPERM, "is on a file system that can't append to a file (Operation not permitted)"),
+        ("rename", errno.EMFILE, "is on a file system that can't rename a folder (Too many open files)"),
+        ("mkdir", errno.EROFS, "can't be written (Read-only file system)"),
+    ],
+)
+def test_a_run_folder_whose_file_system_can_not_hold_a_run(tmp_path, monkeypatch, refuses, number, reason):
+    """As storage in the cloud that is mounted by rclone, or by gcsfuse. Both `train` and `preflight` say so."""
+    does = getattr(Path, refuses)
+
+    def refuse(path, *arguments, **options):
+        if ".writable" in str(path) and (refuses != "open" or "ab" in arguments):
+            raise OSError(number, os.strerror(number), str(path))
+        return does(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, refuses, refuse)
+    config = load_config("smoke", {"run_dir": str(tmp_path), "data.root": str(tmp_path)})
+    with pytest.raises(UserError, match=re.escape(f"run folder {tmp_path} {reason}")):
+        make_run_folder(config)
+    assert (probe_folder(tmp_path / "new") or "").startswith(f"{tmp_path} {reason}")
+    monkeypatch.undo()
+    assert make_run_folder(config).path == tmp_path and probe_folder(tmp_path / "new") is None
+    assert os.listdir(tmp_path) == ["checkpoints"]
 
 
 def test_valprep_leaves_nothing_that_index_refuses(synthetic_root, tmp_path):

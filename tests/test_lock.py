@@ -1,5 +1,6 @@
 """One job a run folder: the second is told who is there; a dead owner's lock is taken over, by one alone."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import runs
@@ -87,6 +89,21 @@ def test_a_copy_of_a_folder_in_use_is_free_once_nobody_touches_its_lock(owner, t
     (tmp_path / "lock").write_text(json.dumps(moved))
     with pytest.raises(UserError, match="in use"):
         RunLock(copy).acquire()
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EIO, errno.ENOSYS])
+def test_a_file_system_without_links_has_locks(tmp_path, monkeypatch, number):
+    """EIO: as rclone's mounts say it."""
+
+    def refuse(path, target):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert files(tmp_path) == ["lock"]
+    lock.release()
+    assert files(tmp_path) == []
 
 
 def test_a_process_with_the_dead_owners_number_is_not_the_owner(owner, tmp_path):

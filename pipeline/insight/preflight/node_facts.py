@@ -23,6 +23,7 @@ from pipeline.dataset.index.left_out import describe
 from pipeline.dataset.index.notes import nested_lines
 from pipeline.dataset.layouts.find import find_layout
 from pipeline.errors import UserError, permission_problem
+from pipeline.files import why_unfit
 from pipeline.gpu_facts import (
     builds_problem,
     cuda_builds,
@@ -110,13 +111,8 @@ def probe_folder(folder: Path) -> str | None:
         existing = nearest_existing(folder)
     except PermissionError as error:
         return f"{error.filename} can't be entered ({error.strerror})"
-    probe = existing / f".probe.{socket.gethostname()}.{os.getpid()}"
-    try:
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
-    except OSError as error:
-        return f"{existing} can't be written ({error.strerror})"
-    return None
+    unfit = why_unfit(existing, 4096)
+    return None if unfit is None else f"{existing} {unfit}"
 
 
 def probe_data(data: DataConfig) -> dict:

@@ -175,7 +175,13 @@ class CheckpointWriter:
     @staticmethod
     def _remove(path: Path) -> None:
         doomed = path.with_name(f".{path.name}.old.tmp")
-        path.rename(doomed)
+        try:
+            path.rename(doomed)
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # an overlay can't rename a folder of the container's image
+                raise
+            (path / META).unlink(missing_ok=True)
+            doomed = path
         shutil.rmtree(doomed, ignore_errors=True)
 
     def wait(self) -> bool:

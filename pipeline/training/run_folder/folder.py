@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from pipeline.command import raising
 from pipeline.config import Config, ResolvedDataConfig, load_config, semantic_config, to_yaml
 from pipeline.counts import count
 from pipeline.errors import UserError
-from pipeline.files import atomic_write, read_note
+from pipeline.files import atomic_write, read_note, why_unfit
 from pipeline.redact import redact
 from pipeline.run_paths import END_MARKERS, RunPaths, list_checkpoints
 from pipeline.tracking.eval_rows import left_out_note
@@ -112,13 +113,13 @@ def make_run_folder(config: Config) -> RunFolder:
             raise UserError(f"{place} is a file, and a run needs a folder there; move it, or give another --run_dir")
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        probe = folder.path / f".writable.{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"run folder {folder.path} can't be written ({error.strerror}); give another --run_dir"
         ) from error
+    unfit = why_unfit(folder.path)
+    if unfit is not None:
+        raise UserError(f"run folder {folder.path} {unfit}; give another --run_dir")
     return folder
 
 
@@ -135,7 +136,8 @@ def open_run_folder(config: Config) -> RunFolder:
         )
     for leftover in folder.path.glob(".*.tmp"):
         if _LEFTOVER.fullmatch(leftover.name):
-            with contextlib.suppress(OSError):  # a folder; another user's file
+            shutil.rmtree(leftover, ignore_errors=True)  # if it is a folder
+            with contextlib.suppress(OSError):  # another user's
                 leftover.unlink(missing_ok=True)
     if not (folder.ledger.exists() and folder.config.exists()) and not list_checkpoints(folder.checkpoints):
         folder.save_config(config)  # else not before the checkpoints agree

@@ -7,7 +7,6 @@ over. An owner that finds its lock in other hands (it was held up for so long th
 """
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -27,7 +26,6 @@ from pipeline.training.ranks.launcher import current_launch
 HEARTBEAT_S = 5.0
 LEASE_S = 3.0  # a launcher is cut off after 5 s of silence, so within this time nobody has taken the lock
 STALE_S = 60.0  # a lock untouched for so long belongs to nobody
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 def _start_of(pid: int) -> str | None:
@@ -168,17 +166,18 @@ class RunLock:
         file.write(json.dumps(self._me | {"inode": os.fstat(file.fileno()).st_ino}) + "\n")
 
     def _link(self, path: Path) -> bool:
-        """Make `path` with our name in it, if it is not there. (NFS may report a failure of a link that it made.)"""
+        """Make `path` with our name in it, if it is not there. (NFS may report a failure of a link that it made.)
+
+        A file system without links says so in many ways, EIO among them. Where it can't be written at all, `_create`
+        fails, too."""
         temporary = self._temporary()
         try:
             path.hardlink_to(temporary)
             return True
-        except FileExistsError:
-            return temporary.stat().st_nlink == 2
         except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            return self._create(path)
+            if temporary.stat().st_nlink == 2:
+                return True
+            return not isinstance(error, FileExistsError) and self._create(path)
         finally:
             temporary.unlink()
 

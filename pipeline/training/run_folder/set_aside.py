@@ -3,6 +3,7 @@ damaged: kept beside the run, not in its way. (Left there, they would count amon
 would be pruned in their favor.)"""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 
 from pipeline.counts import count
@@ -40,7 +41,7 @@ def set_aside(folder: RunPaths, step: int, rollbacks: Sequence[Rollback], say: C
         atomic_write(aside / folder.ledger.name, "".join(json.dumps(row) + "\n" for row in rows))
     for path in later:
         (aside / folder.checkpoints.name).mkdir(exist_ok=True)
-        path.rename(aside / folder.checkpoints.name / path.name)
+        shutil.move(path, aside / folder.checkpoints.name)  # copies where an overlay can't rename a folder
     if any(map(is_of_another_way, before)):
         kept = [row for row in before if not is_of_another_way(row)]
         atomic_write(folder.ledger, "".join(json.dumps(row) + "\n" for row in kept))
