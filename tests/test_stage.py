@@ -1,5 +1,6 @@
 """Copying shards to a node's own disk: whole, once, and reused."""
 
+import errno
 import io
 import json
 import os
@@ -62,6 +63,21 @@ def test_reuses_what_is_there(packed, tmp_path):
     before = (local / "train-0.tar").stat().st_ino
     assert stage_shards(packed, local, quiet=True)[1] == 0
     assert (local / "train-0.tar").stat().st_ino == before
+
+
+def test_a_source_that_answers_only_for_what_is_in_its_files(packed, tmp_path, monkeypatch):
+    """As rclone's mounts: EIO for extended attributes."""
+
+    def refuse(path, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(os, "listxattr", refuse)
+    (packed / "train-0.tar").chmod(0o640)
+    _, copied = stage_shards(packed, tmp_path / "local", quiet=True)
+    assert copied == 3 and content(tmp_path / "local") == content(packed)
+    theirs, ours = ((folder / "train-0.tar").stat() for folder in (packed, tmp_path / "local"))
+    assert (ours.st_mode, ours.st_mtime_ns) == (theirs.st_mode, theirs.st_mtime_ns)
+    assert stage_shards(packed, tmp_path / "local", quiet=True)[1] == 0
 
 
 def test_mends_what_was_cut_or_changed(packed, tmp_path):

@@ -123,7 +123,9 @@ def copy_file(
         if not is_whole(temporary):
             what = "does not hold what its index names, and neither does the copy; see: pipeline verify ROOT"
         print(f"{there}: {what}", file=sys.stderr, flush=True)
-    shutil.copystat(there, temporary)
+    shutil.copymode(there, temporary)
+    times = there.stat()
+    os.utime(temporary, ns=(times.st_atime_ns, times.st_mtime_ns))
     temporary.replace(here)
 
 
