@@ -140,6 +140,14 @@ def test_shards_need_few_inodes(kaggle_zip, tmp_path, monkeypatch, capsys):
     assert main(["fetch", str(tmp_path / "shards"), "--from", str(kaggle_zip), "--pack"]) == 0
 
 
+def test_a_mount_that_counts_no_files_is_tried(kaggle_zip, tmp_path, monkeypatch):
+    """rclone's mounts say that no file is free, and take them."""
+    sizes = dict.fromkeys(("f_blocks", "f_bfree", "f_bavail"), 1 << 20)
+    fields = {"f_files": 10**9, "f_favail": 0, "f_frsize": 4096} | sizes
+    monkeypatch.setattr(os, "statvfs", lambda _: type("Stat", (), fields)())
+    assert main(["fetch", str(tmp_path / "tree"), "--from", str(kaggle_zip), *QUICK]) == 0
+
+
 @pytest.mark.parametrize("split", ["all", "val"])
 def test_a_part_is_not_called_complete_beside_classes_that_are_not(
     kaggle_zip, kaggle_members, tmp_path, monkeypatch, capsys, split

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from pipeline.errors import TransientError, UserError
@@ -37,10 +38,19 @@ def check_space(
     if needed > free:
         raise UserError(f"{folder} has {free / 1e9:,.3f} GB free, but {needed / 1e9:,.3f} GB are needed; {remedy}")
     stat = os.statvfs(folder)
-    if stat.f_files and stat.f_favail < files:
+    if stat.f_files and stat.f_favail < files and not (stat.f_favail == 0 and _takes_a_file(folder)):
         raise UserError(
             f"the disk of {folder} has room for {stat.f_favail:,} more files, but {files:,} are needed; {remedy}"
         )
+
+
+def _takes_a_file(folder: Path) -> bool:
+    """Has it room for a file, whatever it says? (rclone's mounts say that there is none.)"""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".room.", suffix=".tmp"):
+            return True
+    except OSError:
+        return False
 
 
 def flush_file_system(folder: Path) -> None:
