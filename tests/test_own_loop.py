@@ -23,7 +23,7 @@ from pipeline.__main__ import main
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig, parse_config
 from pipeline.dataset.index.index import index_folder
 from pipeline.dataset.index.scan import build_index
-from pipeline.errors import UserError
+from pipeline.errors import TransientError, UserError
 from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
 from pipeline.loader.stream import Stream
 from pipeline.rank_info import RankInfo
@@ -218,6 +218,25 @@ def test_one_iterator_at_a_time(root):
     with pytest.raises(UserError, match="one at a time"):
         next(first)
     assert len(list(second)) == 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TransientError])
+def test_after_ctrl_c_or_an_error_the_rest_of_the_epoch_is_read(root, error, monkeypatch):
+    """The next loop was empty, without a word, and so were all that followed."""
+    whole = [images for images, _ in TrainLoader(root, **SMALL).epoch(0)]
+    loader, found, prepare, failures = TrainLoader(root, **SMALL), [], Stream._prepare, [error("now")]
+
+    def fail_once(self, step):
+        if step == 3 and failures:
+            raise failures.pop()
+        return prepare(self, step)
+
+    monkeypatch.setattr(Stream, "_prepare", fail_once)
+    with pytest.raises(error):
+        found += (images for images, _ in loader)
+    assert len(found) == loader.step < 5
+    found += [images for images, _ in loader]
+    assert torch.equal(torch.cat(found), torch.cat(whole))
 
 
 def test_an_iterator_of_a_closed_loader_says_so(root):

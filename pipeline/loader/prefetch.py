@@ -71,9 +71,11 @@ class OngoingBatches:
             self.close()
             self._stop = max(stop, self.last_step)
             self._batches = stream.batches(start, self._stop, skip)
+        self._asked = None  # after an error or Ctrl-C in here nothing can be read on
         for step, batch in enumerate(self._batches, start + 1):
             self._asked = stream, step, skip
             yield batch
+            self._asked = None
 
     def close(self) -> None:
         """End reading ahead."""
