@@ -1,6 +1,8 @@
 """The two decoders give the same batches, pixels as torchvision's, and bear unreadable samples."""
 
+import errno
 import gc
+import os
 import shutil
 import threading
 from io import BytesIO
@@ -386,3 +388,21 @@ def test_bicubic_validation_is_within_a_level_of_pils_two_passes(shape):
     wide = image.resize((size[0], height), Image.Resampling.BICUBIC)
     expected = CenterCrop(128)(wide.resize(size, Image.Resampling.BICUBIC))
     assert np.abs(np.asarray(expected, int) - found.numpy()).max() <= 1
+
+
+def test_a_shard_whose_handle_is_stale_is_opened_again(own_root, tmp_path, monkeypatch):
+    """Its server was away for a moment: the old handle never gets well, and every sample in the shard was lost."""
+    stream, _ = streams(pack_tree(own_root, tmp_path / "shards", Options(), processes=1), "reference")
+    source, pread = stream.source, os.pread
+    wanted = source.read(0)
+    (opened,) = source._shards.values()
+
+    def read(descriptor, size, start):
+        if descriptor == opened.descriptor:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return pread(descriptor, size, start)
+
+    monkeypatch.setattr(os, "pread", read)
+    monkeypatch.setattr("pipeline.loader.source.time.sleep", lambda seconds: None)
+    np.testing.assert_array_equal(source.read(0), wanted)
+    stream.close()

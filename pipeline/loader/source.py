@@ -127,7 +127,12 @@ class Source:
     def _read_at(self, row: Row, start: int, size: int, suffix: str = "") -> bytes:
         """Bytes of a shard, or of a file beside it."""
         opened = self._shard(row, suffix)  # held: other threads may drop it
-        return os.pread(opened.descriptor, size, start)
+        try:
+            return os.pread(opened.descriptor, size, start)
+        except OSError:
+            with self._lock:
+                self._shards.pop((row.shard, suffix), None)  # a stale handle stays one
+            raise
 
     def _read(self, row: Row) -> bytes:
         if row.shard >= 0:
