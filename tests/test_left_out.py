@@ -9,7 +9,9 @@ import pytest
 from test_index import damage, make_folder
 
 from pipeline.__main__ import main
+from pipeline.dataset.index import decode
 from pipeline.dataset.index.index import open_index
+from pipeline.dataset.index.notes import read_unreadable
 from pipeline.dataset.index.scan import build_index
 
 
@@ -28,6 +30,25 @@ def test_a_clean_tree_leaves_nothing_out(pets, capsys):
     assert main(["index", str(pets)]) == 0
     assert "left out" not in capsys.readouterr().out
     assert counts(pets) == {"train": {}, "val": {}}
+
+
+def test_an_image_larger_than_an_index_can_say_is_left_out(pets, capsys, monkeypatch):
+    """Such as a stack of microscopy pictures; it ended the scan with a traceback, each time."""
+
+    class Large(bytes):
+        def __len__(self):
+            return 5_000_000_000
+
+    read_file = decode.read_file
+
+    def read(path):
+        content = read_file(path)
+        return content._replace(data=Large(content.data)) if path.endswith("train/cat/2.png") else content
+
+    monkeypatch.setattr(decode, "read_file", read)
+    assert main(["index", str(pets)]) == 0
+    assert "left out of train: 1 unreadable (train/cat/2.png)" in capsys.readouterr().out
+    assert read_unreadable(pets / "index")["train"][0]["reason"] == "larger than 4 GiB"
 
 
 def test_folders_inside_class_folders_are_named(pets, capsys):

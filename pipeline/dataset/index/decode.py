@@ -12,6 +12,7 @@ from pipeline.dataset.names import LFS_POINTER
 from pipeline.dataset.workers import read_ahead
 from pipeline.errors import TransientError
 
+LARGEST = (1 << 32) - 1  #: bytes of an image, which an index has 32 bits for
 _GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 
@@ -92,6 +93,8 @@ def inspect(content: FileContent) -> ScannedFile:
         return ScannedFile(0, mtime_ns, reason=reason)
     digest = xxhash.xxh3_64_intdigest(data)
     try:
+        if len(data) > LARGEST:
+            raise ValueError("larger than 4 GiB")
         width, height = decode_fully(data)
     except (OSError, ValueError) as error:
         return ScannedFile(len(data), mtime_ns, digest, reason=str(error)[:200] or type(error).__name__)

@@ -64,10 +64,6 @@ def scan_split(
     keep, unreadable = np.ones(len(records), bool), []
 
     def take(i: int, seen: ScannedFile) -> None:
-        record = records[i]
-        record["size"], record["digest"] = seen.size, seen.digest
-        record["mtime_ns"] = seen.mtime_ns if places is None else 0
-        record["width"], record["height"] = seen.width, seen.height
         if seen.reason:
             keep[i] = False
             entry: dict[str, str | int] = {"file": listing.describe(i)}
@@ -76,6 +72,11 @@ def scan_split(
             if places is not None:
                 entry |= {"tar": place(i)[0], "offset": place(i)[1], "digest": seen.digest}
             unreadable.append(entry)
+            return
+        record = records[i]
+        record["size"], record["digest"] = seen.size, seen.digest
+        record["mtime_ns"] = seen.mtime_ns if places is None else 0
+        record["width"], record["height"] = seen.width, seen.height
 
     def place(i: int) -> Place:
         assert places is not None
