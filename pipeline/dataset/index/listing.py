@@ -5,6 +5,7 @@ detects by some thousand `stat` calls, and no walk, that no file was added or re
 """
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pipeline.dataset.index.left_out import (
     by_suffix,
 )
 from pipeline.dataset.layouts.labels import EXPECTED, ValLabels, find_val_labels
-from pipeline.dataset.names import FOREIGN_NAMES, dead_link, distinguish, is_folder, is_foreign, twin_of
+from pipeline.dataset.names import FOREIGN_NAMES, dead_link, distinguish, is_folder, is_foreign
 from pipeline.errors import UserError
 
 #: Suffixes, lower case, that count as images: those of torchvision's ImageFolder.
@@ -134,10 +135,11 @@ class _Walk:
 
 def _check_classes(folder: Path, names: list[str]) -> None:
     """UserError for two class folders whose names differ only in how they are written."""
+    seen: dict[str, str] = {}
     for name in names:
-        twin = twin_of(name, names)
-        if twin is not None:
-            raise UserError(f"class folder {folder / name}: {distinguish(name, twin)}")
+        twin = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        if twin != name:
+            raise UserError(f"class folder {folder / twin}: {distinguish(twin, name)}")
 
 
 def _empty_class(folder: Path) -> UserError:
@@ -181,8 +183,9 @@ def list_places(folders: Sequence[Path], root: Path, empty_ok: bool = False) -> 
     if len(listings) == 1:
         return listings[0]
     classes = sorted({name for listing in listings for name in listing.classes})
+    number = {name: label for label, name in enumerate(classes)}
     rows = sorted(
-        (classes.index(listing.classes[label]), part, i)
+        (number[listing.classes[label]], part, i)
         for part, listing in enumerate(listings)
         for i, label in enumerate(listing.labels.tolist())
     )
