@@ -406,3 +406,20 @@ def test_a_shard_whose_handle_is_stale_is_opened_again(own_root, tmp_path, monke
     monkeypatch.setattr("pipeline.loader.source.time.sleep", lambda seconds: None)
     np.testing.assert_array_equal(source.read(0), wanted)
     stream.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_sample_that_is_known_to_be_unreadable_is_not_tried_again(own_root, loader, monkeypatch):
+    """On a failing disk each try takes seconds, and there were some in every epoch."""
+    index = build_index(own_root)
+    stream, _ = streams(index, loader)
+    bad = frozenset(stream.plan.local(2).ids[[0, 5]].tolist())
+    for sample in bad:
+        damage(index, "train", sample, "truncated")
+    expected, tried = [batch.ids.tolist() for batch in stream.batches(0, 8)], []
+    assert stream.unreadable.keys() == bad
+    rows = stream.source._rows
+    monkeypatch.setattr(stream.source, "_rows", lambda ids: tried.extend(ids.tolist()) or rows(ids))
+    assert [batch.ids.tolist() for batch in stream.batches(0, 8, bad)] == expected
+    assert tried and bad.isdisjoint(tried)
+    stream.close()

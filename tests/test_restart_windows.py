@@ -216,6 +216,20 @@ def test_batches_are_the_same_wherever_the_bytes_lie(roots, loader, monkeypatch)
         assert torch.equal(one.images, other.images) and torch.equal(one.images, third.images)
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_samples_that_are_left_out_move_no_window_of_the_others(roots, loader):
+    batches = []
+    for kind in ("tree", "restart"):
+        stream, other = open_streams(roots[kind], loader)
+        skip = frozenset(stream.plan.local(1).ids[[0, 4]].tolist())
+        batches.append(list(stream.batches(0, 4, skip)))
+        stream.close()
+        other.close()
+    for one, other in zip(*batches, strict=True):
+        assert skip.isdisjoint(one.ids.tolist())
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.images, other.images)
+
+
 @pytest.mark.long
 def test_a_run_killed_on_one_resumes_on_the_others_bit_for_bit(roots, tmp_path):
     steps = 19  # of tests/tiny.yaml

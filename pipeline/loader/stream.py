@@ -197,13 +197,18 @@ class Stream:
     def _prepare(self, step: int) -> EncodedBatch:
         planned = self.plan.local(step, self.rank, self.world_size)
         self.plan.prepare_order(step)
-        data, origins = self._read(planned)
-        for i, sample_id in enumerate(planned.ids.tolist()):
-            item = data[i]
-            if sample_id in self._skip:
-                data[i] = UnreadableSample(sample_id, "on the blacklist")
-            elif isinstance(item, UnreadableSample):
-                self._record_unreadable(sample_id, item.reason)
+        ids, skip = planned.ids.tolist(), self._skip
+        wanted = [i for i, sample_id in enumerate(ids) if sample_id not in skip]
+        found, parts = self._read(planned.at(wanted))  # to try one that is known to be unreadable may take seconds
+        items = iter(found)
+        data = [UnreadableSample(i, "on the blacklist") if i in skip else next(items) for i in ids]
+        for i in wanted:
+            if isinstance(item := data[i], UnreadableSample):
+                self._record_unreadable(ids[i], item.reason)
+        origins = None
+        if parts is not None:
+            origins = np.zeros((len(ids), 2), np.int32)
+            origins[wanted] = parts
         return self._replace_unreadable(step, planned, data, origins)
 
     def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Generator[Batch]:
