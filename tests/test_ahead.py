@@ -15,6 +15,7 @@ from pipeline.loader import prefetch
 from pipeline.loader.permutations import Permutations
 from pipeline.loader.plan import TrainPlan
 from pipeline.loader.prefetch import DigestsAhead, OngoingBatches
+from pipeline.training import loop
 from pipeline.training.ranks.step_stats import StepStatsExchange, Vote
 from pipeline.training.ranks.stragglers import OwnTime
 from pipeline.training.ranks.world import start_world
@@ -229,3 +230,30 @@ def test_only_waiting_for_images_counts_as_that(root, tmp_path, monkeypatch):
     runs.call(root, tmp_path / "run", *small, "--train.max_steps", "3")
     shares = [row["data_wait_fraction"] for row in runs.rows(tmp_path / "run", "train")]
     assert len(shares) == 3 and max(shares[1:]) < 0.25
+
+
+def test_one_vote_for_a_snapshot_gives_one(root, tmp_path, monkeypatch):
+    """On a GPU votes are read two steps later: those cast meanwhile, for the same snapshot, made two more."""
+
+    class Snapshots:
+        def __init__(self):
+            self.steps = []
+
+        def is_due(self):
+            return not self.steps
+
+        def save(self, step, state, meta):
+            self.steps.append(step)
+
+        def reserve(self, state):
+            pass
+
+        def close(self):
+            pass
+
+    snapshots = Snapshots()
+    monkeypatch.setattr("pipeline.training.setup.local_snapshots", lambda *_: snapshots)
+    monkeypatch.setattr(loop, "StepStatsExchange", lambda world: StepStatsExchange(world, lag=2))
+    small = ["--model.name", "shufflenet_v2_x0_5", "--model.zero_init_residual", "false"]
+    runs.call(root, tmp_path / "run", *small, "--train.max_steps", "6")
+    assert snapshots.steps == [3]
