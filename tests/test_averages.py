@@ -6,7 +6,10 @@ import runs
 import torch
 from torch import nn
 
-from pipeline.config import EmaConfig, TrainConfig, from_dict, parse_config
+from pipeline.config import AugmentConfig, DataConfig, EmaConfig, TrainConfig, from_dict, parse_config
+from pipeline.dataset.index.scan import build_index
+from pipeline.loader.build import make_train_plan, make_train_stream
+from pipeline.rank_info import RankInfo
 from pipeline.tracking.eval_rows import best_step
 from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.evaluate import Evaluation, Tally, predict
@@ -92,7 +95,9 @@ class Batches:
     def __init__(self, *images):
         self.images = images
 
-    def batches(self, start, stop, skip):
+    def batches(self, start, stop, skip, augmented):
+        assert not augmented
+
         class Batch:
             def __init__(self, images):
                 self.images = images
@@ -122,6 +127,38 @@ def test_recalibrated_statistics_are_the_mean_over_the_batches(monkeypatch):
         assert network[2].running_mean.abs().max() < 1e-5  # nothing was dropped on the way
     assert torch.equal(network[0].running_mean, before) and network[0].momentum == 0.1
     assert not recalibrate(network, Batches(one), range(1), frozenset(), Alone(), "fp32", True)
+
+
+def test_recalibration_looks_at_the_same_images_on_a_gpu(root, monkeypatch):
+    """Where a stream applies the policy's ops to its images, a run's scores differed from those of `pipeline evaluate`.
+    With a stand-in for the GPU's stream, and for the way of a batch to the GPU."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    index, data = build_index(root), DataConfig(image_size=32, loader="reference").resolve()
+    augment = AugmentConfig(policy="randaugment", jitter=(0.2, 0.2, 0.2, 0.1))
+    plan = make_train_plan(index, data, TrainConfig(global_batch_size=12), augment)
+    stream = make_train_stream(index, plan, data, RankInfo(), applies=augment)
+    make_batch, network, seen = stream._batch, nn.BatchNorm2d(3), []
+
+    def look(module, inputs):
+        seen.append(inputs[0].byte())
+        return (inputs[0].permute(0, 3, 1, 2).float(),)
+
+    def on_cpu(images, encoded):
+        with monkeypatch.context() as patch:
+            patch.setattr(stream, "device", torch.device("cpu"))
+            return make_batch(images, encoded)
+
+    network.register_forward_pre_hook(look)
+    assert recalibrate(network, stream, range(2), frozenset(), Alone(), "fp32", False)
+    monkeypatch.setattr(
+        "pipeline.loader.stream.prefetch_to_device", lambda batches, _, then: (then(b) for b in batches)
+    )
+    monkeypatch.setattr(stream, "_batch", on_cpu)
+    monkeypatch.setattr(stream, "device", torch.device("cuda"))
+    assert not torch.equal(next(stream.batches(0, 1)).images, seen[0])  # the step's
+    assert recalibrate(network, stream, range(2), frozenset(), Alone(), "fp32", False)
+    assert torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
+    stream.close()
 
 
 class Leftish(nn.Module):

@@ -211,11 +211,16 @@ class Stream:
             origins[wanted] = parts
         return self._replace_unreadable(step, planned, data, origins)
 
-    def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Generator[Batch]:
-        """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`."""
+    def batches(
+        self, start: int, stop: int, skip: frozenset[int] = frozenset(), augmented: bool = True
+    ) -> Generator[Batch]:
+        """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`. augmented: False
+        where `Batch.images` are looked at without the pixel ops; on a GPU they are applied here."""
         self._skip = skip
         batches = self._batches(start, stop)
-        return prefetch_to_device(batches, self.device, self._augmented) if self.device.type == "cuda" else batches
+        if self.device.type != "cuda":
+            return batches
+        return prefetch_to_device(batches, self.device, self._augmented if augmented else lambda batch: batch)
 
     def _augmented(self, batch: Batch) -> Batch:
         """The batch with its pixel ops applied: on a GPU here, beside the step before it; on a CPU by the step."""

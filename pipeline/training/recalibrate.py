@@ -38,8 +38,8 @@ def recalibrate(
 ) -> bool:
     """Set BatchNorm's running statistics to the mean over the batches of these training steps. Collective.
 
-    Each rank looks at its slice, in pieces of `at_once` images as in training (default: whole), and the ranks'
-    statistics are averaged. Layers whose parameters are frozen take part.
+    Each rank looks at its slice, as it is cut and flipped, in pieces of `at_once` images as in training (default:
+    whole), and the ranks' statistics are averaged. Layers whose parameters are frozen take part.
     Returns False on all ranks if any of them was asked to stop.
     """
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -50,7 +50,7 @@ def recalibrate(
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches
         norm.train()
-    batches = stream.batches(steps.start, steps.stop, skip)
+    batches = stream.batches(steps.start, steps.stop, skip, augmented=False)
     try:
         with torch.no_grad():
             for batch in batches:

@@ -33,7 +33,9 @@ class ResidentStream(Stream):
         images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
         self.images, self._stream = images.to(self.device), stream
 
-    def batches(self, start: int, stop: int, skip: frozenset[int] = frozenset()) -> Generator[Batch, None, None]:
+    def batches(
+        self, start: int, stop: int, skip: frozenset[int] = frozenset(), augmented: bool = True
+    ) -> Generator[Batch, None, None]:
         count = len(self.images)
         for step in range(start, stop):
             ids, *_ = self.plan.samples_at(step, self.rank * count, (self.rank + 1) * count)
