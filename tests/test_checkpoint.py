@@ -10,14 +10,17 @@ import stat
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline.errors import TransientError, UserError
 from pipeline.run_paths import list_checkpoints
+from pipeline.training.ranks.watchdog import Watchdog
 from pipeline.training.run_folder.checkpoint import CheckpointWriter, load_state, write_checkpoint
-from pipeline.training.run_folder.local import LocalSnapshots
+from pipeline.training.run_folder.folder import RunFolder
+from pipeline.training.run_folder.local import LocalSnapshots, publish_newest
 from pipeline.training.run_folder.manifest import DamagedCheckpoint, find_newest_good, verify_checkpoint
 from pipeline.training.run_folder.same_recipe import check_fingerprints
 from pipeline.training.run_folder.snapshot import HostCopy, Snapshot
@@ -343,3 +346,20 @@ def test_no_room_for_snapshots_in_memory_is_said_once_by_each_node(tmp_path, cap
     local.close()
     (said,) = (record.getMessage() for record in caplog.records)
     assert "no room for snapshots" in said and socket.gethostname() in said and not local.is_due()
+
+
+def test_a_snapshot_that_can_not_be_published_is_said_by_its_node(tmp_path, caplog, monkeypatch):
+    """The node that has it need not be rank 0's, and all others are quiet: the steps were lost without a word."""
+    write_checkpoint(tmp_path / "memory", 5, state(5), META)
+    local = LocalSnapshots(tmp_path / "memory", torch.device("cpu"), pytest.fail)
+    monkeypatch.setattr("pipeline.training.run_folder.local.current_launch", lambda: SimpleNamespace(round=2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    ranks = {"size": 2, "rank": 1, "local_rank": 0, "watch": Watchdog()}
+    world = SimpleNamespace(**ranks, on_rank_zero=lambda _: True, any=lambda flag: flag)
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.checkpoints.write_text("in the way")
+    publish_newest(world, local, run)
+    local.close()
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "the snapshot of step 5" in said and "Not a directory" in said

@@ -132,7 +132,7 @@ def prepare_run(
     last_step = min(schedule.total_steps, config.train.max_steps or schedule.total_steps)
     milestones = Milestones(config, plan, last_step)
     local = local_snapshots(world, console.warn)
-    publish_newest(world, local, folder, console.say)
+    publish_newest(world, local, folder)
     start = world.on_rank_zero(lambda: find_start(config, folder, index.fingerprint, last_step, console.warn))
     check_begin(start, schedule, folder)
     world.on_rank_zero(lambda: accept_start(folder, config))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipeline.files import reason_of
 from pipeline.logs import logger
 from pipeline.run_paths import checkpoint_name, list_checkpoints
 from pipeline.tracking.ledger_rows import last_steps
@@ -101,7 +102,7 @@ def local_snapshots(world: World, warn: Callable[[str], None]) -> LocalSnapshots
     return LocalSnapshots(launch.local / "snapshots", world.device, warn)
 
 
-def publish_newest(world: World, local: LocalSnapshots | None, folder: RunFolder, say: Callable[[str], None]) -> None:
+def publish_newest(world: World, local: LocalSnapshots | None, folder: RunFolder) -> None:
     """Make the newest snapshot of all nodes a checkpoint of the run folder, if it is newer than those. Collective.
 
     One beyond the ledger's last row is not used: that row was lost with the node of rank 0.
@@ -130,5 +131,8 @@ def publish_newest(world: World, local: LocalSnapshots | None, folder: RunFolder
             temporary.rename(folder.checkpoints / checkpoint_name(newest))
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            say(f"the snapshot of step {newest} could not be written to {folder.checkpoints} ({error})")
+            logger.warning(  # of a node that need not be rank 0's
+                f"the snapshot of step {newest} on {socket.gethostname()} could not be written to {folder.checkpoints} "
+                f"({reason_of(error, folder.path)}): the run resumes from the last checkpoint there"
+            )
     world.any(False)  # all wait for it
