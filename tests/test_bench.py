@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import runs
+import torch
 
 from pipeline.__main__ import main
 from pipeline.config import load_config
@@ -20,6 +21,7 @@ from pipeline.errors import TransientError
 from pipeline.insight.bench import train as bench_train
 from pipeline.insight.bench.interleaved import Candidate, Spread, Unavailable, ratios, run_interleaved
 from pipeline.insight.preflight.cli import read_bench
+from pipeline.training.profile import Profiler
 
 
 def burn(millions: int, log: str):
@@ -140,6 +142,14 @@ def test_some_steps_are_profiled(synthetic_root, tmp_path):
     names = [event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
     assert len({name for name in names if name.startswith("ProfilerStep")}) == 2
     assert any("convolution_backward" in name for name in names)
+
+
+def test_a_start_with_too_few_steps_for_a_profile_says_so(tmp_path):
+    said = []
+    profiler = Profiler(2, tmp_path, SimpleNamespace(device=torch.device("cpu")), said.append)
+    assert profiler.step(1)
+    profiler.close()
+    assert said == ["no profile: 4 more steps of this start were needed; lower --train.profile_steps"]
 
 
 def test_the_share_of_an_exchange_that_overlaps(tmp_path, capsys):

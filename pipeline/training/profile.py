@@ -55,6 +55,9 @@ class Profiler:
     def close(self) -> None:
         """Give up, if steps are still to be watched."""
         if self.left > 0:
+            self.say(
+                f"no profile: {count(self.left, 'more step')} of this start were needed; lower --train.profile_steps"
+            )
             self.left = 0
             self.profile.stop()
             if self.device.type == "cuda":
