@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -422,4 +423,23 @@ def test_a_sample_that_is_known_to_be_unreadable_is_not_tried_again(own_root, lo
     monkeypatch.setattr(stream.source, "_rows", lambda ids: tried.extend(ids.tolist()) or rows(ids))
     assert [batch.ids.tolist() for batch in stream.batches(0, 8, bad)] == expected
     assert tried and bad.isdisjoint(tried)
+    stream.close()
+
+
+def test_a_server_that_is_away_for_a_moment_is_waited_for(own_root, monkeypatch):
+    """Also where the data root itself does not answer meanwhile: that ended the run."""
+    stream, _ = streams(build_index(own_root), "reference")
+    source, waits = stream.source, []
+    wanted, read, is_dir = source.read(0), source._read, Path.is_dir
+
+    def answers(call, *arguments):
+        if len(waits) < 2:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return call(*arguments)
+
+    monkeypatch.setattr(source, "_read", lambda row: answers(read, row))
+    monkeypatch.setattr(Path, "is_dir", lambda path: answers(is_dir, path))
+    monkeypatch.setattr("pipeline.loader.source.time.sleep", waits.append)
+    np.testing.assert_array_equal(source.read(0), wanted)
+    assert waits == [0.1, 1.0]
     stream.close()

@@ -59,6 +59,13 @@ def _or_error(read: Callable[..., T], *arguments: Any) -> "T | UnreadableSample"
         return error
 
 
+def _is_folder(path: Path) -> bool:
+    """Is a folder there, and does its server answer?"""
+    with contextlib.suppress(OSError):
+        return path.is_dir()
+    return False
+
+
 class _OpenShard:
     """A shard open for reading; it closes with the last reference to it, so that no thread's read is cut off."""
 
@@ -165,14 +172,16 @@ class Source:
                 self._busy[threading.get_ident()] = time.monotonic(), sample_id
                 return read()
             except (OSError, ValueError) as error:
-                if getattr(error, "errno", None) in _LOCAL_LIMITS:
+                number = getattr(error, "errno", None)
+                if number in _LOCAL_LIMITS:
                     raise
-                if not self.split.root.is_dir():
+                passes = number in PASSING
+                if (wait is None or not passes) and not _is_folder(self.split.root):
                     raise TransientError(f"data root {self.split.root} is gone: {error}") from error
                 late = isinstance(error, FileNotFoundError) and self._may_come_late(sample_id)
                 if wait is None and late:
                     self._gone.add(self.split.path(sample_id).parent)
-                if wait is None or not (late or getattr(error, "errno", None) in PASSING):
+                if wait is None or not (late or passes):
                     raise UnreadableSample(sample_id, str(error)) from error
                 time.sleep(wait)
             finally:
@@ -195,7 +204,7 @@ class Source:
             return False
         with contextlib.suppress(OSError):
             os.listdir(folder.parent)
-        return not folder.is_dir()
+        return not _is_folder(folder)
 
     def _prepared(self, row: Row, prepare: Prepare) -> np.ndarray:
         data = self._checked(row)
