@@ -1,6 +1,7 @@
 """The file system of a whole run folder fails in mid-run: training continues while it may, and no row is lost."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -13,9 +14,11 @@ import runs
 import wandb
 from wandb_server import KEY, WandbServer
 
+from pipeline.errors import TransientError
 from pipeline.run_paths import list_checkpoints
 from pipeline.tracking import ledger as ledgers
 from pipeline.tracking.ledger import Ledger
+from pipeline.training.cli import mark_failed
 from pipeline.training.recorder import RunRecorder
 from pipeline.training.run_folder.manifest import verify_checkpoint
 
@@ -174,3 +177,15 @@ def test_a_disk_that_fails_for_good_ends_the_run_and_the_next_start_goes_on(root
     printed = runs.call(root, run, *options)
     assert "resuming from" in printed
     assert steps(run) == list(range(1, 15))
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.ENOTCONN, errno.EACCES])
+def test_a_run_folder_that_does_not_answer_hides_no_error(tmp_path, code, monkeypatch, caplog):
+    """That a marker can't be looked for took the place of the error that ended the run."""
+
+    def exists(path):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    mark_failed(str(tmp_path), TransientError("the run folder can't be written for 10 min now"))
+    assert f"could not mark {tmp_path} as failed" in caplog.text

@@ -177,9 +177,10 @@ def _train_config(config: "Config", paths: RunPaths, stop: StopRequest, begin: C
             mark_failed(config.run_dir, TransientError(f"{type(error).__name__}: {first_line(error)}"))
         raise
     except KeyboardInterrupt:  # asked to stop where there was nothing to save
-        ended = paths.finished.exists() or paths.interrupted.exists()
-        if lock.held and paths.path.is_dir() and not ended:
-            RunFolder(paths.path).mark("interrupted", step=0, reason=stop.reason or "interrupted")
+        with contextlib.suppress(OSError):  # its server may be away
+            ended = paths.finished.exists() or paths.interrupted.exists()
+            if lock.held and paths.path.is_dir() and not ended:
+                RunFolder(paths.path).mark("interrupted", step=0, reason=stop.reason or "interrupted")
         raise
     finally:
         lock.release()
@@ -224,15 +225,13 @@ def mark_failed(run_dir: str, error: UserError | TransientError) -> None:
     from pipeline.errors import EXIT_RETRY, EXIT_USER
     from pipeline.training.run_folder.folder import RunFolder
 
-    folder = Path(run_dir).expanduser()
-    ended = [RunPaths(folder).finished]  # the ledger decides: a start that was refused changes nothing
+    folder = RunFolder(Path(run_dir).expanduser())
+    ended = [folder.finished]  # the ledger decides: a start that was refused changes nothing
     if isinstance(error, UserError):
-        ended.append(RunPaths(folder).interrupted)
-    if any(marker.exists() for marker in ended):
-        return
+        ended.append(folder.interrupted)
     code = EXIT_USER if isinstance(error, UserError) else EXIT_RETRY
-    if _is_rank_zero() and run_dir and RunFolder(folder).config.exists():
-        try:
-            RunFolder(folder).mark("failed", exit_code=code, message=redact(str(error)))
-        except OSError as problem:
-            logger.warning("could not mark %s as failed: %s", folder, problem)
+    try:
+        if run_dir and _is_rank_zero() and folder.config.exists() and not any(marker.exists() for marker in ended):
+            folder.mark("failed", exit_code=code, message=redact(str(error)))
+    except OSError as problem:  # its server may be away: that is the error, perhaps
+        logger.warning("could not mark %s as failed: %s", folder.path, problem)
