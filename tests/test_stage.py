@@ -80,6 +80,15 @@ def test_a_source_that_answers_only_for_what_is_in_its_files(packed, tmp_path, m
     assert stage_shards(packed, tmp_path / "local", quiet=True)[1] == 0
 
 
+def test_reuses_copies_on_a_file_system_that_keeps_whole_seconds(packed, tmp_path):
+    """There every job copied everything again."""
+    index, copied = stage_shards(packed, tmp_path / "node", quiet=True)
+    for shard in (name for split in index.splits.values() for name in split.shards):
+        seconds = (tmp_path / "node" / shard).stat().st_mtime_ns // 10**9
+        os.utime(tmp_path / "node" / shard, ns=(seconds * 10**9, seconds * 10**9))
+    assert copied and stage_shards(packed, tmp_path / "node", quiet=True)[1] == 0
+
+
 def test_mends_what_was_cut_or_changed(packed, tmp_path):
     local = tmp_path / "local"
     stage_shards(packed, local, quiet=True)

@@ -36,6 +36,7 @@ from pipeline.progress import Progress
 
 CHUNK = 1 << 24  # bytes copied at a time
 THREADS = 4  # files copied at a time
+_SECOND = 10**9  # ns
 
 
 def locked_folder(folder: Path) -> AbstractContextManager[None]:
@@ -55,12 +56,13 @@ def refuse_other_shards(dest: Path, fingerprint: str) -> None:
 
 
 def is_same(there: Path, here: Path) -> bool:
-    """Has `here` the size and the modification time of `there`?"""
+    """Has `here` the size and the modification time of `there`? Some file systems keep whole seconds of it."""
     try:
         wanted, found = there.stat(), here.stat()
     except FileNotFoundError:
         return False
-    return (wanted.st_size, wanted.st_mtime_ns) == (found.st_size, found.st_mtime_ns)
+    times = (wanted.st_mtime_ns, wanted.st_mtime_ns // _SECOND * _SECOND)
+    return wanted.st_size == found.st_size and found.st_mtime_ns in times
 
 
 def find_parts(split: Split) -> dict[str, np.ndarray]:
