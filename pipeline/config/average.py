@@ -51,8 +51,9 @@ class EvaluationConfig:
     flip: bool = False
     """Score the mean of the logits of each image and its mirror image (as FFCV)."""
     recalibrate_batches: int = 0
-    """Before scoring, recompute BatchNorm's statistics over this many of the last training batches, with the weights as
-    they are; training continues with its own. 0: score with the running statistics."""
+    """Before scoring, recompute BatchNorm's statistics over the images of this many of the last training batches, cut
+    and flipped but not augmented, with the weights as they are; training continues with its own. 0: score with the
+    running statistics."""
 
 
 def check_evaluation(c: EvaluationConfig) -> Iterator[Check]:
