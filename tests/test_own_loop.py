@@ -363,6 +363,8 @@ def test_ranks_that_torch_distributed_does_not_know_are_refused(root, monkeypatc
     with pytest.raises(UserError, match="every rank would read all images"):
         TrainLoader(root, **SMALL)
     assert TrainLoader(root, **SMALL, rank=0, world_size=1).place.size == 1
+    monkeypatch.setenv("WORLD_SIZE", "")  # as a template leaves it
+    assert TrainLoader(root, **SMALL).place.size == 1
 
 
 def test_a_state_of_other_batches_is_refused(root, tmp_path):

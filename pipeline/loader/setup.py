@@ -126,19 +126,20 @@ def find_rank(rank: int | None, world_size: int | None, device: torch.device | s
     if (rank is None) != (world_size is None):
         raise UserError("rank and world_size belong together: give both, or neither")
     if rank is None or world_size is None:
+        said = os.environ.get("WORLD_SIZE", "")
         if dist.is_available() and dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
-        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        elif said.isdecimal() and int(said) > 1:
             raise UserError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and torch.distributed is not initialized: every rank would "
+                f"WORLD_SIZE is {said}, and torch.distributed is not initialized: every rank would "
                 "read all images. Call torch.distributed.init_process_group first, or give rank and world_size"
             )
         else:
             rank, world_size = 0, 1
     if not 0 <= rank < world_size:
         raise UserError(f"rank is {rank}: give 0 to {world_size - 1}, as world_size is {world_size}")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else 0
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size > 1 else 1
+    local_rank = int(os.environ.get("LOCAL_RANK") or 0) if world_size > 1 else 0
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if world_size > 1 else 1
     place = RankInfo(rank, world_size, local_rank, local_size, _device(device, local_rank, world_size))
     return dataclasses.replace(place, cores=_cores_as_bound(local_size))
 

@@ -12,7 +12,8 @@ from pipeline.dataset.names import LFS_POINTER
 from pipeline.dataset.workers import read_ahead
 from pipeline.errors import TransientError
 
-LARGEST = (1 << 32) - 1  #: bytes of an image, which an index has 32 bits for
+_LARGEST = (1 << 32) - 1  # bytes of an image, which an index has 32 bits for
+_TOO_LARGE = "larger than 4 GiB"
 _GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 
@@ -62,8 +63,10 @@ def read_file(path: str) -> FileContent:
     """Read one file. Raises TransientError where the disk fails, which says nothing about the image."""
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - one call a file, 1.28 M times
-            mtime_ns = os.fstat(file.fileno()).st_mtime_ns
-            return FileContent(file.read(), mtime_ns)
+            facts = os.fstat(file.fileno())
+            if facts.st_size > _LARGEST:
+                return FileContent(b"", facts.st_mtime_ns, _TOO_LARGE)
+            return FileContent(file.read(), facts.st_mtime_ns)
     except OSError as error:
         if error.errno not in _GONE:
             raise TransientError(f"can't read {path} ({error.strerror}); run the same command again") from error
@@ -73,6 +76,8 @@ def read_file(path: str) -> FileContent:
 def read_member(member: tuple[str, int, int]) -> FileContent:
     """Read an image in a tar file: (path of the tar, offset, bytes). Errors as of `read_file`."""
     path, offset, size = member
+    if size > _LARGEST:
+        return FileContent(b"", 0, _TOO_LARGE)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -93,8 +98,6 @@ def inspect(content: FileContent) -> ScannedFile:
         return ScannedFile(0, mtime_ns, reason=reason)
     digest = xxhash.xxh3_64_intdigest(data)
     try:
-        if len(data) > LARGEST:
-            raise ValueError("larger than 4 GiB")
         width, height = decode_fully(data)
     except (OSError, ValueError) as error:
         return ScannedFile(len(data), mtime_ns, digest, reason=str(error)[:200] or type(error).__name__)
