@@ -3,13 +3,14 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.config import RawConfig, semantic_config
+from pipeline.config import RawConfig, parse_config, semantic_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -195,6 +196,17 @@ def test_commands_in_pages_exist() -> None:
         if verb not in VERBS
     }
     assert not unknown
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/own-data.md"])
+def test_commands_for_own_images_fit_one_gpu_and_a_small_data_set(page: str) -> None:
+    """The recipes' own batches are for ImageNet on many GPUs."""
+    text = (ROOT / page).read_text()
+    commands = re.findall(r"^pipeline (train .*--data\.root (?:/data/birds|my-data) .*)$", text, re.M)
+    assert commands
+    for command in commands:
+        config = parse_config(shlex.split(command, comments=True)[1:])
+        assert config.train.global_batch_size <= 256, command
 
 
 def test_tests_named_in_pages_exist() -> None:
