@@ -16,6 +16,7 @@ export OMP_NUM_THREADS=${threads:-1} # for torchrun, which would set it so and w
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 processes=$((gpus > 0 ? gpus : 2))
+while ((32 % processes)); do processes=$((processes - 1)); done # they share batches of 32 images
 
 python -m pipeline synth "$data" --classes 4 --train-per-class 64 --val-per-class 16 --size 128
 
