@@ -144,7 +144,7 @@ def test_no_server_no_credentials_and_no_package(bucket, tmp_path, monkeypatch, 
         text=True,
         check=False,
     )
-    assert done.returncode == 2 and "pip install 'imagenet-pipeline[s3]'" in done.stderr
+    assert done.returncode == 2 and "pip install s3fs" in done.stderr
     assert main(["stage", "abc://x/y", str(tmp_path / "local")]) == 2
 
 

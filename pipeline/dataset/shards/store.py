@@ -47,11 +47,10 @@ class Store:
 
             get_filesystem_class(protocol)
         except (ImportError, ValueError) as error:
-            extra = "s3" if protocol in ("s3", "s3a") else protocol
             raise UserError(
                 f"{url}: {protocol}:// requires a package that is not installed ({error}); "
-                f"install it with: pip install 'imagenet-pipeline[{extra}]'"
-                if extra == "s3"
+                "install it with: pip install s3fs"
+                if protocol in ("s3", "s3a")
                 else f"{url}: {protocol}:// can't be read here ({error}); install its fsspec package, or give s3://"
             ) from error
         with _explained(url):

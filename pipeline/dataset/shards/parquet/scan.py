@@ -59,9 +59,7 @@ def _parquet() -> Any:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise UserError(
-            f"parquet files require pyarrow ({error}); install it with: pip install 'imagenet-pipeline[parquet]'"
-        ) from None
+        raise UserError(f"parquet files require pyarrow ({error}); install it with: pip install pyarrow") from None
     return parquet
 
 
