@@ -71,6 +71,14 @@ def test_every_option_has_a_sentence(pages: dict[str, str], command: str) -> Non
     assert [name for name, text in options.items() if not text] == []
 
 
+def test_launch_shows_what_it_takes_and_its_own_defaults_not_torchruns(pages: dict[str, str]) -> None:
+    options = options_of(pages["launch"])
+    refused = {"--run-path", "--virtual-local-rank", "--start-method", "--event-log-handler", "--logs-specs"}
+    without_effect = {"--local-addr", "--signals-to-handle"}
+    assert "--nnodes" in options and not (refused | without_effect) & options.keys()
+    assert options["--shutdown-timeout"].endswith("[120]")
+
+
 @pytest.mark.parametrize(
     ("command", "meant"),
     [

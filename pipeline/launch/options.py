@@ -19,6 +19,7 @@ _DEFAULT_PORT = 29400
 _LONGEST_INTERVAL_S = 3600
 _SHUTDOWN_TIMEOUT_S = 120
 _UNSUPPORTED = ("run_path", "virtual_local_rank", "event_log_handler", "start_method", "logs_specs")
+_WITHOUT_EFFECT = ("local_addr", "signals_to_handle")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _add_newer_options(parser)
-    next(a for a in parser._actions if a.dest == "training_script_args").help = "Arguments of the program."
+    own_help = dict.fromkeys((*_UNSUPPORTED, *_WITHOUT_EFFECT), argparse.SUPPRESS) | {
+        "max_restarts": "Times in the whole job that ranks which failed are started again. [0]",
+        "shutdown_timeout": "Seconds that the ranks have to end after a signal, before they are killed. Environment: "
+        f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT. [{_SHUTDOWN_TIMEOUT_S}]",
+        "training_script": "train, evaluate, or a program.",
+        "training_script_args": "Its arguments.",
+    }
+    for action in parser._actions:
+        action.help = own_help.get(action.dest, action.help)
 
     def error(message: str) -> NoReturn:
         complain(parser.prog, f"{message} (see pipeline launch --help)")
@@ -112,8 +121,6 @@ def _add_newer_options(parser: argparse.ArgumentParser) -> None:
             action=env,
             type=int,
             default=None,
-            help="Seconds that the ranks have to end after a signal, before they are killed. Environment: "
-            f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT. [{_SHUTDOWN_TIMEOUT_S}]",
         )
     if "log_line_prefix_template" not in known:
         parser.add_argument(
