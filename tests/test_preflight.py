@@ -118,7 +118,9 @@ def test_it_leaves_nothing_behind(preflight, tmp_path):
 def test_batch_not_divisible(preflight):
     code, rows = preflight("--world_size", "5")
     assert code == 2
-    line = "--train.global_batch_size 32 is not divisible by the 5 ranks; give a multiple, e.g. 35"
+    line = (
+        "--train.global_batch_size 32 is not divisible by the 5 ranks; give a multiple, e.g. 35, or fewer ranks, e.g. 4"
+    )
     assert rows["recipe"] == ("FAIL", line)
 
 

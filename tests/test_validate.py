@@ -1,6 +1,7 @@
 """`train` and `preflight` judge the same configurations by the same rules, in the same words."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.dataset.index.index import open_index
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.insight.preflight.checks import check_recipe, device_type
+from pipeline.loader.build import check_shares
 from pipeline.training import setup
 from pipeline.training.ranks.stop_request import StopRequest
 from pipeline.training.ranks.world import World
@@ -122,6 +124,19 @@ def train(monkeypatch):
     monkeypatch.setattr(setup, "find_start", reach)
     monkeypatch.setattr(setup, "refuse_differences", lambda facts, world: None)  # the other ranks are not there
     return call
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ranks"), [("resnet152", 80), ("resnet152", 6), ("resnet50-ffcv-16", 24), ("smoke", 3)]
+)
+def test_both_remedies_for_a_batch_that_can_not_be_shared_are_accepted(recipe, ranks):
+    """Ten nodes of 8 GPUs, say; with mixup the pairs that are mixed count as well."""
+    config = parse_config(["--config", recipe])
+    with pytest.raises(UserError, match=r"give a multiple, e\.g\. (\d+), or fewer ranks, e\.g\. (\d+)$") as refused:
+        check_shares(config, ranks)
+    batch, fewer = re.findall(r"e\.g\. (\d+)", str(refused.value))
+    check_shares(parse_config(["--config", recipe, "--train.global_batch_size", batch]), ranks)
+    check_shares(config, int(fewer))
 
 
 @pytest.mark.parametrize(("ranks", "options", "words"), CASES)

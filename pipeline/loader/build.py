@@ -49,9 +49,12 @@ def check_shares(config: Config, world_size: int) -> None:
     """Raises UserError if the ranks can't share the global batch equally, or if that splits a mixing group."""
     size, group = config.train.global_batch_size, config.augment.mix_group
     if size % world_size:
+        least = group if config.augment.mixes else 1  # images of a rank
+        multiple = -(-size // (world_size * least)) * world_size * least
+        fewer = next(ranks for ranks in range(world_size, 0, -1) if size % (ranks * least) == 0)
         raise UserError(
             f"--train.global_batch_size {size} is not divisible by the {world_size} ranks; "
-            f"give a multiple, e.g. {-(-size // world_size) * world_size}"
+            f"give a multiple, e.g. {multiple}, or fewer ranks, e.g. {fewer}"
         )
     local = config.train.local_batch_size(world_size)
     if config.augment.mixes and local % group:
