@@ -7,8 +7,8 @@
 #   DATA_ROOT=/scratch/imagenet sbatch slurm/fetch.sh --classes 10         a trial in minutes
 #
 # What stands after the script's name goes to `pipeline fetch`. From the environment, or from slurm/site.env (see
-# site.env.example): DATA_ROOT [data/imagenet], PIPELINE_HOME [where sbatch was called], PYTHON [python]. Kaggle's key
-# is read where its own client reads it, ~/.kaggle/kaggle.json; a node without internet fails at once and says so.
+# site.env.example): DATA_ROOT [data/imagenet], PIPELINE_HOME [where sbatch was called], PYTHON [python]. Kaggle's token
+# is read where its own client reads it (~/.kaggle/access_token or kaggle.json); a node without internet says so after a minute.
 
 #SBATCH --job-name=fetch
 #SBATCH --nodes=1
