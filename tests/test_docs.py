@@ -217,6 +217,17 @@ def test_extras_are_installed_from_the_clone_and_leave_it_editable() -> None:
     assert not [line for line in installs if "imagenet-pipeline" in line or ".[" in line.replace('-e ".[', "")]
 
 
+def test_commands_that_name_a_test_file_run_all_of_it() -> None:
+    """Without --all the tests marked `long` are left out: nearly all of tests/test_slurm.py."""
+    long = (ROOT / "tests/long.txt").read_text()
+    pages = "\n".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
+    found = re.findall(r"scripts/test\.sh [^`\n]*tests/\w+\.py", pages)
+    assert found
+    for line in found:
+        file = re.findall(r"tests/\w+\.py", line)[-1]
+        assert "--all" in line or not (file in long or "mark.long" in (ROOT / file).read_text()), line
+
+
 def test_tests_named_in_pages_exist() -> None:
     unknown = {
         f"{page.name}: {name}"
