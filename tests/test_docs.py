@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RawConfig, parse_config, semantic_config
+from pipeline.run_paths import RunPaths
+from pipeline.training.run_folder import gpu_fault
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -215,6 +217,14 @@ def test_extras_are_installed_from_the_clone_and_leave_it_editable() -> None:
     installs = re.findall(r"pip install[^`\n]*", "\n".join([texts(), *pages]))
     assert len(installs) > 10
     assert not [line for line in installs if "imagenet-pipeline" in line or ".[" in line.replace('-e ".[', "")]
+
+
+def test_page_of_the_run_folder_names_all_that_lies_in_it() -> None:
+    tree = (ROOT / "docs/run-folder.md").read_text().split("```")[1]
+    run = RunPaths(Path("/run"))
+    properties = [name for name, value in vars(RunPaths).items() if isinstance(value, property)]
+    names = {getattr(run, name).relative_to(run.path).parts[0] for name in properties} | {gpu_fault.NAME}
+    assert not {name for name in names if not re.search(rf"\b{re.escape(name)}\b", tree)}
 
 
 def test_commands_that_name_a_test_file_run_all_of_it() -> None:
