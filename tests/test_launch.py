@@ -278,6 +278,13 @@ def test_a_folder_named_as_a_verb_is_no_program(tmp_path, monkeypatch):
     assert parse(["evaluate"]).module is None
 
 
+@pytest.mark.parametrize("verb", ["train", "continue", "evaluate"])
+def test_every_verb_of_ranks_can_be_started_by_its_name(verb):
+    options = parse(["--nproc-per-node=2", verb, "runs/first"])
+    assert (options.module, options.command) == ("pipeline", [verb, "runs/first"])
+    assert program_of(options).asks_for_signals
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

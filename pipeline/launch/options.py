@@ -14,7 +14,7 @@ from pipeline.command import split_list
 from pipeline.errors import EXIT_USER, UserError, complain
 from pipeline.launch.node import Limits
 
-VERBS = ("train", "evaluate")  # of this package, that run as ranks
+VERBS = ("train", "continue", "evaluate")  # of this package, that run as ranks
 _DEFAULT_PORT = 29400
 _LONGEST_INTERVAL_S = 3600
 _SHUTDOWN_TIMEOUT_S = 120
@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = get_args_parser()
     parser.prog = "pipeline launch"
-    parser.usage = "pipeline launch [options] train|evaluate ...   or   [options] -m MODULE ...   or   FILE ..."
+    parser.usage = (
+        "pipeline launch [options] train|continue|evaluate ...   or   [options] -m MODULE ...   or   FILE ..."
+    )
     parser.description = (
         "Start the ranks of this node, as torchrun does, with the same options. It knows what their exit codes mean, "
         "and training resumes when nodes join or are lost (--nnodes MIN:MAX). docs/clusters.md has examples."
@@ -95,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "max_restarts": "Times in the whole job that ranks which failed are started again. [0]",
         "shutdown_timeout": "Seconds that the ranks have to end after a signal, before they are killed. Environment: "
         f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT. [{_SHUTDOWN_TIMEOUT_S}]",
-        "training_script": "train, evaluate, or a program.",
+        "training_script": "train, continue, evaluate, or a program.",
         "training_script_args": "Its arguments.",
     }
     for action in parser._actions:
