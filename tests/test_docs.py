@@ -1,6 +1,7 @@
 """What README and docs say of the code is true, and their links lead somewhere."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -96,6 +97,15 @@ def test_recipes_page_and_picture_are_current() -> None:
     )
     written = (ROOT / "docs/recipes.md").read_text() + (ROOT / "docs/images/learning_rates.svg").read_text()
     assert written == done.stdout, "run: python scripts/make_recipes_page.py"
+
+
+@pytest.mark.parametrize("page", ["docs/clusters.md", "docs/performance.md"])
+def test_the_time_that_a_copy_of_the_state_takes_is_the_measured_one(page: str) -> None:
+    """And with 1 % of the time for them, a copy comes every hundred times as long."""
+    measured = json.loads((ROOT / "benchmarks/checkpoint.json").read_text())["result"]["stall_ms"]["median"]
+    text = " ".join((ROOT / page).read_text().split())
+    assert f"up for {measured:.0f} ms" in text or f"waits {measured:.0f} ms" in text
+    assert all(float(seconds) == round(measured / 10, 1) for seconds in re.findall(r"one every ([\d.]+) s", text))
 
 
 def test_figures_of_losing_nodes_are_those_of_the_committed_files() -> None:
