@@ -25,6 +25,7 @@
 #   REJOIN_S        seconds to wait for lost nodes where fewer than MIN_NODES are left, before the job is requeued [30]
 #   REJOINS         times at most that a node which was out of reach joins again [20]
 #   BENCH           JSON file with a measured speed, for preflight's time estimate until the run has its own [none]
+#   HEAD_ADDRESS    address of the first node, where the nodes meet [as Slurm has it]
 #   PIPELINE_HOME   the project's folder [where sbatch was called]
 #   PYTHON          interpreter [python]
 #

@@ -46,7 +46,7 @@ def _evaluate(argv: list[str], stop: StopRequest) -> int:
         --model resnet152 --data_root DIR`, without RUN), on a whole validation set.
 
         Args:
-            run: the run folder.
+            run: the run folder; left out with --weights torchvision:NAME.
             checkpoint: best (highest top-1 so far), last, a step, or a checkpoint folder.
             weights: raw (as they were trained), ema (their average), both where there are both, or torchvision:NAME.
             model: whose published weights to score.
