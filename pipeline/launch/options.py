@@ -267,7 +267,10 @@ def _nproc(text: str) -> int:
 def _training(command: list[str]) -> tuple[int | None, str | None]:
     """The global batch size and the run folder of a training; None where there is none, or the workers will say what is
     wrong."""
-    if command[:1] != ["train"]:
+    verb, *argv = command or [""]
+    if verb == "continue" and argv:
+        argv = ["--config", str(Path(argv[0]) / "config.yaml")]  # a continued run keeps the batch
+    elif verb != "train":
         return None, None
     from pipeline.config import parse_config
 
@@ -277,6 +280,6 @@ def _training(command: list[str]) -> tuple[int | None, str | None]:
         contextlib.redirect_stdout(quiet),
         contextlib.suppress(SystemExit, ValueError),
     ):
-        config = parse_config(command[1:])
+        config = parse_config(argv)
         return config.train.global_batch_size, Path(config.run_dir).name or None
     return None, None
