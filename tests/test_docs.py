@@ -223,8 +223,9 @@ def test_commands_for_own_images_fit_one_gpu_and_a_small_data_set(page: str) -> 
 
 def test_extras_are_installed_from_the_clone_and_leave_it_editable() -> None:
     """No package index has this project, and `pip install .` would replace the link to the clone by a copy of it."""
-    pages = [page.read_text() for page in PAGES if page.name != "CHANGELOG.md"]
-    installs = re.findall(r"pip install[^`\n]*", "\n".join([texts(), *pages]))
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    sources = "\n".join(path.read_text() for path in [*pages, *(ROOT / "pipeline").rglob("*.py")])
+    installs = re.findall(r"pip install[^`\n]*", sources)
     assert len(installs) > 10
     assert not [line for line in installs if "imagenet-pipeline" in line or ".[" in line.replace('-e ".[', "")]
 

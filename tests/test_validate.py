@@ -126,9 +126,7 @@ def train(monkeypatch):
     return call
 
 
-@pytest.mark.parametrize(
-    ("recipe", "ranks"), [("resnet152", 80), ("resnet152", 6), ("resnet50-ffcv-16", 24), ("smoke", 3)]
-)
+@pytest.mark.parametrize(("recipe", "ranks"), [("resnet152", 80), ("resnet50-ffcv-16", 24), ("smoke", 3)])
 def test_both_remedies_for_a_batch_that_can_not_be_shared_are_accepted(recipe, ranks):
     """Ten nodes of 8 GPUs, say; with mixup the pairs that are mixed count as well."""
     config = parse_config(["--config", recipe])
