@@ -34,7 +34,7 @@ def type_name(kind: object) -> str:
         return " | ".join(map(str, parts))
     if origin is tuple:
         return f"list of {'' if parts[-1] is ... else f'{len(parts)} '}{type_name(parts[0])}"
-    if origin is dict:
+    if dict in (kind, origin):
         return "mapping"
     if parts:
         return " | ".join(dict.fromkeys(type_name(part) for part in parts))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import signal
 import subprocess
@@ -158,6 +159,15 @@ def test_texts_with_colons_stay_texts():
     assert (config.run_dir, config.tracking.name) == ("1:30", "0100")
     assert config.model.kwargs == {"a": "x1:30", "b": "010x"}
     assert parse_config(["--config", "smoke", "--train.seed", "007"]).train.seed == 7
+
+
+def test_quoted_texts_in_a_mapping_stay_texts(tmp_path):
+    """The parser read each of them once more: "5" became 5, and "null" nothing; also in the run's own config.yaml."""
+    given = {"a": "5", "b": "null", "c": ["1", 1], "d": {"e": "true"}, "f": 5, "g": 1e3}
+    config = parse_config(["--config", "smoke", "--model.kwargs", json.dumps(given)])
+    assert config.model.kwargs == given
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert parse_config(["--config", str(tmp_path / "config.yaml")]).model.kwargs == given
 
 
 def test_a_misspelled_recipe_gets_a_suggestion(capsys):

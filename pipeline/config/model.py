@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.config.fields import Check, at_least_zero, below_one, positive
 
@@ -24,7 +24,7 @@ class ModelConfig:
     name: str = "resnet152"
     """A torchvision classification model; `timm:NAME`, one of timm; or `MODULE:FUNCTION`, a function of your own that
     takes num_classes and returns a network."""
-    kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    kwargs: dict = field(default_factory=dict, hash=False)
     """Further arguments of the network: {"width": 64}."""
     num_classes: int | None = None
     """Outputs of the head; default: the classes of the data set."""
