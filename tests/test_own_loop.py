@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import os
 import pickle
 import shutil
@@ -12,6 +13,7 @@ import threading
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -410,6 +412,103 @@ def test_a_state_of_other_batches_is_refused(root, tmp_path):
 def test_arguments_of_other_types_are_named(root, options, said):
     with pytest.raises(UserError, match=said):
         TrainLoader(root, **(SMALL | options))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(root):
+    """The state is one of plain numbers, which torch.load takes with weights_only=True."""
+    plain = {"batch_size": 20, "image_size": 32, "seed": 3, "rank": 0, "world_size": 2, "num_classes": 5}
+    given = {name: np.int64(value) for name, value in plain.items()} | {"batch_size": torch.tensor(20)}
+    means, half = np.array([0.5, 0.25, 0.5]), np.float32(0.5)
+    loader = TrainLoader(root, **given, mixup=half, data=DataConfig(mean=means, crop_area=[half, 1]), device="cpu")
+    state = loader.state_dict()
+    saved = io.BytesIO()
+    torch.save(state, saved)
+    saved.seek(0)
+    assert torch.load(saved, weights_only=True) == state
+    same = DataConfig(mean=(0.5, 0.25, 0.5), crop_area=(0.5, 1.0))
+    TrainLoader(root, **plain, mixup=0.5, data=same, device="cpu").load_state_dict(state)
+    loader.set_epoch(np.int64(2))
+    assert loader.current_epoch == 2 and EvalLoader(root, np.int64(5), np.int64(32), device="cpu").local_batch_size == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": "0", "world_size": "2"}, "rank is '0': give a whole number"),
+        ({"rank": 0, "world_size": 0}, "world_size is 0: give the number of processes"),
+        ({"num_classes": "5"}, "num_classes is '5': give a whole number"),
+        ({"device": ["cpu"]}, r"device is \['cpu'\]: give 'cuda'"),
+    ],
+)
+def test_ranks_and_devices_of_other_types_are_named(root, options, said):
+    with pytest.raises(UserError, match=said):
+        TrainLoader(root, **(SMALL | options))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+@pytest.mark.parametrize("device", [0, "cuda:1"])
+def test_a_numbered_gpu_that_is_not_there_is_named(root, device):
+    with pytest.raises(UserError, match=f"device is {device}, and no CUDA device is visible"):
+        TrainLoader(root, **(SMALL | {"device": device}))
+
+
+def test_variables_of_a_launcher_that_are_no_numbers_are_named(root, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert TrainLoader(root, **SMALL).place.size == 1
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE=two in the environment is not a whole number"):
+        TrainLoader(root, **SMALL)
+    monkeypatch.setenv("LOCAL_RANK", "x")
+    with pytest.raises(UserError, match="LOCAL_RANK=x in the environment is not a whole number"):
+        TrainLoader(root, **SMALL, rank=0, world_size=2)
+
+
+def test_an_epoch_that_is_no_number_and_a_state_that_is_cut_are_named(root):
+    loader = TrainLoader(root, **SMALL)
+    with pytest.raises(UserError, match="epoch is '1': give a whole number"):
+        loader.epoch("1")
+    with pytest.raises(UserError, match="epoch is None: give a whole number"):
+        loader.set_epoch(None)
+    for other in ({"step": -3}, {"step": None}):
+        with pytest.raises(UserError, match="not a state of a TrainLoader"):
+            loader.load_state_dict(loader.state_dict() | other)
+    with pytest.raises(UserError, match="not a state of a TrainLoader"):
+        loader.load_state_dict({name: loader.state_dict()[name] for name in ("format", "step")})
+
+
+def test_a_second_thread_is_refused_in_one_line(root, monkeypatch):
+    """It was a ValueError, "generator already executing"."""
+    loader, said = TrainLoader(root, **SMALL), []
+
+    def try_to(use):
+        try:
+            use()
+        except ValueError as error:
+            said.append(str(error))
+
+    def batches_while_another_thread_uses_the_loader(*_):
+        for use in (lambda: next(iter(loader)), loader.close):
+            other = threading.Thread(target=try_to, args=[use])
+            other.start()
+            other.join()
+        yield from ()
+
+    monkeypatch.setattr(Stream, "batches", batches_while_another_thread_uses_the_loader)
+    assert list(loader) == []
+    assert said == ["another thread reads with this loader; read in one thread, or make a loader for each"] * 2
+
+
+def test_torch_defaults_that_the_program_has_set_do_not_count(root):
+    """torch.set_default_device("cuda") is usual; meta stands for it here."""
+    loader = TrainLoader(root, **SMALL, augment="trivialaugment", mixup=0.2)
+    images, targets = next(iter(loader))
+    for default, before in ((torch.set_default_device, None), (torch.set_default_dtype, torch.float32)):
+        default("meta" if before is None else torch.float64)
+        try:
+            found = next(iter(TrainLoader(root, **SMALL, augment="trivialaugment", mixup=0.2)))
+        finally:
+            default(before)
+        torch.testing.assert_close(found, (images, targets), rtol=0, atol=0.02)  # one level of 255, by rounding
 
 
 def test_the_sizes_of_an_eval_loader_are_named_as_its_arguments(root):

@@ -52,7 +52,7 @@ def neutral_erase_mix(c: AugmentConfig, count: int, device: torch.device) -> Era
         return torch.zeros(count, 4, dtype=torch.int32, device=device)
 
     def whole() -> torch.Tensor:
-        return torch.ones(count, device=device)
+        return torch.ones(count, dtype=torch.float32, device=device)
 
     mixing = (whole(), nowhere(), whole()) if c.mixes else (None, None, None)  # no tensor twice: compiled code asks
     return EraseAndMix(nowhere() if c.random_erase > 0 else None, *mixing)

@@ -65,7 +65,7 @@ def _put(images: torch.Tensor, rows: torch.Tensor, changed: torch.Tensor) -> Non
 
 def _constant(values: Sequence[float], device: torch.device) -> torch.Tensor:
     """float32 [n] on the device, filled there: a copy from the host would wait for it."""
-    return torch.stack([torch.full((), float(value), device=device) for value in values])
+    return torch.stack([torch.full((), float(value), dtype=torch.float32, device=device) for value in values])
 
 
 def _each(amounts: torch.Tensor) -> torch.Tensor:
@@ -168,7 +168,7 @@ def affine(images: torch.Tensor, matrices: torch.Tensor, mode: str, fill: tuple[
     """Move pixels: matrices float32 [n, 2, 3]: the source of each output pixel, in pixels from the center."""
     count, channels, height, width = images.shape
     device = images.device
-    base = torch.ones(height, width, 3, device=device)
+    base = torch.ones(height, width, 3, dtype=torch.float32, device=device)
     base[..., 0] = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=device)
     base[..., 1] = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=device)[:, None]
     half = _constant((width / 2, height / 2), device)

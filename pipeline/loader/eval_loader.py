@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from pipeline.config import AugmentConfig, Config, DataConfig
+from pipeline.loader.arguments import make_config, with_root
 from pipeline.loader.build import make_eval_stream
 from pipeline.loader.loader_base import LoaderBase
-from pipeline.loader.setup import Reader, find_rank, make_config, with_root
+from pipeline.loader.setup import Reader, find_rank
 from pipeline.loader.stream import Stream
 from pipeline.rank_info import RankInfo
 
@@ -56,7 +57,7 @@ class EvalLoader(LoaderBase):
     ):
         settings = with_root(data, root, val_size=image_size, val_resize=resize)
         config = make_config(settings, AugmentConfig(), batch_size, names=_ARGUMENTS)
-        self._setup(config, raw, find_rank(rank, world_size, device), batch_size)
+        self._setup(config, raw, find_rank(rank, world_size, device), config.train.global_batch_size)
 
     def _setup(self, config: Config, raw: bool, place: RankInfo, batch_size: int | None = None) -> None:
         self.config, self.raw, self.place = config, raw, place

@@ -1,110 +1,29 @@
-"""What `TrainLoader` and `EvalLoader` share: their options checked, the data set opened, this process among the ranks,
-and what turns a decoded batch into what a network takes."""
+"""What `TrainLoader` and `EvalLoader` share: the data set opened, this process among the ranks, its batches read, and
+what makes of them what a network takes."""
 
+import contextlib
 import dataclasses
-import itertools
-import numbers
 import os
-import re
 import sys
-import typing
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.augment.mixing import apply_erase_mix, soft_targets
-from pipeline.config import (
-    AugmentConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    RawConfig,
-    ResolvedDataConfig,
-    TrainConfig,
-)
+from pipeline.config import AugmentConfig, DataConfig, ResolvedDataConfig
 from pipeline.dataset.index.index import Index
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.layouts.find import Alone
 from pipeline.errors import UserError
 from pipeline.limits import share_of_cores
+from pipeline.loader.arguments import whole_number
 from pipeline.loader.prefetch import OngoingBatches
 from pipeline.loader.stream import Batch, Stream
 from pipeline.model.build import Normalized
 from pipeline.rank_info import RankInfo
-
-#: options of the command line that are arguments of the loaders under another name
-_ARGUMENTS = {"train.global_batch_size": "batch_size", "train.seed": "seed", "augment.policy": "augment"}
-
-
-def make_config(
-    data: DataConfig,
-    augment: AugmentConfig,
-    batch_size: int,
-    seed: int = 0,
-    num_classes: int | None = None,
-    names: Mapping[str, str] = MappingProxyType({}),
-) -> Config:
-    """The checked configuration of a loader. Raises UserError for the first impossible value, named as the arguments
-    of the loaders are. names: option -> argument, of this loader alone."""
-    for group, settings in (("data", data), ("augment", augment)):
-        for name, kind in typing.get_type_hints(type(settings)).items():
-            value = getattr(settings, name)
-            if not _fits(value, kind):
-                raise UserError(as_argument(f"--{group}.{name} is {value!r}: give {_told(kind)}", names))
-    for name, value in (("batch_size", batch_size), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise UserError(f"{name} is {value!r}: give a whole number")
-    try:
-        train = TrainConfig(global_batch_size=batch_size, seed=seed)
-        return RawConfig(data=data, augment=augment, train=train, model=ModelConfig(num_classes=num_classes)).resolve()
-    except UserError as error:
-        raise UserError(as_argument(str(error), names)) from None
-
-
-#: type of a setting -> (types of what may be given, in words)
-_KINDS: dict[Any, tuple[type, str]] = {
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-    bool: (bool, "True or False"),
-    str: (str, "a text"),
-    NoneType: (NoneType, "None"),
-}
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """May a setting of this type have this value?"""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return value in parts
-    if origin in (typing.Union, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is tuple:
-        return isinstance(value, tuple | list) and len(value) == len(parts) and all(map(_fits, value, parts))
-    return kind not in _KINDS or (isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool)))
-
-
-def _told(kind: Any) -> str:
-    """What a setting of this type may be, in words."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return f"one of {', '.join(parts)}"
-    if origin in (typing.Union, UnionType):
-        return " or ".join(map(_told, parts))
-    return f"{len(parts)} numbers" if origin is tuple else _KINDS[kind][1]
-
-
-def as_argument(message: str, names: Mapping[str, str] = MappingProxyType({})) -> str:
-    """A message about an option of the command line, about the argument of that meaning: `--augment.mixup` is mixup.
-    names: option -> argument, before those that all loaders have."""
-
-    def rename(match: re.Match[str]) -> str:
-        return names.get(match[1]) or _ARGUMENTS.get(match[1], match[1].partition(".")[2])
-
-    return re.sub(r"(?:--)?\b((?:data|augment|train|model)\.[a-z_]+)", rename, message)
 
 
 def open_root(data: DataConfig, split: Alone) -> Index:
@@ -125,23 +44,36 @@ def find_rank(rank: int | None, world_size: int | None, device: torch.device | s
     """
     if (rank is None) != (world_size is None):
         raise UserError("rank and world_size belong together: give both, or neither")
-    if rank is None or world_size is None:
-        said = os.environ.get("WORLD_SIZE", "")
+    if rank is not None and world_size is not None:
+        rank, world_size = whole_number("rank", rank), whole_number("world_size", world_size)
+        if world_size < 1:
+            raise UserError(f"world_size is {world_size}: give the number of processes")
+    else:
         if dist.is_available() and dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
-        elif said.isdecimal() and int(said) > 1:
+        elif _of_environment("WORLD_SIZE", 1) > 1:
             raise UserError(
-                f"WORLD_SIZE is {said}, and torch.distributed is not initialized: every rank would "
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and torch.distributed is not initialized: every rank would "
                 "read all images. Call torch.distributed.init_process_group first, or give rank and world_size"
             )
         else:
             rank, world_size = 0, 1
     if not 0 <= rank < world_size:
         raise UserError(f"rank is {rank}: give 0 to {world_size - 1}, as world_size is {world_size}")
-    local_rank = int(os.environ.get("LOCAL_RANK") or 0) if world_size > 1 else 0
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if world_size > 1 else 1
+    local_rank = _of_environment("LOCAL_RANK", 0) if world_size > 1 else 0
+    local_size = _of_environment("LOCAL_WORLD_SIZE", 1) if world_size > 1 else 1
     place = RankInfo(rank, world_size, local_rank, local_size, _device(device, local_rank, world_size))
     return dataclasses.replace(place, cores=_cores_as_bound(local_size))
+
+
+def _of_environment(name: str, default: int) -> int:
+    """A launcher's variable; one that is empty counts as not set. Raises UserError for what is no number."""
+    value = os.environ.get(name) or str(default)
+    if not value.strip().isdecimal():
+        raise UserError(
+            f"{name}={value} in the environment is not a whole number; unset it, or give rank and world_size"
+        )
+    return int(value)
 
 
 def _cores_as_bound(local_size: int) -> int:
@@ -159,10 +91,12 @@ def _device(asked: torch.device | str | None, local_rank: int, world_size: int) 
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(asked)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"device is {asked}: give 'cuda', 'cuda:N' or 'cpu'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {asked}, and no CUDA device is visible here; give 'cpu', or see nvidia-smi")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", _own_gpu(local_rank, world_size))
     return device
@@ -170,8 +104,6 @@ def _device(asked: torch.device | str | None, local_rank: int, world_size: int) 
 
 def _own_gpu(local_rank: int, world_size: int) -> int:
     """The number of the GPU that this process computes with."""
-    if not torch.cuda.is_available():
-        raise UserError("device is cuda, and no CUDA device is visible here; give 'cpu', or see nvidia-smi")
     chosen = torch.cuda.current_device()
     if world_size > 1 and chosen == 0 and local_rank < torch.cuda.device_count():
         return local_rank  # nobody has chosen: rank N of a node takes GPU N
@@ -187,7 +119,8 @@ class Finisher:
 
     def __init__(self, data: ResolvedDataConfig, augment: AugmentConfig, classes: int, device: torch.device):
         self.augment, self.classes = augment, classes
-        self.pixels = Normalized(torch.nn.Identity(), data.mean, data.std, channels_last=True).to(device)
+        with device:
+            self.pixels = Normalized(torch.nn.Identity(), data.mean, data.std, channels_last=True)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,6 +147,7 @@ class Reader:
         self._reads_on = reads_on
         self._batches = OngoingBatches(sys.maxsize if reads_on else 0)
         self._newest: object = None  # of the ranges
+        self._reading = threading.Lock()
 
     def read(self, make_stream: Callable[[], Stream], start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start..stop-1; fewer where nothing of a validation batch can be read. Raises UserError
@@ -229,13 +163,18 @@ class Reader:
                 f"each of the {workers.num_workers} workers of a torch DataLoader would read all batches; loop over "
                 "the loader itself, which reads with threads of its own, or give num_workers=0"
             )
-        if self.stream is None:
-            self.stream, self._process = make_stream(), os.getpid()
-        self._check_process()
-        self._newest = this = object()
-        batches = self._batches.read(self.stream, start, stop, frozenset())
+        with self._this_thread():
+            if self.stream is None:
+                self.stream, self._process = make_stream(), os.getpid()
+            self._check_process()
+            self._newest = this = object()
+            batches = self._batches.read(self.stream, start, stop, frozenset())
         try:
-            for batch in itertools.islice(batches, stop - start):
+            for _ in range(start, stop):
+                with self._this_thread():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 yield batch
                 self._check_process()
                 if self._newest is None:
@@ -249,6 +188,16 @@ class Reader:
             if self._newest is this and not self._reads_on:
                 self._batches.close()
 
+    @contextlib.contextmanager
+    def _this_thread(self) -> Iterator[None]:
+        """Raises UserError where another thread reads."""
+        if not self._reading.acquire(blocking=False):
+            raise UserError("another thread reads with this loader; read in one thread, or make a loader for each")
+        try:
+            yield
+        finally:
+            self._reading.release()
+
     def _check_process(self) -> None:
         if self._process != os.getpid():
             raise UserError(
@@ -258,28 +207,9 @@ class Reader:
 
     def close(self) -> None:
         """End the threads that read and decode; the next read starts new ones."""
-        self._newest = None
-        self._batches.close()
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
-
-
-def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """ "batch_size is 20 in the state and 24 in this loader", for each setting that differs in two flat mappings."""
-    names = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
-    return [
-        f"{as_argument(name)} is {saved.get(name)!r} in the state and {own.get(name)!r} in this loader"
-        for name in names
-    ]
-
-
-def with_root(data: DataConfig | None, root: str | Path, **given: Any) -> DataConfig:
-    """`data`, or the defaults, with a root, and with those of the other fields that are not None."""
-    if data is not None and not isinstance(data, DataConfig):
-        raise UserError(f"data is {data!r:.80}: give a pipeline.config.DataConfig")
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if isinstance(data, ResolvedDataConfig):
-        fields = {item.name: getattr(data, item.name) for item in dataclasses.fields(DataConfig)}
-        data = DataConfig(**fields)
-    return dataclasses.replace(data or DataConfig(), root="" if root is None else str(root), **chosen)
+        with self._this_thread():
+            self._newest = None
+            self._batches.close()
+            if self.stream is not None:
+                self.stream.close()
+                self.stream = None

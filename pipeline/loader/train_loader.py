@@ -12,17 +12,11 @@ from pipeline.config import AugmentConfig, Config, DataConfig, RawConfig, semant
 from pipeline.config.names import rename_flat
 from pipeline.counts import count
 from pipeline.errors import UserError
+from pipeline.loader.arguments import as_argument, differences, make_config, whole_number, with_root
 from pipeline.loader.build import check_shares, make_train_plan, make_train_stream
 from pipeline.loader.loader_base import LoaderBase
 from pipeline.loader.plan import TrainPlan
-from pipeline.loader.setup import (
-    Reader,
-    as_argument,
-    differences,
-    find_rank,
-    make_config,
-    with_root,
-)
+from pipeline.loader.setup import Reader, find_rank
 from pipeline.loader.stream import Stream
 from pipeline.logs import logger
 from pipeline.rank_info import RankInfo
@@ -181,9 +175,7 @@ class TrainLoader(LoaderBase):
         After `load_state_dict` those that were already yielded are left out, so an epoch that was finished before is
         empty, and the loop `for epoch in range(epochs)` needs no change to resume. One iterator can be read at a time.
         """
-        if epoch < 0:
-            raise UserError(f"epoch is {epoch}: give 0 or more")
-        steps = self._steps_of(epoch)
+        steps = self._steps_of(self._checked_epoch(epoch))
         return self._batches(max(steps.start, self._resumed_at), steps.stop)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -193,10 +185,15 @@ class TrainLoader(LoaderBase):
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration over the loader be over this epoch; right after `load_state_dict` over the rest of it.
         Not needed: iterations go on from epoch to epoch by themselves."""
+        steps = self._steps_of(self._checked_epoch(epoch))
+        self.step = self._resumed_at if self._resumed_at in steps else steps.start
+
+    @staticmethod
+    def _checked_epoch(epoch: int) -> int:
+        epoch = whole_number("epoch", epoch)
         if epoch < 0:
             raise UserError(f"epoch is {epoch}: give 0 or more")
-        steps = self._steps_of(epoch)
-        self.step = self._resumed_at if self._resumed_at in steps else steps.start
+        return epoch
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for step, batch in enumerate(self._reader.read(self._open, start, stop), start):
@@ -225,7 +222,8 @@ class TrainLoader(LoaderBase):
 
         Raises UserError if the loader that saved it has other settings or another data set: its steps are others.
         """
-        if not isinstance(state, Mapping) or state.get("format") != _FORMAT or not isinstance(state.get("step"), int):
+        step = state.get("step") if isinstance(state, Mapping) and state.get("format") == _FORMAT else None
+        if not isinstance(step, int) or step < 0 or not {"data", "settings"} <= state.keys():
             raise UserError("this is not a state of a TrainLoader; give what its state_dict() returned")
         own = self._settings()
         defaults = semantic_config(RawConfig().resolve())
@@ -237,7 +235,7 @@ class TrainLoader(LoaderBase):
             raise UserError(
                 f"the state is of other batches: {'; '.join(differing[:3])}. Make the loader as it was, or start over"
             )
-        self.step = self._resumed_at = state["step"]
+        self.step = self._resumed_at = step
 
     def _settings(self) -> dict[str, Any]:
         """All that the batches follow from, by flat names."""

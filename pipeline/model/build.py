@@ -124,8 +124,9 @@ class Normalized(nn.Module):
         self.shift: torch.Tensor
         self.model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         self.channels_last = channels_last
-        self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(1, 3, 1, 1)), persistent=False)
-        shift = -torch.tensor(mean) / torch.tensor(std)
+        means, deviations = (torch.tensor(values, dtype=torch.float32) for values in (mean, std))
+        self.register_buffer("scale", 1 / (255 * deviations.view(1, 3, 1, 1)), persistent=False)
+        shift = -means / deviations
         self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:

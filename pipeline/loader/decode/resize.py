@@ -151,7 +151,7 @@ class Resizer:
         """Begin with a batch. A window is taken by the thread that resizes it."""
         count, size = len(windows), planned.size
         with torch.inference_mode(False):  # other threads fill it, and inference mode is a thread's own
-            images = torch.empty((count, size, size, 3), dtype=torch.uint8)
+            images = torch.empty((count, size, size, 3), dtype=torch.uint8, device="cpu")
         pixels = images.numpy()
         part, flips = _is_part(planned).tolist(), planned.flips.tolist()
         corners = planned.windows[:, :2].tolist()
