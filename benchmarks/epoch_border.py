@@ -23,8 +23,7 @@ import numpy as np
 from pipeline.config import Config
 from pipeline.insight.bench.loops import bench_config
 from pipeline.insight.bench.results import default_path, write_result
-from pipeline.loader.build import make_train_plan
-from pipeline.loader.plan import ORDER_AHEAD_STEPS
+from pipeline.loader.plan import ORDER_AHEAD_STEPS, make_train_plan
 from pipeline.training import loop
 from pipeline.training.milestones import Milestones
 from pipeline.training.optim.lr_schedule import Schedule

@@ -29,7 +29,7 @@ def decode_for_gpu(root: str, size: int, batch: int, images: int, threads: int, 
 
     from pipeline.config import DataConfig, TrainConfig
     from pipeline.dataset.index.index import index_folder, open_index
-    from pipeline.loader.build import make_train_plan
+    from pipeline.loader.plan import make_train_plan
     from pipeline.loader.source import Source
 
     if not torch.cuda.is_available():

@@ -22,7 +22,8 @@ from pipeline.dataset.workers import available_cores
 from pipeline.insight.bench.interleaved import Candidate, ratios, run_interleaved, spread_table
 from pipeline.insight.bench.loader import check_roots
 from pipeline.insight.bench.results import default_path, write_result
-from pipeline.loader.build import make_train_plan, make_train_stream
+from pipeline.loader.build import make_train_stream
+from pipeline.loader.plan import make_train_plan
 from pipeline.loader.prefetch import OngoingBatches
 from pipeline.model.build import Normalized
 from pipeline.rank_info import RankInfo

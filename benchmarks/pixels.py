@@ -33,6 +33,7 @@ from pipeline.config import DataConfig, TrainConfig
 from pipeline.dataset.index.index import Index
 from pipeline.dataset.index.scan import build_index
 from pipeline.loader import build
+from pipeline.loader.plan import make_train_plan
 from pipeline.rank_info import RankInfo
 
 Pair = tuple[np.ndarray, np.ndarray]  # ours and theirs, uint8 [H, W, 3]
@@ -53,7 +54,7 @@ def whole(index: Index, split: str, sample: int) -> Image.Image:
 
 def training_pairs(index: Index, data: DataConfig, epochs: int) -> Iterator[Pair]:
     resolved, batch = data.resolve(), 16
-    plan = build.make_train_plan(index, resolved, TrainConfig(global_batch_size=batch))
+    plan = make_train_plan(index, resolved, TrainConfig(global_batch_size=batch))
     stream = build.make_train_stream(index, plan, resolved, RankInfo())
     mode, size = InterpolationMode(data.interpolation), [resolved.size_at(0)] * 2
     last = epochs * plan.samples // batch

@@ -155,7 +155,7 @@ def _time_plan(folder: Path, rounds: int) -> dict[str, list[float]]:
     from pipeline.config import DataConfig, TrainConfig
     from pipeline.dataset.index.index import RECORD, open_index
     from pipeline.dataset.index.write import write_index
-    from pipeline.loader.build import make_train_plan
+    from pipeline.loader.plan import make_train_plan
 
     records = np.zeros(TRAIN_IMAGES, RECORD)
     records["width"], records["height"], records["shard"] = 500, 375, 0

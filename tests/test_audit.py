@@ -9,7 +9,7 @@ from test_index import change_label
 
 from pipeline.config import load_config
 from pipeline.dataset.index.index import open_sound
-from pipeline.loader.build import make_train_plan
+from pipeline.loader.plan import make_train_plan
 from pipeline.tracking.ledger_rows import TRAINING_UNREADABLE, lost_in_words, lost_steps
 
 

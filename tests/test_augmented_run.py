@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from pipeline.config import parse_config
 from pipeline.dataset.index.scan import build_index
-from pipeline.loader.build import make_train_plan
+from pipeline.loader.plan import make_train_plan
 
 ALL_ON = """
 data: {image_size: 32, start_size: 24, ramp_epochs: [0, 1], interpolation: bicubic, val_crop_ratio: 0.875}

@@ -312,8 +312,8 @@ def test_front_door():
     assert printed.returncode == 0 and yaml.safe_load(printed.stdout)["model"]["name"] == "resnet152"
 
 
-def test_the_front_door_and_the_dataset_room_do_not_import_torch():
-    modules = ["pipeline.__main__", "pipeline.config"]
+def test_the_front_door_the_audit_and_the_dataset_room_do_not_import_torch():
+    modules = ["pipeline.__main__", "pipeline.config", "pipeline.insight.audit"]
     modules += [f"pipeline.dataset.{path.stem}" for path in Path("pipeline/dataset").glob("[!_]*.py")]
     code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

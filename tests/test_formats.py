@@ -19,6 +19,7 @@ from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.shards.pack import pack_tree
 from pipeline.dataset.shards.plan import Options
 from pipeline.loader import build
+from pipeline.loader.plan import make_train_plan
 
 needs_dali = pytest.mark.skipif(build.dali_problem() is not None, reason="needs DALI")
 HERE = SimpleNamespace(rank=0, size=1, local_size=1, device=torch.device("cpu"))
@@ -124,7 +125,7 @@ def pixels_of(index: Index, loader: str, split: str) -> dict[int, np.ndarray]:
     else:
         from pipeline.config import TrainConfig
 
-        plan = build.make_train_plan(index, data, TrainConfig(global_batch_size=16))
+        plan = make_train_plan(index, data, TrainConfig(global_batch_size=16))
         stream, steps = build.make_train_stream(index, plan, data, HERE), len(index.splits["train"]) // 16
     found = {}
     for batch in stream.batches(0, steps):

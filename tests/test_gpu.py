@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.config import AugmentConfig, DataConfig, TrainConfig
 from pipeline.dataset.index.scan import build_index
 from pipeline.loader import build
+from pipeline.loader.plan import make_train_plan
 from pipeline.training.ranks.world import World
 from pipeline.training.run_folder.snapshot import HostCopy
 from pipeline.training.step import NormalizeEraseMix
@@ -36,7 +37,7 @@ def test_resizing_on_the_gpu_gives_the_cpus_pixels(root):
         pytest.skip("no DALI")
     index = build_index(root)
     config = DataConfig(loader="dali", image_size=64, val_size=64, val_resize=72).resolve()
-    plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=16))
+    plan = make_train_plan(index, config, TrainConfig(global_batch_size=16))
     images = {}
     for name in ("cpu", "cuda"):
         place = World(0, 1, 0, 1, torch.device(name, 0) if name == "cuda" else torch.device(name))
@@ -54,7 +55,7 @@ def test_augmentation_on_the_gpu_gives_the_cpus_pixels(root):
     c = AugmentConfig(
         policy="randaugment-timm", num_ops=4, jitter=(0.3, 0.3, 0.3, 0.1), random_erase=0.5, mixup=0.2, cutmix=1.0
     )
-    plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=64), c)
+    plan = make_train_plan(index, config, TrainConfig(global_batch_size=64), c)
     changed, seen = {}, {}
     for name in ("cpu", "cuda"):
         device = torch.device(name, 0) if name == "cuda" else torch.device(name)
@@ -94,7 +95,7 @@ def test_batches_arrive_ahead_and_whole(root, loader):
         pytest.skip("no DALI")
     index = build_index(root)
     config = DataConfig(loader=loader, image_size=64, val_size=64, val_resize=72).resolve()
-    plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=16))
+    plan = make_train_plan(index, config, TrainConfig(global_batch_size=16))
     stream = build.make_train_stream(index, plan, config, World(0, 1, 0, 1, torch.device("cuda", 0)))
     once, again = (torch.cat([batch.images for batch in stream.batches(0, 5)]).cpu() for _ in range(2))
     assert torch.equal(once, again) and once.float().std() > 10

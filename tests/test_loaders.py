@@ -25,7 +25,7 @@ from pipeline.loader import build
 from pipeline.loader.decode.dali import DaliDecoder
 from pipeline.loader.decode.resize import Resizer
 from pipeline.loader.eval_plan import EvalPlan
-from pipeline.loader.plan import Planned
+from pipeline.loader.plan import Planned, make_train_plan
 from pipeline.loader.source import UnreadableSample
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
 from pipeline.rank_info import RankInfo
@@ -51,7 +51,7 @@ def index(synthetic_root):
 
 def streams(index, loader, batch=12, place=ALONE, **data):
     config = DataConfig(loader=loader, image_size=64, val_size=64, val_resize=72, **data).resolve()
-    plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=batch, seed=3))
+    plan = make_train_plan(index, config, TrainConfig(global_batch_size=batch, seed=3))
     return (
         build.make_train_stream(index, plan, config, place),
         build.make_eval_stream(index, config, 5, place),
@@ -137,7 +137,7 @@ def test_any_step_can_be_first(index, loader):
 def test_images_grow_without_a_new_pipeline(index, loader):
     """Progressive resizing: 32, 64 and 96 px in one stream, whose decoder is built once."""
     growing = DataConfig(loader=loader, image_size=96, start_size=32, ramp_epochs=(0, 2)).resolve()
-    plan = build.make_train_plan(index, growing, TrainConfig(global_batch_size=24, seed=3))
+    plan = make_train_plan(index, growing, TrainConfig(global_batch_size=24, seed=3))
     stream = build.make_train_stream(index, plan, growing, RankInfo())
     sizes, pipelines = [], set()
     for first in (0, 4, 8):  # the loop begins a stream again at each epoch

@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.loader import build
 from pipeline.loader import stream as stream_module
 from pipeline.loader.build import check_shares
+from pipeline.loader.plan import make_train_plan
 from pipeline.rank_info import RankInfo
 from pipeline.training.step import NormalizeEraseMix
 
@@ -102,7 +103,7 @@ def index(synthetic_root):
 def seen(index, step, world_size):
     """What the networks of all ranks see in a step, in the order of the global batch: pixels, soft targets, ids."""
     data = DataConfig(loader="reference", image_size=48, val_size=48, val_resize=48, interpolation="bicubic").resolve()
-    plan = build.make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
+    plan = make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
     whole = NormalizeEraseMix(nn.Identity(), data.mean, data.std, True, EVERYTHING.mix_group)
     parts = []
     for rank in range(world_size):
@@ -134,7 +135,7 @@ def test_a_gpu_gets_batches_whose_pixels_its_loader_has_changed(index, monkeypat
     """With a stand-in for the copy to the device."""
     monkeypatch.setattr(stream_module, "prefetch_to_device", lambda batches, device, then: map(then, batches))
     data = DataConfig(loader="reference", image_size=48, val_size=48, val_resize=48).resolve()
-    plan = build.make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
+    plan = make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
     stream = build.make_train_stream(index, plan, data, RankInfo(), applies=EVERYTHING)
     here, stream.device = stream.device, SimpleNamespace(type="cuda")
     batches = stream.batches(0, 1)
@@ -148,7 +149,7 @@ def test_a_gpu_gets_batches_whose_pixels_its_loader_has_changed(index, monkeypat
 
 def test_a_micro_batch_sees_its_part(index):
     data = DataConfig(loader="reference", image_size=32, val_size=32, val_resize=32).resolve()
-    plan = build.make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
+    plan = make_train_plan(index, data, TrainConfig(global_batch_size=24, seed=3), EVERYTHING)
     stream = build.make_train_stream(index, plan, data, RankInfo(), applies=EVERYTHING)
     (batch,) = stream.batches(0, 1)
     stream.close()

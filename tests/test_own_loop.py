@@ -26,7 +26,8 @@ from pipeline.config import AugmentConfig, DataConfig, TrainConfig, parse_config
 from pipeline.dataset.index.index import index_folder
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import TransientError, UserError
-from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
+from pipeline.loader.build import make_eval_stream, make_train_stream
+from pipeline.loader.plan import make_train_plan
 from pipeline.loader.stream import Stream
 from pipeline.rank_info import RankInfo
 from pipeline.training.optim.loss import ClassLoss

@@ -15,7 +15,7 @@ from pipeline.config import AugmentConfig, DataConfig, TrainConfig, parse_config
 from pipeline.dataset.index.scan import build_index
 from pipeline.errors import UserError
 from pipeline.loader import build
-from pipeline.loader.plan import TrainPlan, batch_digest
+from pipeline.loader.plan import TrainPlan, batch_digest, make_train_plan
 from pipeline.loader.windows import padded_windows
 from pipeline.rank_info import RankInfo
 from pipeline.rng import hash_counter
@@ -43,7 +43,7 @@ def squares(tmp_path_factory):
 
 def test_a_stream_refuses_a_reader_that_does_not_move_the_images(squares):
     config = DataConfig(image_size=SIZE, pad_crop=PAD).resolve()
-    plan = build.make_train_plan(squares, config, TrainConfig(global_batch_size=24))
+    plan = make_train_plan(squares, config, TrainConfig(global_batch_size=24))
     with pytest.raises(UserError, match=r"the plan augments \(pad_crop 8\)"):
         build.make_train_stream(squares, plan, config, RankInfo())
 
@@ -57,7 +57,7 @@ def places(windows, shifts, length, resized):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_pixels_are_torchvisions_padding_and_crop(squares, loader, fill):
     config = DataConfig(loader=loader, image_size=SIZE, pad_crop=PAD).resolve()
-    plan = build.make_train_plan(squares, config, TrainConfig(global_batch_size=24, seed=3))
+    plan = make_train_plan(squares, config, TrainConfig(global_batch_size=24, seed=3))
     stream = build.make_train_stream(squares, plan, config, RankInfo(), applies=plan.augment)
     (batch,) = stream.batches(0, 1)
     stream.close()

@@ -11,7 +11,8 @@ from pipeline.config import DataConfig, TrainConfig
 from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.synthetic.generate import Settings, generate_tree
 from pipeline.errors import TransientError
-from pipeline.loader.build import make_train_plan, make_train_stream
+from pipeline.loader.build import make_train_stream
+from pipeline.loader.plan import make_train_plan
 from pipeline.loader.source import Source
 from pipeline.rank_info import RankInfo
 

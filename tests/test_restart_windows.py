@@ -28,7 +28,7 @@ from pipeline.dataset.shards.plan import Options
 from pipeline.dataset.shards.restart import TABLE, TableError, make_entry, plan_cut
 from pipeline.dataset.shards.transcode import transcode
 from pipeline.loader import build, source
-from pipeline.loader.plan import Planned
+from pipeline.loader.plan import Planned, make_train_plan
 from pipeline.loader.source import Source
 from pipeline.loader.stream import EncodedBatch, UndecodableSample
 from pipeline.rank_info import RankInfo
@@ -180,7 +180,7 @@ def roots(synthetic_root, tmp_path_factory):
 def open_streams(root, loader):
     index = open_index(root / "index")
     config = DataConfig(loader=loader, image_size=48, val_size=48, val_resize=56).resolve()
-    plan = build.make_train_plan(index, config, TrainConfig(global_batch_size=12, seed=3))
+    plan = make_train_plan(index, config, TrainConfig(global_batch_size=12, seed=3))
     return (
         build.make_train_stream(index, plan, config, RankInfo()),
         build.make_eval_stream(index, config, 5, RankInfo()),

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.config import parse_config
 from pipeline.dataset.index.scan import build_index
-from pipeline.loader.build import make_train_plan
+from pipeline.loader.plan import make_train_plan
 
 STEPS = 19  # 4 epochs of 96 images in batches of 20; epochs are full after 5, 10, 15 and 20 steps
 

@@ -19,7 +19,8 @@ from pipeline.evaluation.checkpoints import ScoredNetwork, load_published, load_
 from pipeline.evaluation.class_map import class_positions, order_warning
 from pipeline.evaluation.partial_sums import PartialSums, program_versions
 from pipeline.evaluation.scores import Result, print_scores
-from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
+from pipeline.loader.build import make_eval_stream, make_train_stream
+from pipeline.loader.plan import make_train_plan
 from pipeline.logs import logger
 from pipeline.model.published import PREFIX, Published, find_published
 from pipeline.model.sizes import check_to_score

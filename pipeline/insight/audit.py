@@ -19,8 +19,7 @@ from pipeline.counts import count
 from pipeline.dataset.index.index import Index, has_index, locate_index, open_sound
 from pipeline.errors import EXIT_OK, EXIT_USER, UserError
 from pipeline.insight.runs import read_each
-from pipeline.loader.build import make_train_plan
-from pipeline.loader.plan import MOST_SUBSTITUTES, TrainPlan
+from pipeline.loader.plan import MOST_SUBSTITUTES, TrainPlan, make_train_plan
 from pipeline.progress import Progress
 from pipeline.run_paths import RunPaths, not_a_run_message
 from pipeline.tracking.ledger_rows import TRAINING_UNREADABLE, is_start, lost_in_words, lost_steps, read_rows

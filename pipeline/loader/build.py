@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from pipeline.config import Config, ResolvedDataConfig, TrainConfig
+from pipeline.config import Config, ResolvedDataConfig
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
 from pipeline.dataset.index.index import Index
 from pipeline.dataset.index.left_out import count_images
@@ -70,30 +70,6 @@ def check_decode(data: ResolvedDataConfig, device_type: str) -> None:
         raise UserError("--data.decode mixed decodes on a GPU, and this is a CPU; give --data.decode cpu")
     if data.decode == "mixed" and choose_loader(data.loader)[0] != "dali":
         raise UserError("--data.decode mixed is DALI's; install it and give --data.loader dali, or --data.decode cpu")
-
-
-def make_train_plan(
-    index: Index, data: ResolvedDataConfig, train: TrainConfig, augment: AugmentConfig = UNAUGMENTED
-) -> TrainPlan:
-    """The plan of a run: a function of the index, the recipe and the seed alone. What `augment` changes beside the
-    samples' order is for the reader of the batches to apply: see `make_train_stream`."""
-    records = index.splits["train"].records
-    widths, heights = (np.ascontiguousarray(records[key], np.int64) for key in ("width", "height"))
-    return TrainPlan(
-        widths,
-        heights,
-        train.global_batch_size,
-        train.seed,
-        data.crop_area,
-        data.crop_ratio,
-        data.flip,
-        augment,
-        data.size_at,
-        sizes_change=len(data.sizes()) > 1,
-        shorter_side=data.shorter_side,
-        pad_crop=data.pad_crop,
-        alternate_flips=data.alternate_flips,
-    )
 
 
 def describe_augment(augment: AugmentConfig) -> str:

@@ -30,7 +30,9 @@ import xxhash
 
 from pipeline.augment.params import AugmentParams, Mixing, sample_erase_boxes, sample_mixing
 from pipeline.augment.policies import sample_ops
+from pipeline.config import ResolvedDataConfig, TrainConfig
 from pipeline.config.augment import UNAUGMENTED, AugmentConfig
+from pipeline.dataset.index.index import Index
 from pipeline.loader.permutations import Permutations
 from pipeline.loader.windows import padded_windows, random_resized_windows, scale_jitter_windows
 from pipeline.rng import hash_counter, uniform
@@ -257,3 +259,27 @@ class TrainPlan:
     def substitute(self, sample_id: int, attempt: int) -> int:
         """The sample that replaces an unreadable one; attempt 0, 1, ... until one is readable."""
         return int(hash_counter(self.seed, _SUBSTITUTE, sample_id, attempt) % np.uint64(self.samples))
+
+
+def make_train_plan(
+    index: Index, data: ResolvedDataConfig, train: TrainConfig, augment: AugmentConfig = UNAUGMENTED
+) -> TrainPlan:
+    """The plan of a run: a function of the index, the recipe and the seed alone. What `augment` changes beside the
+    samples' order is for the reader of the batches to apply: see `make_train_stream`."""
+    records = index.splits["train"].records
+    widths, heights = (np.ascontiguousarray(records[key], np.int64) for key in ("width", "height"))
+    return TrainPlan(
+        widths,
+        heights,
+        train.global_batch_size,
+        train.seed,
+        data.crop_area,
+        data.crop_ratio,
+        data.flip,
+        augment,
+        data.size_at,
+        sizes_change=len(data.sizes()) > 1,
+        shorter_side=data.shorter_side,
+        pad_crop=data.pad_crop,
+        alternate_flips=data.alternate_flips,
+    )

@@ -13,9 +13,9 @@ from pipeline.config.names import rename_flat
 from pipeline.counts import count
 from pipeline.errors import UserError
 from pipeline.loader.arguments import as_argument, differences, make_config, whole_number, with_root
-from pipeline.loader.build import check_shares, make_train_plan, make_train_stream
+from pipeline.loader.build import check_shares, make_train_stream
 from pipeline.loader.loader_base import LoaderBase
-from pipeline.loader.plan import TrainPlan
+from pipeline.loader.plan import TrainPlan, make_train_plan
 from pipeline.loader.setup import Reader, find_rank
 from pipeline.loader.stream import Stream
 from pipeline.logs import logger

@@ -9,10 +9,13 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.config import GuardConfig
 from pipeline.errors import TransientError
-from pipeline.training.ranks.step_stats import StepStats
+
+if TYPE_CHECKING:  # it imports torch, and `audit` reads rollbacks without
+    from pipeline.training.ranks.step_stats import StepStats
 
 WINDOW, ENOUGH = 100, 20  # losses that a spike is judged by, and the fewest that suffice
 INHERITED = "inherited_rollbacks"  # in the ledger's row of a start
@@ -84,7 +87,7 @@ class Guard:
         if last_good_step is not None and step - last_good_step >= self.config.max_skipped:
             self.tripped = last_good_step
 
-    def observe(self, stats: StepStats) -> str | None:
+    def observe(self, stats: "StepStats") -> str | None:
         """Judge a step. Returns a warning at the first of several bad steps.
 
         Raises TransientError where the policy is to stop, or allows no further rollback.
@@ -107,7 +110,7 @@ class Guard:
                 )
         return f"{_describe(stats)}: update skipped" if is_first else None
 
-    def _is_bad(self, stats: StepStats) -> bool:
+    def _is_bad(self, stats: "StepStats") -> bool:
         if math.isfinite(stats.loss) and math.isfinite(stats.grad_norm):
             return False
         searching_for_scale = self.precision == "fp16" and math.isfinite(stats.loss) and stats.scale >= 1
@@ -141,7 +144,7 @@ class Guard:
         return {"rollbacks": [list(astuple(item)) for item in self.rollbacks], "last_good_step": self.last_good_step}
 
 
-def _describe(stats: StepStats) -> str:
+def _describe(stats: "StepStats") -> str:
     scale = f", the fp16 loss scale {stats.scale:g}" if stats.scale != 1 else ""
     return f"step {stats.step}: the loss is {stats.loss}, the gradient's norm {stats.grad_norm}{scale}"
 

@@ -9,8 +9,8 @@ import torch
 from pipeline.config import Config, semantic_config
 from pipeline.counts import count
 from pipeline.dataset.index.index import Index
-from pipeline.loader.build import choose_loader, make_train_plan
-from pipeline.loader.plan import TrainPlan
+from pipeline.loader.build import choose_loader
+from pipeline.loader.plan import TrainPlan, make_train_plan
 from pipeline.model.build import build_model, count_parameters
 from pipeline.model.weights import start_from
 from pipeline.tracking.console import Console

@@ -10,7 +10,8 @@ import torch
 
 from pipeline.config import DataConfig, TrainConfig
 from pipeline.dataset.index.index import index_folder, open_index
-from pipeline.loader.build import make_eval_stream, make_train_plan, make_train_stream
+from pipeline.loader.build import make_eval_stream, make_train_stream
+from pipeline.loader.plan import make_train_plan
 from pipeline.loader.stream import Stream
 from pipeline.rank_info import RankInfo
 

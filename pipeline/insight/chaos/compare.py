@@ -12,7 +12,7 @@ import torch
 from pipeline.config import load_config
 from pipeline.dataset.index.index import locate_index, open_index
 from pipeline.errors import UserError
-from pipeline.loader.build import make_train_plan
+from pipeline.loader.plan import make_train_plan
 from pipeline.run_paths import RunPaths, list_checkpoints
 from pipeline.tracking.ledger_rows import read_rows
 from pipeline.training.run_folder.checkpoint import load_state

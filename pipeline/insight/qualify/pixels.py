@@ -11,7 +11,8 @@ from pipeline.dataset.index.scan import build_index
 from pipeline.dataset.synthetic.generate import Settings as Synthetic
 from pipeline.dataset.synthetic.generate import generate_tree
 from pipeline.insight.qualify.rows import Row, Settings, judged, skipped
-from pipeline.loader.build import dali_problem, make_train_plan, make_train_stream
+from pipeline.loader.build import dali_problem, make_train_stream
+from pipeline.loader.plan import make_train_plan
 from pipeline.rank_info import RankInfo
 
 _LEVELS = (0.3, 16)  # mean and greatest difference of DALI's resize from torch's, as DALI's on a CPU has
