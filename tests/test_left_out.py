@@ -52,6 +52,26 @@ def test_folders_inside_class_folders_are_named(pets, capsys):
     )
 
 
+def test_a_class_named_like_its_split_has_no_folders_inside(tmp_path, capsys):
+    """As of CIFAR-100, where a class is called train."""
+    tree = {f"{split}/{kind}": ["1.png"] for split in ("train", "val") for kind in ("bus", "car", "train", "val")}
+    root = make_folder(tmp_path / "vehicles", tree)
+    assert main(["index", str(root)]) == 0
+    assert "folders inside" not in capsys.readouterr().out
+    make_folder(root, {"train/train/steam": ["2.png"], "train/train/diesel": ["3.png"]})
+    assert main(["index", str(root)]) == 0
+    assert "the images of train/diesel and train/steam count as class train;" in capsys.readouterr().out
+
+
+def test_a_pipe_and_a_device_among_the_images_are_left_out(pets, capsys):
+    """The first waited for a writer without end; the second was read until the memory was full."""
+    os.mkfifo(pets / "train/cat/pipe.png")
+    (pets / "train/cat/zero.png").symlink_to("/dev/null")
+    assert main(["index", str(pets)]) == 0
+    assert "left out of train: 2 pipes or devices (train/cat/" in capsys.readouterr().out
+    assert main(["verify", str(pets)]) == 0
+
+
 LEFTOVERS = [
     *(".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", ".Trash-1000", "#recycle", ".snapshot", ".hidden"),
     *("$RECYCLE.BIN", "#snapshot", "~snapshot", "Network Trash Folder", "@Recently-Snapshot", ".zfs", ".AppleDouble"),

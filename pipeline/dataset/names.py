@@ -70,6 +70,16 @@ def is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
+def is_device(entry: "os.DirEntry[str]") -> bool:
+    """Is what is no folder a pipe, a socket or a device, or a link to one? To read it may take without end."""
+    try:
+        return not entry.is_file() and Path(entry.path).exists()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
 def dead_link(path: Path) -> str | None:
     """ "PATH is a link to TARGET, which is not there"; None where `path` is no such link. Raises PermissionError."""
     return (

@@ -14,6 +14,7 @@ DEAD_LINKS = "dead links"
 FOREIGN = "foreign leftovers"
 NO_CLASS = "images beside the class folders"
 LOOPS = "links to a folder above"
+DEVICES = "pipes or devices"
 _IMAGES = (UNREADABLE, NO_PERMISSION, DEAD_LINKS)  # of which a score should know
 
 _NO_PERMISSION = {os.strerror(code) for code in (errno.EACCES, errno.EPERM)}
@@ -94,5 +95,5 @@ def describe(left_out: LeftOut, splits: Iterable[str] | None = None) -> str:
 
 def _count(number: int, reason: str) -> str:
     """ "2 samples without a label", "1 sample without a label"."""
-    one = re.sub(r"\b(sample|image|leftover|link|member)s\b", r"\1", reason)
+    one = re.sub(r"\b(sample|image|leftover|link|member|pipe|device)s\b", r"\1", reason)
     return f"{number:,} {one if number == 1 else reason}"

@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.dataset.imagenet import SYNSET
 from pipeline.dataset.index.left_out import (
     DEAD_LINKS,
+    DEVICES,
     FOREIGN,
     LOOPS,
     NO_CLASS,
@@ -23,7 +24,7 @@ from pipeline.dataset.index.left_out import (
     by_suffix,
 )
 from pipeline.dataset.layouts.labels import EXPECTED, ValLabels, find_val_labels
-from pipeline.dataset.names import FOREIGN_NAMES, dead_link, distinguish, is_folder, is_foreign
+from pipeline.dataset.names import FOREIGN_NAMES, dead_link, distinguish, is_device, is_folder, is_foreign
 from pipeline.errors import UserError
 
 #: Suffixes, lower case, that count as images: those of torchvision's ImageFolder.
@@ -104,7 +105,10 @@ class _Walk:
                 elif is_folder(entry):
                     folders.append(name)
                 elif lower.endswith(IMAGE_SUFFIXES):
-                    files.append(name)
+                    if is_device(entry):
+                        self.pass_over(DEVICES, entry.path)
+                    else:
+                        files.append(name)
                 elif entry.is_symlink() and (gone := dead_link(Path(entry.path))):
                     if not is_class:
                         raise UserError(f"class folder {gone}; mount what holds it, or remove the link")

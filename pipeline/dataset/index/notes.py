@@ -35,10 +35,10 @@ def nested_lines(index: Index) -> list[str]:
     """A line where class folders hold several folders each: these may be meant as classes, and are none."""
     classes = set(index.synsets)
     inside: dict[str, set[str]] = {}
-    for folder in index.folders:
-        *_, above, upper, name = ("", "", "", *PurePath(folder).parts)
-        if upper in classes and above not in classes:
-            inside.setdefault(upper, set()).add(name)
+    for folder in map(PurePath, index.folders):
+        above = [parent for parent in folder.parents if str(parent) in index.folders]
+        if len(above) == 2 and folder.parent.name in classes:  # a class folder, and that of its split
+            inside.setdefault(folder.parent.name, set()).add(folder.name)
     several = sorted(name for name, folders in inside.items() if len(folders) > 1)
     if not several:
         return []

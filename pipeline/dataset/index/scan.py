@@ -221,7 +221,11 @@ def scan_listings(
             records["label"] = np.searchsorted(classes, listing.classes)[records["label"]]
             missing = np.setdiff1d(np.arange(len(classes)), records["label"])
             if split == whole and len(missing):
-                raise UserError(f"class '{classes[missing[0]]}' has no readable image in {homes[split]}; see {folder}")
+                of_class = [entry for entry in bad[split] if entry["class"] == classes[missing[0]]]
+                raise UserError(
+                    f"class '{classes[missing[0]]}' has no readable image in {homes[split]} ({of_class[0]['file']}: "
+                    f"{of_class[0]['reason']}); put images that can be read there, or remove the class"
+                )
             splits[split] = records, names
         noted = {name: mtime for listing in listings.values() for name, mtime in listing.mtimes.items()}
         atomic_write(folder / UNREADABLE_FILE, json.dumps(bad, indent=1))
