@@ -138,19 +138,26 @@ def one_line(message: str) -> str:
     """jsonargparse's message in one line; for a value of the wrong type: the option, the value and what to give."""
     text = " ".join(line.strip() for line in message.splitlines() if line.strip())
     key = re.match(r'Parser key "([\w.]+)": ', text)
-    value = re.search(r"(?:Given value|Got value): (.*)$", text)
+    value = re.search(r".*(?:Given value|Got value):(.*)$", text)  # the last: that of the option, not of a part
     if key is None or value is None:
         return text
+    given = value[1] or " is empty"
     choices = re.search(r"typing\.Literal\[(.*?)\]", text)
     types = re.findall(r"Expected a <class '(\w+)'>", text)
     words = [word for name, word in _TYPES.items() if name in types]
+    elements = re.search(r"Expected a tuple with (\d+) elements", text)
+    words = [f"a list of {elements[1]} numbers", *words] if elements else words
     wanted = f"one of {choices[1]}" if choices else " or ".join(words)
-    return f"--{key[1]} {value[1]}: give {wanted}" if wanted else text
+    return f"--{key[1]}{given}: give {wanted}" if wanted else text
 
 
 def summary(item: object) -> str:
     """The first paragraph of a docstring, on one line."""
     return " ".join((item.__doc__ or "").strip().split("\n\n")[0].split())
+
+
+#: what may follow a boolean option; the parser refuses numbers
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "0", "1")
 
 
 def normalize(argv: list[str], flags: set[str]) -> list[str]:
@@ -162,7 +169,7 @@ def normalize(argv: list[str], flags: set[str]) -> list[str]:
             name, equals, value = here.partition("=")
             here = "--" + name[2:].replace("-", "_") + equals + value
         out.append(here)
-        if here in flags and following.lower() not in ("true", "false", "yes", "no"):
+        if here in flags and following.lower() not in _TRUTHS:
             out.append("true")
     return out
 
