@@ -282,6 +282,25 @@ def test_charts_leave_out_what_is_no_number_and_keep_the_mean():
     )
 
 
+def test_a_spike_does_not_flatten_a_chart():
+    """One loss of 1e9 made a line along the axis of all others."""
+    losses = [7.0 - step / 20 for step in range(100)]
+    spiked = [*losses[:50], 1e9, *losses[51:]]
+    plain, chart = (line_chart("loss", [Series("a", list(range(100)), ys, 0)], "x", "y") for ys in (losses, spiked))
+
+    def heights(text):
+        return [float(point.split(",")[1]) for point in re.search(r'points="([^"]+)"', text)[1].split()]
+
+    there = heights(chart)
+    assert min(there) >= 0 and there[50] < 20  # at the upper edge
+    assert there[:50] + there[51:] == pytest.approx(heights(plain)[:50] + heights(plain)[51:], abs=0.1)
+    assert "1 value above the chart, up to 1e9" in chart and "above the chart" not in plain
+    early = line_chart("loss", [Series("a", [1, 2, 3], [9.8e6, 0.7, 0.6], 0, exact=True)], "x", "y", note="2 NaN")
+    assert "2 NaN; 1 value above the chart, up to 9.8e6" in early
+    for usual in ([7.0, 0.8, 0.1], [0.0, 0.1, 75.0], [0.0, 0.3, 0.0], [-3.0, -2.0], [0.7, 0.7, 1e9], [1e9]):
+        assert "above the chart" not in line_chart("t", [Series("a", [1, 2, 3][: len(usual)], usual, 0)], "x", "y")
+
+
 def test_a_chart_reaches_to_the_end_where_values_are_nan_and_says_so():
     """A loss that became NaN: the curve ended at the right edge, as one of a run that is at that step."""
     rows = [{"kind": "train", "step": s, "epoch": 1.0 * s, "loss": 2.0 if s <= 50 else "nan"} for s in range(1, 101)]

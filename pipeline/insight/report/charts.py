@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
+from pipeline.counts import count
+
 POINTS = 200  # drawn of a series; more are averaged
 EXACT_POINTS = 1000  # the same of a series whose values are to be seen as they are
 COLUMNS = 50  # places of a chart that show their values under the pointer
@@ -42,14 +44,23 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, about `count` of them."""
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`, about `wanted` of them."""
     span = (high - low) or abs(high) or 1.0
-    raw = span / count
+    raw = span / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def highest_drawn(drawn: list[Series]) -> float:
+    """Where the y axis ends: at the highest value that is no spike, a hundred times what nearly all others stay below
+    and a line ends at: a loss of 1e9 would make a flat line of the rest."""
+    rising = sorted(value for one in drawn for value in one.ys)
+    usual = rising[-1 - max(1, len(rising) // 20)] if len(rising) > 1 else rising[-1]
+    limit = 100 * max(usual, *(one.ys[-1] for one in drawn))
+    return max(value for value in rising if value <= limit) if limit > 0 else rising[-1]
 
 
 def _dashes(one: Series) -> str:
@@ -74,8 +85,8 @@ def hover_columns(
     shown = [one for one in drawn if not one.faint] if len(drawn) > HOVER_LINES else drawn
     shown = shown[:HOVER_LINES]
     there = sorted({value for one in shown for value in one.xs})
-    count = min(COLUMNS, len(there))
-    places = [there[round(i * (len(there) - 1) / max(1, count - 1))] for i in range(count)]
+    number = min(COLUMNS, len(there))
+    places = [there[round(i * (len(there) - 1) / max(1, number - 1))] for i in range(number)]
     borders = [LEFT, *((x(a) + x(b)) / 2 for a, b in itertools.pairwise(places)), WIDTH - RIGHT]
     parts = []
     for place, left, right in zip(places, borders, borders[1:], strict=False):
@@ -116,18 +127,21 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
         return f'{head}<p class="none">{escape(note or "nothing recorded yet")}</p></figure>'
     reached = [value for one in series for value in one.xs if _is_number(value)]  # also where there is nothing to draw
     x_low, x_high = min(reached), max(reached)
-    y_low, y_high = min(min(s.ys) for s in drawn), max(max(s.ys) for s in drawn)
+    values = [value for one in drawn for value in one.ys]
+    y_low, y_high = min(values), highest_drawn(drawn)
     x_low = min(x_low, 0.0)
     y_low = min(y_low, 0.0) if zero else y_low
     y_low, y_high = (y_low - 0.5, y_high + 0.5) if y_low == y_high else (y_low, y_high)
     y_high = max(y_high, *(tick for tick in ticks(y_low, y_high + (y_high - y_low) * 0.18)))
+    if beyond := sum(value > y_high for value in values):
+        note = f"{note}; " * bool(note) + f"{count(beyond, 'value')} above the chart, up to {_label(max(values))}"
     x_high = x_high if x_high > x_low else x_low + 1.0
 
     def x(value: float) -> float:
         return LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - (min(value, y_high) - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">']
     for value in ticks(y_low, y_high):
