@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -86,6 +87,19 @@ def test_reason_and_seconds_are_the_stop_files_though_another_rank_saw_it_first(
     assert reason == (text or "another rank was asked")
     assert seconds >= 40 if text else seconds == 0
     assert marked == [("interrupted", reason, round(seconds, 2))] and f", {seconds:.1f} s after the request" in said[0]
+
+
+def test_a_limit_of_cpu_time_is_a_request_to_stop():
+    """Grid Engine's s_cpu and `ulimit -St` send SIGXCPU some time before they kill."""
+    before = signal.getsignal(signal.SIGXCPU)
+    stop = StopRequest()
+    try:
+        assert signal.getsignal(signal.SIGXCPU) != before
+        os.kill(os.getpid(), signal.SIGXCPU)
+        assert stop.reason == "SIGXCPU"
+    finally:
+        stop.restore_handlers()
+    assert signal.getsignal(signal.SIGXCPU) == before
 
 
 def test_a_stop_file_from_the_future_is_of_now(tmp_path):

@@ -10,7 +10,10 @@ from pipeline.errors import EXIT_OK
 from pipeline.files import keep_to_own_package
 from pipeline.limits import available_cores
 
-SAVE_AND_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+SAVE_AND_STOP = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 
 
 @contextlib.contextmanager

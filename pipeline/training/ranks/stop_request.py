@@ -21,13 +21,13 @@ from pipeline.rank_env import adopt_srun_tasks, own_rank
 from pipeline.training.ranks.launcher import current_launch
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # <sys/prctl.h>
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGXCPU)  # the last: of a limit of CPU time
 
 
 HELD_BACK = (signal.SIGTERM, signal.SIGUSR2)  #: by `pipeline launch`, until a rank that starts has its handlers
 #: The process that it forks ranks from does not end by these, which may go to a whole process group or job step: with
 #: that process the ranks would end, unsaved.
-OUTLIVED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+OUTLIVED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGXCPU)
 
 process_is_ours = False  #: set by a process whose whole life is one verb; see `StopRequest.restore_handlers`
 
