@@ -27,7 +27,7 @@ from pipeline.training.ranks.stop_request import StopRequest
 _BUSY = threading.Lock()  #: held while a run is trained or evaluated
 _used_by: set[int] = set()  #: process that has trained or evaluated: this one, or one that it was forked from
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
 
 
 def load_config(recipe: str | Path, options: Mapping[str, Any] | None = None) -> Config:
@@ -55,7 +55,7 @@ def train(config: Config) -> bool:
 
     if not isinstance(config, Config):
         raise UserError(f"config is {config!r:.80}: give what pipeline.load_config returns for it")
-    with _alone(), _stop_request() as stop, unfailing_output():
+    with _alone(), _stop_request() as stop, unfailing_output(), _own_defaults():
         train_config(config, stop)
     return RunPaths(Path(config.run_dir).expanduser()).finished.exists()
 
@@ -77,7 +77,7 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
     given = {"run": str(run)} | {name: value for name, value in options.items() if value is not None}
     with raising("evaluate"):
         asked, _ = split_options(Request, "evaluate", [f"--{name}={_as_typed(name, v)}" for name, v in given.items()])
-    with tempfile.TemporaryDirectory(prefix="evaluate-") as folder, _alone(), _stop_request() as stop:
+    with tempfile.TemporaryDirectory(prefix="evaluate-") as folder, _alone(), _stop_request() as stop, _own_defaults():
         file = Path(folder) / "scores.json"
         code = evaluate_run(dataclasses.replace(asked, json=str(file)), stop)
         if stop or code != EXIT_OK:
@@ -132,6 +132,24 @@ def _alone() -> Iterator[None]:
     finally:
         sys.excepthook = hook  # torch wraps it for each process group, and every line of an error would name them all
         _BUSY.release()
+
+
+@contextlib.contextmanager
+def _own_defaults() -> Iterator[None]:
+    """torch's own default dtype and device: with those that the program has set, the run would be another one than the
+    command's."""
+    torch = sys.modules.get("torch")
+    if torch is None:  # nobody has set one
+        yield
+        return
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None if device.type == "cpu" else device)
 
 
 @contextlib.contextmanager

@@ -33,13 +33,20 @@ def test_the_ten_lines(root, tmp_path):
 
 
 def test_a_run_is_that_of_the_command(root, tmp_path):
-    """The same ledger; signal handlers are put back; a second call finds it finished."""
+    """The same ledger; signal handlers are put back, and torch's defaults; a second call finds it finished."""
     options = {"data.root": root, "train.max_steps": 3, "train.precision": "fp32", "data.crop_area": [0.5, 1.0]}
     config = pipeline.load_config(runs.TINY, options | {"run_dir": tmp_path / "own"})
     assert config.data.crop_area == (0.5, 1.0) and config.train.max_steps == 3
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     hook = sys.excepthook
-    assert pipeline.train(config) and pipeline.train(config)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")  # as a program sets "cuda": weights would be drawn there
+    try:
+        assert pipeline.train(config) and pipeline.train(config)
+        assert (torch.get_default_dtype(), torch.get_default_device().type) == (torch.float64, "meta")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
     assert sys.excepthook is hook
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
     command = ["--train.max_steps", "3", "--train.precision", "fp32", "--data.crop_area", "[0.5, 1.0]"]
