@@ -256,6 +256,14 @@ def tiny_imagenet(root: Path) -> Path:
     return root
 
 
+def test_a_tiny_imagenet_image_of_two_classes_is_refused(tmp_path, capsys):
+    root = tiny_imagenet(tmp_path / "tiny")
+    with (root / "val/val_annotations.txt").open("a") as file:
+        file.write(f"{min(val_images())}\tn09999999\t0\t0\t9\t9\n")
+    assert main(["index", str(root)]) == 2
+    assert f"{min(val_images())} is of n09999999, and of n" in capsys.readouterr().err
+
+
 def test_tiny_imagenet_as_it_unpacks(tmp_path, expected):
     root = tiny_imagenet(tmp_path / "tiny")
     index = index_of(root)

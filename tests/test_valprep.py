@@ -135,6 +135,13 @@ def test_missing_lists_and_folders_are_one_line(root, tmp_path):
         sort_val(root)
 
 
+def test_an_image_of_two_classes_is_refused(root):
+    """The last row counted in silence."""
+    (root / CSV).write_text("ImageId,PredictionString\nx,n01440764 1\nx,n01440764 2\nx,n02102040 1\n")
+    with pytest.raises(UserError, match=r"LOC_val_solution\.csv, line 4: x is of n02102040, and of n01440764 above it"):
+        sort_val(root)
+
+
 @pytest.mark.parametrize(
     "row", ["ILSVRC2012_val_00000001,tench 1 2 3 4", "ILSVRC2012_val_00000001", "../x,n01440764 1"]
 )

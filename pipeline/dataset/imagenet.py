@@ -91,7 +91,11 @@ def read_val_solution(path: Path) -> dict[str, str]:
                         f"{path}, line {number}: expected 'ImageId,synset x1 y1 x2 y2 ...', "
                         f"got {','.join(row)[:80]!r}; fetch the file again"
                     )
-                labels[row[0]] = synset
+                if labels.setdefault(row[0], synset) != synset:
+                    raise UserError(
+                        f"{path}, line {number}: {row[0]} is of {synset}, and of {labels[row[0]]} above it; remove the "
+                        "wrong row, or fetch the file again"
+                    )
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path}: not a CSV text file ({error}); fetch the file again") from error
     if not labels:

@@ -41,7 +41,7 @@ def find_val_labels(root: Path, folder: Path) -> ValLabels | None:
 
 def read_tiny_list(path: Path) -> dict[str, str]:
     """Image -> class from Tiny-ImageNet's list. Raises UserError that names file and line where one is damaged."""
-    labels = {}
+    labels: dict[str, str] = {}
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except PermissionError:
@@ -54,7 +54,11 @@ def read_tiny_list(path: Path) -> dict[str, str]:
             continue
         if not rest or not rest[0].strip() or "/" in image:
             raise UserError(f"{path}, line {number}: expected 'IMAGE CLASS ...', got {line[:80]!r}")
-        labels[image.rpartition(".")[0] or image] = rest[0].strip()
+        stem, name = image.rpartition(".")[0] or image, rest[0].strip()
+        if labels.setdefault(stem, name) != name:
+            raise UserError(
+                f"{path}, line {number}: {image} is of {name}, and of {labels[stem]} above it; remove the wrong row"
+            )
     if not labels:
         raise UserError(f"{path} names no image; unpack the data set again")
     return labels
