@@ -69,9 +69,11 @@ def _first_node(names: str) -> str:
 def find_leftovers() -> str | None:
     """What is wrong with variables of a launcher that is not there, and the remedy, in one line; None: nothing."""
     given = {name: os.environ[name] for name in NAMES if os.environ.get(name)}
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if name in given and not given[name].isdecimal():
-            return f"{name}={given[name]} in the environment is not a whole number; unset it, or start with torchrun"
+    local = ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if has_launcher() else ()  # otherwise not read
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", *local):
+        value = os.environ.get(name)
+        if value and not value.isdecimal():
+            return f"{name}={value} in the environment is not a whole number; unset it, or start with torchrun"
     rank, size = int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1))
     unset = " ".join(f"-u {name}" for name in given)
     remedy = f"for a run of one process unset them (env {unset} pipeline ...), for several ranks start with torchrun"

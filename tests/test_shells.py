@@ -27,7 +27,12 @@ ONE_STEP = ["--train.max_steps", "1"]
 @pytest.fixture
 def bare(monkeypatch):
     """No launcher's variables."""
-    for name in [*rank_env.NAMES, "LOCAL_RANK", *(name for name in os.environ if name.startswith("SLURM_"))]:
+    for name in [
+        *rank_env.NAMES,
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        *(name for name in os.environ if name.startswith("SLURM_")),
+    ]:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -50,6 +55,16 @@ def test_variables_left_over_are_named_with_the_remedy(root, tmp_path, bare, lef
     assert all(f"{name}={value}" in printed for name, value in left.items() if name != "MASTER_ADDR")
     assert "torchrun" in printed and "Traceback" not in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "-1"), ("LOCAL_WORLD_SIZE", "two")])
+def test_local_ranks_that_are_no_numbers_are_named(bare, name, value):
+    """int() of them was a traceback; alone, without a launcher, nobody reads them."""
+    bare.setenv(name, value)
+    assert rank_env.find_leftovers() is None
+    for other, given in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        bare.setenv(other, given)
+    assert f"{name}={value} in the environment is not a whole number" in rank_env.find_leftovers()
 
 
 def test_other_verbs_speak_whatever_the_rank(bare, capsys):

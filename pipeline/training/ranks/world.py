@@ -194,8 +194,8 @@ def start_world(train: TrainConfig, stop: StopRequest | None = None) -> World:
     rank, size, local_rank, local_size = 0, 1, 0, 1
     if has_launcher():
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     device = _device(train.device, local_rank)
     open_files_limit(MOST_FILES)
     backend = "gloo"
