@@ -137,7 +137,7 @@ class Site:
     def submit(self, *options: str, run="run", script="resnet152.sh", arguments: tuple[str, ...] = (), **env) -> Job:
         """Submit a shipped script, on 2 nodes x 2 processes unless `options` say otherwise."""
         environment = {"PYTHON": sys.executable, "CONFIG": "tiny.yaml", "DATA_ROOT": str(self.data), "RUN_DIR": run}
-        environment |= {"PIPELINE_HOME": str(ROOT), "SITE_ENV": "/dev/null/none"} | env
+        environment |= {"PIPELINE_HOME": str(ROOT), "SITE_ENV": "/dev/null"} | env
         places = ["--nodes=2", "--gpus-per-node=2", "--open-mode=append", f"--output={run}.log", *options]
         identifier = self.cluster.sbatch(*places, ROOT / "slurm" / script, *arguments, cwd=self.folder, env=environment)
         return Job(self.cluster, self.folder / run, identifier)

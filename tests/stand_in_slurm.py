@@ -90,7 +90,7 @@ class BatchShell:
             "HOME": str(folder),
             "STATE": str(self.state),
             "PIPELINE_HOME": str(ROOT),
-            "SITE_ENV": "/dev/null/none",
+            "SITE_ENV": "/dev/null",
             "RUN_DIR": str(self.run),
             "PYTHON": sys.executable,
         }

@@ -364,6 +364,12 @@ def test_a_site_file_that_fails_is_named(job, text, said):
     assert ended.code == 2 and said in ended.log and "never" not in ended.log.splitlines()
 
 
+def test_a_site_file_that_was_named_is_there(job):
+    ended = job.source("echo never", SITE_ENV="cluster/site.env")
+    assert ended.code == 2 and "SITE_ENV is cluster/site.env, which is not there" in ended.log
+    assert job.source("echo on", SITE_ENV="").log.splitlines()[-1] == "on"
+
+
 def test_a_container_of_the_example_sees_the_places(job):
     """Its lines in their order, and nothing in sbatch's environment: what is mounted must be known by then."""
     lines = [line[1:] for line in (ROOT / "slurm/site.env.example").read_text().splitlines() if line.startswith("#")]

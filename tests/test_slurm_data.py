@@ -28,7 +28,7 @@ def tree(tmp_path_factory) -> Path:
 
 
 def submit(cluster, folder: Path, *arguments: str, **env: str) -> str:
-    settings = {"PYTHON": sys.executable, "PIPELINE_HOME": str(ROOT), "SITE_ENV": "none", **env}
+    settings = {"PYTHON": sys.executable, "PIPELINE_HOME": str(ROOT), "SITE_ENV": "/dev/null", **env}
     return cluster.sbatch(
         "--exclusive", "--cpus-per-task=2", "--output=%x-%A-%a.log", *arguments, cwd=folder, env=settings
     )

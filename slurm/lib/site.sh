@@ -1,12 +1,12 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 # The environment's settings, and the site's (slurm/site.env).
 
-SITE_ENV=${SITE_ENV:-$PIPELINE_HOME/slurm/site.env}
-
 read_site_file() { # source it under the shell's default options; a failure in it names file and line
-    local here=$PWD options problem
-    SITE_ENV=$(realpath -m "$SITE_ENV")
-    [[ -e $SITE_ENV ]] || return 0
+    local here=$PWD options problem given=${SITE_ENV:-}
+    SITE_ENV=$(realpath -m "${given:-$PIPELINE_HOME/slurm/site.env}")
+    [[ $SITE_ENV != /dev/null ]] || return 0 # none
+    [[ -e $SITE_ENV || -n $given ]] || return 0
+    [[ -e $SITE_ENV ]] || fail "SITE_ENV is $given, which is not there"
     [[ -f $SITE_ENV && -r $SITE_ENV ]] || fail "$SITE_ENV can't be read"
     ! grep -q $'\r' "$SITE_ENV" || fail "$SITE_ENV has Windows line endings: sed -i 's/\\r\$//' $SITE_ENV"
     problem=$(bash -n "$SITE_ENV" 2>&1) || fail "$SITE_ENV is no bash: ${problem%%$'\n'*}"
