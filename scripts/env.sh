@@ -8,7 +8,7 @@ PIPELINE_VENV=${PIPELINE_VENV:-$PIPELINE_ROOT/.venv}
 # pipeline_python: the interpreter to build the environment with, or one clear line
 pipeline_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+    for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11; do
         if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return

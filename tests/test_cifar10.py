@@ -31,7 +31,7 @@ def archive(tmp_path_factory):
     with tarfile.open(path, "w:gz") as tar:
 
         def add(name, value):
-            data = pickle.dumps(value)
+            data = pickle.dumps(value, protocol=2)  # as in the real archive
             entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
