@@ -297,7 +297,11 @@ def test_the_ranks_of_a_continued_run_divide_its_batch(tmp_path):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["trian"], "no file trian, and no command of the pipeline's; did you mean train"),
+        (["trian"], "no file trian, and no command that runs as ranks .*; did you mean train"),
+        (
+            ["report", "runs/a"],
+            r"no file report, and no command that runs as ranks \(train, continue, evaluate\); give a program",
+        ),
         (["no_such.py", "train"], r"no file no_such\.py, .*; give a program"),
         (["--no-python", "no_such"], "no program no_such that can be run"),
     ],

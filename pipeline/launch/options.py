@@ -43,7 +43,6 @@ class Options:
     job: str
     nproc: int
     node_rank: int | None
-    local_addr: str | None
     monitor_interval_s: float
     shutdown_timeout_s: float
     serve_store: bool
@@ -189,7 +188,6 @@ def parse(argv: list[str]) -> Options:
         job=given.rdzv_id,
         nproc=0 if given.serve_store else _nproc(given.nproc_per_node),
         node_rank=given.node_rank if given.rdzv_backend == "static" and maximum > 1 else None,
-        local_addr=given.local_addr,
         monitor_interval_s=given.monitor_interval,
         shutdown_timeout_s=_seconds(*shutdown),
         serve_store=given.serve_store,

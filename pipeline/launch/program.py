@@ -58,7 +58,7 @@ def _check_script(name: str) -> None:
     if not Path(name).exists():
         close = close_to(name, VERBS)
         hint = f"did you mean {close}?" if close else "give a program"
-        raise UserError(f"no file {name}, and no command of the pipeline's; {hint}")
+        raise UserError(f"no file {name}, and no command that runs as ranks ({', '.join(VERBS)}); {hint}")
 
 
 def logs_of(options: Options) -> DefaultLogsSpecs:
