@@ -441,6 +441,14 @@ def test_a_numbered_gpu_that_is_not_there_is_named(root, device):
         TrainLoader(root, **(SMALL | {"device": device}))
 
 
+def test_a_gpu_beyond_the_last_one_is_named(root, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert TrainLoader(root, **(SMALL | {"device": "cuda:1"})).device == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="device is cuda:2: the last GPU that is visible here is cuda:1"):
+        TrainLoader(root, **(SMALL | {"device": "cuda:2"}))
+
+
 def test_variables_of_a_launcher_that_are_no_numbers_are_named(root, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "")  # as a template leaves it
     assert TrainLoader(root, **SMALL).place.size == 1

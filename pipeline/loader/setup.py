@@ -99,6 +99,8 @@ def _device(asked: torch.device | str | None, local_rank: int, world_size: int) 
         raise UserError(f"device is {asked}, and no CUDA device is visible here; give 'cpu', or see nvidia-smi")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", _own_gpu(local_rank, world_size))
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UserError(f"device is {asked}: the last GPU that is visible here is cuda:{torch.cuda.device_count() - 1}")
     return device
 
 
