@@ -66,21 +66,26 @@ def _first_node(names: str) -> str:
     return head + rest.partition("]")[0].partition(",")[0].partition("-")[0]
 
 
+def not_a_number(name: str) -> str | None:
+    """ "NAME=VALUE in the environment is not a whole number"; None where it is one, or empty, which is as not set."""
+    value = os.environ.get(name)
+    return f"{name}={value} in the environment is not a whole number" if value and not value.isdecimal() else None
+
+
 def find_leftovers() -> str | None:
     """What is wrong with variables of a launcher that is not there, and the remedy, in one line; None: nothing."""
     given = {name: os.environ[name] for name in NAMES if os.environ.get(name)}
     local = ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if has_launcher() else ()  # otherwise not read
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", *local):
-        value = os.environ.get(name)
-        if value and not value.isdecimal():
-            return f"{name}={value} in the environment is not a whole number; unset it, or start with torchrun"
+        wrong = not_a_number(name)
+        if wrong is not None:
+            return f"{wrong}; unset it, or start with torchrun"
     rank, size = int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1))
     unset = " ".join(f"-u {name}" for name in given)
     remedy = f"for a run of one process unset them (env {unset} pipeline ...), for several ranks start with torchrun"
     found = ", ".join(f"{name}={value}" for name, value in given.items())
     if has_launcher():
-        wrong = rank >= size
-        return f"{found} in the environment: there is no such rank; {remedy}" if wrong else None
+        return f"{found} in the environment: there is no such rank; {remedy}" if rank >= size else None
     if rank or size > 1:
         missing = " and ".join(name for name in NAMES if name not in given)
         return f"{found} in the environment, but not {missing}; {remedy}"

@@ -23,6 +23,7 @@ from pipeline.loader.arguments import whole_number
 from pipeline.loader.prefetch import OngoingBatches
 from pipeline.loader.stream import Batch, Stream
 from pipeline.model.build import Normalized
+from pipeline.rank_env import not_a_number
 from pipeline.rank_info import RankInfo
 
 
@@ -68,12 +69,10 @@ def find_rank(rank: int | None, world_size: int | None, device: torch.device | s
 
 def _of_environment(name: str, default: int) -> int:
     """A launcher's variable; one that is empty counts as not set. Raises UserError for what is no number."""
-    value = os.environ.get(name) or str(default)
-    if not value.strip().isdecimal():
-        raise UserError(
-            f"{name}={value} in the environment is not a whole number; unset it, or give rank and world_size"
-        )
-    return int(value)
+    wrong = not_a_number(name)
+    if wrong is not None:
+        raise UserError(f"{wrong}; unset it, or give rank and world_size")
+    return int(os.environ.get(name) or default)
 
 
 def _cores_as_bound(local_size: int) -> int:
