@@ -24,7 +24,7 @@ class ModelConfig:
     name: str = "resnet152"
     """A torchvision classification model; `timm:NAME`, one of timm; or `MODULE:FUNCTION`, a function of your own that
     takes num_classes and returns a network."""
-    kwargs: dict = field(default_factory=dict, hash=False)
+    kwargs: dict = field(default_factory=dict, hash=False)  # not dict[str, Any]: there "5" would become 5
     """Further arguments of the network: {"width": 64}."""
     num_classes: int | None = None
     """Outputs of the head; default: the classes of the data set."""

@@ -19,7 +19,7 @@ class OptimConfig:
     """sgd, adamw, lamb or lars; or `MODULE:CLASS`, an optimizer of your own or of torch (`torch.optim:NAdam`). adamw:
     with weight_decay 0 it is Adam; lamb: You et al. 2020 (arXiv 1904.00962); lars: You et al. 2017 (arXiv
     1708.03888)."""
-    kwargs: dict = field(default_factory=dict, hash=False)
+    kwargs: dict = field(default_factory=dict, hash=False)  # not dict[str, Any]: there "5" would become 5
     """Further arguments of an optimizer of your own: {"betas": [0.9, 0.99]}. momentum, betas, eps and the like below
     are for ours."""
     lr: float = 0.1

@@ -32,7 +32,7 @@ def import_weights(
     name: str | None = None,
     config: str = "resnet152-torchvision-v1",
     data_root: str | None = None,
-    kwargs: dict | None = None,
+    kwargs: dict | None = None,  # not dict[str, Any]: there "5" would become 5
 ) -> int:
     """Make a run folder of weights from elsewhere: the original ResNet-152 script's resnet.pth, or torchvision's own.
 

@@ -1,5 +1,5 @@
 """What `TrainLoader` and `EvalLoader` share: the data set opened, this process among the ranks, its batches read, and
-what makes of them what a network takes."""
+made into what a network takes."""
 
 import contextlib
 import dataclasses

@@ -246,7 +246,7 @@ class Trainer:
 
     def save_snapshot(self) -> None:
         """Copy the state of this step to each node's memory, for the ranks that resume when a node is lost."""
-        self.process_step_stats(self.step_stats.due(everything=True))  # more votes for this one
+        self.process_step_stats(self.step_stats.due(everything=True))  # votes for this snapshot that were cast since
         self.snapshot_requested = False
         if self.guard.last_good_step is not None:
             return
