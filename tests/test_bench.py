@@ -149,7 +149,7 @@ def test_a_start_with_too_few_steps_for_a_profile_says_so(tmp_path):
     profiler = Profiler(2, tmp_path, SimpleNamespace(device=torch.device("cpu")), said.append)
     assert profiler.step(1)
     profiler.close()
-    assert said == ["no profile: 4 more steps of this start were needed; lower --train.profile_steps"]
+    assert said == ["no profile: this start ended 4 steps too early; lower --train.profile_steps"]
 
 
 def test_the_share_of_an_exchange_that_overlaps(tmp_path, capsys):

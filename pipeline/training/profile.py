@@ -55,9 +55,7 @@ class Profiler:
     def close(self) -> None:
         """Give up, if steps are still to be watched."""
         if self.left > 0:
-            self.say(
-                f"no profile: {count(self.left, 'more step')} of this start were needed; lower --train.profile_steps"
-            )
+            self.say(f"no profile: this start ended {count(self.left, 'step')} too early; lower --train.profile_steps")
             self.left = 0
             self.profile.stop()
             if self.device.type == "cuda":
