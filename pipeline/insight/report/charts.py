@@ -55,8 +55,9 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def highest_drawn(drawn: list[Series]) -> float:
-    """Where the y axis ends: at the highest value that is no spike, a hundred times what nearly all others stay below
-    and a line ends at: a loss of 1e9 would make a flat line of the rest."""
+    """Where the y axis ends: at the highest value that is no spike. A spike is above a hundred times what 95 % of the
+    values stay below, and above a hundred times the end of each line: a loss of 1e9 would make a flat line of the rest.
+    """
     rising = sorted(value for one in drawn for value in one.ys)
     usual = rising[-1 - max(1, len(rising) // 20)] if len(rising) > 1 else rising[-1]
     limit = 100 * max(usual, *(one.ys[-1] for one in drawn))
@@ -134,7 +135,7 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
     y_low, y_high = (y_low - 0.5, y_high + 0.5) if y_low == y_high else (y_low, y_high)
     y_high = max(y_high, *(tick for tick in ticks(y_low, y_high + (y_high - y_low) * 0.18)))
     if beyond := sum(value > y_high for value in values):
-        note = f"{note}; " * bool(note) + f"{count(beyond, 'value')} above the chart, up to {_label(max(values))}"
+        note = (f"{note}; " if note else "") + f"{count(beyond, 'value')} above the chart, up to {_label(max(values))}"
     x_high = x_high if x_high > x_low else x_low + 1.0
 
     def x(value: float) -> float:
