@@ -26,6 +26,7 @@
 #   REJOINS         times at most that a node which was out of reach joins again [20]
 #   BENCH           JSON file with a measured speed, for preflight's time estimate until the run has its own [none]
 #   HEAD_ADDRESS    address of the first node, where the nodes meet [as Slurm has it]
+#   SITE_ENV        file with the site's settings, /dev/null for none [slurm/site.env]
 #   PIPELINE_HOME   the project's folder [where sbatch was called]
 #   PYTHON          interpreter [python]
 #

@@ -6,7 +6,7 @@ read_site_file() { # source it under the shell's default options; a failure in i
     SITE_ENV=$(realpath -m "${given:-$PIPELINE_HOME/slurm/site.env}")
     [[ $SITE_ENV != /dev/null ]] || return 0 # none
     [[ -e $SITE_ENV || -n $given ]] || return 0
-    [[ -e $SITE_ENV ]] || fail "SITE_ENV is $given, which is not there"
+    [[ -e $SITE_ENV ]] || fail "SITE_ENV is $given, which is not there; give a file, or /dev/null for none"
     [[ -f $SITE_ENV && -r $SITE_ENV ]] || fail "$SITE_ENV can't be read"
     ! grep -q $'\r' "$SITE_ENV" || fail "$SITE_ENV has Windows line endings: sed -i 's/\\r\$//' $SITE_ENV"
     problem=$(bash -n "$SITE_ENV" 2>&1) || fail "$SITE_ENV is no bash: ${problem%%$'\n'*}"
