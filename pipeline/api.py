@@ -136,8 +136,8 @@ def _alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_defaults() -> Iterator[None]:
-    """torch's own default dtype and device: with those that the program has set, the run would be another one than the
-    command's."""
+    """torch's own default dtype and device while a run lasts: with those that the program has set, it would differ from
+    the command's."""
     torch = sys.modules.get("torch")
     if torch is None:  # nobody has set one
         yield

@@ -71,7 +71,7 @@ def is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def is_device(entry: "os.DirEntry[str]") -> bool:
-    """Is what is no folder a pipe, a socket or a device, or a link to one? To read it may take without end."""
+    """Is what is no folder a pipe, a socket or a device, or a link to one? Reading it may never end."""
     try:
         return not entry.is_file() and Path(entry.path).exists()
     except OSError as error:

@@ -39,7 +39,7 @@ def make_config(
 
 
 def whole_number(name: str, value: Any) -> int:
-    """An argument as a number of Python's, as NumPy's and torch's are not. Raises UserError for what is none."""
+    """An argument as a Python int; it may be an integer of NumPy or torch. Raises UserError for anything else."""
     try:
         if not isinstance(value, bool):
             return operator.index(value)
@@ -54,7 +54,7 @@ def _plain(value: Any) -> Any:
 
 
 def _checked(settings: Settings, group: str, names: Mapping[str, str]) -> Settings:
-    """The settings with NumPy's and torch's values as Python's: a state of the loader has them. Raises UserError for a
+    """The settings with the values of NumPy and torch as plain Python's, for the loader's state. Raises UserError for a
     value of another type."""
     plain = {}
     for name, kind in typing.get_type_hints(type(settings)).items():

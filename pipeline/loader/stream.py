@@ -214,8 +214,8 @@ class Stream:
     def batches(
         self, start: int, stop: int, skip: frozenset[int] = frozenset(), augmented: bool = True
     ) -> Generator[Batch]:
-        """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`. augmented: False
-        where `Batch.images` are looked at without the pixel ops; on a GPU they are applied here."""
+        """The batches of steps start..stop-1. `skip`: samples known to be unreadable before `start`. augmented: on a
+        GPU, apply the pixel ops here; on a CPU the step does, whatever this says."""
         self._skip = skip
         batches = self._batches(start, stop)
         if self.device.type != "cuda":
