@@ -102,7 +102,7 @@ def why_unfit(folder: Path, size: int = 0) -> str | None:
             except OSError as error:
                 if doing == "be written":
                     return f"can't {doing} ({error.strerror})"
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):  # another start has cleaned up
                     return (
                         f"is on a file system that can't {doing} ({error.strerror}), like much mounted object storage"
                     )

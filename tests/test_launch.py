@@ -288,8 +288,9 @@ def test_every_verb_of_ranks_can_be_started_by_its_name(verb):
 def test_the_ranks_of_a_continued_run_divide_its_batch(tmp_path):
     """Which is that of the run it goes on from."""
     (tmp_path / "config.yaml").write_text("train: {global_batch_size: 24}\nrun_dir: runs/first\n")
-    options = parse(["--nnodes=1:2", "--rdzv-endpoint=localhost:0", "continue", str(tmp_path), "--epochs", "9"])
-    assert options.limits.batch_size == 24
+    for asked in ([str(tmp_path), "--epochs", "9"], ["--epochs", "9", str(tmp_path)]):
+        options = parse(["--nnodes=1:2", "--rdzv-endpoint=localhost:0", "continue", *asked])
+        assert options.limits.batch_size == 24
     assert parse(["continue", str(tmp_path / "nowhere"), "--epochs", "9"]).limits.batch_size is None
     assert parse(["continue"]).limits.batch_size is parse(["-m", "pipeline"]).limits.batch_size is None
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import itertools
 import math
 import os
 import sys
@@ -266,9 +267,10 @@ def _training(command: list[str]) -> tuple[int | None, str | None]:
     """The global batch size and the run folder of a training; None where there is none, or the workers will say what is
     wrong."""
     verb, *argv = command or [""]
-    if verb == "continue" and argv:
-        argv = ["--config", str(Path(argv[0]) / "config.yaml")]  # a continued run keeps the batch
-    elif verb != "train":
+    if verb == "continue":  # a continued run keeps the batch
+        runs = (word for word in argv if (Path(word) / "config.yaml").is_file())
+        argv = [f"--config={run}/config.yaml" for run in itertools.islice(runs, 1)]
+    if verb not in ("train", "continue") or not argv:
         return None, None
     from pipeline.config import parse_config
 
