@@ -37,7 +37,7 @@ def test_an_image_larger_than_an_index_can_say_is_left_out(pets, capsys):
     os.truncate(pets / "train/cat/2.png", 5_000_000_000)
     assert main(["index", str(pets)]) == 0
     assert "left out of train: 1 unreadable (train/cat/2.png)" in capsys.readouterr().out
-    assert read_unreadable(pets / "index")["train"][0]["reason"] == "larger than 4 GiB"
+    assert read_unreadable(pets / "index")["train"][0]["reason"] == "4 GiB or larger"
 
 
 def test_folders_inside_class_folders_are_named(pets, capsys):

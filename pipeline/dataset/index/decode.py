@@ -13,7 +13,7 @@ from pipeline.dataset.workers import read_ahead
 from pipeline.errors import TransientError
 
 _LARGEST = (1 << 32) - 1  # bytes of an image, which an index has 32 bits for
-_TOO_LARGE = "larger than 4 GiB"
+_TOO_LARGE = "4 GiB or larger"
 _GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 
