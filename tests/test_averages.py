@@ -8,7 +8,8 @@ from torch import nn
 
 from pipeline.config import AugmentConfig, DataConfig, EmaConfig, TrainConfig, from_dict, parse_config
 from pipeline.dataset.index.scan import build_index
-from pipeline.loader.build import make_train_plan, make_train_stream
+from pipeline.loader.build import make_train_stream
+from pipeline.loader.plan import make_train_plan
 from pipeline.rank_info import RankInfo
 from pipeline.tracking.eval_rows import best_step
 from pipeline.tracking.ledger_rows import read_rows

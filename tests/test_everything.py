@@ -4,7 +4,8 @@ import pytest
 import runs
 
 RECIPE = str(runs.TINY.with_name("everything.yaml"))
-SMALL = ["--data.image_size", "32", "--data.start_size", "16", "--data.val_size", "16", "--data.val_resize", "20"]
+# At 16 px a convolution with stride 2 gets a map of 1 x 1, whose gradient in bf16 is garbage with oneDNN on AVX512-BF16.
+SMALL = ["--data.image_size", "48", "--data.start_size", "32", "--data.val_size", "32", "--data.val_resize", "36"]
 LAST = 8  # after 96 images an epoch, in batches of 20, ends inside step 5; averaged at 3 and 6, cut at 4
 
 
