@@ -300,7 +300,19 @@ def test_what_may_not_be_read_is_not_called_unwritable(pets, tmp_path, what):
     assert f"{tmp_path / 'set' / what}: Permission denied for this account; ask its owner" in done.stderr
 
 
-@pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="mounts a file system")
+mounts = pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="mounts a file system")
+
+
+def with_mounts(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a script whose mounts nobody else sees; it exits with 77 where it may not mount."""
+    command = ["unshare", "-m", "sh", "-c", script, *arguments]
+    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("may not mount here")
+    return done
+
+
+@mounts
 def test_a_real_file_system_without_inodes(tmp_path):
     """fetch, index and pack on a tmpfs of 30 inodes: one line that names the inodes."""
     root = tmp_path / "set"
@@ -311,10 +323,7 @@ touch {tmp_path}/small/1 {tmp_path}/small/2 {tmp_path}/small/3
 {sys.executable} -m pipeline index {root} --out {tmp_path}/small
 """
     (tmp_path / "small").mkdir()
-    command = ["unshare", "-m", "sh", "-c", script]
-    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode == 77 or "unshare" in done.stderr:
-        pytest.skip("may not mount here")
+    done = with_mounts(script)
     assert done.returncode == 2 and "no inode left" in done.stderr, done.stderr
 
 
@@ -332,7 +341,7 @@ print([str(path.relative_to(folder.path)) for path in sorted(folder.path.rglob("
 """
 
 
-@pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="mounts a file system")
+@mounts
 def test_checkpoints_of_a_container_image_are_moved_and_removed(tmp_path):
     """An overlay can't rename a folder that is in a layer below it."""
     for name in ("image", "upper", "work", "merged"):
@@ -343,10 +352,7 @@ def test_checkpoints_of_a_container_image_are_moved_and_removed(tmp_path):
 cd {tmp_path} && mount -t overlay -o lowerdir=image,upperdir=upper,workdir=work overlay merged || exit 77
 {sys.executable} -c "$0" merged/run
 """
-    command = ["unshare", "-m", "sh", "-c", script, OVERLAID]
-    done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode == 77 or "unshare" in done.stderr:
-        pytest.skip("may not mount here")
+    done = with_mounts(script, OVERLAID)
     left = ["checkpoints/step-000000002", "set-aside-after-step-000000003/checkpoints/step-000000004"]
     assert done.stdout.splitlines()[-1:] == [str([f"{path}/meta.json" for path in left])], done.stderr
 

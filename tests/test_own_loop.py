@@ -434,9 +434,9 @@ def test_numbers_of_numpy_and_torch_are_numbers(root):
     assert loader.current_epoch == 2 and EvalLoader(root, np.int64(5), np.int64(32), device="cpu").local_batch_size == 5
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 @pytest.mark.parametrize("device", [0, "cuda:1"])
-def test_a_numbered_gpu_that_is_not_there_is_named(root, device):
+def test_a_numbered_gpu_that_is_not_there_is_named(root, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=f"device is {device}, and no CUDA device is visible"):
         TrainLoader(root, **(SMALL | {"device": device}))
 

@@ -16,7 +16,7 @@ STEPS = 19  # 4 epochs of 96 images in batches of 20; epochs are full after 5, 1
 
 def how(precision, processes):
     """The options of a run. One kind of them exchanges compressed gradients, in several buckets. Those in bf16 have
-    small images: many CPUs have no instructions for it."""
+    small images, as many CPUs have no instructions for it; not of 16 px (docs/train.md says why)."""
     exchange = ["--train.compress_gradients", "bf16", "--train.bucket_mb", "5"]
     small = [
         "--data.image_size",
