@@ -294,9 +294,13 @@ def test_a_spike_does_not_flatten_a_chart():
     there = heights(chart)
     assert min(there) >= 0 and there[50] < 20  # at the upper edge
     assert there[:50] + there[51:] == pytest.approx(heights(plain)[:50] + heights(plain)[51:], abs=0.1)
-    assert "1 value above the chart, up to 1e9" in chart and "above the chart" not in plain
+    assert "values up to 1e9 are above the chart" in chart and "above the chart" not in plain
+    long = [*losses * 10, 1e9, *losses * 10]  # drawn as averages
+    assert "values up to 1e9 are above the chart" in line_chart(
+        "l", [Series("a", list(range(2001)), long, 0)], "x", "y"
+    )
     early = line_chart("loss", [Series("a", [1, 2, 3], [9.8e6, 0.7, 0.6], 0, exact=True)], "x", "y", note="2 NaN")
-    assert "2 NaN; 1 value above the chart, up to 9.8e6" in early
+    assert "2 NaN; values up to 9.8e6 are above the chart" in early
     for usual in ([7.0, 0.8, 0.1], [0.0, 0.1, 75.0], [0.0, 0.3, 0.0], [-3.0, -2.0], [0.7, 0.7, 1e9], [1e9]):
         assert "above the chart" not in line_chart("t", [Series("a", [1, 2, 3][: len(usual)], usual, 0)], "x", "y")
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
-from pipeline.counts import count
-
 POINTS = 200  # drawn of a series; more are averaged
 EXACT_POINTS = 1000  # the same of a series whose values are to be seen as they are
 COLUMNS = 50  # places of a chart that show their values under the pointer
@@ -134,8 +132,9 @@ def line_chart(title: str, series: list[Series], x_label: str, y_label: str, zer
     y_low = min(y_low, 0.0) if zero else y_low
     y_low, y_high = (y_low - 0.5, y_high + 0.5) if y_low == y_high else (y_low, y_high)
     y_high = max(y_high, *(tick for tick in ticks(y_low, y_high + (y_high - y_low) * 0.18)))
-    if beyond := sum(value > y_high for value in values):
-        note = (f"{note}; " if note else "") + f"{count(beyond, 'value')} above the chart, up to {_label(max(values))}"
+    if max(values) > y_high:  # what is drawn may be averages
+        highest = max(value for one in series for value in one.ys if _is_number(value))
+        note = (f"{note}; " if note else "") + f"values up to {_label(highest)} are above the chart"
     x_high = x_high if x_high > x_low else x_low + 1.0
 
     def x(value: float) -> float:
